@@ -1,0 +1,65 @@
+# Everything runs in .venv, which any target makes when it is missing or older than requirements.txt.
+# `make train ARGS="optimizer.lr=3e-4"` hands ARGS to the command; so do test, test-slow and demo-world's scripts.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv train test test-slow lint format type lock demo-world clean
+
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## the environment .venv with the pinned dependencies, needs only Python 3.11 or newer
+
+# uv installs in parallel and from its cache; where it is missing, pip brings it into the environment.
+# What else stands in the environment is left there.
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ipa needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || uv venv --clear --python $(PYTHON) $(VENV)
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	PATH="$$PATH:$(BIN)" uv pip install --python $(BIN)/python --requirement requirements.txt
+	PATH="$$PATH:$(BIN)" uv pip install --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+train: $(READY) ## train the paper's adapter in the demo world and show that it worked
+	$(BIN)/python train.py experiment=decoupled_global $(ARGS)
+
+test: $(READY) ## the tests, minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY) ## the tests that take longer
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY) ## style and formatting, changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(READY) ## mend what lint complains about
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+type: $(READY) ## check the types
+	$(BIN)/mypy
+
+lock: $(READY) ## compile requirements.txt from pyproject.toml, for all platforms and Python versions
+	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra demo --extra dev --output-file requirements.txt \
+		--universal --python-version 3.11 --no-header --annotation-style line $(ARGS)
+
+demo-world: $(READY) ## make the demo world again, data and models; hours on a CPU, resumable
+	$(BIN)/python demo/make_data.py
+	$(BIN)/python demo/make_base.py vae
+	$(BIN)/python demo/make_base.py unet
+	$(BIN)/python demo/make_base.py export
+	$(BIN)/python demo/make_clip.py encoder
+	$(BIN)/python demo/make_clip.py judge
+	$(BIN)/python demo/make_clip.py export
+	$(BIN)/python demo/probe.py
+
+clean: ## remove what tools leave behind; keeps .venv, runs and demo/build
+	rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

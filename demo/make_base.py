@@ -1,0 +1,352 @@
+"""Pretrain the demo world's base model: VAE, text encoder and UNet, saved as a diffusers pipeline folder.
+
+    python demo/make_base.py unet --minutes 120    # text encoder and UNet, together
+    python demo/make_base.py vae --minutes 40      # may run at the same time
+    python demo/make_base.py export                # writes demo/base/
+
+Both trainings resume from ``demo/build/base/`` when called again, and share one latent space that is known in advance:
+the principal components of 8 × 8 pixel patches, so that the UNet need not wait for the VAE. The VAE's encoder learns that
+projection; its decoder, which sees the neighbours of a patch, learns to undo it better than the linear inverse can.
+
+Objective of the UNet: v-prediction (Salimans & Ho 2022), v = α_t ε − σ_t x_0, on a schedule rescaled to zero terminal
+signal (Lin et al. 2023), without which plain backgrounds drift to grey.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from world import (
+    BACKGROUNDS,
+    HERE,
+    SIZE_PX,
+    STYLE_WORDS,
+    TEXT_LENGTH,
+    Clock,
+    World,
+    build_tokenizer,
+    compose,
+    draw_backgrounds,
+    read_world,
+    save_atomically,
+)
+
+PATCH_PX = 8
+LATENT_CHANNELS = 32
+# how far the components' spread is evened out: 0 keeps it, 1 makes all alike
+WHITENING = 0.6
+POSTERIOR_STD = 0.05
+
+
+class PatchPCA:
+    """Linear latents: z = Vᵀ(patch − mean) / scale, per 8 × 8 patch; about unit variance over all channels."""
+
+    def __init__(self, pixels_N3HW: Tensor) -> None:
+        patches = self.unfold(pixels_N3HW).transpose(1, 2).reshape(-1, 3 * PATCH_PX**2)
+        self.mean = patches.mean(0)
+        variances, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
+        vectors = vectors.flip(1)[:, :LATENT_CHANNELS]
+        # eigenvectors come with either sign; make the largest entry positive so that two machines agree
+        signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+        self.vectors = vectors * signs
+        std = variances.flip(0)[:LATENT_CHANNELS].sqrt()
+        scale = std**WHITENING
+        self.scale = scale * (std / scale).square().mean().sqrt()
+
+    @staticmethod
+    def unfold(pixels_B3HW: Tensor) -> Tensor:
+        return F.unfold(pixels_B3HW, PATCH_PX, stride=PATCH_PX)
+
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """pixels_B3HW in [-1, 1] → latents_BChw."""
+        edge = pixels_B3HW.shape[-1] // PATCH_PX
+        centred = self.unfold(pixels_B3HW) - self.mean[:, None]
+        return ((self.vectors.T @ centred) / self.scale[:, None]).unflatten(-1, (edge, edge))
+
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        edge = latents_BChw.shape[-1] * PATCH_PX
+        patches = self.vectors @ (latents_BChw.flatten(2) * self.scale[:, None]) + self.mean[:, None]
+        return F.fold(patches, edge, PATCH_PX, stride=PATCH_PX)
+
+
+def fit_pca(world: World) -> PatchPCA:
+    generator = torch.Generator().manual_seed(0)
+    return PatchPCA(compose(world.rgba, draw_backgrounds(len(world), generator)))
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIZE_PX,
+        scaling_factor=1.0,
+    )
+
+
+def make_unet(width: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE_PX // PATCH_PX,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(width, 2 * width),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, whatever diffusers calls it
+        norm_num_groups=16,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+    )
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """One vocabulary for base, encoder and judge: all captions, style and background words."""
+    if not (folder / "tokenizer.json").exists():
+        world = read_world(HERE / "build" / "data" / "all", HERE / "build" / "data" / "judge")
+        words = [f"a picture of in on a background {style} {colour}" for style in STYLE_WORDS.values() for colour in BACKGROUNDS]
+        build_tokenizer(folder, world.captions + words)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """ids_BL, padded and cut to ``TEXT_LENGTH``."""
+    return tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+class Progress:
+    """Loss per interval: a progress bar for the eye, a CSV for the curve."""
+
+    def __init__(self, path: Path, clock: Clock, every: int = 100) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.clock, self.every = path, clock, every
+        self.sums: dict[str, Tensor] = {}
+        self.bar = tqdm(total=round(clock.limit_s), initial=round(clock.spent_s), unit="s", desc=path.stem, mininterval=30)
+
+    def log(self, step: int, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        if step % self.every:
+            return
+        row = {"step": step, "minutes": round(self.clock.spent_s / 60, 2)}
+        row |= {name: round(float(total) / self.every, 5) for name, total in self.sums.items()}
+        self.sums.clear()
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.bar.set_postfix(row)
+        self.bar.update(round(self.clock.spent_s) - self.bar.n)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float, warmup_steps: int = 300) -> None:
+    """Linear warm-up by steps, then cosine decay to 2 % by the share of the time that is used."""
+    rate = peak * min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def train_vae(options: argparse.Namespace) -> None:
+    world = read_world(HERE / "build" / "data" / "all")
+    pca = fit_pca(read_world(HERE / "data" / "train"))
+    folder = HERE / "build" / "base"
+    vae = make_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, fused=True)
+    average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    state = load_state(folder / "vae.pt", vae=vae, optimizer=optimizer, average=average)
+    step, clock = state["step"], Clock(options.minutes, state["spent_s"])
+    progress = Progress(folder / "vae.csv", clock)
+    generator = torch.Generator().manual_seed(step)
+    while clock.share < 1:
+        set_learning_rate(optimizer, options.lr or 2e-3, step, clock.share)
+        chosen = torch.randint(len(world), (options.batch,), generator=generator)
+        pixels = compose(world.rgba[chosen], draw_backgrounds(options.batch, generator))
+        if torch.rand((), generator=generator) < 0.5:
+            pixels = pixels.flip(-1)
+        target = pca.encode(pixels)
+        with autocast():
+            latents = vae.encode(pixels).latent_dist.mean
+            noisy = target + POSTERIOR_STD * torch.randn(target.shape, generator=generator)
+            decoded = vae.decode(noisy).sample
+        fit = (latents.float() - target).square().mean()
+        colour = (decoded.float() - pixels).abs().mean()
+        edges = sum((difference(decoded.float(), d) - difference(pixels, d)).abs().mean() for d in (-1, -2))
+        (fit + colour + edges).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(vae)
+        step += 1
+        progress.log(step, latent_mse=fit, colour_l1=colour, edge_l1=edges)
+        if clock.time_to_save() or clock.share >= 1:
+            save_state(folder / "vae.pt", step, clock, vae=vae, optimizer=optimizer, average=average)
+
+
+def difference(pixels: Tensor, dim: int) -> Tensor:
+    return pixels.diff(dim=dim)
+
+
+def train_unet(options: argparse.Namespace) -> None:
+    world = read_world(HERE / "data" / "train")
+    pca = fit_pca(world)
+    folder = HERE / "build" / "base"
+    tokenizer = make_tokenizer(HERE / "build" / "tokenizer")
+    parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
+    optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
+    state = load_state(folder / "unet.pt", parts=parts, optimizer=optimizer, average=average)
+    step, clock = state["step"], Clock(options.minutes, state["spent_s"])
+    progress = Progress(folder / "unet.csv", clock)
+    ids, empty = tokenize(tokenizer, world.captions), tokenize(tokenizer, [""])
+    alphas = make_scheduler().alphas_cumprod
+    generator = torch.Generator().manual_seed(step)
+    while clock.share < 1:
+        set_learning_rate(optimizer, options.lr or 6e-4, step, clock.share)
+        chosen = torch.randint(len(world), (options.batch,), generator=generator)
+        latents = pca.encode(compose(world.rgba[chosen], draw_backgrounds(options.batch, generator)))
+        dropped = torch.rand(options.batch, generator=generator) < 0.1
+        ids_BL = torch.where(dropped[:, None], empty, ids[chosen])
+        t_B = torch.randint(len(alphas), (options.batch,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        alpha = alphas[t_B].sqrt()[:, None, None, None]
+        sigma = (1 - alphas[t_B]).sqrt()[:, None, None, None]
+        with autocast():
+            text_BLD = parts["text"](ids_BL).last_hidden_state
+            predicted = parts["unet"](alpha * latents + sigma * noise, t_B, text_BLD).sample
+        loss = F.mse_loss(predicted.float(), alpha * noise - sigma * latents)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(parts)
+        step += 1
+        progress.log(step, loss=loss)
+        if clock.time_to_save() or clock.share >= 1:
+            save_state(folder / "unet.pt", step, clock, parts=parts, optimizer=optimizer, average=average)
+
+
+def autocast() -> torch.autocast:
+    """bf16 where the processor multiplies it natively; elsewhere it is several times slower than fp32."""
+    native = torch.cpu._is_avx512_bf16_supported() if not torch.cuda.is_available() else True
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=native)
+
+
+def save_state(path: Path, step: int, clock: Clock, **parts) -> None:
+    save_atomically({"step": step, "spent_s": clock.spent_s} | {n: p.state_dict() for n, p in parts.items()}, path)
+
+
+def load_state(path: Path, **parts) -> dict:
+    if not path.exists():
+        return {"step": 0, "spent_s": 0.0}
+    state = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the averaged weights in fp16 as a diffusers folder that loads without a dtype argument."""
+    build, out = HERE / "build" / "base", options.out
+    tokenizer = make_tokenizer(HERE / "build" / "tokenizer")
+    text_encoder, unet, vae = make_text_encoder(tokenizer), make_unet(options.width), make_vae()
+    averaged = torch.load(build / "unet.pt", weights_only=True)["average"]
+    text_encoder.load_state_dict(taken(averaged, "module.text."))
+    unet.load_state_dict(taken(averaged, "module.unet."))
+    vae.load_state_dict(taken(torch.load(build / "vae.pt", weights_only=True)["average"], "module."))
+    fix_posterior(vae)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16)
+    beside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipeline.save_pretrained(beside, safe_serialization=True)
+    config = beside / "text_encoder" / "config.json"
+    # transformers takes the stored type, diffusers fp32: without this line the two do not fit together
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+    print(f"wrote {out}")
+
+
+def taken(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+@torch.no_grad()
+def fix_posterior(vae: AutoencoderKL) -> None:
+    """Give the posterior one spread everywhere: the one that the decoder was trained to bear."""
+    vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+    vae.quant_conv.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_STD)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("vae", "unet", "export"))
+    parser.add_argument("--minutes", type=float, default=60, help="time of this training in all, over restarts")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
+    parser.add_argument("--width", type=int, default=80, help="channels of the UNet's first level; the second has twice")
+    parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
+    parser.add_argument("--out", type=Path, default=HERE / "base")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    {"vae": train_vae, "unet": train_unet, "export": export}[options.part](options)
+
+
+if __name__ == "__main__":
+    main()

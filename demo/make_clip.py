@@ -1,0 +1,276 @@
+"""Train the demo world's two contrastive models: the adapter's image encoder, and the judge that only scores.
+
+    python demo/make_clip.py encoder --minutes 40     # → demo/encoder/ (open_clip) and demo/image_encoder/ (transformers)
+    python demo/make_clip.py judge --minutes 30       # → demo/judge/ (open_clip)
+    python demo/make_clip.py encoder --export         # write what the checkpoint holds so far
+
+Both resume from ``demo/build/clip/``. Captions name concept, style and background, in full or in part: a contrastive model
+forgets what its captions never say (Radford et al. 2021 for the loss). The encoder's pooled embedding is also asked for
+the picture's 8 × 8 thumbnail through a linear map that is thrown away afterwards: that is where the layout of the colours
+stays. The judge has another architecture, seed and augmentation, no thumbnail, and has also seen the held-out concepts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from make_base import Progress, autocast, load_state, make_tokenizer, save_state, set_learning_rate, taken
+from make_data import BACKGROUNDS
+from open_clip import CLIP
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from world import BOS, HERE, SIZE_PX, STYLE_WORDS, TEXT_LENGTH, Clock, World, compose, draw_backgrounds, read_world
+
+# the normalisation that diffusers assumes of an image encoder when nobody tells it another
+MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+COLOUR_NAMES = list(BACKGROUNDS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One contrastive model: open_clip's own configuration, and how it is trained."""
+
+    name: str
+    vision: dict
+    text: dict
+    embed_dim: int
+    folders: tuple[str, ...]
+    seed: int
+    thumbnail_weight: float
+    shift_px: int
+    smallest_crop: float
+    colour_jitter: float
+
+    def model_cfg(self, vocabulary: int) -> dict:
+        text = {"context_length": TEXT_LENGTH, "vocab_size": vocabulary, "hf_tokenizer_name": self.name, **self.text}
+        return {"embed_dim": self.embed_dim, "vision_cfg": {"image_size": SIZE_PX, **self.vision}, "text_cfg": text}
+
+
+RECIPES = {
+    "encoder": Recipe(
+        name="encoder",
+        vision={"layers": 6, "width": 128, "head_width": 32, "patch_size": 8},
+        text={"width": 96, "heads": 4, "layers": 2},
+        embed_dim=192,
+        folders=("all",),
+        seed=1,
+        thumbnail_weight=2.0,
+        shift_px=2,
+        smallest_crop=0.85,
+        colour_jitter=0.0,
+    ),
+    "judge": Recipe(
+        name="judge",
+        vision={"layers": (2, 2, 2, 2), "width": 14},
+        text={"width": 96, "heads": 3, "layers": 1},
+        embed_dim=128,
+        folders=("all", "judge"),
+        seed=2,
+        thumbnail_weight=0.0,
+        shift_px=4,
+        smallest_crop=0.75,
+        colour_jitter=0.05,
+    ),
+}
+
+
+def make_model(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIP:
+    config = recipe.model_cfg(len(tokenizer))
+    return CLIP(config["embed_dim"], config["vision_cfg"], {**config["text_cfg"], "hf_tokenizer_name": None})
+
+
+def caption(concept: str, style: str, background: int, generator: torch.Generator) -> str:
+    """Say all of it half of the time, else leave out the style, the background, or both."""
+    say = torch.randint(6, (), generator=generator)
+    style_words = STYLE_WORDS[style] if say not in (0, 1) else ""
+    background_words = f"on {COLOUR_NAMES[background]} background" if say not in (0, 2) else ""
+    return " ".join(f"{concept} {style_words} {background_words}".split())
+
+
+def augment(pixels_B3HW: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """One random affine map and colour change a picture; edges are repeated, so that backgrounds stay plain."""
+    B = len(pixels_B3HW)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(B, generator=generator)
+
+    zoom = uniform(recipe.smallest_crop, 2 - recipe.smallest_crop)
+    mirror = torch.where(torch.rand(B, generator=generator) < 0.5, -1.0, 1.0)
+    reach = 2 * recipe.shift_px / SIZE_PX
+    theta = torch.zeros(B, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = zoom * mirror, zoom
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-reach, reach), uniform(-reach, reach)
+    grid = F.affine_grid(theta, list(pixels_B3HW.shape), align_corners=False)
+    moved = F.grid_sample(pixels_B3HW, grid, padding_mode="border", align_corners=False)
+    jitter = recipe.colour_jitter * torch.randn(B, 3, 1, 1, generator=generator)
+    return (moved + jitter).clamp(-1, 1)
+
+
+def normalize(pixels_B3HW: Tensor) -> Tensor:
+    """Pixels in [-1, 1] → what the image tower reads."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return ((pixels_B3HW + 1) / 2 - mean) / std
+
+
+def contrastive_loss(image_BE: Tensor, text_BE: Tensor, logit_scale: Tensor, texts: list[str]) -> Tensor:
+    """Symmetric cross-entropy; equal captions in a batch are all counted as right answers."""
+    logits = logit_scale * F.normalize(image_BE, dim=-1) @ F.normalize(text_BE, dim=-1).T
+    same = torch.tensor([[float(a == b) for b in texts] for a in texts])
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train(recipe: Recipe, options: argparse.Namespace) -> None:
+    torch.manual_seed(recipe.seed)
+    world: World = read_world(*(HERE / "build" / "data" / folder for folder in recipe.folders))
+    tokenizer = clip_tokenizer()
+    thumbnail = nn.Linear(recipe.embed_dim, 3 * 8 * 8)
+    parts = nn.ModuleDict({"clip": make_model(recipe, tokenizer), "thumbnail": thumbnail})
+    clip = parts["clip"]
+    print(f"{sum(p.numel() for p in clip.visual.parameters()):,} image, {sum(p.numel() for p in clip.parameters()):,} in all")
+    optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=0.1, betas=(0.9, 0.98), fused=True)
+    average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    path = checkpoint_path(recipe)
+    state = load_state(path, parts=parts, optimizer=optimizer, average=average)
+    step, clock = state["step"], Clock(options.minutes, state["spent_s"])
+    progress = Progress(path.with_suffix(".csv"), clock)
+    generator = torch.Generator().manual_seed(1000 * recipe.seed + step)
+    while clock.share < 1:
+        set_learning_rate(optimizer, options.lr, step, clock.share)
+        chosen = torch.randint(len(world), (options.batch,), generator=generator)
+        backgrounds = draw_backgrounds(options.batch, generator)
+        pixels = augment(compose(world.rgba[chosen], backgrounds), recipe, generator)
+        texts = [
+            caption(world.captions[i], world.styles[i], int(b), generator)
+            for i, b in zip(chosen.tolist(), backgrounds.tolist(), strict=True)
+        ]
+        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+        with autocast():
+            image, text = clip.encode_image(normalize(pixels)), clip.encode_text(ids)
+        image, text = image.float(), text.float()
+        contrast = contrastive_loss(image, text, clip.logit_scale.exp(), texts)
+        small = F.avg_pool2d(pixels, SIZE_PX // 8).flatten(1)
+        layout = F.mse_loss(thumbnail(image), small)
+        (contrast + recipe.thumbnail_weight * layout).backward()
+        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, 4.6052)
+        average.update_parameters(parts)
+        step += 1
+        progress.log(step, contrast=contrast, layout=layout)
+        if clock.time_to_save() or clock.share >= 1:
+            save_state(path, step, clock, parts=parts, optimizer=optimizer, average=average)
+
+
+def checkpoint_path(recipe: Recipe) -> Path:
+    return HERE / "build" / "clip" / f"{recipe.name}.pt"
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """The shared vocabulary, padded with another token than end-of-text, where open_clip's argmax looks for the end."""
+    tokenizer = make_tokenizer(HERE / "build" / "tokenizer")
+    tokenizer.pad_token = BOS
+    return tokenizer
+
+
+def export(recipe: Recipe) -> None:
+    """Write the averaged weights in fp16: open_clip's folder, and for the encoder the same weights for transformers."""
+    tokenizer = clip_tokenizer()
+    averaged = torch.load(checkpoint_path(recipe), weights_only=True)["average"]
+    weights = {k: v.half().contiguous() for k, v in taken(averaged, "module.clip.").items()}
+    out = HERE / recipe.name
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    preprocess = {"size": SIZE_PX, "mode": "RGB", "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {"model_cfg": recipe.model_cfg(len(tokenizer)), "preprocess_cfg": preprocess}
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, out / "open_clip_model.safetensors")
+    tokenizer.save_pretrained(out)
+    print(f"wrote {out}")
+    if recipe.name == "encoder":
+        export_to_transformers(recipe, weights, HERE / "image_encoder")
+
+
+def export_to_transformers(recipe: Recipe, weights: dict[str, Tensor], out: Path) -> None:
+    """Write the image tower as ``CLIPVisionModelWithProjection``, as IP-Adapter's encoder is published."""
+    width, layers = recipe.vision["width"], recipe.vision["layers"]
+    model = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // recipe.vision["head_width"],
+            image_size=SIZE_PX,
+            patch_size=recipe.vision["patch_size"],
+            projection_dim=recipe.embed_dim,
+            hidden_act="gelu",
+        )
+    )
+    model.load_state_dict(to_transformers(taken(weights, "visual."), layers), strict=False)
+    shutil.rmtree(out, ignore_errors=True)
+    model.half().save_pretrained(out)
+    config = out / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    size = {"shortest_edge": SIZE_PX}
+    crop = {"height": SIZE_PX, "width": SIZE_PX}
+    CLIPImageProcessor(size=size, crop_size=crop, image_mean=MEAN, image_std=STD, resample=3).save_pretrained(out)
+    print(f"wrote {out}")
+
+
+def to_transformers(visual: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """open_clip's names of a vision transformer → transformers'; the joint query-key-value matrix is cut in three."""
+    out = {
+        "vision_model.embeddings.class_embedding": visual["class_embedding"],
+        "vision_model.embeddings.position_embedding.weight": visual["positional_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": visual["conv1.weight"],
+        "visual_projection.weight": visual["proj"].T.contiguous(),
+    }
+    pairs = {"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}
+    for i in range(layers):
+        block, layer = f"transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}"
+        pairs |= {
+            f"{block}.ln_1": f"{layer}.layer_norm1",
+            f"{block}.ln_2": f"{layer}.layer_norm2",
+            f"{block}.mlp.c_fc": f"{layer}.mlp.fc1",
+            f"{block}.mlp.c_proj": f"{layer}.mlp.fc2",
+            f"{block}.attn.out_proj": f"{layer}.self_attn.out_proj",
+        }
+        for kind in ("weight", "bias"):
+            thirds = visual[f"{block}.attn.in_proj_{kind}"].chunk(3)
+            for name, third in zip("qkv", thirds, strict=True):
+                out[f"{layer}.self_attn.{name}_proj.{kind}"] = third.contiguous()
+    for theirs, ours in pairs.items():
+        for kind in ("weight", "bias"):
+            out[f"{ours}.{kind}"] = visual[f"{theirs}.{kind}"]
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=tuple(RECIPES))
+    parser.add_argument("--minutes", type=float, default=40, help="time of this training in all, over restarts")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
+    parser.add_argument("--export", action="store_true", help="write the folder from the checkpoint, without training")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = RECIPES[options.model]
+    if not options.export:
+        train(recipe, options)
+    export(recipe)
+
+
+if __name__ == "__main__":
+    main()

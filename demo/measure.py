@@ -1,0 +1,220 @@
+"""Measure the demo world: the figures of demo/README.md, and the picture grids.
+
+    python demo/measure.py clip               # probes and retrieval of encoder and judge
+    python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
+    python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
+    python demo/measure.py adapter RUN        # image prompt alone, 100 held-out pictures, three seeds
+
+Each prints its figures and keeps them in demo/figures.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_base import PatchPCA, fit_pca
+from make_clip import RECIPES, clip_tokenizer, make_model
+from PIL import Image
+from torch import Tensor
+from world import COLOURS, HERE, World, compose, draw_backgrounds, read_world
+
+sys.path.insert(0, str(HERE.parent))
+
+from ipa.metrics.clip import ClipScorer  # noqa: E402
+from ipa.metrics.prompt_scores import PromptScores, caption_ranks  # noqa: E402
+from ipa.types import Features, to_uint8  # noqa: E402
+
+FIGURES = HERE / "figures.json"
+IMAGES = HERE.parent / "docs" / "images"
+COUNT = 100
+
+
+def keep(name: str, figures: dict[str, Any]) -> None:
+    """Print the figures and merge them into the file of all figures."""
+    figures = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+    print(name, json.dumps(figures, indent=2))
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    known[name] = figures
+    FIGURES.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+def measure_clip(options: argparse.Namespace) -> None:
+    """Linear probes for style and background on concepts that neither probe nor encoder has seen, and text retrieval.
+
+    The probes learn from training concepts and are asked about held-out ones, in all styles and random backgrounds;
+    an untrained net of the same shape is the yardstick.
+    """
+    train, heldout = read_world(HERE / "data" / "train"), read_world(HERE / "build" / "data" / "judge")
+    for name in ("encoder", "judge"):
+        trained = ClipScorer.from_pretrained(f"local-dir:{HERE / name}")
+        torch.manual_seed(0)
+        untrained = ClipScorer.from_pretrained(f"local-dir:{HERE / name}")
+        untrained.clip.load_state_dict(make_model(RECIPES[name], clip_tokenizer()).state_dict())
+        figures = {f"{k}, trained": v for k, v in probe(trained, train, heldout).items()}
+        figures |= {f"{k}, untrained": v for k, v in probe(untrained, train, heldout).items()}
+        figures |= {f"training concepts, {k}": v for k, v in text_retrieval(trained, train).items()}
+        figures |= {f"held-out concepts, {k}": v for k, v in text_retrieval(trained, heldout).items()}
+        keep(name, figures)
+
+
+def probe(scorer: ClipScorer, train: World, heldout: World) -> dict[str, float]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    generator = torch.Generator().manual_seed(0)
+    backgrounds = [torch.randint(len(COLOURS), (len(world),), generator=generator) for world in (train, heldout)]
+    x = [pooled(scorer, compose(w.rgba, b)) for w, b in zip((train, heldout), backgrounds, strict=True)]
+    labels = {"style": (train.styles, heldout.styles), "background": tuple(b.tolist() for b in backgrounds)}
+    accuracies = {}
+    for what, (fit, ask) in labels.items():
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x[0].numpy(), fit)
+        accuracies[f"{what} probe"] = float(classifier.score(x[1].numpy(), ask))
+    return accuracies
+
+
+@torch.no_grad()
+def pooled(scorer: ClipScorer, pixels_B3HW: Tensor) -> Tensor:
+    """Embeddings as an adapter reads them, not normalised."""
+    normalized = ((pixels_B3HW + 1) / 2 - scorer.mean) / scorer.std
+    return torch.cat([scorer.clip.encode_image(piece) for piece in normalized.split(64)])
+
+
+def text_retrieval(scorer: ClipScorer, world: World) -> dict[str, float]:
+    """Share of 100 real pictures whose plain caption is the nearest, or among the nearest five, of the 100."""
+    rows = one_per_concept(world)[:COUNT]
+    generator = torch.Generator().manual_seed(0)
+    pixels = compose(world.rgba[rows], draw_backgrounds(len(rows), generator))
+    ranks = caption_ranks(scorer.embed_images(pixels), scorer.embed_texts([world.captions[i] for i in rows]))
+    return {"rank-1": float((ranks < 1).float().mean()), "rank-5": float((ranks < 5).float().mean())}
+
+
+def one_per_concept(world: World) -> list[int]:
+    """One row per concept, the styles taking turns."""
+    rows: dict[str, list[int]] = {}
+    for i, concept in enumerate(world.concepts):
+        rows.setdefault(concept, []).append(i)
+    return [members[turn % len(members)] for turn, members in enumerate(rows.values())]
+
+
+@torch.no_grad()
+def measure_vae(options: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(HERE / "base", subfolder="vae")
+    pixels = heldout_pixels()
+    pca: PatchPCA = fit_pca(read_world(HERE / "data" / "train"))
+    latents = vae.encode(pixels).latent_dist.mean
+    figures = {
+        "heldout dB": psnr(vae.decode(latents).sample.clamp(-1, 1), pixels),
+        "patch PCA dB": psnr(pca.decode(pca.encode(pixels)).clamp(-1, 1), pixels),
+        "latent distance to the PCA": float((latents - pca.encode(pixels)).square().mean()),
+        "parameters": sum(p.numel() for p in vae.parameters()),
+    }
+    keep("vae", figures)
+
+
+def psnr(a_B3HW: Tensor, b_B3HW: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB; pixels in [-1, 1]."""
+    mse_B = ((a_B3HW - b_B3HW) / 2).square().flatten(1).mean(1)
+    return float((-10 * mse_B.log10()).mean())
+
+
+def heldout_pixels(count: int | None = None) -> Tensor:
+    """The committed held-out pictures, which are opaque."""
+    world = read_world(HERE / "data" / "heldout")
+    return compose(world.rgba, torch.zeros(len(world), dtype=torch.long))[:count]
+
+
+def measure_base(options: argparse.Namespace) -> None:
+    """Pictures of 100 training captions from the text alone; the judge looks for the right caption among the 100."""
+    from diffusers import StableDiffusionPipeline
+
+    world = read_world(HERE / "data" / "train")
+    captions = [world.captions[i] for i in one_per_concept(world)[:COUNT]]
+    pipeline = StableDiffusionPipeline.from_pretrained(HERE / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in range(0, COUNT, 25):
+        piece = range(start, start + 25)
+        out = pipeline(
+            [captions[i] for i in piece],
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=[torch.Generator().manual_seed(i) for i in piece],
+            output_type="pt",
+        )
+        pictures.append(out.images * 2 - 1)
+    pixels = torch.cat(pictures)
+    judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
+    ranks = caption_ranks(judge.embed_images(pixels), judge.embed_texts(captions))
+    figures = {
+        "rank-1": float((ranks < 1).float().mean()),
+        "rank-5": float((ranks < 5).float().mean()),
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "captions": len(captions),
+    }
+    keep("base", figures)
+    save_grid(pixels[:64], captions[:64], IMAGES / "base.png")
+
+
+def save_grid(pixels_B3HW: Tensor, titles: list[str], path: Path, columns: int = 8, cell_px: int = 96) -> None:
+    from PIL import ImageDraw
+
+    line_px = 14
+    rows = -(-len(pixels_B3HW) // columns)
+    grid = Image.new("RGB", (columns * cell_px, rows * (cell_px + line_px)), "white")
+    pen = ImageDraw.Draw(grid)
+    for i, (picture, title) in enumerate(zip(to_uint8(pixels_B3HW), titles, strict=True)):
+        x, y = i % columns * cell_px, i // columns * (cell_px + line_px)
+        cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell_px - 4, cell_px - 4), Image.Resampling.LANCZOS)
+        grid.paste(cell, (x + 2, y))
+        pen.text((x + 2, y + cell_px - 2), title[:16], fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path, optimize=True)
+
+
+def measure_adapter(options: argparse.Namespace) -> None:
+    """λ = 0 and λ = 1 with the empty text, 100 held-out prompts, three seeds each."""
+    from ipa.checkpoint import read_metadata
+    from ipa.sampling import SamplingOptions, generate
+    from ipa.tools.sample import load_model
+
+    path = options.run / "adapter.safetensors"
+    model = load_model(path, str(HERE / "base"), f"local-dir:{HERE / 'encoder'}", read_metadata(path))
+    prompts = heldout_pixels(COUNT)
+    features: Features = model.encode_reference(to_uint8(prompts))
+    judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
+    figures: dict[str, Any] = {}
+    for scale in (0.0, 1.0):
+        how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=scale)
+        for seed in (0, 1, 2):
+            pixels = generate(model, features, [""] * COUNT, range(1000 * seed, 1000 * seed + COUNT), how)
+            metric = PromptScores(judge, sync_on_compute=False)
+            metric.update(pixels, prompts)
+            for name, value in metric.compute().items():
+                figures.setdefault(f"scale {scale:g}, {name}", []).append(round(float(value), 4))
+    keep("adapter", figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("clip", "vae", "base", "adapter"))
+    parser.add_argument("run", type=Path, nargs="?", help="run folder of the adapter")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    options = parser.parse_args()
+    if options.what == "adapter" and options.run is None:
+        parser.error("adapter needs the run folder, for example runs/decoupled_global/NAME")
+    measures = {"clip": measure_clip, "vae": measure_vae, "base": measure_base, "adapter": measure_adapter}
+    measures[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

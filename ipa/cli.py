@@ -1,0 +1,258 @@
+"""What a command answers when something was mistyped or cannot be done: one clear message, no traceback.
+
+    @command(config_path="conf", config_name="train")
+    def main(cfg: DictConfig) -> None: ...
+
+is ``hydra.main`` with better answers. A misspelt option gets Hydra's own message and the nearest names. An error that
+is the user's to mend (a file that is not there, a value that our code refuses) is told in its own words, and its
+traceback goes to the log file of the run. All else is a bug and keeps its traceback. ``HYDRA_FULL_ERROR=1`` or
+``debug=default`` shows every traceback.
+
+Imports only Hydra and the standard library, so that help and answers come at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+VERSION_BASE = "1.3"
+FAILED, WRONG_USAGE = 1, 2  # exit codes
+
+log = logging.getLogger(__name__)
+
+Task = Callable[[DictConfig], Any]
+
+
+def command(config_path: str, config_name: str) -> Callable[[Task], Callable[[], None]]:
+    """Make a Hydra command of a function; ``config_path`` counts from the file that the function stands in."""
+
+    def decorate(task: Task) -> Callable[[], None]:
+        config_dir = (Path(task.__code__.co_filename).parent / config_path).resolve()
+
+        @functools.wraps(task)
+        def run() -> None:
+            _Command(task, str(config_dir), config_name).run()
+
+        return run
+
+    return decorate
+
+
+class _WrongUsage(Exception):
+    """What was found wrong with a command line, in words."""
+
+
+class _Command:
+    """One run of a command. It knows whether the task was reached, which decides what an exception means."""
+
+    def __init__(self, task: Task, config_dir: str, config_name: str) -> None:
+        self.task = task
+        self.config_dir = config_dir
+        self.config_name = config_name
+        self.full_error = os.environ.get("HYDRA_FULL_ERROR")
+        self.show_everything = self.full_error == "1"
+        self.reached_task = False
+
+    def run(self) -> None:
+        with _full_error("1"):  # Hydra passes exceptions on instead of printing them
+            try:
+                self._refuse_bad_sweep()
+                hydra.main(self.config_dir, self.config_name, VERSION_BASE)(self._as_hydra_task())()
+            except Exception as error:
+                if self.show_everything:
+                    raise
+                self._report(error)
+                sys.exit(FAILED if self.reached_task else WRONG_USAGE)
+
+    def _refuse_bad_sweep(self) -> None:
+        """Look at the overrides before Hydra does, which makes the folder of a sweep first."""
+        if {"-m", "--multirun"} & set(sys.argv):
+            complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name)
+            if complaints:
+                raise _WrongUsage("\n\n".join(complaints))
+
+    def _as_hydra_task(self) -> Task:
+        @functools.wraps(self.task)  # Hydra names the job after the file of the wrapped function
+        def task(cfg: DictConfig) -> Any:
+            self.reached_task = True
+            self.show_everything |= HydraConfig.get().runtime.choices.get("debug") is not None
+            with _full_error(self.full_error):  # as the user left it, also for child processes
+                return self.task(cfg)
+
+        return task
+
+    def _report(self, error: Exception) -> None:
+        message = explain_failure(error) if self.reached_task else self._explain_usage(error)
+        if message is None:
+            traceback.print_exception(error.with_traceback(self._below_task(error.__traceback__)))
+            print("\nHYDRA_FULL_ERROR=1 shows Hydra's frames as well.", file=sys.stderr)
+        else:
+            log.debug("Where the error on the console came from:", exc_info=error)
+            print(f"\n{message}", file=sys.stderr)
+
+    def _explain_usage(self, error: Exception) -> str | None:
+        if isinstance(error, _WrongUsage):
+            complaints = [str(error)]
+        elif isinstance(error, HydraException | OmegaConfBaseException | ValueError):
+            complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name) or [_hydra_message(error)]
+        else:
+            return None
+        command = f"python {os.path.relpath(sys.argv[0])}"
+        hint = f"`{command} --help` explains the options, `{command} --cfg job` shows every one with its value."
+        return "\n\n".join([*complaints, hint])
+
+    def _below_task(self, trace: TracebackType | None) -> TracebackType | None:
+        """The part of a traceback that starts in the task, without Hydra's frames; all of it if that is not there."""
+        part = trace
+        while part is not None and part.tb_frame.f_code is not self.task.__code__:
+            part = part.tb_next
+        return part or trace
+
+
+@contextmanager
+def _full_error(value: str | None) -> Iterator[None]:
+    before = os.environ.pop("HYDRA_FULL_ERROR", None)
+    if value is not None:
+        os.environ["HYDRA_FULL_ERROR"] = value
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def explain_failure(error: Exception) -> str | None:
+    """The words for an error that the user can mend, None for a bug, whose traceback is wanted.
+
+    The user's are: what the system refuses (files, disk, network), a value that is missing or refers to nothing, a
+    ``ValueError`` raised by our code itself, and arguments in the configuration that a constructor does not take.
+    """
+    cause: BaseException = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, OSError | MissingMandatoryValue | InterpolationResolutionError):
+        return f"{type(cause).__name__}: {cause}" if isinstance(cause, OSError) else str(cause)
+    if isinstance(cause, ValueError) and _raised_in(cause.__traceback__, "ipa"):
+        return str(cause)
+    if isinstance(error, InstantiationException) and _raised_in(cause.__traceback__, "hydra"):
+        return str(error)
+    return None
+
+
+def _raised_in(trace: TracebackType | None, package: str) -> bool:
+    """Whether the innermost frame stands in this package."""
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    name = trace.tb_frame.f_globals.get("__spec__") or trace.tb_frame.f_globals.get("__name__")
+    return str(getattr(name, "name", name)).split(".")[0] == package
+
+
+def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list[str]:
+    """Hydra's message and the nearest names for every override, or value of a sweep, that does not fit the others.
+
+    They are tried one after the other, since Hydra itself stops at the first bad one. Choices of groups come first,
+    since they decide which keys there are.
+    """
+    args = get_args_parser().parse_args(argv)
+    config_name = args.config_name or config_name
+    complaints: list[str] = []
+    accepted: list[str] = []
+    with hydra.initialize_config_dir(os.path.abspath(args.config_path or config_dir), version_base=VERSION_BASE):
+        for override in sorted(args.overrides, key=_names_no_group):
+            fitting = []
+            for single in _each_value(override) if args.multirun else [override]:
+                try:
+                    hydra.compose(config_name, [*accepted, single])
+                    fitting.append(single)
+                except (HydraException, OmegaConfBaseException, ValueError) as error:
+                    near = _nearest_overrides(single, config_name, accepted)
+                    question = f"\nDid you mean {' or '.join(near)}?" if near else ""
+                    complaints.append(_hydra_message(error) + question)
+            accepted += fitting[:1]
+    return complaints
+
+
+def _hydra_message(error: Exception) -> str:
+    message = str(error).split("\nConfig search path:")[0]  # paths of Hydra's own, no help here
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        message = f"{message}\n{str(error.__cause__).splitlines()[0]}"
+    return message.strip()
+
+
+def _names_no_group(override: str) -> bool:
+    """Sort key: choices of groups first, since they decide which keys there are."""
+    key = override.partition("=")[0]
+    return not _options(key.lstrip("+~").partition("@")[0])
+
+
+def _options(group: str) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def _each_value(override: str) -> list[str]:
+    """``lr=1,2`` → ``lr=1`` and ``lr=2``; no value of a sweep that a plug-in expands; anything else as it is."""
+    try:
+        (parsed,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
+    except HydraException:
+        return [override]
+    if not parsed.is_sweep_override():
+        return [override]
+    if not (parsed.is_choice_sweep() or parsed.is_range_sweep()):
+        return []
+    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+
+
+def _nearest_overrides(override: str, config_name: str, accepted: list[str]) -> list[str]:
+    """The override written with existing names in place of the misspelt one, best first."""
+    key, equals, value = override.partition("=")
+    prefix, key = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
+    options = _options(key.partition("@")[0])
+    if options:
+        return [f"{prefix}{key}={name}" for name in nearest(value, options)]
+    cfg = hydra.compose(config_name, accepted, return_hydra_config=key.startswith("hydra"))
+    names = _keys(OmegaConf.to_container(cfg, resolve=False))
+    if "." not in key:
+        names += GlobalHydra.instance().config_loader().list_groups("")
+    return [f"{prefix}{name}{equals}{value}" for name in nearest(key, names)]
+
+
+def _keys(node: Any, path: str = "") -> list[str]:
+    """Dotted names of all values: ``optimizer.lr`` …"""
+    if not (isinstance(node, dict) and node):
+        return [path]
+    inside = {f"{path}.{key}" if path else str(key): value for key, value in node.items() if key != "_target_"}
+    return [name for key, value in inside.items() for name in _keys(value, key)]
+
+
+def nearest(name: str, names: list[str], count: int = 3) -> list[str]:
+    """Existing names whose last part resembles that of ``name``, those in the most similar place first."""
+
+    def likeness(other: str) -> tuple[float, float]:
+        pairs = zip(name.rpartition(".")[::2], other.rpartition(".")[::2], strict=True)
+        place, last = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last, place
+
+    close = {other: score for other in names if (score := likeness(other))[0] >= 0.6}
+    return sorted(close, key=lambda other: -sum(close[other]))[:count]

@@ -1,0 +1,36 @@
+"""Samples that cannot be used: skipped, counted by reason, and never repaired in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+BROKEN_TAR = "broken tar"
+NO_PICTURE = "no picture"
+BROKEN_PICTURE = "broken picture"
+TOO_MANY_PIXELS = "too many pixels"
+NO_CAPTION = "no caption"
+EMPTY_CAPTION = "empty caption"
+NOT_UTF8 = "caption is not UTF-8"
+BROKEN_METADATA = "broken metadata"
+DUPLICATE_KEY = "duplicate key"
+
+
+class Rejected(Exception):
+    """A sample, or the rest of a shard, cannot be used: ``reason`` is what is counted, ``detail`` is for the log."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class NoGoodSamples(ValueError):
+    """A whole pass over the shards gave nothing to train on."""
+
+
+def no_good_samples(rejects: Mapping[str, int], shards: int) -> NoGoodSamples:
+    counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items())) or "they are empty"
+    return NoGoodSamples(
+        f"no usable sample in a whole pass over {shards} shards ({counts}). Expected img2dataset's layout: per sample "
+        "a picture and its caption under one key. Check data.caption_key and look into a shard with `tar tf`."
+    )

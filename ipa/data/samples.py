@@ -1,0 +1,70 @@
+"""Records → samples → batches: decode, cut, draw, stack."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipa.data.addresses import Address
+from ipa.data.draws import DropRates, draw
+from ipa.data.records import Record
+from ipa.data.rejects import Rejected
+from ipa.data.transforms import Background, open_picture, square, to_tensor
+from ipa.types import Batch, Position
+
+
+@dataclass
+class Sample:
+    """A decoded record. ``address`` is where its draws are made: its own, unless it stands in for a broken one."""
+
+    image_3HW: Tensor
+    reference_3HW: Tensor
+    record: Record
+    address: Address
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What becomes of a record: edge of target and reference, size of the latents (C, H, W), drops, background.
+
+    Pictures of more than ``max_pixels`` are rejected before they are decoded.
+    """
+
+    image_size_px: int
+    reference_size_px: int
+    latent_shape: tuple[int, int, int]
+    drops: DropRates
+    background: Background
+    max_pixels: int = 100_000_000
+
+    def sample(self, record: Record, address: Address) -> Sample:
+        """Raises ``Rejected`` if the picture cannot be used; a second try on the same record costs nothing."""
+        if record.broken:
+            raise record.broken
+        try:
+            picture = open_picture(record.picture, self.background.colour(address), self.max_pixels)
+        except Rejected as reject:
+            record.broken, record.picture = reject, b""
+            raise
+        image, reference = square(picture, self.image_size_px), square(picture, self.reference_size_px)
+        return Sample(to_tensor(image), to_tensor(reference), record, address)
+
+    def batch(self, samples: Sequence[Sample], rejects: Counter[str], position: Position | None = None) -> Batch:
+        return Batch(
+            image_B3HW=torch.stack([sample.image_3HW for sample in samples]),
+            reference_B3HW=torch.stack([sample.reference_3HW for sample in samples]),
+            text=[sample.record.caption for sample in samples],
+            draws=draw([sample.address for sample in samples], self.latent_shape, self.drops),
+            keys=[sample.record.key for sample in samples],
+            shards=[sample.record.shard for sample in samples],
+            rejects=dict(rejects),
+            position=position,
+        )
+
+
+def reasons(rejects: Sequence[Rejected]) -> Counter[str]:
+    return Counter(reject.reason for reject in rejects)

@@ -1,0 +1,1 @@
+"""Frozen image encoders: a reference picture in, features out."""

@@ -1,0 +1,1 @@
+"""Published file layouts: what diffusers, ComfyUI and the original code read."""

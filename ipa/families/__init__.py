@@ -1,0 +1,1 @@
+"""Frozen base models, one file per family: VAE, text encoders, denoiser, noise schedule, and the hosts for branches."""

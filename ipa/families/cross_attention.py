@@ -1,0 +1,124 @@
+"""A cross-attention layer of a diffusers UNet as a host for an image branch.
+
+Decoupled cross-attention (Ye et al. 2023, equation 5), with one query for both and the sum taken before ``to_out``:
+
+    Z = softmax(Q Kᵀ / √d) V + λ · softmax(Q K′ᵀ / √d) V′,     K′ = c_i W′_k,  V′ = c_i W′_v
+
+Letters here: Q queries (latent cells), M heads, d head width; the rest as in ``ipa.types``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ipa.types import Channel
+
+
+class CrossAttentionBranch(nn.Module):
+    """K′ and V′ of one layer; they start as copies of the layer's own K and V."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        inner_width, context_width = attention.to_k.weight.shape
+        self.heads = attention.heads
+        factory = {"device": attention.to_k.weight.device, "dtype": torch.float32}
+        self.to_k_ip = nn.Linear(context_width, inner_width, bias=False, **factory)
+        self.to_v_ip = nn.Linear(context_width, inner_width, bias=False, **factory)
+        with torch.no_grad():
+            self.to_k_ip.weight.copy_(attention.to_k.weight)
+            self.to_v_ip.weight.copy_(attention.to_v.weight)
+
+    def forward(self, query_BMQd: Tensor, tokens_BTD: Tensor, time: Tensor | None, scale: Tensor) -> Tensor:
+        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family."""
+        key_BMTd = split_heads(self.to_k_ip(tokens_BTD), self.heads).to(query_BMQd.dtype)
+        value_BMTd = split_heads(self.to_v_ip(tokens_BTD), self.heads).to(query_BMQd.dtype)
+        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd)
+        return scale.to(attended.dtype) * join_heads(attended)
+
+
+class CrossAttentionHost:
+    """The cross-attention of one transformer block; SD 1.x, 2.x and SDXL share this kind."""
+
+    def __init__(self, name: str, attention: Attention) -> None:
+        self.name = name
+        self.attention = attention
+        self._found: Any = None
+
+    def make_branch(self) -> CrossAttentionBranch:
+        return CrossAttentionBranch(self.attention)
+
+    def plug(self, branch: nn.Module, channel: Channel) -> None:
+        if self._found is not None:
+            raise RuntimeError(f"{self.name} already has a branch; call remove() on the adapter that put it there")
+        self._found = self.attention.processor
+        self.attention.processor = BranchProcessor(self._found, branch, channel)
+
+    def unplug(self) -> None:
+        if self._found is None:
+            return
+        self.attention.processor = self._found
+        self._found = None
+
+
+class BranchProcessor:
+    """Stands in for a layer's processor: without a prompt in the channel it is the processor that it replaced."""
+
+    def __init__(self, replaced: Any, branch: nn.Module, channel: Channel) -> None:
+        self.replaced = replaced
+        self.branch = branch
+        self.channel = channel
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        prompt = self.channel.prompt
+        if prompt is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
+        query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
+        text_BQd = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
+        attended = text_BQd + self.branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale)
+        out = attn.to_out[1](attn.to_out[0](attended))
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+
+def attend_to_text(attn: Attention, query_BMQd: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    """The layer's own cross-attention up to, not including, its output projection."""
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, text_BLD.shape[1], len(text_BLD))
+        mask = mask.view(len(text_BLD), attn.heads, -1, mask.shape[-1])
+    key_BMLd = split_heads(attn.to_k(text_BLD), attn.heads)
+    value_BMLd = split_heads(attn.to_v(text_BLD), attn.heads)
+    return join_heads(F.scaled_dot_product_attention(query_BMQd, key_BMLd, value_BMLd, attn_mask=mask))
+
+
+def split_heads(states_BNC: Tensor, heads: int) -> Tensor:
+    """B × N × (M d) → B × M × N × d."""
+    return states_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(states_BMNd: Tensor) -> Tensor:
+    """B × M × N × d → B × N × (M d)."""
+    return states_BMNd.transpose(1, 2).flatten(2)
+
+
+def find_hosts(unet: nn.Module) -> list[CrossAttentionHost]:
+    """All cross-attention layers in the order of the modules: down, up, mid, which is the published order."""
+    hosts = []
+    for name, module in unet.named_modules():
+        if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
+            hosts.append(CrossAttentionHost(f"{name}.attn2", module.attn2))
+    return hosts

@@ -1,0 +1,1 @@
+"""Scores of generated pictures: torchmetrics classes over tensors of pixels in [-1, 1]."""

@@ -1,0 +1,110 @@
+"""Family, encoder, head, adapter and objective together: the only place where they meet.
+
+    L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text and c_image dropped now and then
+    (Ye et al. 2023, equations 6 and 7)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ipa import objective
+from ipa.types import Batch, Features, ImagePrompt, TextCondition, to_unit_range
+
+
+class IPAdapterModel(nn.Module):
+    """A frozen base and encoder with a trainable head and adapter.
+
+    ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and the parameter count use it.
+    """
+
+    def __init__(self, family: Any, encoder: Any, head: Any, adapter: Any) -> None:
+        super().__init__()
+        self.family, self.encoder = family, encoder
+        self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
+
+    @property
+    def head(self) -> Any:
+        return self.trainable["image_proj"]
+
+    @property
+    def adapter(self) -> Any:
+        return self.trainable["ip_adapter"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trainable.parameters()).device
+
+    def count_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.trainable.parameters())
+
+    def frozen_hash(self) -> str:
+        """SHA-256 over every frozen weight and buffer, to show that training left them alone."""
+        digest = hashlib.sha256()
+        for part in (self.family, self.encoder):
+            for name, value in sorted(part.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode_reference(self, reference_B3HW: Tensor) -> Features:
+        """uint8 reference pictures at the encoder's size → the features that the head reads."""
+        return self.encoder.encode(to_unit_range(reference_B3HW), uses=self.head.uses)
+
+    def no_image(self, batch: int) -> Features:
+        """What the head reads when there is no image: zeros, or the encoder's blank picture, as the head says."""
+        blank = self.encoder.blank(batch, uses=self.head.uses)
+        if self.head.no_image == "blank":
+            return blank
+        return Features(*(None if x is None else torch.zeros_like(x) for x in (blank.pooled_BE, blank.patches_BPF)))
+
+    def image_tokens(self, features: Features, t_B: Tensor | None = None) -> Tensor:
+        return self.head(features, t_B)
+
+    @contextmanager
+    def prompted(self, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor) -> Iterator[TextCondition]:
+        """While inside, the denoiser sees the image tokens with weight λ = ``scale``; yields the text to give it."""
+        if tokens_BTD is None:
+            yield text
+            return
+        weight = torch.as_tensor(scale, dtype=torch.float32, device=tokens_BTD.device)
+        with self.adapter.condition(text, ImagePrompt(tokens_BTD, weight)) as conditioned:
+            yield conditioned
+
+    def predict(self, latents_BCHW: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float) -> Tensor:
+        with self.prompted(text, tokens_BTD, scale) as conditioned:
+            return self.family.denoise(latents_BCHW, t_B, conditioned)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Squared error of each sample (error_B) under the drops, noise and times that the batch carries."""
+        draws = batch.draws
+        x0_BCHW = self.family.encode_pixels(to_unit_range(batch.image_B3HW)).sample(draws.posterior_noise_BCHW)
+        tokens_BTD = self._training_tokens(batch.reference_B3HW, draws.drop_image_B)
+        text = self._training_text(batch.text, draws.drop_text_B)
+        alphas = self.family.alphas_cumprod
+        t_B = objective.to_timesteps(draws.time_B, len(alphas))
+        noisy = objective.add_noise(x0_BCHW, draws.noise_BCHW, alphas, t_B)
+        target = objective.make_target(self.family.prediction_type, x0_BCHW, draws.noise_BCHW, alphas, t_B)
+        return objective.squared_error(self.predict(noisy, t_B, text, tokens_BTD, scale=1.0), target)
+
+    def _training_tokens(self, reference_B3HW: Tensor, drop_B: Tensor) -> Tensor:
+        features, empty = self.encode_reference(reference_B3HW), self.no_image(1)
+        return self.image_tokens(
+            Features(
+                replace(features.pooled_BE, drop_B, empty.pooled_BE), replace(features.patches_BPF, drop_B, empty.patches_BPF)
+            )
+        )
+
+    def _training_text(self, texts: Sequence[str], drop_B: Tensor) -> TextCondition:
+        dropped = drop_B.tolist()
+        return self.family.encode_text(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
+
+
+def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
+    return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)

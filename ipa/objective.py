@@ -1,0 +1,56 @@
+"""Noise path and targets of diffusion training, as pure functions of tensors.
+
+    x_t = α_t x_0 + σ_t ε,     α_t = √ᾱ_t,  σ_t = √(1 − ᾱ_t)
+    ε-prediction:  target = ε                      (Ho et al. 2020)
+    v-prediction:  target = α_t ε − σ_t x_0        (Salimans & Ho 2022)
+    sample:        target = x_0
+
+ᾱ_t and the kind of target are the checkpoint's own (its scheduler configuration).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def to_timesteps(time_B: Tensor, num_timesteps: int) -> Tensor:
+    """Uniform draws in [0, 1) → integer timesteps 0 … num_timesteps − 1, each equally likely."""
+    return (time_B.double() * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def alpha_sigma(alphas_cumprod_S: Tensor, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+    """α_t and σ_t of each sample, shaped to multiply latents (B × 1 × 1 × 1)."""
+    alpha_bar = alphas_cumprod_S.to(timestep_B.device)[timestep_B][:, None, None, None]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_S: Tensor, timestep_B: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(alphas_cumprod_S, timestep_B)
+    return alpha * x0_BCHW + sigma * noise_BCHW
+
+
+def make_target(
+    prediction_type: str, x0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_S: Tensor, timestep_B: Tensor
+) -> Tensor:
+    """What the denoiser should say; raises ValueError for a prediction type that is not one of PREDICTION_TYPES."""
+    if prediction_type == "epsilon":
+        return noise_BCHW
+    if prediction_type == "sample":
+        return x0_BCHW
+    if prediction_type == "v_prediction":
+        alpha, sigma = alpha_sigma(alphas_cumprod_S, timestep_B)
+        return alpha * noise_BCHW - sigma * x0_BCHW
+    raise ValueError(f"the base's scheduler predicts {prediction_type!r}; this trainer knows {', '.join(PREDICTION_TYPES)}")
+
+
+def squared_error(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean squared error of each sample, in fp32: error_B."""
+    return (prediction_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)
+
+
+def replace_rows(states: Tensor, drop_B: Tensor, replacement: Tensor) -> Tensor:
+    """Rows marked in ``drop_B`` become ``replacement`` (one row, or as many as the batch)."""
+    return torch.where(drop_B.view(-1, *[1] * (states.ndim - 1)), replacement.to(states.dtype), states)

@@ -1,0 +1,149 @@
+"""Previews: the same held-out image prompts with the same seeds at fixed steps, as a grid and as scores.
+
+Loss says little about an adapter; these pictures do. Rows are held-out image prompts; columns are the prompt itself,
+λ = 0, 0.5 and 1 with the empty text, and λ = 1 with a text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ipa.metrics.clip import ClipScorer, fit_square
+from ipa.metrics.prompt_scores import PromptScores
+from ipa.model import IPAdapterModel
+from ipa.sampling import SamplingOptions, generate
+from ipa.types import Features, to_uint8, to_unit_range
+
+SCALES = (0.0, 0.5, 1.0)
+
+
+class HeldOutPrompts:
+    """Held-out pictures as image prompts: uint8 images and references (B3HW) and their captions."""
+
+    def __init__(self, images_B3HW: Tensor, references_B3HW: Tensor, captions: list[str]) -> None:
+        self.images_B3HW, self.references_B3HW, self.captions = images_B3HW, references_B3HW, captions
+
+    @classmethod
+    def from_datamodule(cls, datamodule: Any, count: int) -> HeldOutPrompts | None:
+        """The first ``count`` validation samples, fewer if there are fewer; None without validation data."""
+        loader = datamodule.val_dataloader()
+        if isinstance(loader, list):
+            return None
+        images, references, captions = [], [], []
+        for batch in loader:
+            images.append(batch.image_B3HW)
+            references.append(batch.reference_B3HW)
+            captions += batch.text
+            if len(captions) >= count:
+                break
+        return cls(torch.cat(images)[:count], torch.cat(references)[:count], captions[:count])
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def head(self, count: int) -> HeldOutPrompts:
+        return HeldOutPrompts(self.images_B3HW[:count], self.references_B3HW[:count], self.captions[:count])
+
+
+def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
+    pieces = [model.encode_reference(piece.to(model.device)) for piece in prompts.references_B3HW.split(batch_size)]
+    fields = [[getattr(piece, name) for piece in pieces] for name in ("pooled_BE", "patches_BPF")]
+    return Features(*(None if found[0] is None else torch.cat(found) for found in fields))
+
+
+def generate_from(
+    model: IPAdapterModel, prompts: HeldOutPrompts, options: SamplingOptions, seed: int, texts: list[str] | None = None
+) -> Tensor:
+    """One picture per prompt, empty text unless ``texts`` are given; seeds ``seed``, ``seed + 1`` …"""
+    texts = texts or [""] * len(prompts)
+    return generate(model, encode(model, prompts), texts, range(seed, seed + len(prompts)), options)
+
+
+def score_prompts(
+    model: IPAdapterModel, scorer: ClipScorer, prompts: HeldOutPrompts, options: SamplingOptions, seed: int
+) -> dict[str, float]:
+    """Generate from every prompt with the empty text, and score: clip_i, retrieval_at_1, border_lab."""
+    metric = PromptScores(scorer, sync_on_compute=False)
+    metric.update(generate_from(model, prompts, options, seed), to_unit_range(prompts.images_B3HW))
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Image.Image:
+    """Pictures in [-1, 1] as a grid, one tensor B3HW per column, titles above."""
+    header_px, gap_px = 18, 4
+    pitch = cell_px + gap_px
+    grid = Image.new("RGB", (pitch * len(columns) + gap_px, pitch * len(columns[0]) + header_px + gap_px), "white")
+    pen = ImageDraw.Draw(grid)
+    for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
+        pen.text((gap_px + x * pitch, 3), title, fill="black")
+        for y, picture in enumerate(to_uint8(fit_square(column, column.shape[-1]))):
+            cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell_px, cell_px), Image.Resampling.NEAREST)
+            grid.paste(cell, (gap_px + x * pitch, header_px + gap_px + y * pitch))
+    return grid
+
+
+class Previews(L.Callback):
+    """At every ``every_n_steps`` and at the end of training: a grid in ``folder`` and CLIP-I of the previewed prompts.
+
+    ``text`` is what the last column asks for. Without a scorer there are pictures only.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every_n_steps: int,
+        options: SamplingOptions,
+        num_prompts: int = 8,
+        num_scored: int = 32,
+        text: str = "",
+        seed: int = 0,
+        scorer: ClipScorer | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.options = options
+        self.num_prompts, self.num_scored = num_prompts, num_scored
+        self.text, self.seed, self.scorer = text, seed, scorer
+        self.prompts: HeldOutPrompts | None = None
+        self.last: Path | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.prompts = HeldOutPrompts.from_datamodule(datamodule, max(self.num_prompts, self.num_scored))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and trainer.is_global_zero and self.prompts is not None:
+            self.preview(trainer, pl_module)
+
+    def preview(self, trainer: L.Trainer, pl_module: Any) -> None:
+        model, step, prompts = pl_module.model, trainer.global_step, self.prompts
+        assert prompts is not None
+        grid = self.draw(model, prompts.head(self.num_prompts))
+        self.last = self.folder / f"step_{step:06d}.png"
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(self.last)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("preview/grid", [grid], step=step)
+        if self.scorer is not None:
+            scores = score_prompts(model, self.scorer, prompts.head(self.num_scored), self.options, self.seed)
+            pl_module.log_dict({f"preview/{name}": value for name, value in scores.items()}, rank_zero_only=True)
+
+    def draw(self, model: IPAdapterModel, prompts: HeldOutPrompts) -> Image.Image:
+        columns, titles = [to_unit_range(prompts.images_B3HW)], ["prompt"]
+        for scale in SCALES:
+            columns.append(generate_from(model, prompts, self.options.with_scale(scale), self.seed))
+            titles.append(f"scale {scale:g}")
+        if self.text:
+            columns.append(generate_from(model, prompts, self.options, self.seed, [self.text] * len(prompts)))
+            titles.append(f"+ {self.text}")
+        return draw_grid(columns, titles)

@@ -1,0 +1,159 @@
+"""`python train.py`: build the parts from the configuration, fit, and say what came out.
+
+A run lives in one folder: ``config.yaml`` (resolved), ``log.csv``, ``previews/``, ``checkpoints/``, ``adapter.safetensors``.
+The same command with the same ``name`` goes on from ``checkpoints/last.ckpt``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ipa.checkpoint import write_atomically
+from ipa.model import IPAdapterModel
+from ipa.sampling import SamplingOptions
+from ipa.training.callbacks import Throughput
+from ipa.training.checkpointing import AtomicCheckpointIO
+from ipa.training.module import AdapterTraining
+from ipa.training.previews import HeldOutPrompts, Previews, score_prompts
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> None:
+    """Run one training; raises ValueError or OSError with a message for the user."""
+    quiet_libraries()
+    folder = Path(cfg.paths.run)
+    cfg = settle_configuration(cfg, folder)
+    L.seed_everything(cfg.seed, verbose=False)
+    datamodule: Any = instantiate(cfg.data)  # first of all, since missing shards are told before weights are read
+    model = build_model(cfg)
+    datamodule.fit_to(
+        image_size_px=cfg.image_size_px or model.family.image_size_px,
+        reference_size_px=model.encoder.image_size_px,
+        latent_shape=model.family.latent_shape(cfg.image_size_px or model.family.image_size_px),
+    )
+    callbacks = list(instantiate(cfg.callbacks).values())
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=list(instantiate(cfg.logger).values()),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+    )
+    log.info("training %s parameters in %s", f"{model.count_trainable():,}", folder)
+    checkpoint = last_checkpoint(folder)
+    trainer.fit(AdapterTraining(model, instantiate(cfg.optimizer)), datamodule=datamodule, ckpt_path=checkpoint)
+    report(cfg, folder, model, datamodule, trainer, callbacks)
+
+
+def build_model(cfg: DictConfig) -> IPAdapterModel:
+    """Load the frozen parts and make the trainable ones; all widths come from the loaded objects."""
+    family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
+    make_head: partial[Any] = instantiate(cfg.tokens)
+    head = make_head(embedding_width=encoder.width(make_head.func.uses), context_width=family.context_width)
+    return IPAdapterModel(family, encoder, head, instantiate(cfg.adapter)(family.hosts()))
+
+
+def settle_configuration(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Save the resolved configuration; for a run that goes on the saved one wins, and the differences are told."""
+    asked: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    path = folder / "config.yaml"
+    if last_checkpoint(folder) is None:
+        write_atomically(path, lambda beside: OmegaConf.save(asked, beside))
+        return asked
+    saved: Any = OmegaConf.load(path)
+    log.info("%s has a checkpoint: this run goes on from there with its saved configuration", folder)
+    for name, (before, now) in differences(saved, asked).items():
+        log.warning("%s stays %s; you asked for %s, which needs a run of its own (another name=)", name, before, now)
+    return saved
+
+
+def differences(saved: Any, asked: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted name → (saved value, asked value) where two configurations differ."""
+    before, now = flatten(OmegaConf.to_container(saved)), flatten(OmegaConf.to_container(asked))
+    names = sorted(before.keys() | now.keys())
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+
+
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {path: node}
+    return {name: value for key, child in node.items() for name, value in flatten(child, f"{path}.{key}".lstrip(".")).items()}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    path = folder / "checkpoints" / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def quiet_libraries() -> None:
+    """Loading bars of small models and advice for the trainer's authors are noise in a user's console."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*have no `validation_step`.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    torch.set_float32_matmul_precision("high")
+
+
+def report(
+    cfg: DictConfig, folder: Path, model: IPAdapterModel, datamodule: Any, trainer: L.Trainer, callbacks: list[Any]
+) -> None:
+    """Print and save what the run reached, and what to try next."""
+    throughput = next((c for c in callbacks if isinstance(c, Throughput)), None)
+    previews = next((c for c in callbacks if isinstance(c, Previews)), None)
+    best: Any = trainer.checkpoint_callback
+    summary: dict[str, Any] = {
+        "parameters trained": model.count_trainable(),
+        "steps": trainer.global_step,
+        "samples per second": round(throughput.mean_samples_per_s, 1) if throughput else None,
+        "samples rejected": sum(datamodule.rejects.values()),
+        "best checkpoint": getattr(best, "best_model_path", "") or None,
+        "last preview": str(previews.last) if previews and previews.last else None,
+        "adapter": str(folder / "adapter.safetensors"),
+    }
+    if cfg.scoring is not None:
+        summary["scores"] = final_scores(cfg, model, datamodule)
+    write_atomically(folder / "summary.json", lambda beside: beside.write_text(json.dumps(summary, indent=2) + "\n"))
+    log.info("\n%s", describe(summary))
+    log.info("\nNext: %s", cfg.next_command.replace("RUN", str(folder)) if cfg.next_command else "")
+
+
+def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> dict[str, dict[str, float]]:
+    """Scores over the held-out prompts with the empty text: without the image (λ = 0) and with it (λ = 1)."""
+    prompts = HeldOutPrompts.from_datamodule(datamodule, cfg.scoring.num_prompts)
+    if prompts is None:
+        return {}
+    options: SamplingOptions = instantiate(cfg.scoring.options)
+    scorer = instantiate(cfg.scoring.scorer)
+    log.info("scoring %d held-out image prompts, without and with the image …", len(prompts))
+    return {
+        f"scale {scale:g}": score_prompts(model, scorer, prompts, options.with_scale(scale), cfg.scoring.seed)
+        for scale in (0.0, 1.0)
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as lines for the console, with the scores as a small table."""
+    lines = [f"{name:20} {value}" for name, value in summary.items() if name != "scores" and value is not None]
+    scores = summary.get("scores") or {}
+    if scores:
+        names = list(next(iter(scores.values())))
+        lines += ["", f"{'held-out prompts':20}" + "".join(f"{name:>16}" for name in names)]
+        lines += [f"{row:20}" + "".join(f"{values[name]:16.3f}" for name in names) for row, values in scores.items()]
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""What crosses the borders between modules: shape letters, units and ranges, and the few data classes that carry them.
+
+Shape letters, used as suffixes of tensor names everywhere:
+
+    B  batch                    N  images per sample
+    C  latent channels          H W  height and width (pixels or latent cells, as the name says)
+    L  text tokens              T  image tokens
+    D  width of the context that cross-attention reads
+    P  patches, class token included
+    E  width of the pooled image embedding          F  width of a patch feature
+
+Pixels are uint8 when they leave a data worker and float in [-1, 1] everywhere inside the model. Guidance scales are
+diffusers' (1 means none). λ, the weight of the image prompt, is called ``scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Features:
+    """What a frozen image encoder says of a picture; a head reads one of the two and a cache holds what it reads.
+
+    ``pooled_BE`` is the projected embedding, not normalised; ``patches_BPF`` the penultimate layer's hidden states,
+    class token first, not normalised.
+    """
+
+    pooled_BE: Tensor | None = None
+    patches_BPF: Tensor | None = None
+
+
+@dataclass
+class Posterior:
+    """Diagonal normal over the latents of a picture: scaled mean and log-variance, both BCHW."""
+
+    mean_BCHW: Tensor
+    logvar_BCHW: Tensor
+
+    def sample(self, noise_BCHW: Tensor) -> Tensor:
+        """z = mean + exp(logvar / 2) · noise, already in the scale that the denoiser expects."""
+        return self.mean_BCHW + torch.exp(0.5 * self.logvar_BCHW) * noise_BCHW
+
+
+@dataclass
+class TextCondition:
+    """Encoded text: the states that cross-attention reads, and the pooled text of families that want it (SDXL)."""
+
+    states_BLD: Tensor
+    pooled_BE: Tensor | None = None
+
+
+@dataclass
+class Draws:
+    """All randomness of a batch, each row drawn by a generator with the sample's own address.
+
+    ``time_B`` is uniform in [0, 1); the objective turns it into timesteps. ``drop_*_B`` are booleans.
+    """
+
+    posterior_noise_BCHW: Tensor
+    noise_BCHW: Tensor
+    time_B: Tensor
+    drop_text_B: Tensor
+    drop_image_B: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
+        return Draws(**{name: function(tensor) for name, tensor in vars(self).items()})
+
+
+class Position(NamedTuple):
+    """A place in the training order: ``offset`` samples of pass number ``epoch`` lie behind it, over all ranks."""
+
+    epoch: int = 0
+    offset: int = 0
+
+
+@dataclass
+class Batch:
+    """Samples as the data room delivers them.
+
+    ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8.
+    ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
+    the way to this batch. ``position`` is where training goes on after it; validation has none.
+    """
+
+    image_B3HW: Tensor
+    reference_B3HW: Tensor
+    text: list[str]
+    draws: Draws
+    keys: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    rejects: dict[str, int] = field(default_factory=dict)
+    position: Position | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with ``function`` applied to every tensor."""
+        return replace(
+            self,
+            image_B3HW=function(self.image_B3HW),
+            reference_B3HW=function(self.reference_B3HW),
+            draws=self.draws.map(function),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On ``device``; copies from pinned memory do not wait."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self.map(Tensor.pin_memory)
+
+
+def to_unit_range(image_B3HW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels in 0…255 → float in [-1, 1]."""
+    return image_B3HW.to(dtype) / 127.5 - 1
+
+
+def to_uint8(pixels_B3HW: Tensor) -> Tensor:
+    """Float pixels in [-1, 1] → uint8, rounded and clipped."""
+    return ((pixels_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass
+class ImagePrompt:
+    """Image tokens for one call of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1)."""
+
+    tokens_BTD: Tensor
+    scale: Tensor
+
+
+class Channel:
+    """The way of image tokens to the branches inside a frozen model: set around a call, empty outside."""
+
+    def __init__(self) -> None:
+        self.prompt: ImagePrompt | None = None
+
+    @contextmanager
+    def carrying(self, prompt: ImagePrompt | None) -> Iterator[None]:
+        before, self.prompt = self.prompt, prompt
+        try:
+            yield
+        finally:
+            self.prompt = before
+
+
+class Host(Protocol):
+    """A frozen place in a base model where a branch can be plugged in."""
+
+    name: str
+
+    def make_branch(self) -> nn.Module:
+        """A new trainable branch for this place; called with (query, tokens_BTD, time embedding or None, scale)."""
+        ...
+
+    def plug(self, branch: nn.Module, channel: Channel) -> None:
+        """Add the branch's result to this place's output whenever the channel carries a prompt."""
+        ...
+
+    def unplug(self) -> None:
+        """Put the place back as it was found."""
+        ...

@@ -1,0 +1,91 @@
+"""Tiny real shards: numbered plain pictures with captions, and every kind of dirt."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ipa.data.draws import DropRates
+from ipa.data.order import Order
+from ipa.data.samples import Preparation
+from ipa.data.transforms import Background
+
+Members = list[tuple[str, bytes]]
+
+
+def png(size: tuple[int, int] = (10, 8), colour: str | tuple[int, ...] = "teal", mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def good(key: str, caption: str = "a thing") -> Members:
+    return [(f"{key}.json", b"{}"), (f"{key}.txt", caption.encode()), (f"{key}.png", png())]
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.fixture
+def clean_shards(tmp_path: Path) -> list[str]:
+    """Three shards of 7, 5 and 8 samples, keys ``<shard><index>``."""
+    sizes = (7, 5, 8)
+    return [
+        write_tar(tmp_path / f"{s:05d}.tar", [m for i in range(size) for m in good(f"{s:05d}{i:04d}")])
+        for s, size in enumerate(sizes)
+    ]
+
+
+@pytest.fixture
+def dirty_members() -> Members:
+    """Four good samples, ``good0`` … ``good3``, between samples of every bad kind, ``bad…``; bad ones at both ends."""
+    return [
+        *[("bad0.txt", b"no picture")],
+        *good("good0"),
+        *[("bad1.txt", b"a caption"), ("bad1.jpg", b"<html>gone</html>")],
+        *[("bad2.txt", b"a caption"), ("bad2.png", png()[:50])],
+        *good("good1"),
+        *[("bad3.txt", b" \n"), ("bad3.png", png())],
+        *[("bad4.txt", b"caf\xe9"), ("bad4.png", png())],
+        *good("good2"),
+        *good("good0", "the same key again"),
+        *[("bad5.txt", b"a caption"), ("bad5.png", png((300, 200)))],
+        *good("good3"),
+        *[("bad6.png", png())],
+    ]
+
+
+DIRT = {
+    "no picture": 1,
+    "broken picture": 2,
+    "empty caption": 1,
+    "caption is not UTF-8": 1,
+    "duplicate key": 1,
+    "too many pixels": 1,
+    "no caption": 1,
+}
+
+
+@pytest.fixture
+def preparation() -> Preparation:
+    return Preparation(8, 6, (2, 3, 3), DropRates(), Background(), max_pixels=10_000)
+
+
+@pytest.fixture
+def make_order() -> Callable[..., Order]:
+    def make(shards: Sequence[str], seed: int = 0, window: int = 6) -> Order:
+        return Order(list(shards), seed, "train", window=window)
+
+    return make

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from ipa.data.addresses import Address, digest, permuted
+from ipa.data.draws import NO_DROPS, DropRates, draw
+
+HERE = Address(seed=1, epoch=2, source="laion", shard="00003.tar", index=4)
+LATENT = (4, 2, 2)
+
+
+def numbers(address: Address, name: str = "noise") -> list[float]:
+    return torch.randn(4, generator=address.generator(name)).tolist()
+
+
+def test_same_address_same_numbers() -> None:
+    assert numbers(HERE) == numbers(Address(1, 2, "laion", "00003.tar", 4))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Address(0, 2, "laion", "00003.tar", 4),
+        Address(1, 3, "laion", "00003.tar", 4),
+        Address(1, 2, "coyo", "00003.tar", 4),
+        Address(1, 2, "laion", "00004.tar", 4),
+        Address(1, 2, "laion", "00003.tar", 5),
+    ],
+)
+def test_every_part_of_an_address_counts(other: Address) -> None:
+    assert numbers(HERE) != numbers(other)
+
+
+def test_borders_between_parts_count() -> None:
+    assert digest("a", "bc") != digest("ab", "c")
+    assert digest(1, 12) != digest(11, 2)
+
+
+def test_addresses_do_not_change_between_versions() -> None:
+    assert digest("sample", 0, 0, "train", "00000.tar", 0, "noise") == 13853546056902967735
+
+
+def test_permutation_is_a_pure_function_of_its_address() -> None:
+    items = list(range(50))
+    assert permuted(items, "shards", 0, 1) == permuted(items, "shards", 0, 1)
+    assert permuted(items, "shards", 0, 1) != permuted(items, "shards", 0, 2)
+    assert sorted(permuted(items, "shards", 0, 1)) == items
+
+
+def test_kinds_of_draws_are_independent_streams() -> None:
+    draws = draw([HERE], LATENT, NO_DROPS)
+    assert not torch.equal(draws.noise_BCHW, draws.posterior_noise_BCHW)
+    assert torch.equal(draws.noise_BCHW, draw([HERE], LATENT, DropRates(1, 0, 0)).noise_BCHW)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    addresses = [Address(0, 0, "train", "a.tar", i) for i in range(6)]
+    whole, part = draw(addresses, LATENT, DropRates()), draw(addresses[4:], LATENT, DropRates())
+    for name, tensor in vars(part).items():
+        assert torch.equal(tensor, vars(whole)[name][4:]), name
+
+
+def test_drop_rates_are_met_by_one_joint_draw() -> None:
+    draws = draw([Address(0, 0, "train", "a.tar", i) for i in range(4000)], (1, 1, 1), DropRates(0.05, 0.1, 0.2))
+    text, image = draws.drop_text_B, draws.drop_image_B
+    assert (text & ~image).float().mean().item() == pytest.approx(0.05, abs=0.015)
+    assert (image & ~text).float().mean().item() == pytest.approx(0.10, abs=0.02)
+    assert (image & text).float().mean().item() == pytest.approx(0.20, abs=0.025)
+    assert draws.time_B.min() >= 0 and draws.time_B.max() < 1
+    assert draws.time_B.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_impossible_drop_rates_are_refused() -> None:
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        DropRates(0.5, 0.5, 0.5)

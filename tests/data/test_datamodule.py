@@ -1,0 +1,177 @@
+"""The whole way, through real loaders and a real trainer."""
+
+from __future__ import annotations
+
+import logging
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import good, write_tar
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from ipa.data.datamodule import ShardDataModule
+from ipa.data.rejects import NoGoodSamples
+from ipa.data.shards import NoShards
+from ipa.data.transforms import Background
+from ipa.types import Batch, Position
+
+DEMO = Path(__file__).parents[2] / "demo" / "data"
+
+
+def make(train: object, val: object = None, **options: object) -> ShardDataModule:
+    data = ShardDataModule(train, val, **{"batch_size": 4, "num_workers": 0, "window": 6, **options})
+    data.fit_to(image_size_px=8, reference_size_px=6, latent_shape=(2, 3, 3))
+    return data
+
+
+def seen(batch: Batch) -> tuple:
+    return batch.keys, batch.draws.noise_BCHW.flatten().tolist(), batch.draws.time_B.tolist()
+
+
+def take(data: ShardDataModule, number: int) -> list[tuple]:
+    """Consume ``number`` batches, fetching more."""
+    batches = list(islice(data.train_dataloader(), number + 2))[:number]
+    for batch in batches:
+        data.consumed(batch)
+    return [seen(batch) for batch in batches]
+
+
+def test_workers_change_nothing(clean_shards: list[str]) -> None:
+    assert take(make(clean_shards, num_workers=2), 7) == take(make(clean_shards), 7)
+
+
+@pytest.mark.parametrize("workers_after", [0, 1])
+def test_resume_goes_on_after_the_last_consumed_batch(clean_shards: list[str], workers_after: int) -> None:
+    whole = take(make(clean_shards), 9)
+    stopped = make(clean_shards, num_workers=2)
+    take(stopped, 3)
+    resumed = make(clean_shards, num_workers=workers_after)
+    resumed.load_state_dict(stopped.state_dict())
+    assert take(resumed, 6) == whole[3:]
+
+
+def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
+    whole = take(make(clean_shards), 6)
+    data = make(clean_shards, num_workers=2)
+    loader, parts = data.train_dataloader(), []
+    for _ in range(3):  # the workers persist between these
+        for batch in islice(loader, 2):
+            parts.append(seen(batch))
+            data.consumed(batch)
+    assert parts == whole
+
+
+def test_another_order_begins_a_new_pass(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    stopped, other = make(clean_shards), make(clean_shards, seed=1)
+    take(stopped, 3)
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict(stopped.state_dict())
+    assert stopped.position == Position(0, 12) and other.position == Position(1, 0)
+    assert "new pass" in caplog.text
+
+
+def test_rejects_are_summed_and_saved(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "0.tar", [*good("a"), ("b.png", b""), *good("c")])
+    data, resumed = make(shard, batch_size=2, num_workers=1), make(shard)
+    take(data, 3)
+    assert data.rejects == {"no caption": 3}
+    resumed.load_state_dict(data.state_dict())
+    assert resumed.rejects == data.rejects
+
+
+def test_missing_shards_are_told_at_once(tmp_path: Path, clean_shards: list[str]) -> None:
+    with pytest.raises(NoShards, match="no such shard"):
+        ShardDataModule(f"{tmp_path}/nowhere/*.tar")
+    with pytest.raises(NoShards, match="no such shard"):
+        ShardDataModule(clean_shards, f"{tmp_path}/nowhere/*.tar")
+    with pytest.raises(NoShards, match="empty"):
+        ShardDataModule([])
+
+
+def test_an_error_in_a_worker_reaches_training(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "0.tar", [("a.png", b"")])
+    with pytest.raises(NoGoodSamples, match="no caption: 1"):
+        next(iter(make(shard, num_workers=1).train_dataloader()))
+
+
+def test_sizes_must_be_known(clean_shards: list[str]) -> None:
+    with pytest.raises(ValueError, match="fit_to"):
+        ShardDataModule(clean_shards).train_dataloader()
+
+
+def test_no_validation_shards_no_loader(clean_shards: list[str]) -> None:
+    assert make(clean_shards).val_dataloader() == []
+
+
+def test_validation_through_workers_keeps_file_order(clean_shards: list[str]) -> None:
+    batches = list(make(clean_shards, clean_shards, val_batch_size=3, val_limit=17, num_workers=2).val_dataloader())
+    keys = [key for batch in batches for key in batch.keys]
+    assert keys == sorted(keys) and len(keys) == 17
+    assert not any(batch.draws.drop_text_B.any() or batch.draws.drop_image_B.any() for batch in batches)
+
+
+def test_batches_move_as_one(clean_shards: list[str]) -> None:
+    batch = next(iter(make(clean_shards).train_dataloader())).to("meta")
+    assert batch.image_B3HW.is_meta and batch.draws.time_B.is_meta and len(batch.keys) == 4
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="the demo world is not made")
+def test_the_demo_world() -> None:
+    colour = (217, 58, 58)
+    data = make(
+        str(DEMO / "train"), str(DEMO / "heldout"), background=Background(["#d93a3a"], white=0.5), batch_size=64
+    )
+    data.fit_to(image_size_px=64, reference_size_px=32, latent_shape=(4, 8, 8))
+    batch = next(iter(data.train_dataloader()))
+    corners = [tuple(corner) for corner in batch.image_B3HW[:, :, 0, 0].tolist()]
+    assert set(corners) == {(255, 255, 255), colour}
+    assert corners == [tuple(corner) for corner in batch.reference_B3HW[:, :, 0, 0].tolist()]
+    assert len(set(batch.keys)) == 64 and all(batch.text)
+    assert sum(len(batch) for batch in data.val_dataloader()) >= 100
+
+
+class Recorder(LightningModule):
+    """Sees batches, learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple] = []
+
+    def training_step(self, batch: Batch) -> Tensor:
+        self.seen.append(seen(batch))
+        return self.weight * batch.draws.time_B.mean()
+
+    def validation_step(self, batch: Batch) -> None:
+        assert len(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Consume(Callback):
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch: Batch, index: int) -> None:
+        trainer.datamodule.consumed(batch)
+
+
+def fit(data: ShardDataModule, folder: Path, steps: int, **options: object) -> tuple[Trainer, Recorder]:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    checkpoint = options.pop("ckpt_path", None)
+    trainer = Trainer(max_steps=steps, callbacks=[Consume()], default_root_dir=folder, **quiet, **options)
+    module = Recorder()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    return trainer, module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_stopped_in_mid_pass_resumes_exactly(clean_shards: list[str], tmp_path: Path) -> None:
+    _, whole = fit(make(clean_shards, clean_shards), tmp_path, 8, val_check_interval=3, check_val_every_n_epoch=None)
+    trainer, first = fit(make(clean_shards, num_workers=2), tmp_path, 3, limit_train_batches=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    data = make(clean_shards)
+    _, second = fit(data, tmp_path, 8, ckpt_path=tmp_path / "half.ckpt", enable_checkpointing=False)
+    assert first.seen + second.seen == whole.seen
+    assert data.position == Position(1, 12)

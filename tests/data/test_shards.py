@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+
+from ipa.data.shards import NoShards, expand_shards, shard_name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for i in (1, 0, 2):
+        (folder / f"{i:05d}.tar").touch()
+        (folder / f"{i:05d}_stats.json").touch()
+    return folder
+
+
+def names(shards: list[str]) -> list[str]:
+    return [Path(shard).name for shard in shards]
+
+
+@pytest.mark.parametrize("spec", ["", "/", "/*.tar", "/0000*", "/{00000..00002}.tar"])
+def test_ways_to_name_all_shards_of_a_folder(folder: Path, spec: str) -> None:
+    assert names(expand_shards(f"{folder}{spec}")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_a_list_keeps_its_order(folder: Path) -> None:
+    spec = [f"{folder}/00002.tar", f"{folder}/0000{{0,1}}.tar"]
+    assert names(expand_shards(spec)) == ["00002.tar", "00000.tar", "00001.tar"]
+
+
+def test_relative_to_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert expand_shards("00001.tar") == ["00001.tar"]
+    assert names(expand_shards(".")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+@pytest.mark.parametrize("start", ["s3://bucket/", "https://host/", "pipe:cat /nowhere/"])
+def test_what_is_elsewhere_is_passed_through(start: str) -> None:
+    assert expand_shards(start + "{0..1}.tar") == [start + "0.tar", start + "1.tar"]
+
+
+def test_an_unknown_scheme_is_named_before_training() -> None:
+    with pytest.raises(NoShards, match=r"cannot open 'floppy://a.tar': .*only of .*https.* s3"):
+        expand_shards("floppy://a.tar")
+
+
+def test_a_missing_shard_is_named_with_what_is_there(folder: Path) -> None:
+    with pytest.raises(NoShards, match=rf"no such shard: '{folder}/0001.tar'.*{folder} holds 00001.tar.*Give a folder"):
+        expand_shards(f"{folder}/0001.tar")
+
+
+def test_a_missing_folder_is_named_with_its_neighbours(folder: Path) -> None:
+    with pytest.raises(
+        NoShards, match=rf"{folder.parent}/trian does not exist. The folder {folder.parent} holds train"
+    ):
+        expand_shards(f"{folder.parent}/trian/*.tar")
+
+
+def test_holes_in_a_brace_list_are_counted(folder: Path) -> None:
+    with pytest.raises(NoShards, match=r"2 of the 4 shards of .* are missing: .*00003.tar, .*00004.tar"):
+        expand_shards(f"{folder}/{{00001..00004}}.tar")
+
+
+def test_a_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(NoShards, match="is empty"):
+        expand_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", [[], "", ["", " "]])
+def test_an_empty_list(spec: str | list[str]) -> None:
+    with pytest.raises(NoShards, match="the list of shards is empty"):
+        expand_shards(spec)
+
+
+def test_many_names_are_checked_by_one_listing(tmp_path: Path) -> None:
+    with pytest.raises(NoShards, match="100000 of the 100000 shards"):
+        expand_shards(f"{tmp_path}/{{00000..99999}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("shard", "name"),
+    [
+        ("/data/laion/00001.tar", "00001.tar"),
+        ("s3://bucket/laion/00001.tar", "00001.tar"),
+        ("https://host/00001.tar?token=x/y", "00001.tar"),
+        ("pipe:aws s3 cp s3://bucket/00001.tar -", "00001.tar -"),
+    ],
+)
+def test_the_name_leaves_out_the_folders(shard: str, name: str) -> None:
+    assert shard_name(shard) == name

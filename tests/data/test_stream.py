@@ -1,0 +1,209 @@
+"""Order, shares, stand-ins: what is seen is a pure function of seed and shards."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DIRT, Members, good, png, write_tar
+
+from ipa.data.order import Order
+from ipa.data.rejects import NoGoodSamples
+from ipa.data.samples import Preparation
+from ipa.data.stream import Share, TrainStream, ValStream
+from ipa.types import Batch, Position
+
+MakeOrder = Callable[..., Order]
+Row = tuple[str, float, float, bool]
+
+
+def rows(batch: Batch) -> list[Row]:
+    """What identifies a sample and its draws."""
+    draws = batch.draws
+    numbers = zip(draws.noise_BCHW[:, 0, 0, 0].tolist(), draws.time_B.tolist(), draws.drop_text_B.tolist(), strict=True)
+    return [(key, *drawn) for key, drawn in zip(batch.keys, numbers, strict=True)]
+
+
+def train(order: Order, preparation: Preparation, batch: int, steps: int, world: int = 1, workers: int = 1) -> list:
+    """The rows of each step over all ranks, every batch made by the worker whose turn it is."""
+    streams = {
+        (rank, worker): TrainStream(order, preparation, batch).batches(Position(), Share(rank, world, worker, workers))
+        for rank in range(world)
+        for worker in range(workers)
+    }
+    made = [[next(streams[rank, step % workers]) for rank in range(world)] for step in range(steps)]
+    return [sorted(row for batch in step for row in rows(batch)) for step in made]
+
+
+def validate(order: Order, preparation: Preparation, batch: int, limit: int | None = None, world: int = 1, workers=1):
+    stream = ValStream(order, preparation, batch, limit)
+    shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
+    return [list(stream.batches(share)) for share in shares]
+
+
+def keys(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def counted(batches: list[Batch]) -> Counter[str]:
+    return sum((Counter(batch.rejects) for batch in batches), Counter())
+
+
+def test_each_pass_brings_every_sample_once_in_another_order(clean_shards: list[str], make_order: MakeOrder) -> None:
+    slots = list(islice(make_order(clean_shards).endless(Position()), 40))
+    first, second = [slot.record.key for slot in slots[:20]], [slot.record.key for slot in slots[20:]]
+    assert len(set(first)) == 20 and set(first) == set(second) and first != second
+    assert [(slot.epoch, slot.offset) for slot in slots] == [(e, i) for e in range(2) for i in range(20)]
+
+
+def test_the_order_depends_on_the_seed_alone(clean_shards: list[str], make_order: MakeOrder) -> None:
+    def order(seed: int) -> list[str]:
+        return [slot.record.key for slot in islice(make_order(clean_shards, seed).endless(Position()), 20)]
+
+    assert order(0) == order(0) != order(1)
+
+
+def test_moving_the_shards_changes_nothing(
+    clean_shards: list[str], make_order: MakeOrder, preparation, tmp_path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    before = train(make_order(clean_shards), preparation, 4, 3)
+    moved = [str(Path(shard).rename(tmp_path / "elsewhere" / Path(shard).name)) for shard in clean_shards]
+    assert train(make_order(moved), preparation, 4, 3) == before
+
+
+@pytest.mark.parametrize(("batch", "world", "workers"), [(2, 4, 1), (4, 2, 2), (8, 1, 3), (4, 2, 5), (1, 8, 1)])
+def test_ranks_and_workers_change_nothing(clean_shards, make_order, preparation, batch, world, workers) -> None:
+    order = make_order(clean_shards)
+    assert train(order, preparation, batch, 6, world, workers) == train(order, preparation, 8, 6)
+
+
+@pytest.mark.parametrize(("batch", "world", "workers"), [(2, 2, 2), (1, 4, 3)])
+def test_nor_do_they_in_dirty_data(dirty_members, make_order, preparation, tmp_path, batch, world, workers) -> None:
+    order = make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3)
+    assert train(order, preparation, batch, 9, world, workers) == train(order, preparation, 4, 9)
+
+
+def test_two_ranks_of_two_workers_are_disjoint_and_complete(clean_shards, make_order, preparation) -> None:
+    seen = train(make_order(clean_shards), preparation, batch=1, steps=10, world=2, workers=2)
+    delivered = [row[0] for step in seen for row in step]
+    assert len(delivered) == len(set(delivered)) == 20
+
+
+def test_more_workers_than_samples_do_not_starve(make_order, preparation, tmp_path: Path) -> None:
+    order = make_order([write_tar(tmp_path / "0.tar", good("only"))])
+    seen = train(order, preparation, batch=2, steps=4, world=2, workers=4)
+    assert {row[0] for step in seen for row in step} == {"only"}
+    assert len({row for step in seen for row in step}) == 16  # every pass draws anew
+
+
+def test_batches_hold_what_they_promise(clean_shards, make_order, preparation) -> None:
+    batch = next(iter(TrainStream(make_order(clean_shards), preparation, 5)))
+    assert batch.image_B3HW.shape == (5, 3, 8, 8) and batch.image_B3HW.dtype == torch.uint8
+    assert batch.reference_B3HW.shape == (5, 3, 6, 6)
+    assert batch.draws.noise_BCHW.shape == (5, 2, 3, 3)
+    assert batch.text == ["a thing"] * 5 and len(batch) == 5
+    assert all(key.startswith(shard.removesuffix(".tar")) for key, shard in zip(batch.keys, batch.shards, strict=True))
+    assert batch.position == Position(0, 5) and batch.rejects == {}
+
+
+@pytest.mark.parametrize("steps_before", [1, 4, 5, 7])
+def test_going_on_from_a_position_continues_the_sequence(clean_shards, make_order, preparation, steps_before) -> None:
+    stream = TrainStream(make_order(clean_shards), preparation, 4)
+    whole = list(islice(stream, 10))
+    stream.begin_at(whole[steps_before - 1].position)
+    assert [rows(batch) for batch in islice(stream, 10 - steps_before)] == [rows(b) for b in whole[steps_before:]]
+
+
+def test_going_on_in_dirty_data(dirty_members: Members, make_order, preparation, tmp_path: Path) -> None:
+    stream = TrainStream(make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3), preparation, 3)
+    whole = list(islice(stream, 9))
+    for step, batch in enumerate(whole[:-1]):
+        stream.begin_at(batch.position)
+        rest = list(islice(stream, 8 - step))
+        assert [rows(b) for b in rest] == [rows(b) for b in whole[step + 1 :]]
+        assert counted(rest) == counted(whole[step + 1 :])
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (7, 1)])
+def test_training_counts_every_reject_once_a_pass(dirty_members, make_order, preparation, tmp_path, world, workers):
+    order = make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3)
+    shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
+    per_rank, passes = 7 // world, 3  # 7 records a pass are good as far as can be seen without decoding
+    batches = [
+        batch
+        for share in shares
+        for batch in islice(TrainStream(order, preparation, per_rank).batches(Position(), share), passes // workers)
+    ]
+    assert counted(batches) == {reason: passes * n for reason, n in DIRT.items()}
+    assert set(keys(batches)) == {"good0", "good1", "good2", "good3"}
+
+
+def test_a_stand_in_keeps_the_draws_of_its_slot(make_order, preparation, tmp_path: Path) -> None:
+    members = [*good("a"), ("b.txt", b"broken"), ("b.png", b"?"), *good("c")]
+    repaired = [*good("a"), *good("b"), *good("c")]
+    broken = next(iter(TrainStream(make_order([write_tar(tmp_path / "x/0.tar", members)]), preparation, 3)))
+    whole = next(iter(TrainStream(make_order([write_tar(tmp_path / "y/0.tar", repaired)]), preparation, 3)))
+    assert "b" in whole.keys and "b" not in broken.keys
+    assert torch.equal(broken.draws.noise_BCHW, whole.draws.noise_BCHW)
+    assert broken.rejects == {"broken picture": 1}
+
+
+def test_validation_brings_every_sample_once_in_file_order(clean_shards, make_order, preparation) -> None:
+    [batches] = validate(make_order(clean_shards), preparation, 6)
+    assert keys(batches) == [f"{s:05d}{i:04d}" for s, size in enumerate((7, 5, 8)) for i in range(size)]
+    assert [len(batch) for batch in batches] == [6, 6, 6, 2]
+    assert batches[0].position is None
+    [again] = validate(make_order(clean_shards), preparation, 6)
+    assert [rows(batch) for batch in again] == [rows(batch) for batch in batches]
+
+
+def test_validation_can_be_limited(clean_shards, make_order, preparation) -> None:
+    assert [len(batch) for batch in validate(make_order(clean_shards), preparation, 4, limit=9)[0]] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(("batch", "world", "workers"), [(1, 1, 1), (3, 2, 1), (2, 2, 2), (5, 3, 4)])
+def test_validation_shares_are_disjoint_and_count_dirt_once(
+    dirty_members, make_order, preparation, tmp_path, batch, world, workers
+) -> None:
+    order = make_order([write_tar(tmp_path / "0.tar", dirty_members)])
+    shares = validate(order, preparation, batch, world=world, workers=workers)
+    batches = [batch for share in shares for batch in share]
+    assert sorted(keys(batches)) == ["good0", "good1", "good2", "good3"]
+    if (batch, world) == (1, 1):
+        assert counted(batches) == DIRT
+
+
+def test_a_broken_tar_gives_what_lies_before_and_is_named_once(
+    clean_shards, make_order, preparation, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(clean_shards[1])
+    path.write_bytes(path.read_bytes()[: 512 * 6 * 2 + 100])  # two samples of six blocks, and a bit
+    with caplog.at_level(logging.WARNING):
+        order = make_order(clean_shards)
+        seen = list(islice(TrainStream(order, preparation, 17), 3))
+    assert [counted([batch]) for batch in seen] == [{"broken tar": 1}] * 3
+    assert {key for key in keys(seen) if key.startswith("00001")} == {"000010000", "000010001"}
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("members", "counts"),
+    [
+        ([(f"{i}.png", png()) for i in range(3)], "no caption: 3"),
+        ([m for i in range(3) for m in ((f"{i}.txt", b"x"), (f"{i}.png", b"x"))], "broken picture: 3"),
+        ([("0.txt", b"x"), ("1.txt", b"x"), ("1.png", b"x")], "broken picture: 1, no picture: 1"),
+        ([], "they are empty"),
+    ],
+)
+def test_nothing_good_is_an_error_with_counts(make_order, preparation, tmp_path, members, counts) -> None:
+    order = make_order([write_tar(tmp_path / "0.tar", members)])
+    with pytest.raises(NoGoodSamples, match=f"whole pass over 1 shards \\({counts}\\)"):
+        next(iter(TrainStream(order, preparation, 2)))
+    with pytest.raises(NoGoodSamples, match=f"\\({counts}\\)"):
+        list(ValStream(order, preparation, 2))

@@ -1,0 +1,131 @@
+"""The import order of docs/architecture.md, kept: every module imports only what stands above it.
+
+The numbers are the way of one picture through the house. `types` is free for all, rooms with the same number do not
+import each other, neither do the parts (1 to 4), and what starts things (`tools`, `cli`) is imported by nobody else.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RANKS = {
+    "types": 0,
+    "data": 1,
+    "encoders": 2,
+    "families": 2,
+    "adapter": 3,
+    "objective": 4,
+    "model": 5,
+    "checkpoint": 6,
+    "export": 7,
+    "sampling": 8,
+    "metrics": 9,
+    "training": 10,
+    "evaluation": 10,
+}
+PARTS = {"data", "encoders", "families", "adapter", "objective"}
+STARTERS = {"tools", "cli"}
+
+
+def imported_modules(source: str, module: str) -> Iterator[str]:
+    """Full names of the modules of `ipa` that the source of ``module`` imports, wherever in it the import stands.
+
+    For ``from ipa import x`` that is ``ipa.x``; ``module`` is ``ipa.room.__init__`` for a package itself.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*package, *([node.module] if node.module else [])])
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.startswith("ipa."))
+
+
+def complaint(importer: str, imported: str) -> str | None:
+    """What is wrong when one room imports another, None if nothing is."""
+    if importer == imported or imported in {"types", "__version__"} or importer in STARTERS:
+        return None
+    if imported in STARTERS:
+        return "nobody imports what starts things"
+    for room in (importer, imported):
+        if room not in RANKS:
+            return f"{room!r} has no rank: give it one in tests/test_import_order.py and in docs/architecture.md"
+    if {importer, imported} <= PARTS:
+        return "parts do not know each other; they meet in ipa.model"
+    if RANKS[imported] >= RANKS[importer]:
+        return f"rank {RANKS[importer]} imports rank {RANKS[imported]}"
+    return None
+
+
+def complaints(source: str, module: str) -> list[str]:
+    """All offending imports of a module, with the reason."""
+    importer = module.split(".")[1]
+    found = []
+    for name in imported_modules(source, module):
+        reason = complaint(importer, name.split(".")[1])
+        if reason:
+            found.append(f"{module} imports {name}: {reason}")
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in (ROOT / "ipa").rglob("*.py") if path != ROOT / "ipa/__init__.py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_module_imports_only_what_stands_above_it(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+    assert complaints(path.read_text(), module) == []
+
+
+def test_package_itself_imports_nothing() -> None:
+    tree = ast.parse((ROOT / "ipa/__init__.py").read_text())
+
+    assert [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ipa.adapter.heads", "from ipa.families.stable_diffusion import StableDiffusion"),
+        ("ipa.adapter.heads", "import ipa.encoders.open_clip as clip"),
+        ("ipa.adapter.heads", "from ipa import model"),
+        ("ipa.adapter.heads", "from ..model import Model"),
+        ("ipa.adapter.__init__", "from ..training import run"),
+        ("ipa.objective", "from .data.draws import Draws"),
+        ("ipa.model", "def late():\n    from ipa.sampling import pipeline"),
+        ("ipa.model", "if TYPE_CHECKING:\n    from ipa.export import tables"),
+        ("ipa.training.run", "from ipa.evaluation.runner import evaluate"),
+        ("ipa.training.run", "from ipa.tools.sample import main"),
+        ("ipa.training.run", "from ipa.cli import command"),
+        ("ipa.types", "from ipa.data.draws import draw"),
+        ("ipa.model", "from ipa.cellar import wine"),
+        ("ipa.cellar", "from ipa.model import Model"),
+    ],
+)
+def test_checker_objects(module: str, source: str) -> None:
+    assert len(complaints(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ipa.adapter.heads", "import torch\nfrom ipa.types import Features\nfrom ipa.adapter.kinds import Decoupled"),
+        ("ipa.adapter.heads", "from . import kinds\nfrom .kinds import Simple"),
+        ("ipa.adapter.__init__", "from . import kinds\nfrom .kinds import Simple"),
+        ("ipa.model", "from ipa.families import a\nfrom ipa.encoders import b\nfrom ipa.adapter import c"),
+        ("ipa.checkpoint", "from ipa import __version__"),
+        ("ipa.training.run", "from ipa.metrics.clip import ClipScore\nfrom ipa.sampling import pipeline"),
+        ("ipa.tools.sample", "from ipa.cli import command\nfrom ipa.training import run\nimport ipa.evaluation"),
+    ],
+)
+def test_checker_accepts(module: str, source: str) -> None:
+    assert complaints(source, module) == []

@@ -1,0 +1,171 @@
+"""The repository as a whole: what may stand in its files, and that its configuration fits together."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))  # one table of contents for each entry point
+MEGABYTE = 10**6
+
+# written in pieces, so that this file does not name them either
+REGISTRY_HOSTS = ["pypi." + "org", "python" + "hosted.org", "registry." + "npmjs", "download." + "pytorch"]
+INDEX_OPTIONS = ["--index" + "-url", "--extra-index" + "-url", "--find" + "-links"]
+KINDS = {"tokens", "adapter"}
+
+
+def tracked_files() -> list[Path]:
+    """Files that are in git or on the way into it."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in result.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def texts() -> dict[str, str]:
+    """Relative path → text of every tracked text file."""
+    found = {}
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" not in content[:8192]:
+            found[path.relative_to(ROOT).as_posix()] = content.decode("utf-8", errors="replace")
+    return found
+
+
+@pytest.mark.parametrize("words", [REGISTRY_HOSTS, INDEX_OPTIONS], ids=["hosts", "options"])
+def test_no_file_names_a_package_registry(words: list[str]) -> None:
+    assert [(name, word) for name, text in texts().items() for word in words if word in text] == []
+
+
+def test_no_file_holds_a_path_of_the_machine_it_was_written_on() -> None:
+    places = [str(ROOT) + "/", str(Path.home()) + "/"]
+
+    assert [(name, place) for name, text in texts().items() for place in places if place in text] == []
+
+
+def test_requirements_are_names_versions_and_markers_only() -> None:
+    requirement = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+( ; [^#/]+)?( +# via .*)?")
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+
+    assert [line for line in lines if not requirement.fullmatch(line)] == []
+    assert {"torch", "lightning", "pytest", "resvg-py"} <= {line.partition("==")[0] for line in lines}
+
+
+def test_make_help_lists_the_everyday_commands() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+
+    assert {"help", "venv", "train", "test", "test-slow", "lint", "format", "type", "demo-world", "clean"} <= targets
+
+
+def test_demo_world_fits_in_its_allowance() -> None:
+    size = sum(path.stat().st_size for path in tracked_files() if path.is_relative_to(ROOT / "demo"))
+
+    assert size <= 35 * MEGABYTE
+
+
+def choices(group: str) -> list[str]:
+    """Names of the files of a group, nested ones with their folder (``help/train``)."""
+    folder = CONF / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(
+        path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir() and any(path.glob("*.yaml"))
+    )
+
+
+def composed(command: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, list(overrides), return_hydra_config=True)
+
+
+def groups_of(command: str) -> set[str]:
+    return set(composed(command).hydra.runtime.choices)
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in groups() for choice in choices(group) if "/" not in choice]
+)
+def test_every_configuration_file_composes(group: str, choice: str) -> None:
+    commands = [command for command in COMMANDS if group in groups_of(command)]
+    assert commands, f"no command uses conf/{group}"
+
+    for command in commands:
+        composed(command, f"{group}={choice}")
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize("recipe", choices("recipe"))
+def test_every_experiment_composes_in_every_recipe(experiment: str, recipe: str) -> None:
+    cfg = composed("train", f"experiment={experiment}", f"recipe={recipe}", "name=x")
+
+    chosen = cfg.hydra.runtime.choices
+    assert (chosen.experiment, chosen.recipe) == (experiment, recipe)
+    for owner, name in (("experiment", experiment), ("recipe", recipe)):
+        for group, choice in overridden_groups(owner, name).items():
+            assert chosen[group] == choice, f"conf/{owner}/{name}.yaml asks for {group}={choice} and is not heard"
+
+
+def overridden_groups(owner: str, name: str) -> dict[str, str]:
+    """What a file's defaults list says with ``override /group: choice``."""
+    content = OmegaConf.to_container(OmegaConf.load(CONF / owner / f"{name}.yaml"), resolve=False)
+    entries = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
+    return {
+        key.removeprefix("override /"): choice
+        for entry in entries
+        for key, choice in entry.items()
+        if key.startswith("override /")
+    }
+
+
+def test_no_group_is_set_by_both_experiment_and_recipe() -> None:
+    by_experiments = {group for name in choices("experiment") for group in overridden_groups("experiment", name)}
+    by_recipes = {group for name in choices("recipe") for group in overridden_groups("recipe", name)}
+
+    assert by_experiments <= KINDS
+    assert not by_experiments & by_recipes
+
+
+@pytest.mark.parametrize(("owner", "name"), [(o, n) for o in ("experiment", "recipe") for n in choices(o)])
+def test_experiments_and_recipes_say_everything_that_they_own(owner: str, name: str) -> None:
+    """So that what a file means does not depend on the defaults of train.yaml."""
+    owned = KINDS if owner == "experiment" else {"base", "encoder", "data", "optimizer", "trainer"}
+
+    assert set(overridden_groups(owner, name)) >= owned
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch):
+    """Composes as Hydra does for a job and reads the folder from it."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+    def read(key: str, *overrides: str) -> str:
+        cfg = composed("train", *overrides)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+        HydraConfig.instance().set_config(cfg)
+        return OmegaConf.select(cfg, key)
+
+    return read
+
+
+def test_run_folder_is_named_after_experiment_and_run(folder) -> None:
+    assert folder("hydra.run.dir", "name=mine") == "runs/decoupled_global/mine"
+    assert folder("hydra.run.dir", "name=mine", "paths.runs=/scratch") == "/scratch/decoupled_global/mine"
+    assert folder("hydra.sweep.dir", "name=mine") == "runs/mine"
+    assert re.fullmatch(r"runs/decoupled_global/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder("hydra.run.dir"))
+
+
+def test_slurm_job_that_is_queued_again_finds_its_run_folder(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+
+    assert folder("hydra.run.dir") == "runs/decoupled_global/4711"
+    assert folder("hydra.run.dir", "name=mine") == "runs/decoupled_global/mine"

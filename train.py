@@ -1,0 +1,20 @@
+"""Train an IP-Adapter. `python train.py --help` tells the options.
+
+python train.py experiment=decoupled_global                 the embedded demo world: minutes on a CPU, no downloads
+python train.py experiment=decoupled_global recipe=sd15     the same ablation on Stable Diffusion 1.5
+"""
+
+from omegaconf import DictConfig
+
+from ipa.cli import command
+
+
+@command(config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    from ipa.training.run import train  # imports torch, so only when there is something to train
+
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()
