@@ -52,13 +52,14 @@ lock: $(READY) ## compile requirements.txt from pyproject.toml, for all platform
 
 demo-world: $(READY) ## make the demo world again, data and models; hours on a CPU, resumable
 	$(BIN)/python demo/make_data.py
-	$(BIN)/python demo/make_base.py vae
-	$(BIN)/python demo/make_base.py unet
+	$(BIN)/python demo/make_base.py unet --threads 2
+	$(BIN)/python demo/make_base.py vae --threads 2
 	$(BIN)/python demo/make_base.py export
-	$(BIN)/python demo/make_clip.py encoder
-	$(BIN)/python demo/make_clip.py judge
-	$(BIN)/python demo/make_clip.py export
-	$(BIN)/python demo/probe.py
+	$(BIN)/python demo/make_clip.py encoder --threads 2
+	$(BIN)/python demo/make_clip.py judge --threads 2
+	$(BIN)/python demo/measure.py clip
+	$(BIN)/python demo/measure.py vae
+	$(BIN)/python demo/measure.py base
 
 clean: ## remove what tools leave behind; keeps .venv, runs and demo/build
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -6,13 +6,14 @@ python train.py experiment=decoupled_global recipe=sd15     the same ablation on
 
 from omegaconf import DictConfig
 
-from ipa.cli import command
+from ipa.cli import command, quiet_libraries
 
 
 @command(config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     from ipa.training.run import train  # imports torch, so only when there is something to train
 
+    quiet_libraries()
     train(cfg)
 
 

@@ -1,12 +1,12 @@
 """Pretrain the demo world's base model: VAE, text encoder and UNet, saved as a diffusers pipeline folder.
 
-    python demo/make_base.py unet --minutes 120    # text encoder and UNet, together
-    python demo/make_base.py vae --minutes 40      # may run at the same time
+    python demo/make_base.py unet                  # text encoder and UNet, together
+    python demo/make_base.py vae                   # may run at the same time
     python demo/make_base.py export                # writes demo/base/
 
-Both trainings resume from ``demo/build/base/`` when called again, and share one latent space that is known in advance:
-the principal components of 8 × 8 pixel patches, so that the UNet need not wait for the VAE. The VAE's encoder learns that
-projection; its decoder, which sees the neighbours of a patch, learns to undo it better than the linear inverse can.
+Both trainings resume from ``demo/build/base/`` when called again, and share one latent space, known in advance: the
+principal components of 8 × 8 pixel patches, so that the UNet need not wait for the VAE. The VAE's encoder learns that
+projection; its decoder, which sees the neighbours of a patch, learns to undo it.
 
 Objective of the UNet: v-prediction (Salimans & Ho 2022), v = α_t ε − σ_t x_0, on a schedule rescaled to zero terminal
 signal (Lin et al. 2023), without which plain backgrounds drift to grey.
@@ -19,6 +19,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +36,6 @@ from world import (
     STYLE_WORDS,
     TEXT_LENGTH,
     Clock,
-    World,
     build_tokenizer,
     compose,
     draw_backgrounds,
@@ -48,31 +48,34 @@ LATENT_CHANNELS = 32
 # how far the components' spread is evened out: 0 keeps it, 1 makes all alike
 WHITENING = 0.6
 POSTERIOR_STD = 0.05
+# what the committed weights took, one thread each
+MINUTES = {"unet": 113, "vae": 33}
 
 
+@dataclass
 class PatchPCA:
     """Linear latents: z = Vᵀ(patch − mean) / scale, per 8 × 8 patch; about unit variance over all channels."""
 
-    def __init__(self, pixels_N3HW: Tensor) -> None:
-        patches = self.unfold(pixels_N3HW).transpose(1, 2).reshape(-1, 3 * PATCH_PX**2)
-        self.mean = patches.mean(0)
-        variances, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
+    mean: Tensor
+    vectors: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, pixels_N3HW: Tensor) -> PatchPCA:
+        patches = unfold(pixels_N3HW).transpose(1, 2).reshape(-1, 3 * PATCH_PX**2)
+        mean = patches.mean(0)
+        variances, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
         vectors = vectors.flip(1)[:, :LATENT_CHANNELS]
         # eigenvectors come with either sign; make the largest entry positive so that two machines agree
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-        self.vectors = vectors * signs
         std = variances.flip(0)[:LATENT_CHANNELS].sqrt()
         scale = std**WHITENING
-        self.scale = scale * (std / scale).square().mean().sqrt()
-
-    @staticmethod
-    def unfold(pixels_B3HW: Tensor) -> Tensor:
-        return F.unfold(pixels_B3HW, PATCH_PX, stride=PATCH_PX)
+        return cls(mean, vectors * signs, scale * (std / scale).square().mean().sqrt())
 
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """pixels_B3HW in [-1, 1] → latents_BChw."""
         edge = pixels_B3HW.shape[-1] // PATCH_PX
-        centred = self.unfold(pixels_B3HW) - self.mean[:, None]
+        centred = unfold(pixels_B3HW) - self.mean[:, None]
         return ((self.vectors.T @ centred) / self.scale[:, None]).unflatten(-1, (edge, edge))
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
@@ -81,9 +84,19 @@ class PatchPCA:
         return F.fold(patches, edge, PATCH_PX, stride=PATCH_PX)
 
 
-def fit_pca(world: World) -> PatchPCA:
-    generator = torch.Generator().manual_seed(0)
-    return PatchPCA(compose(world.rgba, draw_backgrounds(len(world), generator)))
+def unfold(pixels_B3HW: Tensor) -> Tensor:
+    return F.unfold(pixels_B3HW, PATCH_PX, stride=PATCH_PX)
+
+
+def load_pca() -> PatchPCA:
+    """The latent space, fitted once on the training pictures and then kept, since VAE and UNet must mean the same."""
+    path = HERE / "build" / "base" / "pca.pt"
+    if not path.exists():
+        world = read_world(HERE / "data" / "train")
+        generator = torch.Generator().manual_seed(0)
+        pca = PatchPCA.fit(compose(world.rgba, draw_backgrounds(len(world), generator)))
+        save_atomically(vars(pca), path)
+    return PatchPCA(**torch.load(path, weights_only=True))
 
 
 def make_vae() -> AutoencoderKL:
@@ -150,14 +163,20 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """One vocabulary for base, encoder and judge: all captions, style and background words."""
     if not (folder / "tokenizer.json").exists():
         world = read_world(HERE / "build" / "data" / "all", HERE / "build" / "data" / "judge")
-        words = [f"a picture of in on a background {style} {colour}" for style in STYLE_WORDS.values() for colour in BACKGROUNDS]
+        words = [
+            f"a picture of in on a background {style} {colour}"
+            for style in STYLE_WORDS.values()
+            for colour in BACKGROUNDS
+        ]
         build_tokenizer(folder, world.captions + words)
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """ids_BL, padded and cut to ``TEXT_LENGTH``."""
-    return tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 class Progress:
@@ -167,16 +186,21 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.clock, self.every = path, clock, every
         self.sums: dict[str, Tensor] = {}
-        self.bar = tqdm(total=round(clock.limit_s), initial=round(clock.spent_s), unit="s", desc=path.stem, mininterval=30)
+        self.count = 0
+        self.bar = tqdm(
+            total=round(clock.limit_s), initial=round(clock.spent_s), unit="s", desc=path.stem, mininterval=30
+        )
 
     def log(self, step: int, **values: Tensor) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        self.count += 1
         if step % self.every:
             return
         row = {"step": step, "minutes": round(self.clock.spent_s / 60, 2)}
-        row |= {name: round(float(total) / self.every, 5) for name, total in self.sums.items()}
+        row |= {name: round(float(total) / self.count, 5) for name, total in self.sums.items()}
         self.sums.clear()
+        self.count = 0
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)
@@ -187,7 +211,9 @@ class Progress:
         self.bar.update(round(self.clock.spent_s) - self.bar.n)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float, warmup_steps: int = 300) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, peak: float, step: int, share: float, warmup_steps: int = 300
+) -> None:
     """Linear warm-up by steps, then cosine decay to 2 % by the share of the time that is used."""
     rate = peak * min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
     for group in optimizer.param_groups:
@@ -196,7 +222,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
 
 def train_vae(options: argparse.Namespace) -> None:
     world = read_world(HERE / "build" / "data" / "all")
-    pca = fit_pca(read_world(HERE / "data" / "train"))
+    pca = load_pca()
     folder = HERE / "build" / "base"
     vae = make_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, fused=True)
@@ -236,7 +262,7 @@ def difference(pixels: Tensor, dim: int) -> Tensor:
 
 def train_unet(options: argparse.Namespace) -> None:
     world = read_world(HERE / "data" / "train")
-    pca = fit_pca(world)
+    pca = load_pca()
     folder = HERE / "build" / "base"
     tokenizer = make_tokenizer(HERE / "build" / "tokenizer")
     parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
@@ -337,13 +363,16 @@ def fix_posterior(vae: AutoencoderKL) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "unet", "export"))
-    parser.add_argument("--minutes", type=float, default=60, help="time of this training in all, over restarts")
+    parser.add_argument("--minutes", type=float, help=f"time of a training in all, over restarts (default {MINUTES})")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
-    parser.add_argument("--width", type=int, default=80, help="channels of the UNet's first level; the second has twice")
+    parser.add_argument(
+        "--width", type=int, default=80, help="channels of the UNet's first level; the second has twice"
+    )
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--out", type=Path, default=HERE / "base")
     options = parser.parse_args()
+    options.minutes = options.minutes or MINUTES.get(options.part)
     torch.set_num_threads(options.threads)
     {"vae": train_vae, "unet": train_unet, "export": export}[options.part](options)
 

@@ -1,13 +1,13 @@
 """Train the demo world's two contrastive models: the adapter's image encoder, and the judge that only scores.
 
-    python demo/make_clip.py encoder --minutes 40     # → demo/encoder/ (open_clip) and demo/image_encoder/ (transformers)
-    python demo/make_clip.py judge --minutes 30       # → demo/judge/ (open_clip)
-    python demo/make_clip.py encoder --export         # write what the checkpoint holds so far
+    python demo/make_clip.py encoder               # demo/encoder/ (open_clip), demo/image_encoder/ (transformers)
+    python demo/make_clip.py judge                 # demo/judge/ (open_clip)
+    python demo/make_clip.py encoder --export      # write what the checkpoint holds so far
 
-Both resume from ``demo/build/clip/``. Captions name concept, style and background, in full or in part: a contrastive model
-forgets what its captions never say (Radford et al. 2021 for the loss). The encoder's pooled embedding is also asked for
-the picture's 8 × 8 thumbnail through a linear map that is thrown away afterwards: that is where the layout of the colours
-stays. The judge has another architecture, seed and augmentation, no thumbnail, and has also seen the held-out concepts.
+Both resume from ``demo/build/clip/``. Captions name concept, style and background, in full or in part: a contrastive
+model forgets what its captions never say (Radford et al. 2021 for the loss). The encoder's pooled embedding is also
+asked for the picture's 8 × 8 thumbnail through a linear map that is thrown away: so the layout of the colours stays.
+The judge has another architecture, seed and augmentation, no thumbnail, and has also seen the held-out concepts.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from world import BOS, HERE, SIZE_PX, STYLE_WORDS, TEXT_LENGTH, Clock, World, co
 # the normalisation that diffusers assumes of an image encoder when nobody tells it another
 MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 COLOUR_NAMES = list(BACKGROUNDS)
+# what the committed weights took, one thread each
+MINUTES = {"encoder": 38, "judge": 28}
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     thumbnail = nn.Linear(recipe.embed_dim, 3 * 8 * 8)
     parts = nn.ModuleDict({"clip": make_model(recipe, tokenizer), "thumbnail": thumbnail})
     clip = parts["clip"]
-    print(f"{sum(p.numel() for p in clip.visual.parameters()):,} image, {sum(p.numel() for p in clip.parameters()):,} in all")
+    count = sum(p.numel() for p in clip.parameters())
+    print(f"{count:,} parameters")
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=0.1, betas=(0.9, 0.98), fused=True)
     average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     path = checkpoint_path(recipe)
@@ -153,7 +156,9 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             caption(world.captions[i], world.styles[i], int(b), generator)
             for i, b in zip(chosen.tolist(), backgrounds.tolist(), strict=True)
         ]
-        ids = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
         with autocast():
             image, text = clip.encode_image(normalize(pixels)), clip.encode_text(ids)
         image, text = image.float(), text.float()
@@ -192,7 +197,14 @@ def export(recipe: Recipe) -> None:
     out = HERE / recipe.name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    preprocess = {"size": SIZE_PX, "mode": "RGB", "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = {
+        "size": SIZE_PX,
+        "mode": "RGB",
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     config = {"model_cfg": recipe.model_cfg(len(tokenizer)), "preprocess_cfg": preprocess}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, out / "open_clip_model.safetensors")
@@ -259,12 +271,13 @@ def to_transformers(visual: dict[str, Tensor], layers: int) -> dict[str, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=tuple(RECIPES))
-    parser.add_argument("--minutes", type=float, default=40, help="time of this training in all, over restarts")
+    parser.add_argument("--minutes", type=float, help=f"time of a training in all, over restarts (default {MINUTES})")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--export", action="store_true", help="write the folder from the checkpoint, without training")
     options = parser.parse_args()
+    options.minutes = options.minutes or MINUTES[options.model]
     torch.set_num_threads(options.threads)
     recipe = RECIPES[options.model]
     if not options.export:

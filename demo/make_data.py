@@ -78,7 +78,9 @@ def unpack_sources(folder: Path) -> None:
         target = folder / package_folder(package)
         if target.exists():
             continue
-        packed = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+        )
         archive = folder / packed.stdout.strip().splitlines()[-1]
         with tarfile.open(archive) as tar:
             tar.extractall(target, filter="data")
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=HERE / "build", help="folder of what is not committed")
     parser.add_argument("--sources", type=Path, default=None, help="unpacked npm packages (default: BUILD/sources)")
     parser.add_argument("--size", type=int, default=64, help="edge of a picture in pixels")
-    parser.add_argument("--concepts", type=int, default=600, help="training concepts of the committed world")
+    parser.add_argument("--concepts", type=int, default=360, help="training concepts of the committed world")
     parser.add_argument("--heldout", type=float, default=0.1, help="share of all concepts that is held out")
     parser.add_argument("--samples-per-shard", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,6 +4,7 @@
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
     python demo/measure.py adapter RUN        # image prompt alone, 100 held-out pictures, three seeds
+    python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
 Each prints its figures and keeps them in demo/figures.json.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_base import PatchPCA, fit_pca
+from make_base import load_pca
 from make_clip import RECIPES, clip_tokenizer, make_model
 from PIL import Image
 from torch import Tensor
@@ -25,9 +26,9 @@ from world import COLOURS, HERE, World, compose, draw_backgrounds, read_world
 
 sys.path.insert(0, str(HERE.parent))
 
-from ipa.metrics.clip import ClipScorer  # noqa: E402
-from ipa.metrics.prompt_scores import PromptScores, caption_ranks  # noqa: E402
-from ipa.types import Features, to_uint8  # noqa: E402
+from ipa.metrics.clip import ClipScorer
+from ipa.metrics.prompt_scores import PromptScores, caption_ranks
+from ipa.types import Features, to_uint8
 
 FIGURES = HERE / "figures.json"
 IMAGES = HERE.parent / "docs" / "images"
@@ -108,7 +109,7 @@ def measure_vae(options: argparse.Namespace) -> None:
 
     vae = AutoencoderKL.from_pretrained(HERE / "base", subfolder="vae")
     pixels = heldout_pixels()
-    pca: PatchPCA = fit_pca(read_world(HERE / "data" / "train"))
+    pca = load_pca()
     latents = vae.encode(pixels).latent_dist.mean
     figures = {
         "heldout dB": psnr(vae.decode(latents).sample.clamp(-1, 1), pixels),
@@ -173,7 +174,9 @@ def save_grid(pixels_B3HW: Tensor, titles: list[str], path: Path, columns: int =
     pen = ImageDraw.Draw(grid)
     for i, (picture, title) in enumerate(zip(to_uint8(pixels_B3HW), titles, strict=True)):
         x, y = i % columns * cell_px, i // columns * (cell_px + line_px)
-        cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell_px - 4, cell_px - 4), Image.Resampling.LANCZOS)
+        cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
+            (cell_px - 4, cell_px - 4), Image.Resampling.LANCZOS
+        )
         grid.paste(cell, (x + 2, y))
         pen.text((x + 2, y + cell_px - 2), title[:16], fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,16 +206,44 @@ def measure_adapter(options: argparse.Namespace) -> None:
     keep("adapter", figures)
 
 
+def draw_curves(options: argparse.Namespace) -> None:
+    """Loss against minutes of every training, from the CSVs beside the checkpoints."""
+    import csv
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = sorted((HERE / "build").glob("*/*.csv"))
+    figure, axes = pyplot.subplots(1, len(paths), figsize=(4 * len(paths), 3), layout="constrained")
+    for axis, path in zip(axes, paths, strict=True):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for name in rows[0].keys() - {"step", "minutes"}:
+            axis.plot([float(row["minutes"]) for row in rows], [float(row[name]) for row in rows], label=name)
+        axis.set(title=f"{path.stem} ({rows[-1]['step']} steps)", xlabel="minutes", yscale="log")
+        axis.legend()
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / "curves.png", dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("clip", "vae", "base", "adapter"))
+    parser.add_argument("what", choices=("clip", "vae", "base", "adapter", "curves"))
     parser.add_argument("run", type=Path, nargs="?", help="run folder of the adapter")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args()
     if options.what == "adapter" and options.run is None:
         parser.error("adapter needs the run folder, for example runs/decoupled_global/NAME")
-    measures = {"clip": measure_clip, "vae": measure_vae, "base": measure_base, "adapter": measure_adapter}
+    measures = {
+        "clip": measure_clip,
+        "vae": measure_vae,
+        "base": measure_base,
+        "adapter": measure_adapter,
+        "curves": draw_curves,
+    }
     measures[options.what](options)
 
 

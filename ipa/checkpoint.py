@@ -1,6 +1,6 @@
-"""Adapter files: the adapter's own weights with metadata, written so that a kill or a full disk leaves the old file whole.
+"""Adapter files: the adapter's own weights with metadata, written so that a kill or a full disk spares the old file.
 
-The state that resumes a training (optimizer, position, random state) is Lightning's checkpoint, kept apart from this file.
+The state that resumes a training (optimizer, position, random state) is Lightning's checkpoint, kept apart from it.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, force it to disk, then rename it.
 
     Raises OSError with the path and the advice when that fails; ``path`` then holds what it held before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except Exception as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise OSError(
             f"could not write {path} ({type(error).__name__}: {error}). The file that was there before is unharmed; "
             "free some space or choose another run folder with paths.runs=FOLDER."
         ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def save_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -60,10 +61,12 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def open_header(path: Path):  # noqa: ANN201 - safetensors' handle has no public type
+def open_header(path: Path):  # type: ignore[no-untyped-def]  # safetensors' handle has no public type
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors.")
+        raise FileNotFoundError(
+            f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors."
+        )
     try:
         return safe_open(path, framework="pt")
     except Exception as error:

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,3 +257,24 @@ def nearest(name: str, names: list[str], count: int = 3) -> list[str]:
 
     close = {other: score for other in names if (score := likeness(other))[0] >= 0.6}
     return sorted(close, key=lambda other: -sum(close[other]))[:count]
+
+
+# advice for the authors of a training loop, and what libraries deprecate in each other; `ipa` can act on none of it
+NOISE = (
+    "does not have many workers",
+    "have no `validation_step`",
+    r"Found \d+ module\(s\) in eval mode",
+    "LeafSpec",
+)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' loading bars and just these messages in a user's console."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=f".*{message}")

@@ -1,13 +1,13 @@
 """Family, encoder, head, adapter and objective together: the only place where they meet.
 
-    L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text and c_image dropped now and then
-    (Ye et al. 2023, equations 6 and 7)
+L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text and c_image dropped now and then
+(Ye et al. 2023, equations 6 and 7)
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,13 @@ from ipa.types import Batch, Features, ImagePrompt, TextCondition, to_unit_range
 class IPAdapterModel(nn.Module):
     """A frozen base and encoder with a trainable head and adapter.
 
-    ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and the parameter count use it.
+    ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and parameter count use it.
     """
 
     def __init__(self, family: Any, encoder: Any, head: Any, adapter: Any) -> None:
         super().__init__()
         self.family, self.encoder = family, encoder
+        self._no_image: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
     @property
@@ -50,7 +51,7 @@ class IPAdapterModel(nn.Module):
         for part in (self.family, self.encoder):
             for name, value in sorted(part.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def encode_reference(self, reference_B3HW: Tensor) -> Features:
@@ -59,16 +60,32 @@ class IPAdapterModel(nn.Module):
 
     def no_image(self, batch: int) -> Features:
         """What the head reads when there is no image: zeros, or the encoder's blank picture, as the head says."""
-        blank = self.encoder.blank(batch, uses=self.head.uses)
-        if self.head.no_image == "blank":
-            return blank
-        return Features(*(None if x is None else torch.zeros_like(x) for x in (blank.pooled_BE, blank.patches_BPF)))
+        if self._no_image is None:  # one row, asked of the frozen encoder once
+            blank = self.encoder.blank(1, uses=self.head.uses)
+            self._no_image = blank if self.head.no_image == "blank" else map_features(torch.zeros_like, blank)
+        return map_features(lambda x: x.to(self.device).expand(batch, *x.shape[1:]), self._no_image)
+
+    def describe(self) -> dict[str, str]:
+        """What a reader of the adapter file needs to know of the parts that it was trained with."""
+        return {
+            "base_family": self.family.name,
+            "base": self.family.source,
+            "encoder": self.encoder.source,
+            "encoder_weights": self.encoder.weights or "",
+            "image_size_px": str(self.encoder.image_size_px),
+            "preprocessing": "shortest side bicubic, centre crop",
+            "features": self.head.uses,
+            "no_image": self.head.no_image,
+            "num_tokens": str(self.head.num_tokens),
+        }
 
     def image_tokens(self, features: Features, t_B: Tensor | None = None) -> Tensor:
         return self.head(features, t_B)
 
     @contextmanager
-    def prompted(self, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor) -> Iterator[TextCondition]:
+    def prompted(
+        self, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor
+    ) -> Iterator[TextCondition]:
         """While inside, the denoiser sees the image tokens with weight λ = ``scale``; yields the text to give it."""
         if tokens_BTD is None:
             yield text
@@ -77,7 +94,9 @@ class IPAdapterModel(nn.Module):
         with self.adapter.condition(text, ImagePrompt(tokens_BTD, weight)) as conditioned:
             yield conditioned
 
-    def predict(self, latents_BCHW: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float) -> Tensor:
+    def predict(
+        self, latents_BCHW: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float
+    ) -> Tensor:
         with self.prompted(text, tokens_BTD, scale) as conditioned:
             return self.family.denoise(latents_BCHW, t_B, conditioned)
 
@@ -97,7 +116,8 @@ class IPAdapterModel(nn.Module):
         features, empty = self.encode_reference(reference_B3HW), self.no_image(1)
         return self.image_tokens(
             Features(
-                replace(features.pooled_BE, drop_B, empty.pooled_BE), replace(features.patches_BPF, drop_B, empty.patches_BPF)
+                replace(features.pooled_BE, drop_B, empty.pooled_BE),
+                replace(features.patches_BPF, drop_B, empty.patches_BPF),
             )
         )
 
@@ -108,3 +128,7 @@ class IPAdapterModel(nn.Module):
 
 def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
     return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)
+
+
+def map_features(function: Callable[[Tensor], Tensor], features: Features) -> Features:
+    return Features(*(None if x is None else function(x) for x in (features.pooled_BE, features.patches_BPF)))

@@ -43,7 +43,9 @@ def make_target(
     if prediction_type == "v_prediction":
         alpha, sigma = alpha_sigma(alphas_cumprod_S, timestep_B)
         return alpha * noise_BCHW - sigma * x0_BCHW
-    raise ValueError(f"the base's scheduler predicts {prediction_type!r}; this trainer knows {', '.join(PREDICTION_TYPES)}")
+    raise ValueError(
+        f"the base's scheduler predicts {prediction_type!r}; this trainer knows {', '.join(PREDICTION_TYPES)}"
+    )
 
 
 def squared_error(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures from a trained model: public diffusers pipelines with our denoiser inside them. No samplers are written here.
+"""Pictures from a trained model: public diffusers pipelines with our denoiser in them. No samplers are written here.
 
 Every picture has its own seed, so that a picture does not depend on the others in its batch beyond rounding.
 """

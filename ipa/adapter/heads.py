@@ -21,7 +21,9 @@ class GlobalHead(nn.Module):
     def __init__(self, embedding_width: int, context_width: int, num_tokens: int = 4) -> None:
         super().__init__()
         if num_tokens < 1:
-            raise ValueError(f"tokens.num_tokens={num_tokens}: an adapter needs at least one image token; the paper has 4")
+            raise ValueError(
+                f"tokens.num_tokens={num_tokens}: an adapter needs at least one image token; the paper has 4"
+            )
         self.num_tokens = num_tokens
         self.context_width = context_width
         self.proj = nn.Linear(embedding_width, num_tokens * context_width)

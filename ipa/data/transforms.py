@@ -39,6 +39,7 @@ class Background:
             raise ValueError(f"background.white is {self.white}: give background.colours for the rest, or white=1")
         for colour in self.colours:
             ImageColor.getrgb(colour)
+        object.__setattr__(self, "colours", tuple(self.colours))  # not a view into a whole configuration
 
     def colour(self, address: Address) -> str:
         if uniform(address, "background") < self.white:

@@ -1,7 +1,7 @@
 """Image encoders from open_clip: by built-in name, hub id or local folder.
 
-    encoder = OpenClipEncoder.from_pretrained("local-dir:demo/encoder")
-    encoder = OpenClipEncoder.from_pretrained("ViT-H-14", pretrained="laion2b_s32b_b79k")
+encoder = OpenClipEncoder.from_pretrained("local-dir:demo/encoder")
+encoder = OpenClipEncoder.from_pretrained("ViT-H-14", pretrained="laion2b_s32b_b79k")
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ class OpenClipEncoder(nn.Module):
     ``pooled_width`` is E, ``patch_width`` F; ``image_size_px`` the edge of the square picture that it reads.
     """
 
-    def __init__(self, visual: nn.Module, source: str = "") -> None:
+    visual: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: Any, source: str = "", weights: str | None = None) -> None:
         super().__init__()
         self.visual = visual
-        self.source = source
+        self.source, self.weights = source, weights
         preprocess: Any = visual.preprocess_cfg
         self.register_buffer("mean", torch.tensor(preprocess["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"])[:, None, None], persistent=False)
@@ -38,13 +42,15 @@ class OpenClipEncoder(nn.Module):
         """Raise FileNotFoundError for a local folder that is not there, ValueError for an unknown name."""
         import open_clip
 
-        name = resolve_name(name)
+        source, name = name, resolve_name(name)
         if not name.startswith((LOCAL, "hf-hub:")) and name not in open_clip.list_models():
-            raise ValueError(f"encoder.name={name}: open_clip has no such model; `local-dir:FOLDER` names one of your own")
+            raise ValueError(
+                f"encoder.name={name}: open_clip has no such model; `local-dir:FOLDER` names one of your own"
+            )
         model = open_clip.create_model(name, pretrained=pretrained, precision="fp32")
         visual: Any = model.visual
         visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
-        return cls(visual.to(getattr(torch, dtype)), source=name)
+        return cls(visual.to(getattr(torch, dtype)), source, pretrained)
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
@@ -114,5 +120,7 @@ def read_pooled_width(name: str) -> int:
     else:
         config = open_clip.get_model_config(name)
         if config is None:
-            raise ValueError(f"encoder.name={name}: open_clip has no such model; `local-dir:FOLDER` names one of your own")
+            raise ValueError(
+                f"encoder.name={name}: open_clip has no such model; `local-dir:FOLDER` names one of your own"
+            )
     return config["embed_dim"]

@@ -1,7 +1,7 @@
 """The published IP-Adapter layout for UNets: `image_proj.<k>` and `ip_adapter.<n>.to_{k,v}_ip.weight`.
 
-``<n>`` is the position in the UNet's list of attention processors, where self-attention takes the even numbers: the i-th
-cross-attention layer, in the order down, up, mid, is number 2 i + 1.
+``<n>`` is the position in the UNet's list of attention processors, where self-attention takes the even numbers: the
+i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1.
 """
 
 from __future__ import annotations
@@ -43,27 +43,39 @@ def check_readable_elsewhere(head: Any) -> None:
     """Raise ValueError for a shape that the readers of this layout would misread."""
     if head.num_tokens != 4:
         raise ValueError(
-            f"tokens.num_tokens={head.num_tokens}: diffusers and ComfyUI assume 4 tokens for a global adapter, so this one "
-            "cannot be exported in the published layout. Train with tokens.num_tokens=4, or sample with ipa."
+            f"tokens.num_tokens={head.num_tokens}: diffusers and ComfyUI assume 4 tokens for a global adapter, so this "
+            "one cannot be exported in the published layout. Train with tokens.num_tokens=4, or sample with ipa."
         )
 
 
 def check_fits(
-    shapes: Mapping[str, tuple[int, ...]], *, source: str, context_width: int, pooled_width: int, encoder: str, hidden: list[int]
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    source: str,
+    context_width: int,
+    pooled_width: int,
+    encoder: str,
+    hidden: list[int],
 ) -> None:
-    """Compare a published global adapter's shapes with a base and an encoder; raises one ValueError that names all misfits."""
+    """Compare a published global adapter's shapes with a base and an encoder; one ValueError names all misfits."""
     if GLOBAL_KEY not in shapes:
         raise ValueError(f"{source} holds no {GLOBAL_KEY}: it is not a global IP-Adapter in the published layout.")
     rows, width = shapes[GLOBAL_KEY]
     problems = []
     if width != pooled_width:
-        problems.append(f"it was trained on image embeddings of width {width}, the encoder {encoder} gives {pooled_width}")
+        problems.append(
+            f"it was trained on image embeddings of width {width}, the encoder {encoder} gives {pooled_width}"
+        )
     if rows % context_width or shapes.get(f"{HEAD}norm.weight") != (context_width,):
         expected = shapes.get(f"{HEAD}norm.weight", (None,))[0]
         problems.append(f"its tokens have width {expected}, the base's cross-attention reads {context_width}")
     found = [shapes[name][0] for name in sorted_branches(shapes)]
     if found != hidden:
-        problems.append(f"it has {len(found)} layers of widths {sorted(set(found))}, the base {len(hidden)} of {sorted(set(hidden))}")
+        order = " in another order" if sorted(found) == sorted(hidden) else ""
+        widths = sorted(set(found)), sorted(set(hidden))
+        problems.append(
+            f"it has {len(found)} layers of widths {widths[0]}, the base {len(hidden)} of {widths[1]}{order}"
+        )
     if problems:
         raise ValueError(
             f"{source} does not fit: " + "; ".join(problems) + ". Give the base and encoder that it was trained with "

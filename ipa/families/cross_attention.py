@@ -54,10 +54,10 @@ class CrossAttentionHost:
         return CrossAttentionBranch(self.attention)
 
     def plug(self, branch: nn.Module, channel: Channel) -> None:
-        if self._found is not None:
+        if isinstance(self.attention.processor, BranchProcessor):
             raise RuntimeError(f"{self.name} already has a branch; call remove() on the adapter that put it there")
         self._found = self.attention.processor
-        self.attention.processor = BranchProcessor(self._found, branch, channel)
+        self.attention.processor = BranchProcessor(self._found, branch, channel)  # type: ignore[assignment]
 
     def unplug(self) -> None:
         if self._found is None:
@@ -86,6 +86,7 @@ class BranchProcessor:
         prompt = self.channel.prompt
         if prompt is None:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
+        assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
         text_BQd = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         attended = text_BQd + self.branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale)

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x as a frozen family: one CLIP text encoder, a UNet, ε- or v-prediction.
 
-    family = StableDiffusion.from_pretrained("demo/base")
+family = StableDiffusion.from_pretrained("demo/base")
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ class StableDiffusion(nn.Module):
 
     name = "stable_diffusion"
 
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, source: str = "") -> None:
+    def __init__(
+        self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, source: str = ""
+    ) -> None:
         super().__init__()
         self.vae, self.text_encoder, self.unet = vae, text_encoder, unet
         self.tokenizer, self.scheduler, self.source = tokenizer, scheduler, source
@@ -30,7 +32,10 @@ class StableDiffusion(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: str = "float32") -> Self:
-        """Load a diffusers folder or hub id, weights in ``dtype`` (torch's name); raises FileNotFoundError when a local path is not such a folder."""
+        """Load a diffusers folder or hub id, weights in ``dtype`` (torch's name).
+
+        Raises FileNotFoundError when a local path is not such a folder.
+        """
         check_pipeline_folder(path)
         pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), safety_checker=None)
         parts = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.unet, pipeline.scheduler)
@@ -105,7 +110,7 @@ class StableDiffusion(nn.Module):
 
     def pipeline(self) -> StableDiffusionPipeline:
         """A public pipeline around these very parts, sampling with DDIM on the checkpoint's own schedule."""
-        pipeline = StableDiffusionPipeline(
+        pipeline: Any = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -129,7 +134,7 @@ def read_widths(path: str) -> tuple[int, list[int]]:
 
 
 def check_pipeline_folder(path: str) -> None:
-    """Refuse what is clearly a local path but no pipeline folder; anything of the form ``owner/name`` may be a hub id."""
+    """Refuse what is clearly a local path but no pipeline folder; all of the form ``owner/name`` may be a hub id."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return
@@ -139,4 +144,6 @@ def check_pipeline_folder(path: str) -> None:
             "Give the folder that `pipeline.save_pretrained` wrote."
         )
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"base.path={path}: no such folder. Give a diffusers pipeline folder or a hub id owner/name.")
+        raise FileNotFoundError(
+            f"base.path={path}: no such folder. Give a diffusers pipeline folder or a hub id owner/name."
+        )

@@ -15,6 +15,9 @@ from ipa.encoders.open_clip import resolve_name
 class ClipScorer(nn.Module):
     """Unit-length image and text embeddings of an open_clip model; pixels of any size in [-1, 1]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, clip: Any, tokenizer: Any, preprocess: dict[str, Any], name: str = "") -> None:
         super().__init__()
         self.clip, self.tokenizer, self.name = clip, tokenizer, name

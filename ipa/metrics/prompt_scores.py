@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from skimage.color import rgb2lab
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ipa.metrics.clip import ClipScorer
+
+# linear sRGB → CIE XYZ (IEC 61966-2-1); the rows add up to the white point D65
+RGB_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 
 
 class PromptScores(Metric):
@@ -24,6 +26,7 @@ class PromptScores(Metric):
     full_state_update = False
     higher_is_better = None
 
+    scorer: ClipScorer
     generated_BE: list[Tensor]
     prompts_BE: list[Tensor]
     border_B: list[Tensor]
@@ -39,7 +42,7 @@ class PromptScores(Metric):
         """Pixels in [-1, 1]; the two may differ in size."""
         self.generated_BE.append(self.scorer.embed_images(generated_B3HW))
         self.prompts_BE.append(self.scorer.embed_images(prompts_B3HW))
-        self.border_B.append(border_distance(generated_B3HW, prompts_B3HW))
+        self.border_B.append(border_distance(generated_B3HW, prompts_B3HW).to(self.generated_BE[-1].device))
 
     def compute(self) -> dict[str, Tensor]:
         generated_BE, prompts_BE = dim_zero_cat(self.generated_BE), dim_zero_cat(self.prompts_BE)
@@ -63,8 +66,16 @@ def border_lab(pixels_B3HW: Tensor, width: float) -> Tensor:
     inside = torch.zeros(pixels_B3HW.shape[-2:], dtype=torch.bool, device=pixels_B3HW.device)
     inside[edge:-edge, edge:-edge] = True
     median_B3 = pixels_B3HW.float()[..., ~inside].median(-1).values
-    lab = rgb2lab(((median_B3 + 1) / 2).clamp(0, 1).cpu().numpy())
-    return torch.from_numpy(lab).float()
+    return rgb_to_lab(((median_B3 + 1) / 2).clamp(0, 1))
+
+
+def rgb_to_lab(rgb_B3: Tensor) -> Tensor:
+    """sRGB in [0, 1] → CIE Lab (D65): L in [0, 100], a and b about ± 100."""
+    linear_B3 = torch.where(rgb_B3 > 0.04045, ((rgb_B3 + 0.055) / 1.055) ** 2.4, rgb_B3 / 12.92)
+    matrix = torch.tensor(RGB_TO_XYZ, dtype=rgb_B3.dtype, device=rgb_B3.device)
+    xyz_B3 = linear_B3 @ matrix.T / matrix.sum(1)
+    x, y, z = torch.where(xyz_B3 > (6 / 29) ** 3, xyz_B3 ** (1 / 3), xyz_B3 * (29 / 6) ** 2 / 3 + 4 / 29).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
 def caption_ranks(image_BE: Tensor, text_BE: Tensor) -> Tensor:

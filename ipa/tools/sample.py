@@ -1,6 +1,6 @@
 """Make pictures with a trained adapter.
 
-    python -m ipa.tools.sample adapter=runs/…/adapter.safetensors image=photo.png text="red heart" scale=0.5 out=picture.png
+    python -m ipa.tools.sample adapter=runs/…/adapter.safetensors image=photo.png text="red heart" scale=0.5 out=new.png
 
 Base and encoder come from the adapter's metadata unless given; misfits are found before any weight is read.
 """
@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ValidationError
+
+from ipa.cli import quiet_libraries
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 @dataclass
@@ -34,21 +39,37 @@ class Options:
 
 
 def read_options(arguments: list[str]) -> Any:
-    """``key=value`` words → options; raises ValueError that names what is misspelt or missing, and what there is."""
+    """``key=value`` words → options; raises ValueError that names what is misspelt, wrong or missing."""
     import difflib
 
     names = [field.name for field in fields(Options)]
+    options = OmegaConf.structured(Options)
     for argument in arguments:
-        name, equals, _ = argument.partition("=")
+        name, equals, value = argument.partition("=")
         if not equals or name not in names:
             near = difflib.get_close_matches(name, names, 1)
             question = f" Did you mean {near[0]}=…?" if near else ""
-            raise ValueError(f"{argument!r} is not one of the options {', '.join(f'{name}=' for name in names)}.{question}")
-    options = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments))
+            raise ValueError(
+                f"{argument!r} is not one of the options {', '.join(f'{name}=' for name in names)}.{question}"
+            )
+        try:
+            options[name] = value
+        except ValidationError as error:
+            raise ValueError(f"{argument}: {str(error).splitlines()[0]}") from error
     missing = [name for name in ("adapter", "image") if OmegaConf.is_missing(options, name)]
     if missing:
         raise ValueError(f"please give {' and '.join(f'{name}=FILE' for name in missing)}")
+    check_options(options)
     return options
+
+
+def check_options(options: Any) -> None:
+    """Refuse at once what would fail only after the picture was made; raises ValueError."""
+    for name in ("num_images", "steps"):
+        if options[name] < 1:
+            raise ValueError(f"{name}={options[name]}: at least 1")
+    if Path(options.out).suffix.lower() not in FORMATS:
+        raise ValueError(f"out={options.out}: a picture's name ends with one of {', '.join(FORMATS)}")
 
 
 def sample(options: Any) -> Path:
@@ -57,13 +78,21 @@ def sample(options: Any) -> Path:
 
     adapter = Path(options.adapter)
     metadata = read_metadata(adapter)
-    sources = {name: options[name] or metadata.get(name) for name in ("base", "encoder")}
+    sources = {name: options[name] or metadata.get(name, "") for name in ("base", "encoder")}
     for name, source in sources.items():
-        if source is None:
+        if not source:
             raise ValueError(f"{adapter} does not say which {name} it was trained with: give {name}=…")
     picture = read_picture(Path(options.image))
     model = load_model(adapter, sources["base"], sources["encoder"], metadata)
-    return generate_row(model.to(options.device), picture, options)
+    return generate_row(move(model, options.device), picture, options)
+
+
+def move(model: Any, device: str) -> Any:
+    """The model on ``device``; raises ValueError in the words of torch, which has several exceptions for this."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
 
 
 def read_picture(path: Path) -> Any:
@@ -104,7 +133,10 @@ def load_model(adapter: Path, base: str, encoder: str, metadata: dict[str, str])
     head = GlobalHead(vision.pooled_width, family.context_width, token_count(shapes))
     model = IPAdapterModel(family, vision, head, DecoupledAdapter(family.hosts()))
     tensors, _ = load_adapter(adapter)
-    model.trainable.load_state_dict(from_published(tensors))
+    try:
+        model.trainable.load_state_dict(from_published(tensors))
+    except RuntimeError as error:  # names or shapes that the first look could not see
+        raise ValueError(f"{adapter} does not fit {base}: {' '.join(str(error).split())}") from error
     model.adapter.install()
     return model
 
@@ -125,7 +157,7 @@ def generate_row(model: Any, picture: Any, options: Any) -> Path:
     pixels = generate(model, features, [options.text] * options.num_images, seeds, how)
     row = torch.cat(list(to_uint8(pixels)), dim=-1).permute(1, 2, 0).numpy()
     out = Path(options.out)
-    write_atomically(out, lambda beside: Image.fromarray(row).save(beside, format=out.suffix.lstrip(".") or "png"))
+    write_atomically(out, lambda beside: Image.fromarray(row).save(beside, format=FORMATS[out.suffix.lower()]))
     return out
 
 
@@ -136,7 +168,9 @@ def main() -> None:
             print(f"    {field.name}={'FILE (needed)' if field.default is MISSING else field.default}")
         return
     try:
-        out = sample(read_options(sys.argv[1:]))
+        options = read_options(sys.argv[1:])
+        quiet_libraries()
+        out = sample(options)
     except (ValueError, OSError) as error:
         sys.exit(f"sample: {error}")
     print(f"wrote {out}")

@@ -12,19 +12,27 @@ import torch
 
 from ipa.checkpoint import save_adapter
 from ipa.export.published import check_readable_elsewhere, to_published
+from ipa.model import IPAdapterModel
+from ipa.training.checkpointing import check_finite, is_due
 
 
 class Throughput(L.Callback):
-    """Logs samples per second over all processes, measured between log steps, previews and checkpoints left out."""
+    """Logs samples per second over all processes, measured between log steps.
 
-    def __init__(self) -> None:
+    What other callbacks do at every ``pause_every_n_steps``, previews and checkpoints, is left out.
+    """
+
+    def __init__(self, pause_every_n_steps: int = 0) -> None:
+        self.pause_every_n_steps = pause_every_n_steps
         self.samples = 0
         self.seconds = 0.0
         self.total_samples = 0
         self.total_seconds = 0.0
         self.started = math.nan
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         # the time since the last step's end is the wait for data, part of the cost; only callbacks' work is left out
         if math.isnan(self.started):
             self.started = time.perf_counter()
@@ -33,12 +41,15 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.samples += len(batch) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.seconds = time.perf_counter() - self.started
+        logs = is_due(trainer, batch_idx, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if logs or is_due(trainer, batch_idx, self.pause_every_n_steps):
+            self.seconds += time.perf_counter() - self.started
+            self.started = math.nan
+        if logs:
+            pl_module.log("train/samples_per_s", self.samples / self.seconds, prog_bar=True, rank_zero_only=True)
             self.total_samples += self.samples
             self.total_seconds += self.seconds
-            pl_module.log("train/samples_per_s", self.samples / self.seconds, prog_bar=True, rank_zero_only=True)
-            self.samples, self.started = 0, math.nan
+            self.samples, self.seconds = 0, 0.0
 
     @property
     def mean_samples_per_s(self) -> float:
@@ -53,7 +64,7 @@ class DataPosition(L.Callback):
     ) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         datamodule.consumed(batch)
-        if trainer.global_step % trainer.log_every_n_steps == 0 and datamodule.rejects:  # type: ignore[attr-defined]
+        if datamodule.rejects and is_due(trainer, batch_idx, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             counts = {f"data/rejected/{reason}": float(n) for reason, n in datamodule.rejects.items()}
             pl_module.log_dict(counts, rank_zero_only=True)
 
@@ -70,39 +81,43 @@ class FrozenGuard(L.Callback):
 
 
 class LossGuard(L.Callback):
-    """Stops on a loss that is not finite, naming the step, the shards and the keys; nothing is repaired in silence."""
+    """Stops on a loss that is not finite, before the weights take it in; nothing is repaired in silence."""
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not torch.isfinite(outputs["loss"]).all():
-            shards = sorted(set(batch.shards))
-            raise ValueError(f"the loss of step {trainer.global_step} is not finite; shards {shards}, keys {batch.keys}")
+        self.batch = batch
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        if not torch.isfinite(loss).all():
+            step, shards = trainer.global_step + 1, ", ".join(sorted(set(self.batch.shards)))
+            raise ValueError(
+                f"the loss of step {step} is {loss.item()}, so training stopped there. The samples of the step: shards "
+                f"{shards}; keys {', '.join(self.batch.keys)}. If they are sound, try a smaller optimizer.lr or "
+                "trainer.gradient_clip_val=1; the same command goes on from the last checkpoint, if there is one."
+            )
 
 
 class ExportAdapter(L.Callback):
-    """Writes the adapter file in the published layout at every ``every_n_steps`` and at the end of training."""
+    """Writes the adapter file in the published layout at every ``every_n_steps`` and at the last step.
+
+    The model's description and ``metadata`` go into the file as strings; what is None is left out.
+    """
 
     def __init__(self, path: str | Path, every_n_steps: int, metadata: dict[str, Any], dtype: str = "float16") -> None:
         self.path = Path(path)
         self.every_n_steps = every_n_steps
-        self.metadata = {name: str(value) for name, value in metadata.items()}
+        self.metadata = {name: str(value) for name, value in metadata.items() if value is not None}
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.written_at = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         check_readable_elsewhere(pl_module.model.head)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
-            self.write(trainer, pl_module)
+        if is_due(trainer, batch_idx, self.every_n_steps) and trainer.is_global_zero:
+            self.write(pl_module.model, trainer.global_step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.written_at != trainer.global_step:
-            self.write(trainer, pl_module)
-
-    def write(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            tensors = to_published(pl_module.model.trainable.state_dict(), self.dtype)
-            save_adapter(self.path, tensors, {**self.metadata, "step": str(trainer.global_step)})
-            self.written_at = trainer.global_step
+    def write(self, model: IPAdapterModel, step: int) -> None:
+        tensors = to_published(model.trainable.state_dict(), self.dtype)
+        check_finite(tensors, step)
+        save_adapter(self.path, tensors, {**model.describe(), **self.metadata, "step": str(step)})

@@ -5,32 +5,64 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import lightning as L
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from ipa.checkpoint import write_atomically
+
 
 class ContinuedWriter(ExperimentWriter):
-    """Lightning's writer, but what an earlier part of the run wrote is kept and continued."""
+    """Lightning's writer, but with one row per step, and what an earlier part of the run wrote is continued."""
 
     NAME_METRICS_FILE = "log.csv"
 
     def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the file here."""
+
+    def continue_after(self, step: int) -> None:
+        """Drop the rows of later steps, which are run again."""
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if row["step"].isdecimal() and int(row["step"]) <= step]
+                self.metrics_keys = list(reader.fieldnames or [])
+            self._write(rows)
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics_dict, step)
+        if len(self.metrics) > 1 and self.metrics[-2]["step"] == self.metrics[-1]["step"]:
+            last = self.metrics.pop()
+            self.metrics[-1].update(last)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._write(rows)
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        write_atomically(Path(self.metrics_file_path), lambda beside: self._write_to(beside, rows))
+
+    def _write_to(self, path: Path, rows: list[dict[str, str]]) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 class RunCSV(CSVLogger):
     """``log.csv`` straight in the run folder, one row per logged step; a resumed run goes on in the same file."""
 
-    def __init__(self, folder: str | Path, flush_logs_every_n_steps: int = 50) -> None:
-        super().__init__(Path(folder), name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+    def __init__(self, folder: str | Path) -> None:
+        # the trainer saves after every logged step; the logger by itself would tear the rows of a step apart
+        super().__init__(Path(folder), name="", version="", flush_logs_every_n_steps=sys.maxsize)
 
     @property
     def log_dir(self) -> str:
@@ -41,7 +73,17 @@ class RunCSV(CSVLogger):
     def experiment(self) -> ContinuedWriter:
         if self._experiment is None:
             self._experiment = ContinuedWriter(self.log_dir)
+        assert isinstance(self._experiment, ContinuedWriter)
         return self._experiment
+
+
+class ContinuedLog(L.Callback):
+    """Lets ``log.csv`` go on at the step where training goes on: a kill may come long after the last checkpoint."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSV) and trainer.is_global_zero:
+                logger.experiment.continue_after(trainer.global_step)
 
 
 def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> WandbLogger:

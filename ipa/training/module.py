@@ -32,12 +32,14 @@ class AdapterTraining(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.model.losses(batch).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        # loggers take this for the row's step: the number of steps done, as files and checkpoints count them
+        self.log("step", float(self.global_step + 1), batch_size=len(batch))
         return loss
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(self.model.trainable.parameters())
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {f"{TRAINABLE}{name}": value for name, value in self.model.trainable.state_dict().items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

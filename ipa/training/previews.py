@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ipa.checkpoint import write_atomically
 from ipa.metrics.clip import ClipScorer, fit_square
 from ipa.metrics.prompt_scores import PromptScores
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
+from ipa.training.checkpointing import is_due
 from ipa.types import Features, to_uint8, to_unit_range
 
 SCALES = (0.0, 0.5, 1.0)
@@ -84,13 +86,15 @@ def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Im
     for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
         pen.text((gap_px + x * pitch, 3), title, fill="black")
         for y, picture in enumerate(to_uint8(fit_square(column, column.shape[-1]))):
-            cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((cell_px, cell_px), Image.Resampling.NEAREST)
+            cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
+                (cell_px, cell_px), Image.Resampling.NEAREST
+            )
             grid.paste(cell, (gap_px + x * pitch, header_px + gap_px + y * pitch))
     return grid
 
 
 class Previews(L.Callback):
-    """At every ``every_n_steps`` and at the end of training: a grid in ``folder`` and CLIP-I of the previewed prompts.
+    """At every ``every_n_steps`` and at the last step: a grid in ``folder``, and scores over ``num_scored`` prompts.
 
     ``text`` is what the last column asks for. Without a scorer there are pictures only.
     """
@@ -121,7 +125,7 @@ class Previews(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and trainer.is_global_zero and self.prompts is not None:
+        if is_due(trainer, batch_idx, self.every_n_steps) and trainer.is_global_zero and self.prompts is not None:
             self.preview(trainer, pl_module)
 
     def preview(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -129,14 +133,19 @@ class Previews(L.Callback):
         assert prompts is not None
         grid = self.draw(model, prompts.head(self.num_prompts))
         self.last = self.folder / f"step_{step:06d}.png"
-        self.last.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(self.last)
+        write_atomically(self.last, lambda beside: grid.save(beside, format="PNG"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("preview/grid", [grid], step=step)
         if self.scorer is not None:
             scores = score_prompts(model, self.scorer, prompts.head(self.num_scored), self.options, self.seed)
-            pl_module.log_dict({f"preview/{name}": value for name, value in scores.items()}, rank_zero_only=True)
+            self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})
+
+    def tell(self, trainer: L.Trainer, scores: dict[str, float]) -> None:
+        """To the loggers at this step alone (``pl_module.log`` would repeat them in later rows), and to callbacks."""
+        for logger in trainer.loggers:
+            logger.log_metrics(scores, step=trainer.global_step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
 
     def draw(self, model: IPAdapterModel, prompts: HeldOutPrompts) -> Image.Image:
         columns, titles = [to_unit_range(prompts.images_B3HW)], ["prompt"]

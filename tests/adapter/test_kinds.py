@@ -1,0 +1,156 @@
+"""An adapter can be put in and taken out, and where it has nothing to say it changes nothing, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ipa.adapter.kinds import DecoupledAdapter
+from ipa.model import IPAdapterModel
+from ipa.types import TextCondition
+
+pytestmark = pytest.mark.usefixtures("_no_grad")
+
+
+@pytest.fixture
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def processors(model: IPAdapterModel) -> dict[str, Any]:
+    return dict(model.family.unet.attn_processors)
+
+
+def same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+
+
+@pytest.fixture
+def inputs(model: IPAdapterModel) -> tuple[Tensor, Tensor, TextCondition, Tensor]:
+    return tiny.make_inputs(model)
+
+
+@pytest.fixture
+def frozen(model: IPAdapterModel, inputs) -> Tensor:
+    """What the base says without any adapter."""
+    latents, t_B, text, _ = inputs
+    return model.family.unet(latents, t_B, text.states_BLD).sample
+
+
+def test_making_an_adapter_changes_nothing(model: IPAdapterModel, inputs, frozen: Tensor) -> None:
+    before, hashed = processors(model), model.frozen_hash()
+    DecoupledAdapter(model.family.hosts())
+
+    assert same_objects(processors(model), before)
+    assert model.frozen_hash() == hashed
+    assert not any("branch" in name for name in model.family.state_dict())
+    assert torch.equal(model.predict(*inputs, scale=1.0), frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_zero_is_the_frozen_base(model: IPAdapterModel, dtype: torch.dtype) -> None:
+    model.family.to(dtype)
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    frozen = model.family.unet(latents.to(dtype), t_B, text.states_BLD).sample
+    model.adapter.install()
+
+    assert torch.equal(model.predict(latents, t_B, text, tokens, scale=0.0), frozen)
+    assert not torch.equal(model.predict(latents, t_B, text, tokens, scale=0.1), frozen)
+
+
+def test_scale_zero_is_the_frozen_base_also_where_the_text_is_masked(model: IPAdapterModel, inputs) -> None:
+    latents, t_B, text, tokens = inputs
+    mask = torch.arange(tiny.TEXT_LENGTH) < torch.tensor([[4], [7]])
+    call = {
+        "sample": latents,
+        "timestep": t_B,
+        "encoder_hidden_states": text.states_BLD,
+        "encoder_attention_mask": mask,
+    }
+    frozen = model.family.unet(**call).sample
+    model.adapter.install()
+    with model.prompted(text, tokens, 0.0):
+        masked = model.family.unet(**call).sample
+
+    assert torch.equal(masked, frozen)
+    assert not torch.equal(masked, model.family.unet(latents, t_B, text.states_BLD).sample)
+
+
+def test_an_installed_adapter_without_a_prompt_is_the_frozen_base(
+    model: IPAdapterModel, inputs, frozen: Tensor
+) -> None:
+    latents, t_B, text, tokens = inputs
+    model.adapter.install()
+    model.predict(latents, t_B, text, tokens, scale=1.0)
+
+    assert torch.equal(model.predict(latents, t_B, text, None, scale=1.0), frozen)
+
+
+def test_install_then_remove_leaves_the_base_as_it_was(model: IPAdapterModel, inputs, frozen: Tensor) -> None:
+    before, hashed = processors(model), model.frozen_hash()
+    model.adapter.install()
+    installed = model.predict(*inputs, scale=1.0)
+    replaced = {name for name, processor in processors(model).items() if processor is not before[name]}
+    assert replaced == {name for name in before if name.endswith("attn2.processor")}
+
+    model.adapter.remove()
+    assert same_objects(processors(model), before)
+    assert model.frozen_hash() == hashed
+    assert torch.equal(model.predict(*inputs, scale=1.0), frozen)
+    assert (installed - frozen).abs().max() > 0.1
+
+    model.adapter.install()
+    assert torch.equal(model.predict(*inputs, scale=1.0), installed)
+
+
+def test_removing_what_is_not_installed_changes_nothing(model: IPAdapterModel) -> None:
+    before, other = processors(model), DecoupledAdapter(model.family.hosts())
+    model.adapter.remove()
+    assert same_objects(processors(model), before)
+
+    model.adapter.install().remove()
+    installed = processors(model) if other.install() else {}
+    model.adapter.remove()
+    assert same_objects(processors(model), installed)
+
+
+def test_installing_twice_is_refused(model: IPAdapterModel, inputs) -> None:
+    model.adapter.install()
+    installed, expected = processors(model), model.predict(*inputs, scale=1.0)
+    for adapter in (model.adapter, DecoupledAdapter(model.family.hosts())):
+        with pytest.raises(RuntimeError, match=r"down_blocks\.0.*attn2 already has a branch; call remove\(\)"):
+            adapter.install()
+
+    assert same_objects(processors(model), installed)
+    assert torch.equal(model.predict(*inputs, scale=1.0), expected)
+
+
+def test_every_layer_hears_the_image(model: IPAdapterModel, inputs) -> None:
+    model.adapter.install()
+    whole = model.predict(*inputs, scale=1.0)
+    for i, branch in enumerate(model.adapter.branches):
+        kept = branch.to_v_ip.weight.clone()
+        branch.to_v_ip.weight.zero_()
+        assert not torch.equal(model.predict(*inputs, scale=1.0), whole), f"layer {i} is deaf"
+        branch.to_v_ip.weight.copy_(kept)
+
+
+def test_branches_start_as_copies_of_keys_and_values_of_their_own_layer() -> None:
+    model = tiny.make_model()
+    layers = [module for name, module in model.family.unet.named_modules() if name.endswith("attn2")]
+
+    assert len(layers) == len(model.adapter.branches) == len(tiny.HIDDEN)
+    for layer, branch in zip(layers, model.adapter.branches, strict=True):
+        assert torch.equal(branch.to_k_ip.weight, layer.to_k.weight)
+        assert torch.equal(branch.to_v_ip.weight, layer.to_v.weight)
+        assert branch.heads == layer.heads
+
+
+def test_a_base_without_cross_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="no cross-attention"):
+        DecoupledAdapter([])

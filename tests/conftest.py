@@ -1,0 +1,38 @@
+"""What all tests share: seed 0, and tiny real models (see ``tiny.py``)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ipa.model import IPAdapterModel
+
+# the scripts that made the demo world; the weights beside them are not needed
+sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> IPAdapterModel:
+    """A tiny model whose adapter has moved away from its start and is not installed."""
+    return tiny.shake(tiny.make_model())
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers pipeline folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tiny.make_pipeline(tiny.make_family("v_prediction", zero_snr=True)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The ``local-dir:`` name of an open_clip folder."""
+    return tiny.save_clip(tmp_path_factory.mktemp("tiny") / "clip")

@@ -1,0 +1,118 @@
+"""The branch of one layer against equation 5 written out, and the layer's own path against diffusers' processor."""
+
+import pytest
+import tiny
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from ipa.families.cross_attention import BranchProcessor, CrossAttentionHost, attend_to_text, join_heads, split_heads
+from ipa.types import Channel, ImagePrompt
+
+
+@pytest.fixture
+def attention() -> Attention:
+    """Two heads, inner width 8, context 16."""
+    return tiny.make_unet().get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+
+
+def plain_attention(query_BQd: Tensor, key_BTd: Tensor, value_BTd: Tensor, heads: int) -> Tensor:
+    """softmax(Q Kᵀ / √d) V, one head after another."""
+    out = []
+    for q, k, v in zip(query_BQd.chunk(heads, -1), key_BTd.chunk(heads, -1), value_BTd.chunk(heads, -1), strict=True):
+        out.append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v)
+    return torch.cat(out, dim=-1)
+
+
+def test_a_branch_starts_as_a_copy_of_the_layers_own_keys_and_values(attention: Attention) -> None:
+    branch = CrossAttentionHost("a layer", attention).make_branch()
+
+    assert torch.equal(branch.to_k_ip.weight, attention.to_k.weight)
+    assert torch.equal(branch.to_v_ip.weight, attention.to_v.weight)
+    assert branch.to_k_ip.weight.data_ptr() != attention.to_k.weight.data_ptr()
+    assert not list(branch.buffers()) and len(list(branch.parameters())) == 2
+
+
+def test_a_branch_is_in_fp32_whatever_the_base_is_in(attention: Attention) -> None:
+    branch = CrossAttentionHost("a layer", attention.to(torch.bfloat16)).make_branch()
+    query = torch.randn(1, 2, 5, 4, dtype=torch.bfloat16)
+
+    assert {parameter.dtype for parameter in branch.parameters()} == {torch.float32}
+    assert branch(query, torch.randn(1, 4, 16), None, torch.ones(())).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
+def test_a_layer_with_its_branch_is_equation_5(attention: Attention, scale: float) -> None:
+    host, channel = CrossAttentionHost("a layer", attention), Channel()
+    branch = host.make_branch()
+    torch.nn.init.normal_(branch.to_k_ip.weight)
+    torch.nn.init.normal_(branch.to_v_ip.weight)
+    host.plug(branch, channel)
+    states, text, tokens = torch.randn(2, 9, 8), torch.randn(2, 5, 16), torch.randn(2, 4, 16)
+    with channel.carrying(ImagePrompt(tokens, torch.tensor(scale))):
+        out = attention(states, text)
+
+    query = attention.to_q(states)
+    attended = plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
+    attended = attended + scale * plain_attention(query, branch.to_k_ip(tokens), branch.to_v_ip(tokens), heads=2)
+    torch.testing.assert_close(out, attention.to_out[0](attended), rtol=1e-5, atol=1e-6)
+
+
+def test_every_row_can_have_a_scale_of_its_own(attention: Attention) -> None:
+    branch = CrossAttentionHost("a layer", attention).make_branch()
+    query, tokens = torch.randn(2, 2, 9, 4), torch.randn(2, 4, 16)
+    full = branch(query, tokens, None, torch.ones(()))
+    out = branch(query, tokens, None, torch.tensor([0.0, 0.5]).view(2, 1, 1))
+
+    assert torch.equal(out, full * torch.tensor([0.0, 0.5]).view(2, 1, 1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layers_own_path_is_that_of_diffusers_bit_for_bit(
+    attention: Attention, masked: bool, dtype: torch.dtype
+) -> None:
+    attention = attention.to(dtype)
+    states, text = torch.randn(2, 9, 8, dtype=dtype), torch.randn(2, 5, 16, dtype=dtype)
+    mask = (
+        torch.tensor([[0, 0, 0, -10000.0, -10000.0], [0, 0, -10000.0, 0, 0]], dtype=dtype)[:, None] if masked else None
+    )
+    attended = attend_to_text(attention, split_heads(attention.to_q(states), 2), text, mask)
+
+    assert torch.equal(attention.to_out[0](attended), attention(states, text, attention_mask=mask))
+
+
+def test_without_a_prompt_the_replaced_processor_answers(attention: Attention) -> None:
+    host = CrossAttentionHost("a layer", attention)
+    found = attention.processor
+    states, text = torch.randn(2, 9, 8), torch.randn(2, 5, 16)
+    before = attention(states, text)
+    host.plug(host.make_branch(), Channel())
+
+    assert isinstance(attention.processor, BranchProcessor)
+    assert torch.equal(attention(states, text), before)
+    host.unplug()
+    assert attention.processor is found
+
+
+def test_a_place_takes_one_branch_also_from_another_host(attention: Attention) -> None:
+    host = CrossAttentionHost("a layer", attention)
+    host.plug(host.make_branch(), Channel())
+    for other in (host, CrossAttentionHost("the same layer", attention)):
+        with pytest.raises(RuntimeError, match=r"layer already has a branch; call remove\(\)"):
+            other.plug(host.make_branch(), Channel())
+
+
+def test_unplugging_what_is_not_plugged_changes_nothing(attention: Attention) -> None:
+    found = attention.processor
+    CrossAttentionHost("a layer", attention).unplug()
+
+    assert attention.processor is found
+
+
+def test_heads_are_split_and_joined() -> None:
+    states = torch.randn(2, 5, 8)
+
+    assert split_heads(states, 2).shape == (2, 2, 5, 4)
+    assert torch.equal(split_heads(states, 2)[:, 1], states[..., 4:])
+    assert torch.equal(join_heads(split_heads(states, 2)), states)

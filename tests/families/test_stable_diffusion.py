@@ -1,0 +1,139 @@
+"""The frozen base: what it is called with and gives, and how it is loaded."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ipa.families.stable_diffusion import StableDiffusion, check_pipeline_folder, read_widths
+from ipa.types import to_uint8, to_unit_range
+
+
+@pytest.fixture
+def family() -> StableDiffusion:
+    return tiny.make_family()
+
+
+def test_the_posterior_is_that_of_the_scaled_latents(family: StableDiffusion) -> None:
+    pixels = to_unit_range(tiny.make_pictures(2, tiny.IMAGE_PX))
+    noise = torch.randn(2, *family.latent_shape(tiny.IMAGE_PX))
+    with torch.no_grad():
+        raw = family.vae.encode(pixels).latent_dist
+    posterior = family.encode_pixels(pixels)
+
+    torch.testing.assert_close(posterior.sample(noise), 0.3 * (raw.mean + raw.std * noise), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(posterior.mean_BCHW, 0.3 * raw.mean)
+    assert not posterior.mean_BCHW.requires_grad
+
+
+def test_latents_are_decoded_from_the_scale_that_they_are_encoded_to(family: StableDiffusion) -> None:
+    pixels = to_unit_range(tiny.make_pictures(2, tiny.IMAGE_PX))
+    latents = family.encode_pixels(pixels).mean_BCHW
+    with torch.no_grad():
+        expected = family.vae.decode(latents / 0.3).sample.clamp(-1, 1)
+
+    assert latents.shape == (2, *family.latent_shape(tiny.IMAGE_PX)) == (2, 4, 8, 8)
+    assert torch.equal(family.decode_latents(latents), expected)
+
+
+def test_decoded_pixels_are_in_range(family: StableDiffusion) -> None:
+    pixels = family.decode_latents(100 * torch.randn(3, 4, 8, 8))
+
+    assert pixels.shape == (3, 3, tiny.IMAGE_PX, tiny.IMAGE_PX)
+    assert pixels.dtype == torch.float32
+    assert (pixels.min(), pixels.max()) == (-1, 1)
+    assert to_uint8(pixels).unique().numel() > 2
+
+
+def test_sizes_follow_from_the_parts(family: StableDiffusion) -> None:
+    assert (family.downsampling, family.image_size_px, family.context_width) == (2, tiny.IMAGE_PX, tiny.CONTEXT_WIDTH)
+    assert family.latent_shape(32) == (4, 16, 16)
+
+
+@pytest.mark.parametrize(("prediction_type", "zero_snr"), tiny.KINDS)
+def test_schedule_and_prediction_type_are_the_checkpoints_own(prediction_type: str, zero_snr: bool) -> None:
+    family = tiny.make_family(prediction_type, zero_snr)
+    sampler = family.pipeline().scheduler
+
+    assert family.prediction_type == sampler.config.prediction_type == prediction_type
+    assert torch.equal(family.alphas_cumprod, sampler.alphas_cumprod)
+    assert bool(family.alphas_cumprod[-1] == 0) is zero_snr
+
+
+def test_text_is_cut_and_padded_to_the_tokenizers_length(family: StableDiffusion) -> None:
+    states = family.encode_text(["", "cat", "a much longer text than fits"]).states_BLD
+
+    assert states.shape == (3, tiny.TEXT_LENGTH, tiny.CONTEXT_WIDTH)
+    torch.testing.assert_close(states[1:2], family.encode_text(["cat"]).states_BLD)
+    torch.testing.assert_close(states[2:], family.encode_text(["a much longer text"]).states_BLD)
+
+
+def test_the_text_is_encoded_as_the_public_pipeline_does(family: StableDiffusion) -> None:
+    theirs, negative = tiny.make_pipeline(family).encode_prompt(["cat", "red dog"], "cpu", 1, True)
+
+    torch.testing.assert_close(family.encode_text(["cat", "red dog"]).states_BLD, theirs)
+    torch.testing.assert_close(family.encode_text(["", ""]).states_BLD, negative)
+
+
+def test_the_base_stays_frozen_and_in_eval_mode_whatever_the_trainer_asks(family: StableDiffusion) -> None:
+    family.train()
+
+    assert not any(module.training for module in family.modules())
+    assert not any(parameter.requires_grad for parameter in family.parameters())
+
+
+def test_hosts_are_all_cross_attentions_in_the_published_order(family: StableDiffusion) -> None:
+    hosts = family.hosts()
+    published = [name.removesuffix(".processor") for name in family.unet.attn_processors if "attn2" in name]
+
+    assert [host.name for host in hosts] == published
+    assert [host.attention.to_k.out_features for host in hosts] == tiny.HIDDEN
+    assert all(host.attention is family.unet.get_submodule(host.name) for host in hosts)
+
+
+def test_a_saved_folder_is_loaded_with_the_same_weights(base_folder: Path) -> None:
+    loaded, made = StableDiffusion.from_pretrained(str(base_folder)), tiny.make_family("v_prediction", zero_snr=True)
+
+    assert loaded.source == str(base_folder)
+    assert loaded.prediction_type == "v_prediction"
+    state = loaded.state_dict()
+    assert state.keys() == made.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    assert StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None).unet.config == loaded.unet.config
+
+
+def test_weights_are_loaded_in_the_type_asked_for(base_folder: Path) -> None:
+    family = StableDiffusion.from_pretrained(str(base_folder), dtype="bfloat16")
+    latents = torch.randn(2, 4, 8, 8)
+    prediction = family.denoise(latents, torch.tensor([1, 2]), family.encode_text(["a", "b"]))
+
+    assert {parameter.dtype for parameter in family.parameters()} == {torch.bfloat16}
+    assert prediction.dtype == torch.bfloat16
+    assert family.encode_pixels(torch.zeros(1, 3, 16, 16)).mean_BCHW.dtype == torch.float32
+    assert family.decode_latents(latents).dtype == torch.float32
+
+
+def test_widths_are_read_from_the_configuration_alone(base_folder: Path, tmp_path: Path) -> None:
+    for part in ("model_index.json", "unet/config.json"):
+        copy = tmp_path / part
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes((base_folder / part).read_bytes())
+
+    assert read_widths(str(tmp_path)) == (tiny.CONTEXT_WIDTH, tiny.HIDDEN)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/base"])
+def test_a_folder_that_is_not_there_is_named(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"base\.path={path}: no such folder.*hub id owner/name"):
+        StableDiffusion.from_pretrained(path)
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"base\.path={tmp_path} is there but holds no model_index\.json"):
+        StableDiffusion.from_pretrained(str(tmp_path))
+
+
+def test_a_hub_id_is_not_taken_for_a_folder() -> None:
+    check_pipeline_folder("stable-diffusion-v1-5/stable-diffusion-v1-5")

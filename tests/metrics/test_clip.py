@@ -1,0 +1,88 @@
+"""The scorer against transformers and open_clip's own preprocessing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ipa.metrics.clip import ClipScorer, fit_square, load_scorer
+from ipa.types import to_unit_range
+
+
+@pytest.fixture
+def scorer(clip_name: str) -> ClipScorer:
+    return ClipScorer.from_pretrained(clip_name)
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return to_unit_range(tiny.make_pictures(7, tiny.REFERENCE_PX))
+
+
+def test_image_embeddings_are_those_of_transformers(scorer: ClipScorer, pixels: Tensor) -> None:
+    vision = tiny.make_vision(tiny.make_encoder())
+    with torch.no_grad():
+        theirs = F.normalize(vision(((pixels + 1) / 2 - scorer.mean) / scorer.std).image_embeds, dim=-1)
+
+    torch.testing.assert_close(scorer.embed_images(pixels), theirs, rtol=0, atol=1e-5)
+
+
+def test_text_embeddings_are_those_of_open_clip(scorer: ClipScorer, clip_name: str) -> None:
+    texts = ["cat", "a red dog", ""]
+    clip, tokenizer = tiny.make_clip(), open_clip.get_tokenizer(clip_name)
+    with torch.no_grad():
+        theirs = clip.encode_text(tokenizer(texts), normalize=True)
+    ours = scorer.embed_texts(texts)
+
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (ours[0] - ours[1]).norm() > 0.01
+
+
+def test_embeddings_have_length_one_and_no_gradients(scorer: ClipScorer, pixels: Tensor) -> None:
+    for embedding in (scorer.embed_images(pixels.requires_grad_()), scorer.embed_texts(["cat", "dog"])):
+        torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(len(embedding)))
+        assert not embedding.requires_grad
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_batches_do_not_matter(scorer: ClipScorer, pixels: Tensor, batch_size: int) -> None:
+    torch.testing.assert_close(scorer.embed_images(pixels, batch_size), scorer.embed_images(pixels), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 64), (51, 37), (12, 12), (24, 30)])
+def test_pictures_of_other_sizes_are_fitted_as_open_clip_does(
+    scorer: ClipScorer, clip_name: str, size: tuple[int, int]
+) -> None:
+    height, width = size
+    # far from black and white, where theirs would also clip between the two directions
+    smooth = F.interpolate(torch.rand(1, 3, 5, 5), (height, width), mode="bicubic").clamp(0.25, 0.75)
+    picture = Image.fromarray((smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    _, preprocess = open_clip.create_model_from_pretrained(clip_name, return_transform=True)
+    theirs = preprocess(picture)
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+    fitted = (fit_square(pixels, tiny.REFERENCE_PX) - scorer.mean) / scorer.std
+
+    assert fitted.shape == (1, 3, tiny.REFERENCE_PX, tiny.REFERENCE_PX)
+    # theirs rounds to whole levels after each direction, and divides by about 0.26
+    torch.testing.assert_close(fitted[0], theirs, rtol=0, atol=1.5 / 255 / 0.26)
+
+
+def test_pictures_of_the_right_size_are_left_alone(pixels: Tensor) -> None:
+    assert fit_square(pixels, tiny.REFERENCE_PX) is pixels
+
+
+def test_one_scorer_is_shared_per_name(clip_name: str) -> None:
+    assert load_scorer(clip_name) is load_scorer(clip_name)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no open_clip_config\.json in"):
+        ClipScorer.from_pretrained(f"local-dir:{tmp_path}")

@@ -1,0 +1,188 @@
+"""A tiny world, and a way to train in it: the real configuration, real classes, real files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import pytest
+import tiny
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image, ImageDraw
+
+from ipa.cli import quiet_libraries
+from ipa.training.run import train
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = 24
+HELDOUT = 6
+
+Members = Iterable[tuple[str, bytes]]
+
+
+def picture(seed: int, transparent: bool = False) -> bytes:
+    """A disc on a plain or transparent ground, as PNG."""
+    draw = random.Random(seed)
+    colours = [tuple(draw.randrange(256) for _ in range(3)) for _ in range(2)]
+    image = Image.new("RGBA", (20, 24), (0, 0, 0, 0) if transparent else colours[0])
+    ImageDraw.Draw(image).ellipse((4, 6, 15, 17), fill=colours[1])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def sample(number: int) -> Members:
+    key = f"{number:09d}"
+    return [(f"{key}.txt", f"thing {number}".encode()), (f"{key}.png", picture(number, transparent=number % 3 == 0))]
+
+
+def write_shard(path: Path, members: Members) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(numbers: Iterable[int]) -> Members:
+    return [member for number in numbers for member in sample(number)]
+
+
+@dataclass(frozen=True)
+class World:
+    """Names of the parts, as the configuration takes them."""
+
+    base: str
+    encoder: str
+    judge: str
+    train: str
+    heldout: str
+
+    def overrides(self) -> list[str]:
+        return [
+            f"base.path={self.base}",
+            f"encoder.name={self.encoder}",
+            f"judge.name={self.judge}",
+            f"data.train={self.train}",
+            f"data.val={self.heldout}",
+            "data.batch_size=4",
+            "data.num_workers=0",
+            "optimizer.lr=0.001",
+            "trainer.max_steps=4",
+            "trainer.log_every_n_steps=1",
+            "preview.every_n_steps=2",
+            "sampling.num_steps=2",
+            "callbacks.previews.num_prompts=3",
+            "callbacks.previews.num_scored=4",
+            "scoring.num_prompts=4",
+        ]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, clip_name: str) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    for shard in range(2):
+        numbers = range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2)
+        write_shard(folder / "train" / f"{shard:05d}.tar", samples(numbers))
+    write_shard(folder / "heldout" / "00000.tar", samples(range(100, 100 + HELDOUT)))
+    judge = tiny.save_clip(folder / "judge", seed=1)
+    return World(str(base_folder), clip_name, judge, str(folder / "train"), str(folder / "heldout"))
+
+
+def compose(folder: Path, *overrides: str) -> DictConfig:
+    """The real configuration for a run in ``folder``, as Hydra would hand it to the command."""
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose(
+            "train", [*overrides, f"hydra.runtime.output_dir={folder}", f"name={folder.name}"], return_hydra_config=True
+        )
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        cfg.pop("hydra")
+    return cfg
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def train_in(world: World) -> Run:
+    """Train in this process, in the folder given, without wandb; returns the folder."""
+
+    def run(folder: Path, *overrides: str) -> Path:
+        quiet_libraries()
+        try:
+            train(compose(folder, *world.overrides(), "~logger.wandb", *overrides))
+        finally:
+            GlobalHydra.instance().clear()
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
+    """The folder of a run of four steps that ended well; only to be read."""
+    return train_in(tmp_path_factory.mktemp("runs") / "finished")
+
+
+Command = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(world: World, tmp_path: Path) -> Command:
+    """`python train.py` in a process of its own; its run folder is ``tmp_path/runs/decoupled_global/x``."""
+
+    def start(*overrides: str, setup: str = "", **environment: str) -> subprocess.Popen[str]:
+        arguments = [*world.overrides(), f"paths.runs={tmp_path / 'runs'}", "name=x", *overrides]
+        script = f"import runpy, sys; sys.argv = {['train.py', *arguments]!r}; {setup}; "
+        script += f"sys.argv[0] = {str(ROOT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", script] if setup else [sys.executable, str(ROOT / "train.py"), *arguments]
+        inherited = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+        variables = {
+            **inherited,
+            "HOME": str(tmp_path),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": "utf-8",
+            **environment,
+        }
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """``log.csv`` of a run."""
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder: Path, name: str) -> dict[int, str]:
+    """Step → value, for the steps that have one."""
+    return {int(row["step"]): row[name] for row in rows(folder) if row.get(name)}
+
+
+def saved_configuration(folder: Path) -> DictConfig:
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg

@@ -1,0 +1,227 @@
+"""What a run leaves behind, and that only the adapter is in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import tiny
+import torch
+from conftest import HELDOUT, Run, World, column, rows, saved_configuration
+from diffusers import StableDiffusionPipeline
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+BRANCHES = range(1, 2 * len(tiny.HIDDEN), 2)
+PUBLISHED = {
+    "image_proj.proj.weight": (4 * tiny.CONTEXT_WIDTH, tiny.POOLED_WIDTH),
+    "image_proj.proj.bias": (4 * tiny.CONTEXT_WIDTH,),
+    "image_proj.norm.weight": (tiny.CONTEXT_WIDTH,),
+    "image_proj.norm.bias": (tiny.CONTEXT_WIDTH,),
+    **{
+        f"ip_adapter.{number}.to_{kind}_ip.weight": (width, tiny.CONTEXT_WIDTH)
+        for number, width in zip(BRANCHES, tiny.HIDDEN, strict=True)
+        for kind in "kv"
+    },
+}
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def test_run_folder_holds_everything_and_nothing_else(finished: Path) -> None:
+    found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    best = {name for name in found if name.startswith("checkpoints/step_")}
+
+    assert len(best) == 1
+    assert found - best == {
+        "config.yaml",
+        "log.csv",
+        "summary.json",
+        "adapter.safetensors",
+        "checkpoints/last.ckpt",
+        "previews/step_000002.png",
+        "previews/step_000004.png",
+    }
+
+
+def test_configuration_is_resolved(finished: Path) -> None:
+    assert "${" not in (finished / "config.yaml").read_text()
+    assert saved_configuration(finished).callbacks.export.path == f"{finished}/adapter.safetensors"
+
+
+def test_log_has_the_loss_of_every_step_and_the_scores_of_the_previews(finished: Path) -> None:
+    assert [row["step"] for row in rows(finished)] == ["1", "2", "3", "4"]
+    assert all(0 < float(loss) < 10 for loss in column(finished, "train/loss").values())
+    assert list(column(finished, "train/loss")) == [1, 2, 3, 4]
+    for score in ("clip_i", "retrieval_at_1", "border_lab"):
+        assert list(column(finished, f"preview/{score}")) == [2, 4]
+    assert all(float(speed) > 0 for speed in column(finished, "train/samples_per_s").values())
+
+
+def test_preview_is_a_grid_of_rows_and_columns(finished: Path) -> None:
+    """Three prompts; the prompt, three scales, and one with a text."""
+    cell, gap, header = 96, 4, 18
+
+    with Image.open(finished / "previews/step_000004.png") as grid:
+        assert grid.size == (5 * (cell + gap) + gap, 3 * (cell + gap) + gap + header)
+        first = [grid.crop((gap + x * 100, header + gap, x * 100 + 100, header + 100)) for x in range(5)]
+    assert len({picture.tobytes() for picture in first}) == 5
+
+
+def test_checkpoint_holds_the_trainable_set_alone(finished: Path) -> None:
+    saved = checkpoint(finished / "checkpoints/last.ckpt")
+    shapes = sorted(tuple(tensor.shape) for tensor in saved["state_dict"].values())
+    moments = [state["exp_avg"] for state in saved["optimizer_states"][0]["state"].values()]
+
+    assert all(name.startswith("trainable.") for name in saved["state_dict"])
+    assert shapes == sorted(PUBLISHED.values())
+    assert sorted(tuple(moment.shape) for moment in moments) == shapes
+    assert saved["global_step"] == 4
+
+
+def test_best_checkpoint_has_the_best_score(finished: Path) -> None:
+    scores = {step: float(score) for step, score in column(finished, "preview/clip_i").items()}
+    best = max(scores, key=scores.__getitem__)
+    path = finished / f"checkpoints/step_{best:06d}.ckpt"
+
+    assert checkpoint(path)["global_step"] == best
+    assert json.loads((finished / "summary.json").read_text())["best checkpoint"] == str(path)
+
+
+def test_adapter_file_has_the_published_layout(finished: Path, world: World) -> None:
+    with safe_open(finished / "adapter.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == PUBLISHED
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    expected = {"base": world.base, "encoder": world.encoder, "head": "global", "kind": "decoupled", "step": "4"}
+    assert metadata.items() >= expected.items()
+
+
+def test_adapter_file_holds_the_trained_weights(finished: Path) -> None:
+    exported = load_file(finished / "adapter.safetensors")
+    trained = checkpoint(finished / "checkpoints/last.ckpt")["state_dict"]
+
+    assert torch.equal(exported["image_proj.proj.weight"], trained["trainable.image_proj.proj.weight"].half())
+    last = f"ip_adapter.{BRANCHES[-1]}.to_v_ip.weight"
+    assert torch.equal(
+        exported[last], trained[f"trainable.ip_adapter.branches.{len(BRANCHES) - 1}.to_v_ip.weight"].half()
+    )
+
+
+def test_adapter_file_loads_with_diffusers(finished: Path, world: World) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(world.base)
+    pipeline.load_ip_adapter(str(finished), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    projection = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
+
+    exported = load_file(finished / "adapter.safetensors")
+    assert torch.equal(projection.image_embeds.weight, exported["image_proj.proj.weight"].float())
+
+
+def test_summary_is_plain_json_with_the_scores(finished: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    summary = json.loads((finished / "summary.json").read_text(), parse_constant=refuse)
+
+    assert summary["steps"] == 4
+    assert summary["parameters trained"] == sum(torch.Size(shape).numel() for shape in PUBLISHED.values())
+    assert summary["samples per second"] > 0
+    assert summary["last preview"] == str(finished / "previews/step_000004.png")
+    assert set(summary["scores"]) == {"scale 0", "scale 1"}
+    assert set(summary["scores"]["scale 1"]) == {"clip_i", "retrieval_at_1", "border_lab"}
+
+
+def test_last_step_counts_even_off_the_beat(train_in: Run, tmp_path: Path) -> None:
+    folder = train_in(tmp_path / "odd", "trainer.max_steps=3", "trainer.log_every_n_steps=10", "scoring=null")
+
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == ["step_000002.png", "step_000003.png"]
+    assert checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 3
+    with safe_open(folder / "adapter.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "3"
+    assert list(column(folder, "preview/clip_i")) == [2, 3]
+    assert json.loads((folder / "summary.json").read_text())["samples per second"] > 0
+
+
+@pytest.mark.parametrize("missing", [["data.val=null"], ["judge=null"]], ids=" ".join)
+def test_without_held_out_pictures_or_judge_the_rest_is_there(
+    train_in: Run, tmp_path: Path, missing: list[str]
+) -> None:
+    folder = train_in(tmp_path / "bare", "trainer.max_steps=2", *missing)
+
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (folder / "adapter.safetensors").is_file()
+    assert (folder / "previews").is_dir() == (missing == ["judge=null"])
+    assert not json.loads((folder / "summary.json").read_text()).get("scores")
+
+
+def test_fewer_held_out_pictures_than_asked_for(train_in: Run, tmp_path: Path) -> None:
+    more = [f"{name}={HELDOUT + 3}" for name in ("callbacks.previews.num_prompts", "scoring.num_prompts")]
+    folder = train_in(tmp_path / "few", "trainer.max_steps=2", *more)
+
+    with Image.open(folder / "previews/step_000002.png") as grid:
+        assert grid.height == HELDOUT * 100 + 4 + 18
+
+
+def test_epsilon_base_trains_with_its_own_target(train_in: Run, tmp_path: Path, finished: Path) -> None:
+    base = tmp_path / "base"
+    tiny.make_pipeline(tiny.make_family("epsilon")).save_pretrained(base)
+
+    folder = train_in(tmp_path / "epsilon", f"base.path={base}", "scoring=null")
+
+    losses = column(folder, "train/loss")
+    assert list(losses) == [1, 2, 3, 4]
+    assert losses[1] != column(finished, "train/loss")[1]
+    before = checkpoint(finished / "checkpoints/last.ckpt")["state_dict"]
+    after = checkpoint(folder / "checkpoints/last.ckpt")["state_dict"]
+    assert not torch.equal(before["trainable.image_proj.proj.weight"], after["trainable.image_proj.proj.weight"])
+
+
+def test_same_seed_gives_the_same_adapter_and_another_seed_another(
+    train_in: Run, tmp_path: Path, finished: Path
+) -> None:
+    again = train_in(tmp_path / "again", "scoring=null", "data.num_workers=2")
+    other = train_in(tmp_path / "other", "scoring=null", "seed=2")
+
+    first, second, third = (load_file(folder / "adapter.safetensors") for folder in (finished, again, other))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    assert not torch.equal(third["image_proj.proj.weight"], first["image_proj.proj.weight"])
+
+
+class Meddler(L.Callback):
+    """Does what training must not do."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            next(pl_module.model.family.unet.parameters()).add_(1e-3)
+
+
+def test_guard_notices_a_changed_frozen_weight(train_in: Run, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="frozen weights changed"):
+        train_in(tmp_path / "meddled", f"+callbacks.meddler._target_={__name__}.Meddler")
+
+    assert not (tmp_path / "meddled/summary.json").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_world_trains_with_its_own_configuration(tmp_path: Path) -> None:
+    """Needs the weights and data of ``demo/``, unlike all other tests here."""
+    from conftest import ROOT, compose
+
+    from ipa.training.run import train
+
+    overrides = ["~logger.wandb", "trainer.max_steps=2", "data.batch_size=2", "sampling.num_steps=2"]
+    cfg = compose(tmp_path / "demo", *overrides, "callbacks.previews.num_scored=8", "scoring.num_prompts=4")
+    for name in ("base.path", "data.train", "data.val"):
+        OmegaConf.update(cfg, name, str(ROOT / OmegaConf.select(cfg, name)))
+    for name in ("encoder.name", "judge.name"):
+        OmegaConf.update(cfg, name, OmegaConf.select(cfg, name).replace("local-dir:", f"local-dir:{ROOT}/"))
+    train(cfg)
+
+    assert (tmp_path / "demo/summary.json").is_file()
