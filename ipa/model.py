@@ -27,7 +27,7 @@ class IPAdapterModel(nn.Module):
     def __init__(self, family: Any, encoder: Any, head: Any, adapter: Any) -> None:
         super().__init__()
         self.family, self.encoder = family, encoder
-        self._no_image: Features | None = None
+        self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
     @property
@@ -60,10 +60,10 @@ class IPAdapterModel(nn.Module):
 
     def no_image(self, batch: int) -> Features:
         """What the head reads when there is no image: zeros, or the encoder's blank picture, as the head says."""
-        if self._no_image is None:  # one row, asked of the frozen encoder once
-            blank = self.encoder.blank(1, uses=self.head.uses)
-            self._no_image = blank if self.head.no_image == "blank" else map_features(torch.zeros_like, blank)
-        return map_features(lambda x: x.to(self.device).expand(batch, *x.shape[1:]), self._no_image)
+        if self._blank is None:  # one row, asked of the frozen encoder once
+            self._blank = self.encoder.blank(1, uses=self.head.uses)
+        empty = self._blank if self.head.no_image == "blank" else map_features(torch.zeros_like, self._blank)
+        return map_features(lambda x: x.to(self.device).expand(batch, *x.shape[1:]), empty)
 
     def describe(self) -> dict[str, str]:
         """What a reader of the adapter file needs to know of the parts that it was trained with."""

@@ -25,29 +25,19 @@ class DecoupledAdapter(nn.Module):
         self.branches = nn.ModuleList(host.make_branch() for host in hosts)
         self._hosts = list(hosts)
         self._channel = Channel()
-        self._installed = False
 
     def install(self) -> Self:
         for host, branch in zip(self._hosts, self.branches, strict=True):
             host.plug(branch, self._channel)
-        self._installed = True
         return self
 
     def remove(self) -> Self:
         for host in self._hosts:
             host.unplug()
-        self._installed = False
         return self
 
     @contextmanager
     def condition(self, text: TextCondition, prompt: ImagePrompt | None) -> Iterator[TextCondition]:
-        """While inside, calls of the denoiser see the prompt; yields the text to give it.
-
-        Raises RuntimeError for a prompt that nothing would hear, because the adapter is not installed.
-        """
-        if prompt is not None and not self._installed:
-            raise RuntimeError(
-                "the adapter is not installed, so the image prompt would be ignored: call install() first"
-            )
+        """While inside, calls of an installed denoiser see the prompt; yields the text to give it."""
         with self._channel.carrying(prompt):
             yield text
