@@ -162,7 +162,7 @@ def on_background(picture: Image.Image, colour: str) -> Image.Image:
 
 def encode(picture: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "WEBP", lossless=True, quality=100, method=4)
+    picture.save(out, "WEBP", lossless=True, quality=100, method=6)
     return out.getvalue()
 
 

@@ -1,6 +1,6 @@
 """Adapter files: the adapter's own weights with metadata, written so that a kill or a full disk spares the old file.
 
-The state that resumes a training (optimizer, position, random state) is Lightning's checkpoint, kept apart from it.
+The state that resumes a training (optimizer, step, data position) is Lightning's checkpoint, kept apart from it.
 """
 
 from __future__ import annotations
