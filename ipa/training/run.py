@@ -80,7 +80,7 @@ def build_model(cfg: DictConfig) -> IPAdapterModel:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free: on a CPU, page faults cost about a seventh of the samples (glibc only)."""
+    """Let the C library keep what tensors free: page faults cost a CPU about a seventh of its samples (glibc only)."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
