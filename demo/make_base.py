@@ -3,6 +3,7 @@
     python demo/make_base.py unet                  # text encoder and UNet, together
     python demo/make_base.py vae                   # may run at the same time
     python demo/make_base.py export                # writes demo/base/
+    python demo/make_base.py unet --start demo/base   # goes on from finished weights; `export --start …` keeps their VAE
 
 Both trainings resume from ``demo/build/base/`` when called again, and share one latent space, known in advance: the
 principal components of 8 × 8 pixel patches, so that the UNet need not wait for the VAE. The VAE's encoder learns that
@@ -19,12 +20,14 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -97,6 +100,14 @@ def load_pca() -> PatchPCA:
         pca = PatchPCA.fit(compose(world.rgba, draw_backgrounds(len(world), generator)))
         save_atomically(vars(pca), path)
     return PatchPCA(**torch.load(path, weights_only=True))
+
+
+def make_encoder(start: Path | None) -> Callable[[Tensor], Tensor]:
+    """pixels_B3HW in [-1, 1] → latents_BChw: the principal components, or what the finished VAE made of them."""
+    if start is None:
+        return load_pca().encode
+    vae = AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32).requires_grad_(False)
+    return lambda pixels_B3HW: vae.encode(pixels_B3HW).latent_dist.mean
 
 
 def make_vae() -> AutoencoderKL:
@@ -262,10 +273,13 @@ def difference(pixels: Tensor, dim: int) -> Tensor:
 
 def train_unet(options: argparse.Namespace) -> None:
     world = read_world(HERE / "data" / "train")
-    pca = load_pca()
+    encode = make_encoder(options.start)
     folder = HERE / "build" / "base"
-    tokenizer = make_tokenizer(HERE / "build" / "tokenizer")
+    tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
+    if options.start:
+        parts["text"].load_state_dict(load_file(options.start / "text_encoder" / "model.safetensors"))
+        parts["unet"].load_state_dict(load_file(options.start / "unet" / "diffusion_pytorch_model.safetensors"))
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
     state = load_state(folder / "unet.pt", parts=parts, optimizer=optimizer, average=average)
@@ -277,7 +291,7 @@ def train_unet(options: argparse.Namespace) -> None:
     while clock.share < 1:
         set_learning_rate(optimizer, options.lr or 6e-4, step, clock.share)
         chosen = torch.randint(len(world), (options.batch,), generator=generator)
-        latents = pca.encode(compose(world.rgba[chosen], draw_backgrounds(options.batch, generator)))
+        latents = encode(compose(world.rgba[chosen], draw_backgrounds(options.batch, generator)))
         dropped = torch.rand(options.batch, generator=generator) < 0.1
         ids_BL = torch.where(dropped[:, None], empty, ids[chosen])
         t_B = torch.randint(len(alphas), (options.batch,), generator=generator)
@@ -321,13 +335,16 @@ def load_state(path: Path, **parts) -> dict:
 def export(options: argparse.Namespace) -> None:
     """Write the averaged weights in fp16 as a diffusers folder that loads without a dtype argument."""
     build, out = HERE / "build" / "base", options.out
-    tokenizer = make_tokenizer(HERE / "build" / "tokenizer")
+    tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     text_encoder, unet, vae = make_text_encoder(tokenizer), make_unet(options.width), make_vae()
     averaged = torch.load(build / "unet.pt", weights_only=True)["average"]
     text_encoder.load_state_dict(taken(averaged, "module.text."))
     unet.load_state_dict(taken(averaged, "module.unet."))
-    vae.load_state_dict(taken(torch.load(build / "vae.pt", weights_only=True)["average"], "module."))
-    fix_posterior(vae)
+    if options.start:
+        vae.load_state_dict(load_file(options.start / "vae" / "diffusion_pytorch_model.safetensors"))
+    else:
+        vae.load_state_dict(taken(torch.load(build / "vae.pt", weights_only=True)["average"], "module."))
+        fix_posterior(vae)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -370,6 +387,7 @@ def main() -> None:
         "--width", type=int, default=80, help="channels of the UNet's first level; the second has twice"
     )
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
+    parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--out", type=Path, default=HERE / "base")
     options = parser.parse_args()
     options.minutes = options.minutes or MINUTES.get(options.part)

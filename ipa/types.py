@@ -50,10 +50,15 @@ class Posterior:
 
 @dataclass
 class TextCondition:
-    """Encoded text: the states that cross-attention reads, and the pooled text of families that want it (SDXL)."""
+    """Encoded text: the states that cross-attention reads, and what SDXL wants besides.
+
+    ``pooled_BE`` is the pooled text; ``size_B6`` the picture's original height and width, the top and left of its crop,
+    and its height and width now, all in pixels (Podell et al. 2023, section 2.2).
+    """
 
     states_BLD: Tensor
     pooled_BE: Tensor | None = None
+    size_B6: Tensor | None = None
 
 
 @dataclass
@@ -149,6 +154,25 @@ class Channel:
             yield
         finally:
             self.prompt = before
+
+
+class BaseWidths(NamedTuple):
+    """What an adapter needs to know of a base before any weight is read.
+
+    ``context`` is D; ``hosts`` the inner width of every host, in the order of the hosts.
+    """
+
+    context: int
+    hosts: list[int]
+
+
+class EncoderWidths(NamedTuple):
+    """What a head needs to know of an image encoder before any weight is read: E, F, P, and the edge of its pictures."""
+
+    pooled: int
+    patch: int
+    num_patches: int
+    image_size_px: int
 
 
 class Host(Protocol):
