@@ -44,6 +44,7 @@ from world import (
     draw_backgrounds,
     read_world,
     save_atomically,
+    save_tokenizer,
 )
 
 PATCH_PX = 8
@@ -358,6 +359,7 @@ def export(options: argparse.Namespace) -> None:
     beside = out.with_name(out.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
+    save_tokenizer(tokenizer, beside / "tokenizer")
     config = beside / "text_encoder" / "config.json"
     # transformers takes the stored type, diffusers fp32: without this line the two do not fit together
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -28,7 +28,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
-from world import BOS, HERE, SIZE_PX, STYLE_WORDS, TEXT_LENGTH, Clock, World, compose, draw_backgrounds, read_world
+from world import (
+    BOS,
+    HERE,
+    SIZE_PX,
+    STYLE_WORDS,
+    TEXT_LENGTH,
+    Clock,
+    World,
+    compose,
+    draw_backgrounds,
+    read_world,
+    save_tokenizer,
+)
 
 # the normalisation that diffusers assumes of an image encoder when nobody tells it another
 MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -208,7 +220,7 @@ def export(recipe: Recipe) -> None:
     config = {"model_cfg": recipe.model_cfg(len(tokenizer)), "preprocess_cfg": preprocess}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, out / "open_clip_model.safetensors")
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     print(f"wrote {out}")
     if recipe.name == "encoder":
         export_to_transformers(recipe, weights, HERE / "image_encoder")

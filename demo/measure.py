@@ -192,6 +192,7 @@ def measure_adapter(options: argparse.Namespace) -> None:
     path = options.run / "adapter.safetensors"
     model = load_model(path, str(HERE / "base"), f"local-dir:{HERE / 'encoder'}", read_metadata(path))
     prompts = heldout_pixels(COUNT)
+    captions = read_world(HERE / "data" / "heldout").captions[:COUNT]
     features: Features = model.encode_reference(to_uint8(prompts))
     judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
     figures: dict[str, Any] = {}
@@ -200,7 +201,7 @@ def measure_adapter(options: argparse.Namespace) -> None:
         for seed in (0, 1, 2):
             pixels = generate(model, features, [""] * COUNT, range(1000 * seed, 1000 * seed + COUNT), how)
             metric = PromptScores(judge, sync_on_compute=False)
-            metric.update(pixels, prompts)
+            metric.update(pixels, prompts, captions)
             for name, value in metric.compute().items():
                 figures.setdefault(f"scale {scale:g}, {name}", []).append(round(float(value), 4))
     keep("adapter", figures)

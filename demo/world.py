@@ -100,6 +100,13 @@ def build_tokenizer(folder: Path, texts: list[str], vocabulary: int = 2000):
     return tokenizer
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Save it for diffusers or open_clip, without the indentation that doubles its size."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
+
+
 def save_atomically(state: dict, path: Path) -> None:
     """Write a checkpoint beside ``path`` and rename it, so that a kill leaves the old one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
