@@ -7,7 +7,8 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ipa.families.stable_diffusion import StableDiffusion, check_pipeline_folder, read_widths
+from ipa.families.sources import check_pipeline_folder
+from ipa.families.stable_diffusion import StableDiffusion, read_widths
 from ipa.types import to_uint8, to_unit_range
 
 

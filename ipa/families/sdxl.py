@@ -1,0 +1,101 @@
+"""Stable Diffusion XL as a frozen family: two CLIP text encoders, and sizes as a condition.
+
+family = StableDiffusionXL.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", dtype="bfloat16")
+
+Source: Podell et al. 2023, sections 2.1 (text) and 2.2 (sizes and crops).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from ipa.families.latent_diffusion import LatentDiffusion, tokenize
+from ipa.types import TextCondition
+
+
+class StableDiffusionXL(LatentDiffusion):
+    """The base model, not its refiner."""
+
+    name = "sdxl"
+    pipeline_class = StableDiffusionXLPipeline
+    absent: ClassVar = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
+
+    text_encoder: Any
+    text_encoder_2: Any
+    tokenizer: Any
+    tokenizer_2: Any
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        text_encoder_2: Any,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        unet: Any,
+        scheduler: Any,
+        source: str = "",
+    ) -> None:
+        super().__init__(
+            source,
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+        )
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
+        """Both encoders' penultimate states side by side, and the second one's pooled text.
+
+        Without ``size_B6`` all pictures are whole ones of the size that the UNet was made for.
+        """
+        if size_B6 is None:
+            edge = self.image_size_px
+            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(texts), 6)
+        first = self._run_encoder(self.text_encoder, self.tokenizer, texts)
+        second = self._run_encoder(self.text_encoder_2, self.tokenizer_2, texts)
+        states_BLD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        # float32 whatever the weights are in: bfloat16 has no numbers between 1020 and 1024
+        return TextCondition(states_BLD, second.text_embeds, size_B6.to(self.device, torch.float32))
+
+    def _run_encoder(self, encoder: Any, tokenizer: Any, texts: list[str]) -> Any:
+        return encoder(tokenize(tokenizer, texts).to(self.device), output_hidden_states=True)
+
+    def added_conditions(self, text: TextCondition) -> dict[str, Tensor]:
+        assert text.pooled_BE is not None and text.size_B6 is not None, "SDXL's text comes from its encode_text"
+        return {"text_embeds": text.pooled_BE.to(self.unet.dtype), "time_ids": text.size_B6}
+
+    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
+        """The public pipeline takes one set of sizes for a whole call: ValueError when the rows differ."""
+        arguments = super().prompt_arguments(positive, negative) | {"pooled_prompt_embeds": positive.pooled_BE}
+        if negative is not None:
+            arguments["negative_pooled_prompt_embeds"] = negative.pooled_BE
+        sizes = [text.size_B6 for text in (positive, negative) if text is not None and text.size_B6 is not None]
+        return arguments | (size_arguments(torch.cat(sizes)) if sizes else {})
+
+
+def size_arguments(size_B6: Tensor) -> dict[str, tuple[int, int]]:
+    """The pipeline's names for the one row that all rows must equal.
+
+    It has ``negative_*`` names as well, but repeats its two rows in turn while texts stand in two halves, so that with
+    more than one picture they reach the wrong ones: negative texts must have the same sizes.
+    """
+    if not torch.equal(size_B6, size_B6[:1].expand_as(size_B6)):
+        raise ValueError(
+            f"one call of the pipeline takes one set of sizes, but these differ: {size_B6.unique(dim=0).tolist()}. "
+            "Group the pictures by size."
+        )
+    height, width, top, left, target_height, target_width = (int(pixels) for pixels in size_B6[0].tolist())
+    return {
+        "original_size": (height, width),
+        "crops_coords_top_left": (top, left),
+        "target_size": (target_height, target_width),
+    }

@@ -1,0 +1,201 @@
+"""What the families share: telling them apart, their widths at full size, checkpointed gradients."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import pytest
+import tiny
+import tiny_sdxl
+import torch
+from diffusers import EDMEulerScheduler, UNet2DConditionModel
+from original_layout import unet_to_original, write_header
+from torch.utils.checkpoint import checkpoint
+
+from ipa.families import family_of
+from ipa.families.latent_diffusion import LatentDiffusion
+from ipa.families.sdxl import StableDiffusionXL
+from ipa.families.stable_diffusion import StableDiffusion
+from ipa.types import to_unit_range
+
+MAKERS: list[Callable[[], LatentDiffusion]] = [tiny.make_family, tiny_sdxl.make_family_2_1, tiny_sdxl.make_family]
+
+SD = {
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "block_out_channels": [320, 640, 1280, 1280],
+}
+SD_HOSTS = [320, 320, 640, 640, 1280, 1280, *[1280] * 3, *[640] * 3, *[320] * 3, 1280]
+# what the published configurations say: the UNet's, D, and the hosts of docs/architecture.md's published layout
+PUBLISHED = {
+    "sd15": (SD | {"cross_attention_dim": 768, "attention_head_dim": 8}, 768, SD_HOSTS),
+    "sd21": (
+        SD | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        1024,
+        SD_HOSTS,
+    ),
+    "sdxl": (
+        {
+            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+            "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+            "block_out_channels": [320, 640, 1280],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        2048,
+        [*[640] * 4, *[1280] * 20, *[1280] * 30, *[640] * 6, *[1280] * 10],
+    ),
+}
+
+
+def write_configuration(folder: Path, unet: dict[str, Any], **index: Any) -> str:
+    """A pipeline folder without any weight."""
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet/config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **unet}))
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts, **index}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("base", PUBLISHED)
+def test_full_size_hosts_have_the_published_order(base: str, tmp_path: Path) -> None:
+    config, context, hosts = PUBLISHED[base]
+    family = StableDiffusionXL if base == "sdxl" else StableDiffusion
+    path = write_configuration(tmp_path / base, config)
+
+    assert len(hosts) == {"sd15": 16, "sd21": 16, "sdxl": 70}[base]
+    assert family_of(path) is family
+    assert family.read_widths(path) == (context, hosts)
+
+
+@pytest.mark.parametrize("base", PUBLISHED)
+def test_full_size_files_tell_the_same_by_their_header(base: str, tmp_path: Path) -> None:
+    config, context, hosts = PUBLISHED[base]
+    with torch.device("meta"):
+        tensors = unet_to_original(UNet2DConditionModel.from_config(config))
+    shapes = [(name, value.shape) for name, value in tensors.items()]
+    if base == "sdxl":
+        shapes.append(("conditioner.embedders.1.model.ln_final.bias", (1280,)))
+    shapes.sort(key=lambda item: item[0])  # as files have them: block 10 stands before block 2
+    path = write_header(tmp_path / f"{base}.safetensors", shapes)
+
+    assert Path(path).stat().st_size > 1e9
+    assert family_of(path).read_widths(path) == (context, hosts)
+
+
+@pytest.mark.parametrize(
+    ("base", "wrong", "advice"),
+    [
+        ("sdxl", StableDiffusion, r"a Stable Diffusion XL pipeline: use base=sdxl \(recipe=sdxl\)"),
+        ("sd15", StableDiffusionXL, r"a Stable Diffusion 1\.x or 2\.x pipeline: use base=sd15 or base=sd21"),
+        ("sd21", StableDiffusionXL, r"a Stable Diffusion 1\.x or 2\.x pipeline: use base=sd15 or base=sd21"),
+    ],
+)
+def test_a_folder_of_another_family_is_refused_by_its_configuration(
+    base: str, wrong: type[LatentDiffusion], advice: str, tmp_path: Path
+) -> None:
+    path = write_configuration(tmp_path / "base", PUBLISHED[base][0])
+    for read in (wrong.from_pretrained, wrong.read_widths):
+        with pytest.raises(ValueError, match=rf"base\.path={path} is {advice}"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("unet", "index"),
+    [
+        pytest.param({"in_channels": 9}, {}, id="inpainting"),
+        pytest.param({"class_embed_type": "projection"}, {}, id="unCLIP"),
+        pytest.param({"addition_embed_type": "text_time"}, {"text_encoder": [None, None]}, id="refiner"),
+        pytest.param({"addition_embed_type": "text"}, {}, id="DeepFloyd IF"),
+    ],
+)
+def test_folders_that_no_family_reads_are_refused(unet: dict[str, Any], index: dict[str, Any], tmp_path: Path) -> None:
+    path = write_configuration(tmp_path / "base", SD | unet, **index)
+    for read in (family_of, StableDiffusion.from_pretrained, StableDiffusionXL.read_widths):
+        with pytest.raises(ValueError, match=rf"base\.path={path} is none of the bases that ipa knows: .*base=sd15"):
+            read(path)
+
+
+def test_a_pipeline_without_a_unet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "x"]}')
+    with pytest.raises(ValueError, match=r"none of the bases that ipa knows"):
+        family_of(str(tmp_path))
+
+
+def test_a_folder_that_lacks_its_configuration_is_named(tmp_path: Path) -> None:
+    path = write_configuration(tmp_path / "base", SD)
+    shutil.rmtree(tmp_path / "base/unet")
+    with pytest.raises(OSError, match=rf"base\.path={path}: .*config\.json"):
+        StableDiffusion.read_widths(path)
+
+
+def test_a_schedule_without_alphas_is_refused() -> None:
+    made = tiny.make_family()
+    with pytest.raises(ValueError, match=r"base\.path=mine samples with EDMEulerScheduler"):
+        StableDiffusion(made.vae, made.text_encoder, made.tokenizer, made.unet, EDMEulerScheduler(), source="mine")
+
+
+def test_importing_the_room_is_light() -> None:
+    command = "import sys, ipa.families; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+
+    assert run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_checkpointed_gradients_are_the_same(make: Callable[[], LatentDiffusion]) -> None:
+    family, latents, t = make(), torch.randn(2, 4, 8, 8), torch.tensor([500, 3])
+    text = family.encode_text(["cat", "a red dog"])
+    kept: list[torch.nn.Module] = []
+
+    def run_again(module: torch.nn.Module, *inputs: Any) -> Any:
+        kept.append(module)
+        return checkpoint(module, *inputs, use_reentrant=False)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        inputs = (latents.clone().requires_grad_(), text.states_BLD.clone().requires_grad_())
+        prediction = family.denoise(inputs[0], t, type(text)(inputs[1], text.pooled_BE, text.size_B6))
+        return torch.autograd.grad(prediction.square().sum(), inputs)
+
+    expected = gradients()
+    family.checkpoint_gradients(run_again)
+    found = gradients()
+
+    assert not family.training and len(kept) >= 5
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_autocast_leaves_the_vae_in_its_own_type(make: Callable[[], LatentDiffusion]) -> None:
+    family, pixels = make(), to_unit_range(tiny.make_pictures(2, tiny.IMAGE_PX))
+    expected = family.encode_pixels(pixels).mean_BCHW
+    decoded = family.decode_latents(expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(family.encode_pixels(pixels).mean_BCHW, expected)
+        assert torch.equal(family.decode_latents(expected), decoded)
+
+
+def test_sizes_mean_nothing_to_1_x_and_2_x() -> None:
+    family = tiny_sdxl.make_family_2_1()
+    text = family.encode_text(["cat", "dog"], torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]))
+
+    assert torch.equal(text.states_BLD, family.encode_text(["cat", "dog"]).states_BLD)
+    assert (text.pooled_BE, text.size_B6) == (None, None)
+    assert family.prompt_arguments(text, None) == {"prompt_embeds": text.states_BLD}
+    assert family.prompt_arguments(text, text).keys() == {"prompt_embeds", "negative_prompt_embeds"}
+
+
+def test_2_1_predicts_v_with_the_heads_that_its_levels_have() -> None:
+    family = tiny_sdxl.make_family_2_1()
+
+    assert (family.prediction_type, family.context_width) == ("v_prediction", tiny_sdxl.TEXT_WIDTHS[1])
+    assert [host.attention.heads for host in family.hosts()] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 4]
