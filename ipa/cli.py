@@ -4,9 +4,9 @@
     def main(cfg: DictConfig) -> None: ...
 
 is ``hydra.main`` with better answers. A misspelt option gets Hydra's own message and the nearest names. An error that
-is the user's to mend (a file that is not there, a value that our code refuses) is told in its own words, and its
-traceback goes to the log file of the run. All else is a bug and keeps its traceback. ``HYDRA_FULL_ERROR=1`` or
-``debug=default`` shows every traceback.
+is the user's to mend (a file that is not there, a value that our code refuses) is told in its own words. All else is a
+bug and keeps its traceback. Either traceback goes to the log file of the run; ``HYDRA_FULL_ERROR=1`` or
+``debug=default`` shows all. A sweep's jobs run in processes of their own (`ipa.launcher`).
 
 Imports only Hydra and the standard library, so that help and answers come at once.
 """
@@ -34,6 +34,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from ipa import launcher
 
 VERSION_BASE = "1.3"
 FAILED, WRONG_USAGE = 1, 2  # exit codes
@@ -74,6 +76,7 @@ class _Command:
         self.reached_task = False
 
     def run(self) -> None:
+        sweep = launcher.register(dict(os.environ))
         with _full_error("1"):  # Hydra passes exceptions on instead of printing them
             try:
                 self._refuse_bad_sweep()
@@ -83,6 +86,9 @@ class _Command:
                     raise
                 self._report(error)
                 sys.exit(FAILED if self.reached_task else WRONG_USAGE)
+        sweep.tell()
+        if sweep.failed:
+            sys.exit(FAILED)
 
     def _refuse_bad_sweep(self) -> None:
         """Look at the overrides before Hydra does, which makes the folder of a sweep first."""
@@ -102,12 +108,12 @@ class _Command:
         return task
 
     def _report(self, error: Exception) -> None:
+        log.debug("Where the error on the console came from:", exc_info=error)
         message = explain_failure(error) if self.reached_task else self._explain_usage(error)
         if message is None:
             traceback.print_exception(error.with_traceback(self._below_task(error.__traceback__)))
             print("\nHYDRA_FULL_ERROR=1 shows Hydra's frames as well.", file=sys.stderr)
         else:
-            log.debug("Where the error on the console came from:", exc_info=error)
             print(f"\n{message}", file=sys.stderr)
 
     def _explain_usage(self, error: Exception) -> str | None:

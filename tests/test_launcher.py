@@ -1,0 +1,258 @@
+"""A sweep runs every job in a process of its own.
+
+The sweeps run as a user runs them, through `ipa.cli.command`, with a task that tells what it sees.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext, RunMode
+
+from ipa.launcher import ProcessLauncher, Sweep, shared_fairly
+
+ROOT = Path(__file__).resolve().parents[1]
+
+JOB = f"""
+import os, signal, sys, time
+from pathlib import Path
+from ipa.cli import command
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+@command(config_path={str(ROOT / "conf")!r}, config_name="train")
+def main(cfg):
+    seen = dict(pid=os.getpid(), name=cfg.name, group=cfg.group, seed=cfg.seed, run=cfg.paths.run)
+    for variable in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR"):
+        seen[variable] = os.environ.get(variable)
+    print("job", *(f"{{key}}={{value}}" for key, value in seen.items()), flush=True)
+    BODY
+
+if __name__ == "__main__":
+    main()
+"""
+NOTHING = "pass"
+SECOND_FAILS = "assert cfg.seed != 2, 'seed two is bad'"
+MEET = "me = Path(cfg.paths.run); (me / 'here').touch(); [wait_for(me.parent / f'seed{n}' / 'here') for n in (1, 2)]"
+COUNT_SIGNALS = """
+    heard = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+    print("ready", flush=True)
+    while not heard:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    print("heard", *heard, flush=True)
+    sys.exit(3)
+"""
+
+
+class SweepCommand:
+    """``python job.py -m …`` in an empty folder, with a task of this body."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, body: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        (self.folder / "job.py").write_text(JOB.replace("BODY", body))
+        return subprocess.Popen(
+            [sys.executable, "job.py", "-m", *arguments],
+            cwd=self.folder,
+            env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, body: str, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Exit code and output."""
+        process = self.start(body, *arguments, **environment)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def files(self) -> set[str]:
+        return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.log")}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> SweepCommand:
+    return SweepCommand(tmp_path)
+
+
+def jobs_in(output: str) -> list[dict[str, str]]:
+    """What the jobs said they see."""
+    told = re.findall(r"^(?:\[.*?\] )?job (.*)$", output, re.MULTILINE)
+    return [dict(pair.split("=", 1) for pair in line.split()) for line in told]
+
+
+def test_every_job_is_a_single_run_in_a_process_of_its_own(sweep: SweepCommand, tmp_path: Path) -> None:
+    code, output = sweep.run(NOTHING, "experiment=decoupled_global", "seed=1,2", "name=study")
+    jobs = jobs_in(output)
+
+    assert code == 0, output
+    assert len({job["pid"] for job in jobs}) == 2
+    for job, seed in zip(jobs, "12", strict=True):
+        name = f"decoupled_global-seed{seed}"
+        assert (job["seed"], job["name"], job["group"]) == (seed, name, "study")
+        assert job["run"] == str(tmp_path / "runs/study" / name)
+        assert (job["HYDRA_FULL_ERROR"], job["OMP_NUM_THREADS"]) == ("None", "None")
+    assert sweep.files() == {f"runs/study/decoupled_global-seed{seed}/job.log" for seed in (1, 2)}
+    assert "[HYDRA] Launching 2 jobs in runs/study, 1 at a time" in output
+    assert "#1 decoupled_global-seed2 : experiment=decoupled_global seed=2" in output
+    assert "2 of 2 jobs done" in output
+
+
+@pytest.mark.parametrize("options", [(), ("hydra.sweeper.max_batch_size=1",)], ids=["together", "in batches"])
+def test_failing_job_stops_no_other_and_fails_the_sweep(
+    sweep: SweepCommand, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    code, output = sweep.run(SECOND_FAILS, "seed=1,2,3", "name=study", *options)
+
+    assert code == 1
+    assert [job["seed"] for job in jobs_in(output)] == ["1", "2", "3"]
+    assert output.count("jobs done") == 1
+    assert "2 of 3 jobs done" in output
+    assert "seed2  failed with exit code 1, see runs/study/seed2/job.log" in output
+    assert "name=study goes on" in output
+    log = (tmp_path / "runs/study/seed2/job.log").read_text()
+    assert "Traceback" in log
+    assert "seed two is bad" in log
+
+
+def test_two_at_a_time_share_the_console_and_the_cores(sweep: SweepCommand, tmp_path: Path) -> None:
+    code, output = sweep.run(MEET, "seed=1,2", "name=study", "hydra.launcher.jobs=2")  # ends only if both run at once
+
+    assert code == 0, output
+    for seed in (1, 2):
+        assert f"[seed{seed}] job pid=" in output
+        assert (tmp_path / f"runs/study/seed{seed}/console.log").read_text().startswith("job pid=")
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {job["OMP_NUM_THREADS"] for job in jobs_in(output)} == {str(threads)}
+
+
+def test_variables_of_the_user_win() -> None:
+    assert shared_fairly({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
+    assert shared_fairly({"HOME": "/"}, 1000)["OMP_NUM_THREADS"] == "1"
+    assert shared_fairly({"HOME": "/"}, 1) == {"HOME": "/"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_jobs_and_the_sweep(sweep: SweepCommand, number: signal.Signals) -> None:
+    process = sweep.start(COUNT_SIGNALS, "seed=1,2,3", "name=study", "hydra.launcher.jobs=2")
+    assert process.stdout is not None
+    lines: list[str] = []
+    while sum("ready" in line for line in lines) < 2:
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 128 + number, rest
+    assert re.findall("heard (.*)", rest) == [number.name] * 2
+    assert "seed2  failed with exit code 3, see runs/study/seed2/console.log" in rest
+    assert "seed3  not started" in rest
+    for job in jobs_in("".join(lines)):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(job["pid"]), 0)
+
+
+def test_killed_job_is_told_by_the_signals_name(sweep: SweepCommand) -> None:
+    code, output = sweep.run("os.kill(os.getpid(), signal.SIGKILL)", "seed=1", "name=study")
+
+    assert code == 1
+    assert "seed1  ended by SIGKILL" in output
+
+
+def test_hydras_own_launcher_on_demand(sweep: SweepCommand, tmp_path: Path) -> None:
+    code, output = sweep.run(NOTHING, "seed=1,2", "name=study", "hydra/launcher=basic")
+
+    assert code == 0, output
+    assert len({job["pid"] for job in jobs_in(output)}) == 1
+    assert [job["run"] for job in jobs_in(output)] == [str(tmp_path / "runs/study" / str(n)) for n in (0, 1)]
+
+
+def test_hydras_options_reach_the_jobs(sweep: SweepCommand, tmp_path: Path) -> None:
+    """Also with folders that Hydra's grammar would not take as they are."""
+    options = ("hydra.job.name=other", "hydra.sweep.subdir='${seed}, a=it\\'s'", "group=mine", "hydra.mode=MULTIRUN")
+    code, output = sweep.run(NOTHING, "seed=1,2", "name=study", *options)
+
+    assert code == 0, output
+    assert sweep.files() == {f"runs/study/{seed}, a=it's/other.log" for seed in (1, 2)}
+    assert output.count("group=mine") == 4  # two starts, two jobs
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("hydra.launcher.jobs=0", "hydra.launcher.jobs=0: give the number of jobs at a time"),
+        ("hydra.launcher.jobs=two", "hydra.launcher.jobs=two: give the number of jobs at a time"),
+        ("hydra.launcher.job=2", "hydra.launcher.jobs=2"),
+        ("hydra.sweep.subdir=same", "more than one job the folder runs/study/same"),
+    ],
+)
+def test_bad_options_of_a_sweep_are_refused_in_words(sweep: SweepCommand, option: str, expected: str) -> None:
+    code, output = sweep.run(NOTHING, "seed=1,2", "name=study", option)
+
+    assert code == 2
+    assert expected in output
+    assert "Traceback" not in output
+    assert jobs_in(output) == []
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Names of the jobs that these arguments make."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m"])
+
+    def names(*arguments: str) -> list[str]:
+        loader = GlobalHydra.instance().config_loader()
+        launcher = ProcessLauncher(jobs=1)
+        launcher.sweep = Sweep({})  # type: ignore[misc]
+        config = loader.load_configuration("train", [*arguments, "name=study"], RunMode.MULTIRUN)
+        launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=config)
+        overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
+        (batch,) = BasicSweeper.split_arguments(overrides, None)
+        return [job.name for job in launcher.plan(batch, 0, 1)]
+
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["seed=1,2", "experiment=decoupled_global"], ["decoupled_global-seed1", "decoupled_global-seed2"]),
+        (["experiment=decoupled_global", "seed=1"], ["decoupled_global-seed1"]),
+        (["seed=range(1,3)", "optimizer.lr=1e-4"], ["seed1", "seed2"]),
+        (["optimizer.lr=0.1,0.01", "data.batch_size=8"], ["lr0.1", "lr0.01"]),
+        (["trainer.precision=bf16-mixed,32-true"], ["precision_bf16-mixed", "precision32-true"]),
+        (["data.train=/a/b,'../c d'"], ["train_a_b", "train_c_d"]),
+        (["data.train=[a,b],[c]"], ["train_a_b", "train_c"]),
+        (["+trainer.accumulate_grad_batches=1,2"], ["accumulate_grad_batches1", "accumulate_grad_batches2"]),
+        (["data.train=/a,a,b"], ["0", "1", "train_b"]),
+        ([f"data.train={'a' * 200},b"], ["0", "train_b"]),
+        (["optimizer.lr=0.1"], ["0"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_job_is_named_after_what_makes_it_differ(planned, arguments: list[str], expected: list[str]) -> None:
+    assert planned(*arguments) == expected
+
+
+def test_names_do_not_depend_on_the_order_of_the_options(planned) -> None:
+    options = ["seed=1", "optimizer.lr=0.1,0.2", "experiment=decoupled_global"]
+
+    assert planned(*options) == planned(*reversed(options)) == [f"decoupled_global-lr{lr}-seed1" for lr in (0.1, 0.2)]
