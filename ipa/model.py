@@ -7,26 +7,42 @@ L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
 from ipa.types import Batch, Features, ImagePrompt, TextCondition, to_unit_range
+
+
+@dataclass
+class Errors:
+    """Squared error of each sample, its weight in the loss, and its place in the noise schedule (0 clean … 1 noise)."""
+
+    error_B: Tensor
+    weight_B: Tensor
+    time_B: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return (self.weight_B * self.error_B).mean()
 
 
 class IPAdapterModel(nn.Module):
     """A frozen base and encoder with a trainable head and adapter.
 
     ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and parameter count use it.
+    ``min_snr_gamma`` weighs the loss over time (see ``objective``), None does not.
     """
 
-    def __init__(self, family: Any, encoder: Any, head: Any, adapter: Any) -> None:
+    def __init__(self, family: Any, encoder: Any, head: Any, adapter: Any, min_snr_gamma: float | None = None) -> None:
         super().__init__()
-        self.family, self.encoder = family, encoder
+        self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
@@ -41,6 +57,18 @@ class IPAdapterModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.trainable.parameters()).device
+
+    def checkpoint_gradients(self) -> None:
+        """Keep the borders of the denoiser's blocks only, and compute the blocks again on the way back.
+
+        Memory for time. The prompt that the first pass saw is there again in the second, which comes long after.
+        """
+
+        def run_again(module: nn.Module, *inputs: Any) -> Any:
+            contexts = lambda: (nullcontext(), self.adapter.again())  # noqa: E731
+            return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+
+        self.family.checkpoint_gradients(run_again)
 
     def count_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.trainable.parameters())
@@ -62,13 +90,14 @@ class IPAdapterModel(nn.Module):
         """What the head reads when there is no image: zeros, or the encoder's blank picture, as the head says."""
         if self._blank is None:  # one row, asked of the frozen encoder once
             self._blank = self.encoder.blank(1, uses=self.head.uses)
-        empty = self._blank if self.head.no_image == "blank" else map_features(torch.zeros_like, self._blank)
-        return map_features(lambda x: x.to(self.device).expand(batch, *x.shape[1:]), empty)
+        empty = self._blank if self.head.no_image == "blank" else self._blank.map(torch.zeros_like)
+        return empty.map(lambda x: x.to(self.device).expand(batch, *x.shape[1:]))
 
     def describe(self) -> dict[str, str]:
         """What a reader of the adapter file needs to know of the parts that it was trained with."""
         return {
             "base_family": self.family.name,
+            "kind": self.adapter.name,
             "base": self.family.source,
             "encoder": self.encoder.source,
             "encoder_weights": self.encoder.weights or "",
@@ -79,8 +108,9 @@ class IPAdapterModel(nn.Module):
             "num_tokens": str(self.head.num_tokens),
         }
 
-    def image_tokens(self, features: Features, t_B: Tensor | None = None) -> Tensor:
-        return self.head(features, t_B)
+    def image_tokens(self, *images: Features, t_B: Tensor | None = None) -> Tensor:
+        """tokens_BTD of one image prompt a sample, or the tokens of several one after the other: B × (N T) × D."""
+        return torch.cat([self.head(features, t_B) for features in images], dim=1)
 
     @contextmanager
     def prompted(
@@ -90,45 +120,43 @@ class IPAdapterModel(nn.Module):
         if tokens_BTD is None:
             yield text
             return
-        weight = torch.as_tensor(scale, dtype=torch.float32, device=tokens_BTD.device)
+        weight = torch.as_tensor(scale, dtype=torch.float32)
         with self.adapter.condition(text, ImagePrompt(tokens_BTD, weight)) as conditioned:
             yield conditioned
 
     def predict(
-        self, latents_BCHW: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float
+        self, latents_BCHW: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor
     ) -> Tensor:
         with self.prompted(text, tokens_BTD, scale) as conditioned:
             return self.family.denoise(latents_BCHW, t_B, conditioned)
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Squared error of each sample (error_B) under the drops, noise and times that the batch carries."""
+    def errors(self, batch: Batch) -> Errors:
+        """Squared error of each sample under the drops, noise and times that the batch carries."""
         draws = batch.draws
         x0_BCHW = self.family.encode_pixels(to_unit_range(batch.image_B3HW)).sample(draws.posterior_noise_BCHW)
         tokens_BTD = self._training_tokens(batch.reference_B3HW, draws.drop_image_B)
-        text = self._training_text(batch.text, draws.drop_text_B)
-        alphas = self.family.alphas_cumprod
+        text = self._training_text(batch)
+        kind, alphas = self.family.prediction_type, self.family.alphas_cumprod
         t_B = objective.to_timesteps(draws.time_B, len(alphas))
         noisy = objective.add_noise(x0_BCHW, draws.noise_BCHW, alphas, t_B)
-        target = objective.make_target(self.family.prediction_type, x0_BCHW, draws.noise_BCHW, alphas, t_B)
-        return objective.squared_error(self.predict(noisy, t_B, text, tokens_BTD, scale=1.0), target)
+        target = objective.make_target(kind, x0_BCHW, draws.noise_BCHW, alphas, t_B)
+        error_B = objective.squared_error(self.predict(noisy, t_B, text, tokens_BTD, scale=1.0), target)
+        weight_B = objective.loss_weight(kind, alphas, t_B, self.min_snr_gamma)
+        return Errors(error_B, weight_B, draws.time_B)
 
     def _training_tokens(self, reference_B3HW: Tensor, drop_B: Tensor) -> Tensor:
         features, empty = self.encode_reference(reference_B3HW), self.no_image(1)
-        return self.image_tokens(
-            Features(
-                replace(features.pooled_BE, drop_B, empty.pooled_BE),
-                replace(features.patches_BPF, drop_B, empty.patches_BPF),
-            )
+        kept = Features(
+            replace(features.pooled_BE, drop_B, empty.pooled_BE),
+            replace(features.patches_BPF, drop_B, empty.patches_BPF),
         )
+        return self.image_tokens(kept)
 
-    def _training_text(self, texts: Sequence[str], drop_B: Tensor) -> TextCondition:
-        dropped = drop_B.tolist()
-        return self.family.encode_text(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
+    def _training_text(self, batch: Batch) -> TextCondition:
+        dropped: Sequence[bool] = batch.draws.drop_text_B.tolist()
+        texts = ["" if drop else text for text, drop in zip(batch.text, dropped, strict=True)]
+        return self.family.encode_text(texts, batch.size_B6)
 
 
 def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
     return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)
-
-
-def map_features(function: Callable[[Tensor], Tensor], features: Features) -> Features:
-    return Features(*(None if x is None else function(x) for x in (features.pooled_BE, features.patches_BPF)))

@@ -5,6 +5,10 @@
     v-prediction:  target = α_t ε − σ_t x_0        (Salimans & Ho 2022)
     sample:        target = x_0
 
+Min-SNR-γ (Hang et al. 2023) weighs the error of x_0 by min(SNR, γ), SNR = α_t² / σ_t², whatever is predicted:
+
+    ε: min(SNR, γ) / SNR      v: min(SNR, γ) / (SNR + 1)      sample: min(SNR, γ)
+
 ᾱ_t and the kind of target are the checkpoint's own (its scheduler configuration).
 """
 
@@ -46,6 +50,22 @@ def make_target(
     raise ValueError(
         f"the base's scheduler predicts {prediction_type!r}; this trainer knows {', '.join(PREDICTION_TYPES)}"
     )
+
+
+def loss_weight(
+    prediction_type: str, alphas_cumprod_S: Tensor, timestep_B: Tensor, gamma: float | None = None
+) -> Tensor:
+    """weight_B of min-SNR-γ; ones without ``gamma``. A step without signal (SNR = 0) takes the limit of its formula."""
+    alpha_bar_B = alphas_cumprod_S.to(timestep_B.device)[timestep_B].double()
+    if gamma is None:
+        return torch.ones_like(alpha_bar_B, dtype=torch.float32)
+    snr_B = alpha_bar_B / (1 - alpha_bar_B)
+    weights = {
+        "epsilon": torch.clamp(gamma / snr_B, max=1),
+        "v_prediction": snr_B.clamp(max=gamma) / (snr_B + 1),
+        "sample": snr_B.clamp(max=gamma),
+    }
+    return weights[prediction_type].float()
 
 
 def squared_error(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:

@@ -35,6 +35,10 @@ class Features:
     pooled_BE: Tensor | None = None
     patches_BPF: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Features:
+        """The same features with ``function`` applied to what is there."""
+        return Features(*(None if x is None else function(x) for x in (self.pooled_BE, self.patches_BPF)))
+
 
 @dataclass
 class Posterior:
@@ -75,6 +79,7 @@ class Draws:
     drop_image_B: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
+        """The same draws with ``function`` applied to every tensor."""
         return Draws(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
@@ -90,6 +95,7 @@ class Batch:
     """Samples as the data room delivers them.
 
     ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8.
+    ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
     the way to this batch. ``position`` is where training goes on after it; validation has none.
     """
@@ -98,6 +104,7 @@ class Batch:
     reference_B3HW: Tensor
     text: list[str]
     draws: Draws
+    size_B6: Tensor | None = None
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
     rejects: dict[str, int] = field(default_factory=dict)
@@ -106,6 +113,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.text)
 
+    def keep_all(self) -> Batch:
+        """The same batch with nothing dropped."""
+        keep = torch.zeros_like(self.draws.drop_text_B)
+        return replace(self, draws=replace(self.draws, drop_text_B=keep, drop_image_B=keep))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with ``function`` applied to every tensor."""
         return replace(
@@ -113,6 +125,7 @@ class Batch:
             image_B3HW=function(self.image_B3HW),
             reference_B3HW=function(self.reference_B3HW),
             draws=self.draws.map(function),
+            size_B6=None if self.size_B6 is None else function(self.size_B6),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -135,7 +148,10 @@ def to_uint8(pixels_B3HW: Tensor) -> Tensor:
 
 @dataclass
 class ImagePrompt:
-    """Image tokens for one call of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1)."""
+    """Image tokens for one call of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1).
+
+    A scalar may lie on the CPU whatever the device of the tokens.
+    """
 
     tokens_BTD: Tensor
     scale: Tensor
@@ -167,7 +183,10 @@ class BaseWidths(NamedTuple):
 
 
 class EncoderWidths(NamedTuple):
-    """What a head needs to know of an image encoder before any weight is read: E, F, P, and the edge of its pictures."""
+    """What a head needs to know of an image encoder before any weight is read.
+
+    E, F, P (class token included; F and P are 0 where there are no patch features), and the edge of its pictures.
+    """
 
     pooled: int
     patch: int

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_sdxl
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
@@ -16,6 +17,17 @@ from torch import Tensor
 
 from ipa.model import IPAdapterModel
 from ipa.types import Batch, Features
+
+FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
+SIZES = torch.tensor([[300, 451, 7, 0, 16, 16], [16, 16, 0, 0, 16, 16], [90, 20, 0, 28, 16, 16]])
+
+
+def plain_attention(query_BQd: Tensor, key_BTd: Tensor, value_BTd: Tensor, heads: int) -> Tensor:
+    """softmax(Q Kᵀ / √d) V, one head after another."""
+    out = []
+    for q, k, v in zip(query_BQd.chunk(heads, -1), key_BTd.chunk(heads, -1), value_BTd.chunk(heads, -1), strict=True):
+        out.append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v)
+    return torch.cat(out, dim=-1)
 
 
 class PlainDecoupledAttention:
@@ -27,85 +39,175 @@ class PlainDecoupledAttention:
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        pairs = [
-            (attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)),
-            (self.tokens_BTD @ self.key_weight.T, self.tokens_BTD @ self.value_weight.T),
-        ]
-        attended = [
-            torch.softmax(query @ attn.head_to_batch_dim(key).mT * attn.scale, dim=-1) @ attn.head_to_batch_dim(value)
-            for key, value in pairs
-        ]
-        return attn.to_out[0](attn.batch_to_head_dim(attended[0] + attended[1]))
+        query, text, image = attn.to_q(hidden_states), encoder_hidden_states, self.tokens_BTD
+        attended = plain_attention(query, attn.to_k(text), attn.to_v(text), attn.heads)
+        attended = attended + plain_attention(query, image @ self.key_weight.T, image @ self.value_weight.T, attn.heads)
+        return attn.to_out[0](attended)
 
 
-def plain_losses(model: IPAdapterModel, batch: Batch, texts: list[str], embedding_BE: Tensor, zero_snr: bool) -> Tensor:
+def plain_tokens(head: Any, features: Tensor) -> Tensor:
+    """The equations of the global and of the fine-grained head, on the head's own weights."""
+    if head.uses == "pooled":
+        width = head.norm.weight.shape
+        rows = (features @ head.proj.weight.T + head.proj.bias).view(len(features), -1, *width)
+        return F.layer_norm(rows, width, head.norm.weight, head.norm.bias)
+    states, queries = head.proj_in(features), head.latents.repeat(len(features), 1, 1)
+    for attention, feed_forward in head.layers:
+        normed = attention.norm2(queries)
+        key, value = attention.to_kv(torch.cat([attention.norm1(states), normed], dim=1)).chunk(2, dim=-1)
+        queries = queries + attention.to_out(plain_attention(attention.to_q(normed), key, value, attention.heads))
+        norm, first, _, second = feed_forward
+        queries = queries + F.gelu(norm(queries) @ first.weight.T) @ second.weight.T
+    return head.norm_out(head.proj_out(queries))
+
+
+def plain_text(family: Any, texts: list[str], size_B6: Tensor | None) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Encoded by the public pipeline: the states, and what SDXL's UNet wants besides."""
+    encoded = family.pipeline().encode_prompt(
+        texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return encoded[0], {"text_embeds": encoded[2], "time_ids": size_B6} if family.name == "sdxl" else None
+
+
+def plain_losses(model: IPAdapterModel, batch: Batch, texts: list[str], features: Tensor) -> Tensor:
     """A training step from public parts: the family's networks, diffusers' scheduler, the adapter's raw weights."""
-    family, head, draws = model.family, model.head, batch.draws
-    kind = family.scheduler.config.prediction_type
-    schedule = DDPMScheduler(**tiny.SCHEDULE, rescale_betas_zero_snr=zero_snr, prediction_type=kind)
-    pixels = batch.image_B3HW.float() / 127.5 - 1
-    posterior = family.vae.encode(pixels).latent_dist
+    family, draws = model.family, batch.draws
+    schedule = DDPMScheduler.from_config(family.scheduler.config)
+    posterior = family.vae.encode((batch.image_B3HW.float() / 127.5 - 1).to(family.vae.dtype)).latent_dist
     x0 = (posterior.mean + posterior.std * draws.posterior_noise_BCHW) * family.vae.config.scaling_factor
     t_B = (draws.time_B * 1000).long()
     noisy = schedule.add_noise(x0, draws.noise_BCHW, t_B)
-    ids = family.tokenizer(
-        texts, padding="max_length", max_length=tiny.TEXT_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
-    tokens = F.layer_norm(head.proj(embedding_BE).view(len(t_B), -1, tiny.CONTEXT_WIDTH), (tiny.CONTEXT_WIDTH,))
-    tokens = tokens * head.norm.weight + head.norm.bias
+    states, added = plain_text(family, texts, batch.size_B6)
+    tokens = plain_tokens(model.head, features)
 
     unet = copy.deepcopy(family.unet)
-    branches = iter(model.adapter.branches)
-    plain = {
-        name: PlainDecoupledAttention(*next(branches).parameters(), tokens) if "attn2" in name else processor
-        for name, processor in unet.attn_processors.items()
-    }
-    unet.set_attn_processor(plain)
-    prediction = unet(noisy, t_B, family.text_encoder(ids).last_hidden_state).sample
+    if model.adapter.name == "simple":
+        states = torch.cat([states, tokens], dim=1)
+    else:
+        branches = iter(model.adapter.branches)
+        plain = {
+            name: PlainDecoupledAttention(*next(branches).parameters(), tokens) if "attn2" in name else processor
+            for name, processor in unet.attn_processors.items()
+        }
+        unet.set_attn_processor(plain)
+    prediction = unet(noisy.to(unet.dtype), t_B, states, added_cond_kwargs=added).sample
     targets = {
         "epsilon": draws.noise_BCHW,
         "sample": x0,
         "v_prediction": schedule.get_velocity(x0, draws.noise_BCHW, t_B),
     }
-    return F.mse_loss(prediction, targets[kind], reduction="none").mean(dim=(1, 2, 3))
+    return F.mse_loss(prediction, targets[family.prediction_type], reduction="none").mean(dim=(1, 2, 3))
 
 
 def embed(model: IPAdapterModel, batch: Batch) -> Tensor:
-    pixels = batch.reference_B3HW.float() / 255
-    return model.encoder.visual((pixels - model.encoder.mean) / model.encoder.std)
+    """What the head reads of the references, from transformers' network with the encoder's weights."""
+    pixels = (batch.reference_B3HW.float() / 255 - model.encoder.mean) / model.encoder.std
+    return read(model, pixels.to(model.encoder.visual.proj.dtype))
+
+
+def read(model: IPAdapterModel, normalized_B3HW: Tensor) -> Tensor:
+    vision = tiny.make_vision(model.encoder).to(normalized_B3HW.dtype)
+    out = vision(normalized_B3HW, output_hidden_states=True)
+    return out.image_embeds if model.head.uses == "pooled" else out.hidden_states[-2]
 
 
 @pytest.mark.parametrize(("prediction_type", "zero_snr"), tiny.KINDS)
 def test_the_loss_is_that_of_a_step_written_out(prediction_type: str, zero_snr: bool) -> None:
     model, batch = tiny.shake(tiny.make_model(prediction_type, zero_snr)), tiny.make_batch()
     with torch.no_grad():
-        expected = plain_losses(model, batch, batch.text, embed(model, batch), zero_snr)
+        expected = plain_losses(model, batch, batch.text, embed(model, batch))
         model.adapter.install()
-        losses = model.losses(batch)
+        losses = model.errors(batch).error_B
 
     assert losses.shape == (3,)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
 
 
+def gradients(loss: Tensor, model: IPAdapterModel) -> dict[str, Tensor]:
+    names, weights = zip(*model.trainable.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+@pytest.mark.parametrize("head", ["global", "fine_grained"])
+def test_the_gradient_is_that_of_a_step_written_out(head: str, kind: str, family: str) -> None:
+    model = tiny.shake(tiny.make_model(head=head, kind=kind, family=FAMILIES[family]())).double()
+    batch = replace(tiny.make_batch(), size_B6=SIZES)
+    plain = plain_losses(model, batch, batch.text, embed(model, batch)).mean()
+    expected = gradients(plain, model)
+    model.adapter.install()
+    loss = model.errors(batch).loss
+
+    torch.testing.assert_close(loss.double(), plain.double(), rtol=1e-6, atol=0)
+    for name, gradient in gradients(loss, model).items():
+        assert (gradient - expected[name]).norm() < 1e-6 * expected[name].norm(), name
+
+
 @pytest.mark.parametrize(("drop_text", "drop_image"), [(True, False), (False, True), (True, True)])
-def test_dropped_rows_get_the_empty_text_and_the_zero_embedding(
-    model: IPAdapterModel, drop_text: bool, drop_image: bool
+@pytest.mark.parametrize(
+    ("head", "no_image", "kind", "family"),
+    [
+        ("global", "zeros", "decoupled", "sd15"),
+        ("global", "blank", "simple", "sdxl"),
+        ("fine_grained", "blank", "decoupled", "sdxl"),
+        ("fine_grained", "zeros", "simple", "sd21"),
+    ],
+)
+def test_dropped_rows_get_the_empty_text_and_no_image(
+    head: str, no_image: str, kind: str, family: str, drop_text: bool, drop_image: bool
 ) -> None:
-    batch = tiny.make_batch(drop_text=drop_text, drop_image=drop_image)
+    model = tiny.shake(tiny.make_model(head=head, kind=kind, family=FAMILIES[family](), no_image=no_image))
+    batch = replace(tiny.make_batch(drop_text=drop_text, drop_image=drop_image), size_B6=SIZES)
     batch.draws.drop_text_B[1] = batch.draws.drop_image_B[1] = False
     texts = [text if i == 1 or not drop_text else "" for i, text in enumerate(batch.text)]
     with torch.no_grad():
-        embedding = embed(model, batch)
+        features = embed(model, batch)
+        plain = plain_losses(model, batch, batch.text, features)
         if drop_image:
-            embedding[[0, 2]] = 0
-        expected = plain_losses(model, batch, texts, embedding, zero_snr=False)
-        plain = plain_losses(model, batch, batch.text, embed(model, batch), zero_snr=False)
+            edge = tiny.REFERENCE_PX
+            features[[0, 2]] = read(model, torch.zeros(1, 3, edge, edge)) if no_image == "blank" else torch.zeros(())
+        expected = plain_losses(model, batch, texts, features)
         model.adapter.install()
-        losses = model.losses(batch)
+        losses = model.errors(batch).error_B
+        kept = model.errors(batch.keep_all()).error_B
 
-    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(kept, plain, rtol=1e-5, atol=0)
     assert ((losses - plain).abs() > 1e-4).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_weighs_the_errors_as_min_snr_says_or_not_at_all(prediction_type: str) -> None:
+    model, batch = tiny.make_model(prediction_type, zero_snr=True), tiny.make_batch()
+    batch.draws.time_B = torch.tensor([0.05, 0.3, 0.99999])
+    with torch.no_grad():
+        plain, model.min_snr_gamma = model.errors(batch), 5.0
+        weighted = model.errors(batch)
+    snr_B = model.family.alphas_cumprod[[50, 300, 999]] / (1 - model.family.alphas_cumprod[[50, 300, 999]])
+    capped = {"epsilon": 5 / snr_B, "v_prediction": snr_B.clamp(max=5) / (snr_B + 1)}[prediction_type].clamp(max=1)
+
+    assert torch.equal(plain.loss, plain.error_B.mean())
+    assert torch.equal(weighted.error_B, plain.error_B) and torch.equal(weighted.time_B, batch.draws.time_B)
+    torch.testing.assert_close(weighted.loss, (capped * plain.error_B).mean(), rtol=1e-4, atol=0)
+    assert weighted.loss < 0.9 * plain.loss
+
+
+def test_sizes_of_the_cut_reach_the_denoiser() -> None:
+    model = tiny.make_model(family=tiny_sdxl.make_family())
+    seen: list[Tensor] = []
+    model.family.unet.register_forward_pre_hook(
+        lambda _, inputs, named: seen.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    batch = tiny.make_batch()
+    with torch.no_grad():
+        whole, cut = model.errors(batch).error_B, model.errors(replace(batch, size_B6=SIZES)).error_B
+
+    edge = tiny.IMAGE_PX
+    assert seen[0].tolist() == [[edge, edge, 0, 0, edge, edge]] * 3
+    assert torch.equal(seen[1], SIZES.float())
+    # the second picture is whole, as all are when nothing is said
+    assert ((cut - whole).abs() > 1e-5).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("time", [0.0, 0.5, 0.99999])
@@ -116,7 +218,7 @@ def test_losses_and_gradients_are_finite_at_both_ends_of_a_schedule_without_sign
     model, batch = tiny.make_model(prediction_type, zero_snr=True), tiny.make_batch()
     model.adapter.install()
     batch.draws.time_B.fill_(time)
-    losses = model.losses(batch)
+    losses = model.errors(batch).error_B
     losses.mean().backward()
 
     assert losses.isfinite().all() and (losses > 0).all()
@@ -127,13 +229,15 @@ def test_an_unknown_prediction_type_stops_the_step() -> None:
     model = tiny.make_model()
     model.family.scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match=r"'flow'.*epsilon, v_prediction, sample"):
-        model.losses(tiny.make_batch())
+        model.errors(tiny.make_batch())
 
 
-def test_only_the_trainable_set_gets_gradients_and_all_of_it() -> None:
-    model = tiny.make_model()
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+def test_only_the_trainable_set_gets_gradients_and_all_of_it(head: str, kind: str) -> None:
+    model = tiny.make_model(head=head, kind=kind)
     model.adapter.install()
-    model.losses(tiny.make_batch()).mean().backward()
+    model.errors(tiny.make_batch()).loss.backward()
 
     for name, parameter in model.trainable.named_parameters():
         assert parameter.requires_grad and parameter.grad.abs().max() > 0, name
@@ -141,6 +245,50 @@ def test_only_the_trainable_set_gets_gradients_and_all_of_it() -> None:
     assert frozen and all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
     learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert learning == {id(parameter) for parameter in model.trainable.parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "head"), [("decoupled", "global"), ("decoupled", "fine_grained"), ("simple", "global")]
+)
+def test_checkpointed_gradients_are_the_same(kind: str, head: str, family: str) -> None:
+    model = tiny.shake(tiny.make_model(kind=kind, head=head, family=FAMILIES[family]()))
+    batch = tiny.make_batch()
+    model.adapter.install()
+    expected = gradients(model.errors(batch).loss, model)
+    calls = count_calls(model.family.unet.up_blocks[1].attentions[0].transformer_blocks[0])
+    model.checkpoint_gradients()
+    loss = model.errors(batch).loss
+    assert len(calls) == 1
+    recomputed = gradients(loss, model)
+
+    assert len(calls) == 2
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+def test_recomputing_sees_the_prompt_of_the_first_pass_and_leaves_another_in_place(kind: str) -> None:
+    model, batch = tiny.shake(tiny.make_model(kind=kind)), tiny.make_batch()
+    model.adapter.install()
+    expected = gradients(model.errors(batch).loss, model)
+    model.checkpoint_gradients()
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    loss = model.errors(batch).loss
+    with torch.no_grad():
+        other = model.predict(latents, t_B, text, -tokens, 0.5)
+    with model.prompted(text, -tokens, 0.5) as given:
+        recomputed = gradients(loss, model)
+        with torch.no_grad():
+            assert torch.equal(model.family.denoise(latents, t_B, given), other)
+
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in expected.items())
+
+
+def count_calls(module: torch.nn.Module) -> list[None]:
+    """Grows by one with each later call of the module."""
+    calls: list[None] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
 
 
 def test_the_trainable_set_is_head_and_branches_and_nothing_else(model: IPAdapterModel) -> None:
@@ -161,7 +309,7 @@ def test_training_moves_the_trainable_set_alone() -> None:
     optimizer = torch.optim.AdamW(model.trainable.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
-        loss = model.losses(batch).mean()
+        loss = model.errors(batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -199,11 +347,11 @@ def test_losses_draw_nothing_themselves(model: IPAdapterModel) -> None:
     model.adapter.install()
     batch = tiny.make_batch()
     with torch.no_grad():
-        first = model.losses(batch)
+        first = model.errors(batch).error_B
         torch.manual_seed(7)
-        assert torch.equal(model.losses(batch), first)
+        assert torch.equal(model.errors(batch).error_B, first)
         other = replace(batch, draws=replace(batch.draws, noise_BCHW=-batch.draws.noise_BCHW))
-        assert not torch.equal(model.losses(other), first)
+        assert not torch.equal(model.errors(other).error_B, first)
 
 
 def test_references_are_encoded_from_bytes(model: IPAdapterModel) -> None:
@@ -212,13 +360,21 @@ def test_references_are_encoded_from_bytes(model: IPAdapterModel) -> None:
         torch.testing.assert_close(model.encode_reference(batch.reference_B3HW).pooled_BE, embed(model, batch))
 
 
-def test_no_image_is_a_zero_embedding_or_the_blank_picture_as_the_head_says(model: IPAdapterModel) -> None:
-    none = model.no_image(2)
-    assert none.patches_BPF is None
-    assert torch.equal(none.pooled_BE, torch.zeros(2, tiny.POOLED_WIDTH))
-
-    model.head.no_image = "blank"
-    assert torch.equal(model.no_image(2).pooled_BE, model.encoder.blank(2).pooled_BE)
+@pytest.mark.parametrize(("head", "usual"), [("global", "zeros"), ("fine_grained", "blank"), ("full", "blank")])
+def test_no_image_is_zeros_or_the_blank_picture_as_the_head_says(head: str, usual: str) -> None:
+    assert tiny.make_model(head=head).head.no_image == usual
+    for no_image in ("zeros", "blank"):
+        model = tiny.make_model(head=head, no_image=no_image)
+        blank = model.encoder.blank(2, uses=model.head.uses)
+        none = model.no_image(2)
+        pairs = [(none.pooled_BE, blank.pooled_BE), (none.patches_BPF, blank.patches_BPF)]
+        assert sum(expected is not None for _, expected in pairs) == 1
+        for ours, expected in pairs:
+            if expected is None:
+                assert ours is None
+            else:
+                assert torch.equal(ours, expected if no_image == "blank" else torch.zeros_like(expected))
+                assert expected.abs().max() > 0.01
 
 
 def test_the_prompt_does_not_outlive_its_call(model: IPAdapterModel) -> None:
@@ -245,7 +401,8 @@ def test_the_scale_weighs_the_image(model: IPAdapterModel) -> None:
     torch.testing.assert_close(rows, torch.stack([ends[0][0], ends[1][1]]))
 
 
-def test_image_tokens_come_from_the_head(model: IPAdapterModel) -> None:
-    features = Features(pooled_BE=torch.randn(2, tiny.POOLED_WIDTH))
+def test_image_tokens_come_from_the_head_one_image_after_the_other(model: IPAdapterModel) -> None:
+    one, other = (Features(pooled_BE=torch.randn(2, tiny.POOLED_WIDTH)) for _ in range(2))
 
-    assert torch.equal(model.image_tokens(features), model.head(features))
+    assert torch.equal(model.image_tokens(one), model.head(one))
+    assert torch.equal(model.image_tokens(one, other), torch.cat([model.head(one), model.head(other)], dim=1))

@@ -2,13 +2,16 @@
 
 import pytest
 import tiny
+import tiny_sdxl
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from ipa.objective import (
     PREDICTION_TYPES,
     add_noise,
     alpha_sigma,
+    loss_weight,
     make_target,
     replace_rows,
     squared_error,
@@ -47,6 +50,73 @@ def test_noise_path_and_targets_are_those_of_diffusers(scheduler, x0_and_noise) 
     )
     assert torch.equal(make_target("epsilon", x0, noise, bars, TIMESTEPS), noise)
     assert torch.equal(make_target("sample", x0, noise, bars, TIMESTEPS), x0)
+
+
+@pytest.mark.parametrize(
+    ("make_family", "prediction_type"),
+    [(tiny.make_family, "epsilon"), (tiny_sdxl.make_family_2_1, "v_prediction"), (tiny_sdxl.make_family, "epsilon")],
+)
+def test_a_familys_noise_path_and_target_are_those_of_its_own_scheduler(
+    make_family, prediction_type: str, x0_and_noise
+) -> None:
+    (x0, noise), family = x0_and_noise, make_family()
+    scheduler = DDPMScheduler.from_config(family.scheduler.config)
+    bars, kind = family.alphas_cumprod, family.prediction_type
+    targets = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, TIMESTEPS)}
+
+    assert (kind, len(bars)) == (prediction_type, scheduler.config.num_train_timesteps)
+    torch.testing.assert_close(
+        add_noise(x0, noise, bars, TIMESTEPS), scheduler.add_noise(x0, noise, TIMESTEPS), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(make_target(kind, x0, noise, bars, TIMESTEPS), targets[kind], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_those_of_diffusers_training_scripts(scheduler, gamma: float) -> None:
+    snr = compute_snr(scheduler, TIMESTEPS)
+    capped = torch.stack([snr, torch.full_like(snr, gamma)]).amin(0)
+    weights = {kind: loss_weight(kind, scheduler.alphas_cumprod, TIMESTEPS, gamma) for kind in PREDICTION_TYPES}
+
+    assert 0 < (snr < gamma).sum() < len(snr)
+    torch.testing.assert_close(weights["epsilon"], (capped / snr).nan_to_num(1.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(weights["v_prediction"], capped / (snr + 1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(weights["sample"], capped, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_min_snr_weighs_the_error_of_x0_the_same_whatever_is_predicted(scheduler, prediction_type: str) -> None:
+    x0, noise, wrong = torch.randn(3, 6, 4, 8, 8, dtype=torch.float64).unbind(0)
+    bars, t_B = scheduler.alphas_cumprod.double(), TIMESTEPS.clamp(max=900)
+    alpha, sigma = alpha_sigma(bars, t_B)
+    noisy, target = add_noise(x0, noise, bars, t_B), make_target(prediction_type, x0, noise, bars, t_B)
+    prediction = target + 0.1 * wrong
+    guesses = {
+        "epsilon": lambda: (noisy - sigma * prediction) / alpha,
+        "v_prediction": lambda: alpha * noisy - sigma * prediction,
+        "sample": lambda: prediction,
+    }
+    snr_B = (alpha / sigma).square().flatten()
+    expected_B = snr_B.clamp(max=5) * (guesses[prediction_type]() - x0).square().flatten(1).mean(1)
+
+    weighted_B = loss_weight(prediction_type, bars, t_B, 5.0) * (prediction - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(weighted_B, expected_B, rtol=1e-5, atol=0)
+
+
+def test_min_snr_weights_at_both_ends_are_the_limits() -> None:
+    bars, ends = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0, 1, 2])
+
+    assert loss_weight("epsilon", bars, ends, 5.0).tolist() == [0, 1, 1]
+    assert loss_weight("v_prediction", bars, ends, 5.0).tolist() == [0, 0.5, 0]
+    assert loss_weight("sample", bars, ends, 5.0).tolist() == [5, 1, 0]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_without_gamma_every_step_weighs_the_same(prediction_type: str) -> None:
+    weight = loss_weight(prediction_type, SCHEDULERS[3].alphas_cumprod, TIMESTEPS)
+
+    assert weight.dtype == torch.float32 and weight.tolist() == [1] * 6
 
 
 def test_a_schedule_that_ends_without_signal(x0_and_noise) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
+import tiny_sdxl
 import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ipa.model import IPAdapterModel
-from ipa.sampling import SamplingOptions, draw_noise, generate, rows
+from ipa.sampling import SamplingOptions, draw_noise, generate, prompt_arguments, rows
 from ipa.types import Features
 
 TEXTS = ["cat", "a red dog", "", "hearts", "b"]
 SEEDS = [5, 6, 7, 8, 9]
 OPTIONS = SamplingOptions(num_steps=3, guidance=3.0, batch_size=8)
+FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
 
 
 @pytest.fixture
@@ -163,3 +168,114 @@ def test_sampling_leaves_no_prompt_and_no_mode_behind(installed: IPAdapterModel,
         generate(installed, features, TEXTS, SEEDS, OPTIONS)
         assert torch.equal(installed.family.denoise(latents, t_B, text), before)
     assert all(parameter.requires_grad for parameter in installed.trainable.parameters())
+
+
+@pytest.mark.parametrize("head", ["fine_grained", "full"])
+def test_no_image_is_the_blank_picture_where_the_head_reads_patches(head: str) -> None:
+    model = tiny.shake(tiny.make_model(head=head))
+    model.adapter.install()
+    features, seen = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX)), record_tokens(model)
+    generate(model, features, TEXTS, SEEDS, OPTIONS)
+    with torch.no_grad():
+        expected = torch.cat([model.head(model.encoder.blank(5, uses="patches")), model.head(features)])
+
+    assert len(seen) == OPTIONS.num_steps
+    for call in seen:
+        torch.testing.assert_close(call, expected)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_several_images_follow_one_another_in_both_halves(
+    installed: IPAdapterModel, features: Features, batch_size: int
+) -> None:
+    other, seen = Features(pooled_BE=-features.pooled_BE), record_tokens(installed)
+    options = SamplingOptions(num_steps=1, guidance=3.0, batch_size=batch_size)
+    pictures = generate(installed, [features, other], TEXTS, SEEDS, options)
+    with torch.no_grad():
+        blank = installed.head(Features(pooled_BE=torch.zeros(5, tiny.POOLED_WIDTH)))
+        tokens = [torch.cat([blank, blank], dim=1), installed.image_tokens(features, other)]
+
+    for call, index in zip(seen, torch.arange(5).split(batch_size), strict=True):
+        torch.testing.assert_close(call, torch.cat([half[index] for half in tokens]))
+    alone = [generate(installed, image, TEXTS, SEEDS, options) for image in (features, other, [features])]
+    assert torch.equal(alone[0], alone[2])
+    assert all((each - pictures).abs().max() > 0.01 for each in alone)
+
+
+def stock_pipeline(model: IPAdapterModel) -> Any:
+    """The public pipeline on the same base, made without us."""
+    family = model.family
+    scheduler = DDIMScheduler.from_config(family.scheduler.config, clip_sample=False)
+    if family.name != "sdxl":
+        return tiny.make_pipeline(family, scheduler=scheduler)
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
+    parts = {name: getattr(family, name) for name in names}
+    pipeline = StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_pictures(model: IPAdapterModel, options: SamplingOptions, **prompts: Any) -> Tensor:
+    """Pixels in [-1, 1]."""
+    pictures = stock_pipeline(model)(
+        **prompts,
+        latents=draw_noise((4, 8, 8), SEEDS),
+        num_inference_steps=options.num_steps,
+        guidance_scale=options.guidance,
+        output_type="pt",
+    ).images
+    return pictures * 2 - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["global", "fine_grained"])
+@pytest.mark.parametrize(("guidance", "scale"), [(3.0, 1.0), (3.0, 0.5), (1.0, 1.0)])
+@torch.no_grad()
+def test_a_simple_adapter_makes_the_pictures_of_the_stock_call_with_embeddings(
+    family: str, head: str, guidance: float, scale: float
+) -> None:
+    model = tiny.shake(tiny.make_model(head=head, kind="simple", family=FAMILIES[family]()))
+    model.adapter.install()
+    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
+    empty = model.encoder.blank(5, uses=model.head.uses)
+    if head == "global":
+        empty = empty.map(torch.zeros_like)
+    encoded = stock_pipeline(model).encode_prompt(
+        TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=[""] * 5
+    )
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    prompts = dict(zip(names, encoded, strict=False))
+    for name, image in zip(names, [features, empty], strict=False):
+        prompts[name] = torch.cat([prompts[name], scale * model.head(image)], dim=1)
+    options = SamplingOptions(num_steps=3, guidance=guidance, scale=scale)
+    pictures = generate(model, features, TEXTS, SEEDS, options)
+
+    torch.testing.assert_close(pictures, stock_pictures(model, options, **prompts), rtol=0, atol=1e-5)
+    assert (generate(model, features, TEXTS, SEEDS, options.with_scale(0.0)) - pictures).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:
+    model = tiny.shake(tiny.make_model(kind="simple", family=FAMILIES[family]()))
+    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
+    with prompt_arguments(model, [features], TEXTS, scale=0.7) as arguments:
+        pass
+
+    expected = generate(model, features, TEXTS, SEEDS, OPTIONS.with_scale(0.7))
+    torch.testing.assert_close(stock_pictures(model, OPTIONS, **arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+@torch.no_grad()
+def test_scale_zero_gives_the_stock_pictures_of_every_family(kind: str, family: str) -> None:
+    model = tiny.shake(tiny.make_model(kind=kind, family=FAMILIES[family]()))
+    stock = stock_pictures(model, OPTIONS, prompt=TEXTS, negative_prompt=[""] * 5)
+    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
+    model.adapter.install()
+
+    torch.testing.assert_close(
+        generate(model, features, TEXTS, SEEDS, OPTIONS.with_scale(0.0)), stock, rtol=0, atol=1e-5
+    )
+    assert (generate(model, features, TEXTS, SEEDS, OPTIONS) - stock).abs().max() > 0.01

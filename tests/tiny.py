@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ipa.adapter.heads import GlobalHead
-from ipa.adapter.kinds import DecoupledAdapter
+from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
+from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.model import IPAdapterModel
@@ -187,11 +187,28 @@ def save_clip(folder: Path, seed: int = 0) -> str:
     return f"local-dir:{folder}"
 
 
-def make_model(prediction_type: str = "epsilon", zero_snr: bool = False, num_tokens: int = 4) -> IPAdapterModel:
-    """A model with a fresh adapter, not installed."""
-    family, encoder = make_family(prediction_type, zero_snr), make_encoder()
-    head = GlobalHead(encoder.pooled_width, family.context_width, num_tokens)
-    return IPAdapterModel(family, encoder, head, DecoupledAdapter(family.hosts()))
+def make_head(head: str, encoder: OpenClipEncoder, context_width: int, **options: Any) -> Head:
+    """A head of this name in the published proportions: ``global``, ``fine_grained`` or ``full``."""
+    if head == "fine_grained":
+        return ResamplerHead.fitting(encoder.widths, context_width, **{"width": 20, "heads": 1, **options})
+    return {"global": GlobalHead, "full": FullHead}[head].fitting(encoder.widths, context_width, **options)
+
+
+def make_model(
+    prediction_type: str = "epsilon",
+    zero_snr: bool = False,
+    num_tokens: int | None = None,
+    head: str = "global",
+    kind: str = "decoupled",
+    family: Any = None,
+    **options: Any,
+) -> IPAdapterModel:
+    """A model with a fresh adapter, not installed; ``options`` are the head's."""
+    family, encoder = family or make_family(prediction_type, zero_snr), make_encoder()
+    options |= {} if num_tokens is None else {"num_tokens": num_tokens}
+    made = make_head(head, encoder, family.context_width, **options)
+    adapter = {"decoupled": DecoupledAdapter, "simple": SimpleAdapter}[kind](family.hosts())
+    return IPAdapterModel(family, encoder, made, adapter)
 
 
 def shake(model: IPAdapterModel, amount: float = 0.2, seed: int = 1) -> IPAdapterModel:

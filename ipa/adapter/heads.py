@@ -1,36 +1,155 @@
-"""Heads: image features → image tokens in the space that the base's cross-attention reads."""
+"""Heads: image features → image tokens in the space that the base's cross-attention reads.
+
+Each head is made by ``fitting``, from the widths of an encoder and of a base, and says what it ``uses`` of the features
+and what stands for "no image": the features of a blank picture (``blank``) or zeros in their place (``zeros``).
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
+import torch
 from torch import Tensor, nn
 
-from ipa.types import Features
+from ipa.adapter.resampler import PerceiverLayer
+from ipa.types import EncoderWidths, Features
+
+NO_IMAGE = ("blank", "zeros")
 
 
-class GlobalHead(nn.Module):
+def patch_width(encoder: EncoderWidths) -> int:
+    """F; raises ValueError for an encoder that has no patch features."""
+    if not encoder.patch:
+        raise ValueError(
+            "this image encoder has no patch features, which a fine-grained head reads: choose tokens=global, or a "
+            "vision transformer as the encoder"
+        )
+    return encoder.patch
+
+
+class Head(nn.Module):
+    """What all heads share; ``forward`` turns features into tokens_BTD, T = ``num_tokens``."""
+
+    uses: Literal["pooled", "patches"]
+
+    def __init__(self, num_tokens: int, context_width: int, no_image: str) -> None:
+        super().__init__()
+        if num_tokens < 1:
+            raise ValueError(
+                f"tokens.num_tokens={num_tokens}: an adapter needs at least one image token; the paper has 4 for the "
+                "global head and 16 for the fine-grained one"
+            )
+        if no_image not in NO_IMAGE:
+            raise ValueError(f"tokens.no_image={no_image}: give one of {', '.join(NO_IMAGE)}")
+        self.num_tokens, self.context_width, self.no_image = num_tokens, context_width, no_image
+
+
+class GlobalHead(Head):
     """Linear map and LayerNorm from the pooled embedding to T tokens (Ye et al. 2023, section 3.2.1).
 
     tokens = LayerNorm(reshape(W e + b)), with e not normalised. "No image" is a zero embedding.
     """
 
-    uses: Literal["pooled"] = "pooled"
-    no_image: Literal["zeros"] = "zeros"
+    uses = "pooled"
 
-    def __init__(self, embedding_width: int, context_width: int, num_tokens: int = 4) -> None:
-        super().__init__()
-        if num_tokens < 1:
-            raise ValueError(
-                f"tokens.num_tokens={num_tokens}: an adapter needs at least one image token; the paper has 4"
-            )
-        self.num_tokens = num_tokens
-        self.context_width = context_width
+    def __init__(self, embedding_width: int, context_width: int, num_tokens: int = 4, no_image: str = "zeros") -> None:
+        super().__init__(num_tokens, context_width, no_image)
         self.proj = nn.Linear(embedding_width, num_tokens * context_width)
         self.norm = nn.LayerNorm(context_width)
+
+    @classmethod
+    def fitting(cls, encoder: EncoderWidths, context_width: int, num_tokens: int = 4, no_image: str = "zeros") -> Self:
+        return cls(encoder.pooled, context_width, num_tokens, no_image)
 
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
         """Read ``features.pooled_BE``, ignore ``t_B``; return tokens_BTD."""
         assert features.pooled_BE is not None, "the global head reads pooled features"
         tokens = self.proj(features.pooled_BE.to(self.proj.weight.dtype))
         return self.norm(tokens.unflatten(-1, (self.num_tokens, self.context_width)))
+
+
+class ResamplerHead(Head):
+    """Learnable queries that read the patch features through a perceiver resampler (Ye et al. 2023, section 4.4.2).
+
+    x = W_in patches;  q ← q + Attention(q; [x, q]),  q ← q + FeedForward(q), ``depth`` times;
+    tokens = LayerNorm(W_out q).   The published weights take a blank picture for "no image", the paper says zeros.
+
+    ``width`` is that of the queries, ``heads`` × ``head_width`` that of attention, ``expansion`` widens the
+    feed-forward layer. Other readers of the published file assume depth 4, head width 64 and expansion 4.
+    """
+
+    uses = "patches"
+
+    def __init__(
+        self,
+        patch_width: int,
+        context_width: int,
+        num_tokens: int = 16,
+        width: int = 768,
+        heads: int = 12,
+        depth: int = 4,
+        head_width: int = 64,
+        expansion: int = 4,
+        no_image: str = "blank",
+    ) -> None:
+        super().__init__(num_tokens, context_width, no_image)
+        for name, size in {"width": width, "heads": heads, "depth": depth, "head_width": head_width}.items():
+            if size < 1:
+                raise ValueError(f"resampler.{name}={size}: at least 1")
+        self.width, self.heads, self.depth, self.head_width = width, heads, depth, head_width
+        self.expansion = expansion
+        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
+        self.proj_in = nn.Linear(patch_width, width)
+        self.proj_out = nn.Linear(width, context_width)
+        self.norm_out = nn.LayerNorm(context_width)
+        self.layers = nn.ModuleList(PerceiverLayer(width, heads, head_width, expansion) for _ in range(depth))
+
+    @classmethod
+    def fitting(
+        cls,
+        encoder: EncoderWidths,
+        context_width: int,
+        num_tokens: int = 16,
+        width: int | None = None,
+        no_image: str = "blank",
+        **sizes: int,
+    ) -> Self:
+        """``width`` None is the base's context width; ``sizes`` are the other ones of the constructor."""
+        return cls(patch_width(encoder), context_width, num_tokens, width or context_width, no_image=no_image, **sizes)
+
+    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
+        """Read ``features.patches_BPF`` (penultimate layer, not normalised), ignore ``t_B``; return tokens_BTD."""
+        assert features.patches_BPF is not None, "the fine-grained head reads patch features"
+        states_BPW = self.proj_in(features.patches_BPF.to(self.proj_in.weight.dtype))
+        queries_BTW = self.latents.expand(len(states_BPW), -1, -1)
+        for layer in self.layers:
+            queries_BTW = layer(states_BPW, queries_BTW)
+        return self.norm_out(self.proj_out(queries_BTW))
+
+
+class FullHead(Head):
+    """One token for every patch feature, through two linear maps: the published full-face adapters.
+
+    tokens = LayerNorm(W₂ GELU(W₁ patches)), T = P.
+    """
+
+    uses = "patches"
+
+    def __init__(self, patch_width: int, context_width: int, num_tokens: int, no_image: str = "blank") -> None:
+        super().__init__(num_tokens, context_width, no_image)
+        self.proj = nn.Sequential(
+            nn.Linear(patch_width, patch_width),
+            nn.GELU(),
+            nn.Linear(patch_width, context_width),
+            nn.LayerNorm(context_width),
+        )
+
+    @classmethod
+    def fitting(cls, encoder: EncoderWidths, context_width: int, no_image: str = "blank") -> Self:
+        return cls(patch_width(encoder), context_width, encoder.num_patches, no_image)
+
+    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
+        """Read ``features.patches_BPF``, ignore ``t_B``; return tokens_BTD."""
+        assert features.patches_BPF is not None, "the full head reads patch features"
+        weight: Tensor = self.proj[0].weight  # type: ignore[assignment]
+        return self.proj(features.patches_BPF.to(weight.dtype))

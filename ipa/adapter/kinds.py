@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ipa.types import Channel, Host, ImagePrompt, TextCondition
 
@@ -17,6 +19,8 @@ class DecoupledAdapter(nn.Module):
     Making one changes nothing in the base. ``install`` plugs the branches in, ``remove`` puts everything back; without
     a prompt, and with λ = 0, an installed base gives exactly what it gave before.
     """
+
+    name = "decoupled"
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         super().__init__()
@@ -41,3 +45,48 @@ class DecoupledAdapter(nn.Module):
         """While inside, calls of an installed denoiser see the prompt; yields the text to give it."""
         with self._channel.carrying(prompt):
             yield text
+
+    def again(self) -> AbstractContextManager[None]:
+        """A context, to be entered later, in which calls see the prompt of now: what recomputing a layer needs."""
+        return self._channel.carrying(self._channel.prompt)
+
+
+class SimpleAdapter(nn.Module):
+    """The image tokens, times λ, follow the text tokens through the frozen K and V; only the head is trained.
+
+    It is the paper's "simple adapter" (Ye et al. 2023, section 4.4.1), and has no weights of its own. λ = 0 drops the
+    tokens, since zeroed ones would still take their share of the softmax: so the output jumps at 0.
+    """
+
+    name = "simple"
+
+    def __init__(self, hosts: Sequence[Host] = ()) -> None:
+        super().__init__()
+
+    def install(self) -> Self:
+        return self
+
+    def remove(self) -> Self:
+        return self
+
+    @contextmanager
+    def condition(self, text: TextCondition, prompt: ImagePrompt | None) -> Iterator[TextCondition]:
+        """Yield the text followed by the image tokens; raises ValueError if λ is 0 for a part of the batch only."""
+        yield text if prompt is None or not nonzero(prompt.scale) else replace(text, states_BLD=follow(text, prompt))
+
+    def again(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def follow(text: TextCondition, prompt: ImagePrompt) -> Tensor:
+    tokens_BTD = (prompt.scale * prompt.tokens_BTD).to(text.states_BLD.dtype)
+    return torch.cat([text.states_BLD, tokens_BTD], dim=1)
+
+
+def nonzero(scale: Tensor) -> bool:
+    """Whether λ is unlike 0; a plain number lies on the CPU, so that asking waits for no other device."""
+    if bool((scale == 0).all()):
+        return False
+    if bool((scale == 0).any()):
+        raise ValueError("a simple adapter drops its tokens at scale 0, so it cannot be 0 for a part of a batch only")
+    return True

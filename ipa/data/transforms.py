@@ -11,6 +11,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,6 +67,19 @@ def open_picture(data: bytes, background: str, max_pixels: int) -> Image.Image:
         raise Rejected(BROKEN_PICTURE, repr(error)) from error
 
 
+def read_picture(path: Path, option: str = "image") -> Image.Image:
+    """An upright RGB picture from a file, transparency on white; raises FileNotFoundError or ValueError.
+
+    The messages name the file and the ``option`` that gave it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}={path}: no such file")
+    try:
+        return open_picture(path.read_bytes(), background="white", max_pixels=100_000_000)
+    except Rejected as error:
+        raise ValueError(f"{option}={path} cannot be read as a picture: {error}") from error
+
+
 def flatten(picture: Image.Image, background: str) -> Image.Image:
     """RGB, with transparency laid on ``background``."""
     if not picture.has_transparency_data:
@@ -73,6 +87,12 @@ def flatten(picture: Image.Image, background: str) -> Image.Image:
     canvas = Image.new("RGBA", picture.size, background)
     canvas.alpha_composite(picture.convert("RGBA"))
     return canvas.convert("RGB")
+
+
+def cut_corner(size: tuple[int, int], size_px: int) -> tuple[int, int]:
+    """Left and top, in pixels of the resized picture, of the square that ``square`` keeps of one of this size."""
+    left, top = (round((int(size_px * side / min(size)) - size_px) / 2) for side in size)
+    return left, top
 
 
 def square(picture: Image.Image, size_px: int) -> Image.Image:
@@ -83,7 +103,7 @@ def square(picture: Image.Image, size_px: int) -> Image.Image:
     short_px = min(picture.size)
     resized = [int(size_px * side / short_px) for side in picture.size]
     scales = [side / new for side, new in zip(picture.size, resized, strict=True)]
-    starts = [round((new - size_px) / 2) for new in resized]
+    starts = cut_corner(picture.size, size_px)
     corner = [start * scale for start, scale in zip(starts, scales, strict=True)]
     # rounding may put the far corner a hair outside, which PIL refuses
     far = [min(side, c + size_px * scale) for side, c, scale in zip(picture.size, corner, scales, strict=True)]

@@ -1,6 +1,7 @@
 """How well generated pictures follow their image prompts.
 
 * CLIP-I: mean cosine of the embeddings of picture and prompt, in [-1, 1] (Ye et al. 2023, section 4.1.3).
+* CLIP-T: mean cosine of the embeddings of picture and prompt's caption, which generation may not have been given.
 * retrieval@1: share of pictures whose nearest prompt, among all prompts seen, is their own; chance is 1 / count.
 * border: mean CIE Lab distance (ΔE 1976) between the border colours of picture and prompt; lower is better.
 """
@@ -21,7 +22,7 @@ RGB_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.072175
 
 
 class PromptScores(Metric):
-    """CLIP-I, retrieval@1 and border distance over all pairs given to ``update``; equal over 1 or many processes."""
+    """CLIP-I, CLIP-T, retrieval@1 and border distance of all pairs given to ``update``, over one or many processes."""
 
     full_state_update = False
     higher_is_better = None
@@ -29,17 +30,20 @@ class PromptScores(Metric):
     scorer: ClipScorer
     generated_BE: list[Tensor]
     prompts_BE: list[Tensor]
+    captions_BE: list[Tensor]
     border_B: list[Tensor]
 
     def __init__(self, scorer: ClipScorer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # kept out of the module tree: the scorer is shared and must not be moved, saved or reset with the metric
         object.__setattr__(self, "scorer", scorer)
-        for name in ("generated_BE", "prompts_BE", "border_B"):
+        for name in ("generated_BE", "prompts_BE", "captions_BE", "border_B"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, generated_B3HW: Tensor, prompts_B3HW: Tensor) -> None:
-        """Pixels in [-1, 1]; the two may differ in size."""
+    def update(self, generated_B3HW: Tensor, prompts_B3HW: Tensor, captions: list[str] | None = None) -> None:
+        """Pixels in [-1, 1], the two may differ in size. Without the prompts' ``captions`` there is no CLIP-T."""
+        if captions is not None:
+            self.captions_BE.append(self.scorer.embed_texts(captions))
         self.generated_BE.append(self.scorer.embed_images(generated_B3HW))
         self.prompts_BE.append(self.scorer.embed_images(prompts_B3HW))
         self.border_B.append(border_distance(generated_B3HW, prompts_B3HW).to(self.generated_BE[-1].device))
@@ -48,8 +52,12 @@ class PromptScores(Metric):
         generated_BE, prompts_BE = dim_zero_cat(self.generated_BE), dim_zero_cat(self.prompts_BE)
         nearest_B = (generated_BE @ prompts_BE.T).argmax(1)
         own_B = torch.arange(len(nearest_B), device=nearest_B.device)
+        # a list, but one tensor once several processes have put theirs together
+        captioned = len(self.captions_BE) > 0
+        text = {"clip_t": (generated_BE * dim_zero_cat(self.captions_BE)).sum(1).mean()} if captioned else {}
         return {
             "clip_i": (generated_BE * prompts_BE).sum(1).mean(),
+            **text,
             "retrieval_at_1": (nearest_B == own_B).float().mean(),
             "border_lab": dim_zero_cat(self.border_B).mean(),
         }

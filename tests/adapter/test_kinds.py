@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_sdxl
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.usefixtures("_no_grad")
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
 
 
 def processors(model: IPAdapterModel) -> dict[str, Any]:
@@ -61,6 +65,52 @@ def test_scale_zero_is_the_frozen_base(model: IPAdapterModel, dtype: torch.dtype
 
     assert torch.equal(model.predict(latents, t_B, text, tokens, scale=0.0), frozen)
     assert not torch.equal(model.predict(latents, t_B, text, tokens, scale=0.1), frozen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+def test_every_head_on_every_family_can_be_silenced_and_taken_out(family: str, head: str) -> None:
+    model = tiny.shake(tiny.make_model(head=head, family=FAMILIES[family]()))
+    inputs, before, hashed = tiny.make_inputs(model), processors(model), model.frozen_hash()
+    latents, t_B, text, _ = inputs
+    added = {"text_embeds": text.pooled_BE, "time_ids": text.size_B6}
+    frozen = model.family.unet(latents, t_B, text.states_BLD, added_cond_kwargs=added).sample
+    model.adapter.install()
+    assert torch.equal(model.predict(*inputs, scale=0.0), frozen)
+    assert (model.predict(*inputs, scale=1.0) - frozen).abs().max() > 0.01
+
+    model.adapter.remove()
+    assert same_objects(processors(model), before) and model.frozen_hash() == hashed
+    assert torch.equal(model.predict(*inputs, scale=1.0), frozen)
+
+
+@pytest.mark.parametrize("head", ["global", "fine_grained"])
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+def test_several_images_are_heard_as_one_whatever_their_order(kind: str, head: str) -> None:
+    model = tiny.shake(tiny.make_model(kind=kind, head=head))
+    model.adapter.install()
+    latents, t_B, text, _ = tiny.make_inputs(model)
+    one, other = (model.encode_reference(tiny.make_pictures(2, tiny.REFERENCE_PX, seed)) for seed in (0, 5))
+    tokens = model.image_tokens(one, other)
+    both = model.predict(latents, t_B, text, tokens, 1.0)
+    alone = [model.predict(latents, t_B, text, model.image_tokens(image), 1.0) for image in (one, other)]
+
+    assert torch.equal(tokens, torch.cat([model.head(one), model.head(other)], dim=1))
+    swapped = model.predict(latents, t_B, text, model.image_tokens(other, one), 1.0)
+    torch.testing.assert_close(swapped, both, rtol=0, atol=1e-4)
+    assert all((prediction - both).abs().max() > 0.01 for prediction in alone)
+
+
+def test_what_is_computed_again_sees_the_prompt_of_the_first_time(model: IPAdapterModel, inputs) -> None:
+    latents, t_B, text, tokens = inputs
+    model.adapter.install()
+    first = model.predict(latents, t_B, text, tokens, scale=1.0)
+    with model.prompted(text, tokens, 1.0):
+        again = model.adapter.again()
+    with model.prompted(text, -tokens, 1.0):
+        with again:
+            assert torch.equal(model.family.denoise(latents, t_B, text), first)
+        assert not torch.equal(model.family.denoise(latents, t_B, text), first)
 
 
 def test_scale_zero_is_the_frozen_base_also_where_the_text_is_masked(model: IPAdapterModel, inputs) -> None:

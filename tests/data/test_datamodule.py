@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import good, write_tar
+from conftest import good, png, write_tar
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ipa.data.datamodule import ShardDataModule
+from ipa.data.draws import DropRates
 from ipa.data.rejects import NoGoodSamples
 from ipa.data.shards import NoShards
 from ipa.data.transforms import Background
@@ -115,7 +117,43 @@ def test_validation_through_workers_keeps_file_order(clean_shards: list[str]) ->
 
 def test_batches_move_as_one(clean_shards: list[str]) -> None:
     batch = next(iter(make(clean_shards).train_dataloader())).to("meta")
-    assert batch.image_B3HW.is_meta and batch.draws.time_B.is_meta and len(batch.keys) == 4
+    assert batch.image_B3HW.is_meta and batch.draws.time_B.is_meta and batch.size_B6.is_meta and len(batch.keys) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_batches_are_pinned_as_one(clean_shards: list[str]) -> None:
+    batch = next(iter(make(clean_shards).train_dataloader())).pin_memory()
+    assert batch.size_B6.is_pinned() and batch.image_B3HW.is_pinned() and batch.draws.time_B.is_pinned()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_says_how_each_picture_was_cut(tmp_path: Path, num_workers: int) -> None:
+    sizes = [(10, 8), (8, 8), (30, 16), (9, 21)]
+    members = [member for i, size in enumerate(sizes) for member in [(f"{i}.txt", b"a thing"), (f"{i}.png", png(size))]]
+    shard = write_tar(tmp_path / "0.tar", members)
+    batch = next(iter(make(shard, shard, num_workers=num_workers).val_dataloader()))
+
+    assert batch.size_B6.tolist() == [
+        *([8, 10, 0, 1, 8, 8], [8, 8, 0, 0, 8, 8]),
+        *([16, 30, 0, 4, 8, 8], [21, 9, 5, 0, 8, 8]),  # 15 × 8 and 8 × 18 before the cut
+    ]
+    mapped = batch.map(lambda tensor: tensor[:2])
+    assert torch.equal(mapped.size_B6, batch.size_B6[:2]) and torch.equal(mapped.to("cpu").size_B6, mapped.size_B6)
+    assert batch.keep_all().size_B6 is batch.size_B6
+
+
+def test_a_batch_need_not_say_how_it_was_cut(clean_shards: list[str]) -> None:
+    batch = replace(next(iter(make(clean_shards).train_dataloader())), size_B6=None)
+    assert batch.map(lambda tensor: tensor[:1]).size_B6 is None and batch.to("meta").size_B6 is None
+
+
+def test_nothing_is_dropped_when_all_is_kept(clean_shards: list[str]) -> None:
+    data = make(clean_shards, drops=DropRates(0.3, 0.3, 0.3), batch_size=20)
+    batch = next(iter(data.train_dataloader()))
+    kept = batch.keep_all()
+    assert batch.draws.drop_text_B.any() and batch.draws.drop_image_B.any()
+    assert not kept.draws.drop_text_B.any() and not kept.draws.drop_image_B.any()
+    assert kept.draws.noise_BCHW is batch.draws.noise_BCHW and kept.image_B3HW is batch.image_B3HW
 
 
 @pytest.mark.skipif(not DEMO.exists(), reason="the demo world is not made")

@@ -9,7 +9,8 @@ from torchvision.transforms import v2
 
 from ipa.data.addresses import Address
 from ipa.data.rejects import Rejected
-from ipa.data.transforms import Background, open_picture, square, to_tensor
+from ipa.data.samples import size_condition
+from ipa.data.transforms import Background, cut_corner, open_picture, square, to_tensor
 
 BLUE = (59, 111, 212)
 MILLION = 1_000_000
@@ -32,6 +33,43 @@ def test_square_equals_torchvision_resize_and_centre_crop(size: tuple[int, int])
     theirs = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC), v2.CenterCrop(16)])(picture)
     difference = to_tensor(square(picture, 16)).int() - to_tensor(theirs).int()
     assert difference.abs().max() <= 1
+
+
+ODD_SIZES = [(40, 40), (61, 40), (62, 40), (40, 97), (16, 16), (9, 13), (50, 3), (17, 16), (16, 19), (451, 300)]
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: tuple[int, int]) -> None:
+    picture = noise_picture(*size)
+    resized = to_tensor(v2.Resize(16, v2.InterpolationMode.BICUBIC)(picture)).int()
+    left, top = cut_corner(size, 16)
+    _, height, width = resized.shape
+    differences = {
+        (x, y): float((resized[:, y : y + 16, x : x + 16] - to_tensor(square(picture, 16))).abs().max())
+        for x in range(width - 15)
+        for y in range(height - 15)
+    }
+
+    assert differences.pop((left, top)) <= 1
+    assert min(differences.values(), default=99) > 5
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_the_size_condition_is_that_of_diffusers_training_script_for_sdxl(size: tuple[int, int]) -> None:
+    """Its train_text_to_image_sdxl.py: the size before, the crop's place after resizing to the shortest side."""
+    picture, edge = noise_picture(*size), 16
+    resized = v2.Resize(edge)(picture)
+    top = max(0, int(round((resized.height - edge) / 2.0)))  # noqa: RUF046
+    left = max(0, int(round((resized.width - edge) / 2.0)))  # noqa: RUF046
+
+    assert size_condition(size, edge).tolist() == [picture.height, picture.width, top, left, edge, edge]
+    assert size_condition(size, edge).dtype == torch.int64
+
+
+def test_sizes_are_height_before_width_and_top_before_left() -> None:
+    assert size_condition((100, 50), 10).tolist() == [50, 100, 0, 5, 10, 10]
+    assert size_condition((50, 100), 10).tolist() == [100, 50, 5, 0, 10, 10]
+    assert size_condition((5, 8), 10).tolist() == [8, 5, 3, 0, 10, 10]  # small ones are enlarged
 
 
 def test_square_of_the_right_size_changes_nothing() -> None:

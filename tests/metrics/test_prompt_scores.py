@@ -102,6 +102,53 @@ def test_states_of_two_processes_merge_to_those_of_one(scorer: ClipScorer) -> No
     assert merged == pytest.approx(score(scorer, generated, prompts), abs=1e-5)
 
 
+CAPTIONS = ["cat", "a dog", "red hearts", "b", "", "the end"]
+
+
+@pytest.mark.parametrize("parts", [[6], [2, 4]])
+def test_clip_t_is_the_mean_cosine_of_pictures_and_their_captions(scorer: ClipScorer, parts: list[int]) -> None:
+    generated, prompts, metric = pictures(1), pictures(2), PromptScores(scorer)
+    for index in torch.arange(6).split(parts):
+        metric.update(generated[index], prompts[index], [CAPTIONS[i] for i in index])
+    scores = {name: float(value) for name, value in metric.compute().items()}
+    with torch.no_grad():
+        texts = scorer.clip.encode_text(scorer.tokenizer(CAPTIONS))
+        images = scorer.clip.encode_image(((generated + 1) / 2 - scorer.mean) / scorer.std)
+    cosine_B = F.cosine_similarity(images, texts)
+
+    assert scores.pop("clip_t") == pytest.approx(cosine_B.mean().item(), abs=1e-5)
+    assert cosine_B.std() > 0.01
+    assert scores == pytest.approx(score(scorer, generated, prompts), abs=1e-5)
+    metric.reset()
+    metric.update(generated, prompts)
+    assert "clip_t" not in metric.compute()
+
+
+def test_clip_t_of_two_pictures_needs_each_its_own_caption(scorer: ClipScorer) -> None:
+    right, wrong = PromptScores(scorer), PromptScores(scorer)
+    right.update(pictures(1), pictures(1), CAPTIONS)
+    wrong.update(pictures(1), pictures(1), CAPTIONS[1:] + CAPTIONS[:1])
+
+    assert abs(right.compute()["clip_t"] - wrong.compute()["clip_t"]) > 1e-4
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, None])
+def test_scores_of_two_processes_are_gathered_to_those_of_one(scorer: ClipScorer, captions: list[str] | None) -> None:
+    """The other process's states come in where torchmetrics gathers them."""
+    others: list[Tensor] = []
+    gather = {"dist_sync_fn": lambda mine, group: [mine, others.pop(0)], "distributed_available_fn": lambda: True}
+    generated, prompts = pictures(1), pictures(2)
+    first, second, whole = PromptScores(scorer, **gather), PromptScores(scorer), PromptScores(scorer)
+    whole.update(generated, prompts, captions)
+    first.update(generated[:2], prompts[:2], captions and captions[:2])
+    second.update(generated[2:], prompts[2:], captions and captions[2:])
+    others += [torch.cat(getattr(second, name) or [torch.zeros(0)]) for name in second._reductions]
+    gathered = first.compute()
+
+    assert not others and ("clip_t" in gathered) is (captions is not None)
+    torch.testing.assert_close(gathered, whole.compute(), rtol=0, atol=1e-5)
+
+
 def test_the_scorer_is_no_part_of_the_metric(scorer: ClipScorer) -> None:
     metric = PromptScores(scorer)
 

@@ -1,0 +1,119 @@
+"""The simple adapter: the frozen base with the image tokens, times λ, behind the text, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import tiny_sdxl
+import torch
+from torch import Tensor
+
+from ipa.adapter.kinds import SimpleAdapter
+from ipa.model import IPAdapterModel
+from ipa.types import ImagePrompt, TextCondition
+
+FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def make_simple(family: str = "sd15", head: str = "global") -> IPAdapterModel:
+    model = tiny.shake(tiny.make_model(head=head, kind="simple", family=FAMILIES[family]()))
+    model.adapter.install()
+    return model
+
+
+def denoise_by_hand(model: IPAdapterModel, latents: Tensor, t_B: Tensor, text: TextCondition, *more: Tensor) -> Tensor:
+    """The UNet's own call with whatever follows the text's states."""
+    added = None if text.pooled_BE is None else {"text_embeds": text.pooled_BE, "time_ids": text.size_B6}
+    states = torch.cat([text.states_BLD, *more], dim=1)
+    return model.family.unet(latents, t_B, states, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+@pytest.mark.parametrize("scale", [1.0, 0.3, torch.tensor([0.7, 1.5]).view(2, 1, 1)])
+def test_the_tokens_times_scale_follow_the_text(family: str, head: str, scale: Any) -> None:
+    model = make_simple(family, head)
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    prediction = model.predict(latents, t_B, text, tokens, scale)
+
+    assert torch.equal(prediction, denoise_by_hand(model, latents, t_B, text, scale * tokens))
+    assert (prediction - denoise_by_hand(model, latents, t_B, text)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scale", [0.0, 0, torch.zeros(2, 1, 1)])
+def test_scale_zero_is_the_frozen_base(family: str, scale: Any) -> None:
+    model = make_simple(family)
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    frozen = denoise_by_hand(model, latents, t_B, text)
+
+    assert torch.equal(model.predict(latents, t_B, text, tokens, scale), frozen)
+    assert torch.equal(model.predict(latents, t_B, text, None, 1.0), frozen)
+
+
+def test_the_output_jumps_at_zero() -> None:
+    model = make_simple()
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    nearly, at_zero = (model.predict(latents, t_B, text, tokens, scale) for scale in (1e-6, 0.0))
+
+    assert (nearly - at_zero).abs().max() > 0.01
+    zeroed = denoise_by_hand(model, latents, t_B, text, torch.zeros_like(tokens))
+    torch.testing.assert_close(nearly, zeroed, rtol=0, atol=1e-4)
+
+
+def test_scale_zero_for_a_part_of_the_batch_is_refused() -> None:
+    model = make_simple()
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    with pytest.raises(ValueError, match="cannot be 0 for a part of a batch only"):
+        model.predict(latents, t_B, text, tokens, torch.tensor([0.0, 1.0]).view(2, 1, 1))
+
+
+def test_the_base_is_never_touched() -> None:
+    model = tiny.make_model(kind="simple")
+    before, hashed = dict(model.family.unet.attn_processors), model.frozen_hash()
+    inputs = tiny.make_inputs(model)
+    model.adapter.install()
+    first = model.predict(*inputs, scale=1.0)
+    model.adapter.remove()
+
+    assert all(model.family.unet.attn_processors[name] is processor for name, processor in before.items())
+    assert model.frozen_hash() == hashed
+    assert torch.equal(model.predict(*inputs, scale=1.0), first)
+
+
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+def test_the_head_is_all_that_is_trained(head: str) -> None:
+    model = make_simple(head=head)
+
+    assert not model.adapter.state_dict() and model.adapter.name == "simple"
+    assert set(model.trainable.state_dict()) == {f"image_proj.{name}" for name in model.head.state_dict()}
+    assert model.count_trainable() == sum(parameter.numel() for parameter in model.head.parameters())
+
+
+def test_the_rest_of_the_text_stays_as_it_is() -> None:
+    model = make_simple("sdxl")
+    text = model.family.encode_text(["cat", "a red dog"], torch.tensor([[300, 451, 7, 0, 16, 16]] * 2))
+    states = text.states_BLD.clone()
+    tokens = torch.randn(2, 4, tiny_sdxl.CONTEXT_WIDTH)
+    with model.prompted(text, tokens, 0.5) as given:
+        assert given.pooled_BE is text.pooled_BE and given.size_B6 is text.size_B6
+
+    assert torch.equal(given.states_BLD, torch.cat([states, 0.5 * tokens], dim=1))
+    assert torch.equal(text.states_BLD, states)
+
+
+def test_tokens_take_the_precision_of_the_text() -> None:
+    text = TextCondition(torch.randn(2, 5, 16, dtype=torch.bfloat16))
+    prompt = ImagePrompt(torch.randn(2, 4, 16), torch.tensor(1.0))
+    with SimpleAdapter().condition(text, prompt) as given:
+        assert given.states_BLD.dtype == torch.bfloat16
+    with SimpleAdapter().condition(text, None) as given:
+        assert given is text
