@@ -1,22 +1,20 @@
 """The published IP-Adapter layout for UNets: `image_proj.<k>` and `ip_adapter.<n>.to_{k,v}_ip.weight`.
 
 ``<n>`` is the position in the UNet's list of attention processors, where self-attention takes the even numbers: the
-i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1.
+i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1. A simple adapter has the first part only.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-HEAD = "image_proj."
-BRANCHES = "ip_adapter."
-# the shape that says what the global head needs: rows are tokens × context width, columns the encoder's pooled width
-GLOBAL_KEY = f"{HEAD}proj.weight"
+from ipa.encoders import public_name
+from ipa.export.adapter_file import BRANCHES, FEATURES, AdapterFile, base_name, identify
+from ipa.types import BaseWidths, EncoderWidths
 
 
 def to_published(trainable: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
@@ -24,9 +22,9 @@ def to_published(trainable: Mapping[str, Tensor], dtype: torch.dtype = torch.flo
     return {publish_name(name): tensor.to(dtype) for name, tensor in trainable.items()}
 
 
-def from_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names → state of the trainable set in fp32, whatever dtypes the file mixes."""
-    return {unpublish_name(name): tensor.float() for name, tensor in tensors.items()}
+def from_published(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Published names → state of the trainable set in one ``dtype``, whatever the file mixes."""
+    return {unpublish_name(name): tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def publish_name(name: str) -> str:
@@ -39,55 +37,59 @@ def unpublish_name(name: str) -> str:
     return f"{BRANCHES}branches.{(int(found[1]) - 1) // 2}.{found[2]}" if found else name
 
 
-def check_readable_elsewhere(head: Any) -> None:
-    """Raise ValueError for a shape that the readers of this layout would misread."""
-    if head.num_tokens != 4:
-        raise ValueError(
-            f"tokens.num_tokens={head.num_tokens}: diffusers and ComfyUI assume 4 tokens for a global adapter, so this "
-            "one cannot be exported in the published layout. Train with tokens.num_tokens=4, or sample with ipa."
-        )
+def with_metadata(published: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` and what the tensors themselves tell of head, kind and sizes: what a file of them should hold."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in published.items()}
+    return {**metadata, **identify(shapes, metadata, "the adapter").metadata()}
 
 
 def check_fits(
-    shapes: Mapping[str, tuple[int, ...]],
+    file: AdapterFile,
+    base_widths: BaseWidths,
+    encoder_widths: EncoderWidths,
     *,
     source: str,
-    context_width: int,
-    pooled_width: int,
+    base: str,
     encoder: str,
-    hidden: list[int],
 ) -> None:
-    """Compare a published global adapter's shapes with a base and an encoder; one ValueError names all misfits."""
-    if GLOBAL_KEY not in shapes:
-        raise ValueError(f"{source} holds no {GLOBAL_KEY}: it is not a global IP-Adapter in the published layout.")
-    rows, width = shapes[GLOBAL_KEY]
-    problems = []
-    if width != pooled_width:
-        problems.append(
-            f"it was trained on image embeddings of width {width}, the encoder {encoder} gives {pooled_width}"
-        )
-    if rows % context_width or shapes.get(f"{HEAD}norm.weight") != (context_width,):
-        expected = shapes.get(f"{HEAD}norm.weight", (None,))[0]
-        problems.append(f"its tokens have width {expected}, the base's cross-attention reads {context_width}")
-    found = [shapes[name][0] for name in sorted_branches(shapes)]
-    if found != hidden:
-        order = " in another order" if sorted(found) == sorted(hidden) else ""
-        widths = sorted(set(found)), sorted(set(hidden))
-        problems.append(
-            f"it has {len(found)} layers of widths {widths[0]}, the base {len(hidden)} of {widths[1]}{order}"
-        )
+    """Compare a file with a base and an encoder before any weight is read; one ValueError names all misfits.
+
+    ``source``, ``base`` and ``encoder`` are what the user calls them.
+    """
+    problems = base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder)
     if problems:
         raise ValueError(
-            f"{source} does not fit: " + "; ".join(problems) + ". Give the base and encoder that it was trained with "
-            "(they are in its metadata), or another adapter."
+            f"{source} is {file.describe()}. It does not fit: {'; '.join(problems)}. Give the base and the encoder "
+            "that it was trained with, or an adapter for these."
         )
 
 
-def token_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """T of a global adapter's file."""
-    return shapes[GLOBAL_KEY][0] // shapes[f"{HEAD}norm.weight"][0]
+def base_misfits(file: AdapterFile, widths: BaseWidths, base: str) -> list[str]:
+    decoupled = file.kind == "decoupled"
+    if widths.context == file.context_width and (not decoupled or widths.hosts == list(file.hidden)):
+        return []
+    found = f"the base {base} has {len(widths.hosts)} layers of context width {widths.context}"
+    title = base_name(len(widths.hosts), widths.context)
+    if (len(widths.hosts), widths.context) != (len(file.hidden), file.context_width):
+        return [f"{found} ({title})"]
+    order = "in another order" if sorted(widths.hosts) == sorted(file.hidden) else "of other inner widths"
+    numbers = {str(sorted(set(widths.hosts))), str(sorted(set(file.hidden)))}
+    return [f"{found} as the adapter has, but {order} ({' and '.join(sorted(numbers))})"]
 
 
-def sorted_branches(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    names = [name for name in shapes if name.startswith(BRANCHES) and name.endswith("to_k_ip.weight")]
-    return sorted(names, key=lambda name: int(name.split(".")[1]))
+def encoder_misfits(file: AdapterFile, widths: EncoderWidths, encoder: str) -> list[str]:
+    width = widths.pooled if file.uses == "pooled" else widths.patch
+    needs = public_name(file.uses, file.feature_width)
+    ask = f": give {needs}" if needs else ""
+    if not width:
+        return [f"the encoder {encoder} gives no {FEATURES[file.uses]}{ask}"]
+    if width != file.feature_width:
+        known = public_name(file.uses, width)
+        title = f" as {known}" if known else ""
+        return [
+            f"the encoder {encoder} gives {FEATURES[file.uses]} of width {width}{title}, the adapter reads "
+            f"{file.feature_width}{ask}"
+        ]
+    if file.head == "full" and widths.num_patches != file.num_tokens:
+        return [f"the encoder {encoder} gives {widths.num_patches} patches, the adapter reads {file.num_tokens}"]
+    return []

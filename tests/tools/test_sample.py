@@ -121,7 +121,7 @@ def test_file_without_metadata_asks_for_base_and_encoder(refused: Sample, adapte
     ("changed", "expected"),
     [
         ({"imgae": "x.png"}, ["'imgae=x.png' is not one of the options", "Did you mean image=…?"]),
-        ({"adapter": None, "image": None}, ["please give adapter=FILE and image=FILE"]),
+        ({"adapter": None, "image": None}, ["please give adapter=… and image=…"]),
         ({"scale": "much"}, ["scale=much", "'much'"]),
         ({"seed": "1.5"}, ["seed=1.5"]),
         ({"num_images": 0}, ["num_images=0", "at least 1"]),
@@ -169,7 +169,7 @@ def test_adapter_of_another_encoder_width(
 
     message = refused()
 
-    assert "image embeddings of width 1024" in message
+    assert "which reads the pooled embedding of OpenCLIP ViT-H/14 (laion2b_s32b_b79k) (1024)" in message
     assert f"{clip_name} gives {tiny.POOLED_WIDTH}" in message
 
 

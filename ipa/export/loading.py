@@ -1,0 +1,67 @@
+"""Adapter files into models: for sampling and evaluation, and as the start of a training.
+
+model = load_model(Path("runs/…/adapter.safetensors"))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
+from ipa.checkpoint import load_adapter, read_metadata
+from ipa.encoders import open_encoder, read_widths
+from ipa.export.adapter_file import identify_file, make_head
+from ipa.export.published import check_fits, from_published
+from ipa.families import family_of
+from ipa.model import IPAdapterModel
+from ipa.types import BaseWidths
+
+KINDS = {kind.name: kind for kind in (DecoupledAdapter, SimpleAdapter)}
+
+
+def load_model(
+    path: Path,
+    base: str | None = None,
+    encoder: str | None = None,
+    encoder_weights: str | None = None,
+    base_config: str | None = None,
+    dtype: str = "float32",
+) -> IPAdapterModel:
+    """A model with the adapter of ``path``, installed; base and encoder are those of its metadata unless given.
+
+    Raises ValueError or OSError with a message for the user; misfits are told before any weight is read.
+    """
+    file, metadata = identify_file(path), read_metadata(path)
+    base = base or source_of(metadata, "base", path)
+    if encoder is None:
+        encoder = source_of(metadata, "encoder", path)
+        encoder_weights = encoder_weights or metadata.get("encoder_weights") or None
+    family_class = family_of(base, base_config)
+    base_widths = family_class.read_widths(base, config=base_config)
+    check_fits(file, base_widths, read_widths(encoder, encoder_weights), source=str(path), base=base, encoder=encoder)
+    family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
+    vision = open_encoder(encoder, encoder_weights, dtype)
+    model = IPAdapterModel(family, vision, make_head(file), KINDS[file.kind](family.hosts()))
+    load_into(model, path)
+    model.adapter.install()
+    return model
+
+
+def source_of(metadata: dict[str, str], name: str, path: Path) -> str:
+    if not metadata.get(name):
+        raise ValueError(f"{path} does not say which {name} it was trained with: give {name}=…")
+    return metadata[name]
+
+
+def load_into(model: IPAdapterModel, path: Path) -> None:
+    """Give the model's trainable set the weights of ``path``; raises ValueError when it is for other parts."""
+    file = identify_file(path)
+    widths = BaseWidths(model.family.context_width, [host.attention.to_k.out_features for host in model.family.hosts()])
+    check_fits(
+        file, widths, model.encoder.widths, source=str(path), base=model.family.source, encoder=model.encoder.source
+    )
+    tensors, _ = load_adapter(path)
+    try:
+        model.trainable.load_state_dict(from_published(tensors))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from error
