@@ -11,8 +11,7 @@ import lightning as L
 import torch
 
 from ipa.checkpoint import save_adapter
-from ipa.export.published import check_readable_elsewhere, to_published
-from ipa.model import IPAdapterModel
+from ipa.export.published import to_published, with_metadata
 from ipa.training.checkpointing import check_finite, is_due
 
 
@@ -99,25 +98,25 @@ class LossGuard(L.Callback):
 
 
 class ExportAdapter(L.Callback):
-    """Writes the adapter file in the published layout at every ``every_n_steps`` and at the last step.
+    """Writes the adapter file at every ``every_n_steps`` and at the last step, for the readers of ``layout``.
 
-    The model's description and ``metadata`` go into the file as strings; what is None is left out.
+    It holds the averaged weights when there is an average, and the raw ones then lie beside it as ``*_raw``.
     """
 
-    def __init__(self, path: str | Path, every_n_steps: int, metadata: dict[str, Any], dtype: str = "float16") -> None:
+    def __init__(self, path: str | Path, every_n_steps: int, layout: str = "diffusers", dtype: str = "float16") -> None:
         self.path = Path(path)
         self.every_n_steps = every_n_steps
-        self.metadata = {name: str(value) for name, value in metadata.items() if value is not None}
+        self.layout = layout
         self.dtype: torch.dtype = getattr(torch, dtype)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        check_readable_elsewhere(pl_module.model.head)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_due(trainer, batch_idx, self.every_n_steps) and trainer.is_global_zero:
-            self.write(pl_module.model, trainer.global_step)
+            with pl_module.product():
+                self.write(pl_module, self.path)
+            if pl_module.average is not None:
+                self.write(pl_module, self.path.with_stem(f"{self.path.stem}_raw"))
 
-    def write(self, model: IPAdapterModel, step: int) -> None:
-        tensors = to_published(model.trainable.state_dict(), self.dtype)
-        check_finite(tensors, step)
-        save_adapter(self.path, tensors, {**model.describe(), **self.metadata, "step": str(step)})
+    def write(self, pl_module: Any, path: Path) -> None:
+        tensors = to_published(pl_module.model.trainable.state_dict(), self.dtype)
+        check_finite(tensors, pl_module.global_step)
+        save_adapter(path, tensors, with_metadata(tensors, pl_module.describe()))

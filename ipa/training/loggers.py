@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from uuid import NAMESPACE_URL, uuid5
 
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+import numpy as np
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from PIL import Image
 
 from ipa.checkpoint import write_atomically
 
@@ -87,14 +90,38 @@ class ContinuedLog(L.Callback):
 
 
 def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> WandbLogger:
-    """A wandb run in ``folder``; it goes to the network only for a user who is logged in and did not say otherwise."""
+    """A wandb run in ``folder``; it goes to the network only for a user who is logged in and did not say otherwise.
+
+    The run's id is the folder's, so that a resumed training goes on in the same run (offline: in a further file of it,
+    which `wandb sync` puts behind the first).
+    """
     mode = os.environ.get("WANDB_MODE")
     offline = mode in ("offline", "dryrun") or (mode is None and not logged_in())
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
-    logger = WandbLogger(name=name, project=project, save_dir=str(folder), offline=offline, **options)
+    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # else a killed run loses 15 s of its log
+    run_id = uuid5(NAMESPACE_URL, Path(folder).resolve().as_uri()).hex
+    logger = WandbLogger(
+        name=name, project=project, save_dir=str(folder), offline=offline, id=run_id, resume="allow", **options
+    )
     logger._wandb_init.pop("anonymous", None)  # wandb warns of an option that Lightning always passes
     return logger
+
+
+def make_tensorboard(folder: str | Path) -> TensorBoardLogger:
+    """TensorBoard's files in ``folder``; raises ValueError when the package is missing."""
+    try:
+        return TensorBoardLogger(Path(folder), name="", version="tensorboard")
+    except ModuleNotFoundError as error:
+        raise ValueError("logger=tensorboard needs the package tensorboard: pip install 'ipa[tensorboard]'") from error
+
+
+def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:
+    """Show a picture on the dashboard, where the logger is one."""
+    if isinstance(logger, WandbLogger):
+        logger.log_image(name, [picture], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
 
 def logged_in() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -10,39 +11,84 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ipa.model import IPAdapterModel
+from ipa.training.average import WeightAverage
 from ipa.types import Batch
 
-TRAINABLE = "trainable."
+TRAINABLE, AVERAGE = "trainable.", "average."
 
 
 class AdapterTraining(L.LightningModule):
-    """Trains ``model.trainable``; ``make_optimizer`` takes its parameters and returns the optimizer.
+    """Trains ``model.trainable``.
 
-    The state dict is the trainable set alone (`trainable.image_proj.…`, `trainable.ip_adapter.…`): the frozen parts are
-    never in a checkpoint, and loading one leaves them as they are.
+    ``make_optimizer`` takes its parameters and returns the optimizer, ``make_schedule`` takes ``optimizer=`` and
+    returns a learning rate scheduler that counts steps. ``ema_decay`` keeps an average of the weights. ``metadata`` describes
+    the adapter and goes into every checkpoint, so that one can be exported by itself.
+
+    The state dict is the trainable set (`trainable.image_proj.…`, `trainable.ip_adapter.…`) and its average
+    (`average.…`): the frozen parts are never in a checkpoint, and loading one leaves them as they are.
     """
 
-    def __init__(self, model: IPAdapterModel, make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
+    def __init__(
+        self,
+        model: IPAdapterModel,
+        make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        make_schedule: Callable[..., Any] | None = None,
+        ema_decay: float | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.make_optimizer = make_optimizer
+        self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
+        self.average = None if ema_decay is None else WeightAverage(model.trainable, ema_decay)
+        self.metadata = metadata or {}
         self.strict_loading = False
         model.adapter.install()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.model.losses(batch).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        errors = self.model.errors(batch)
+        self.log("train/loss", errors.loss, prog_bar=True, batch_size=len(batch))
         # loggers take this for the row's step: the number of steps done, as files and checkpoints count them
         self.log("step", float(self.global_step + 1), batch_size=len(batch))
-        return loss
+        return {"loss": errors.loss, "errors": errors}
 
-    def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer(self.model.trainable.parameters())
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.model.trainable.parameters())
+        if self.make_schedule is None:
+            return optimizer
+        schedule = {"scheduler": self.make_schedule(optimizer=optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step, and the average takes it in before any callback looks at it."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update()
+
+    def product(self) -> AbstractContextManager[None]:
+        """While inside, the model has the weights that the adapter file gets: the average's, if there is one."""
+        return nullcontext() if self.average is None else self.average.inside()
+
+    def describe(self) -> dict[str, str]:
+        """Metadata of an adapter file that is written now."""
+        return {**self.model.describe(), **self.metadata, "step": str(self.global_step)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["adapter_metadata"] = self.describe()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {f"{TRAINABLE}{name}": value for name, value in self.model.trainable.state_dict().items()}
+        state: dict[str, Any] = prefixed(self.model.trainable.state_dict(), TRAINABLE)
+        return state if self.average is None else state | prefixed(self.average.state_dict(), AVERAGE)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the trainable set, which must be there whole; ``strict`` is about the frozen rest, which never is."""
-        own = {name.removeprefix(TRAINABLE): value for name, value in state_dict.items()}
-        return self.model.trainable.load_state_dict(own, strict=True, assign=assign)
+        if self.average is not None:
+            self.average.load_state_dict(part(state_dict, AVERAGE))
+        return self.model.trainable.load_state_dict(part(state_dict, TRAINABLE), strict=True, assign=assign)
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

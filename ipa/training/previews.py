@@ -6,24 +6,29 @@ Loss says little about an adapter; these pictures do. Rows are held-out image pr
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ipa.checkpoint import write_atomically
+from ipa.data.transforms import read_picture, square, to_tensor
 from ipa.metrics.clip import ClipScorer, fit_square
 from ipa.metrics.prompt_scores import PromptScores
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
 from ipa.training.checkpointing import is_due
+from ipa.training.loggers import log_picture
 from ipa.types import Features, to_uint8, to_unit_range
 
+log = logging.getLogger(__name__)
+
 SCALES = (0.0, 0.5, 1.0)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class HeldOutPrompts:
@@ -46,6 +51,28 @@ class HeldOutPrompts:
             if len(captions) >= count:
                 break
         return cls(torch.cat(images)[:count], torch.cat(references)[:count], captions[:count])
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, image_size_px: int, reference_size_px: int) -> HeldOutPrompts:
+        """Every picture of a folder, by name, its caption from the `.txt` beside it (empty without one).
+
+        Raises FileNotFoundError without pictures, ValueError for one that cannot be read.
+        """
+        paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURES)
+        if not paths:
+            raise FileNotFoundError(f"preview.images={folder}: no pictures there ({', '.join(PICTURES)})")
+        pictures = [read_picture(path, "preview.images") for path in paths]
+        sizes = (image_size_px, reference_size_px)
+        images, references = (torch.stack([to_tensor(square(p, size)) for p in pictures]) for size in sizes)
+        captions = [path.with_suffix(".txt") for path in paths]
+        return cls(images, references, [path.read_text().strip() if path.is_file() else "" for path in captions])
+
+    @classmethod
+    def find(cls, datamodule: Any, folder: str | Path | None, count: int) -> HeldOutPrompts | None:
+        """The first ``count`` prompts of ``folder``, without one those of the validation shards."""
+        if folder is None:
+            return cls.from_datamodule(datamodule, count)
+        return cls.from_folder(folder, datamodule.image_size_px, datamodule.reference_size_px).head(count)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -71,9 +98,10 @@ def generate_from(
 def score_prompts(
     model: IPAdapterModel, scorer: ClipScorer, prompts: HeldOutPrompts, options: SamplingOptions, seed: int
 ) -> dict[str, float]:
-    """Generate from every prompt with the empty text, and score: clip_i, retrieval_at_1, border_lab."""
+    """Generate from every prompt with the empty text, and score: see ``PromptScores``."""
     metric = PromptScores(scorer, sync_on_compute=False)
-    metric.update(generate_from(model, prompts, options, seed), to_unit_range(prompts.images_B3HW))
+    captions = prompts.captions if any(prompts.captions) else None
+    metric.update(generate_from(model, prompts, options, seed), to_unit_range(prompts.images_B3HW), captions)
     return {name: float(value) for name, value in metric.compute().items()}
 
 
@@ -96,7 +124,8 @@ def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Im
 class Previews(L.Callback):
     """At every ``every_n_steps`` and at the last step: a grid in ``folder``, and scores over ``num_scored`` prompts.
 
-    ``text`` is what the last column asks for. Without a scorer there are pictures only.
+    Prompts are the pictures in ``images``, or the held-out shards'. ``text`` is what the last column asks for. Without
+    a scorer there are pictures only.
     """
 
     def __init__(
@@ -107,6 +136,7 @@ class Previews(L.Callback):
         num_prompts: int = 8,
         num_scored: int = 32,
         text: str = "",
+        images: str | Path | None = None,
         seed: int = 0,
         scorer: ClipScorer | None = None,
     ) -> None:
@@ -114,19 +144,20 @@ class Previews(L.Callback):
         self.every_n_steps = every_n_steps
         self.options = options
         self.num_prompts, self.num_scored = num_prompts, num_scored
-        self.text, self.seed, self.scorer = text, seed, scorer
+        self.text, self.images, self.seed, self.scorer = text, images, seed, scorer
         self.prompts: HeldOutPrompts | None = None
         self.last: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.prompts = HeldOutPrompts.from_datamodule(datamodule, max(self.num_prompts, self.num_scored))
+        self.prompts = HeldOutPrompts.find(datamodule, self.images, max(self.num_prompts, self.num_scored))
+        if self.prompts is None and trainer.is_global_zero:
+            log.info("no previews: give preview.images=FOLDER, pictures to prompt with, or data.val=SHARDS")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_due(trainer, batch_idx, self.every_n_steps) and trainer.is_global_zero and self.prompts is not None:
-            self.preview(trainer, pl_module)
+            with pl_module.product():
+                self.preview(trainer, pl_module)
 
     def preview(self, trainer: L.Trainer, pl_module: Any) -> None:
         model, step, prompts = pl_module.model, trainer.global_step, self.prompts
@@ -135,8 +166,7 @@ class Previews(L.Callback):
         self.last = self.folder / f"step_{step:06d}.png"
         write_atomically(self.last, lambda beside: grid.save(beside, format="PNG"))
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("preview/grid", [grid], step=step)
+            log_picture(logger, "preview/grid", grid, step)
         if self.scorer is not None:
             scores = score_prompts(model, self.scorer, prompts.head(self.num_scored), self.options, self.seed)
             self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})

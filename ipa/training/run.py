@@ -22,17 +22,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from ipa.checkpoint import write_atomically
 from ipa.data.rejects import NoGoodSamples
+from ipa.export.loading import load_into
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import Throughput
 from ipa.training.checkpointing import AtomicCheckpointIO, Checkpoints
 from ipa.training.module import AdapterTraining
+from ipa.training.parts import build_model, check_parts
 from ipa.training.previews import HeldOutPrompts, Previews, score_prompts
 
 log = logging.getLogger(__name__)
 
+PAPER_BATCH = 64  # samples in a step (Ye et al. 2023, section 4.1)
+
 # how far to go and how to get there, which a run that goes on may be asked anew
-MAY_CHANGE = ("trainer.max_steps", "data.num_workers", "logger", "paths")
+MAY_CHANGE = ("trainer.max_steps", "data.num_workers", "logger", "paths", "group")
 
 
 def train(cfg: DictConfig) -> None:
@@ -47,7 +51,10 @@ def train(cfg: DictConfig) -> None:
         keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
     datamodule: Any = instantiate(cfg.data)  # first of all, since missing shards are told before weights are read
+    check_parts(cfg)
     model = build_model(cfg)
+    if cfg.adapter.init_from and last_checkpoint(folder) is None:
+        load_into(model, Path(cfg.adapter.init_from))
     datamodule.fit_to(
         image_size_px=cfg.image_size_px or model.family.image_size_px,
         reference_size_px=model.encoder.image_size_px,
@@ -61,22 +68,52 @@ def train(cfg: DictConfig) -> None:
         plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
     )
+    datamodule.batch_size = batch_size_of_each(cfg, trainer)
+    module = make_module(cfg, model, samples_per_step(datamodule.batch_size, trainer))
     log.info("training %s parameters in %s", f"{model.count_trainable():,}", folder)
-    module = AdapterTraining(model, instantiate(cfg.optimizer))
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=last_checkpoint(folder))
     except NoGoodSamples as error:  # out of a data worker it comes with the worker's traceback as its text
         raise NoGoodSamples(str(error).strip().rpartition("NoGoodSamples: ")[2]) from error
     if trainer.is_global_zero:
-        report(cfg, folder, model, datamodule, trainer, callbacks)
+        with module.product():
+            report(cfg, folder, model, datamodule, trainer, callbacks)
 
 
-def build_model(cfg: DictConfig) -> IPAdapterModel:
-    """Load the frozen parts and make the trainable ones; all widths come from the loaded objects."""
-    family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
-    make_head: Any = instantiate(cfg.tokens)
-    head = make_head(embedding_width=encoder.width(make_head.func.uses), context_width=family.context_width)
-    return IPAdapterModel(family, encoder, head, instantiate(cfg.adapter)(family.hosts()))
+def make_module(cfg: DictConfig, model: IPAdapterModel, step_samples: int) -> AdapterTraining:
+    factor = rate_factor(cfg.scale_lr, step_samples)
+    optimizer: Any = OmegaConf.merge(cfg.optimizer, {"lr": cfg.optimizer.lr * factor})
+    if factor != 1:
+        log.info("learning rate %g: optimizer.lr times %g, for %d samples a step", optimizer.lr, factor, step_samples)
+    metadata = {"licence": cfg.licence} if cfg.licence else {}
+    return AdapterTraining(model, instantiate(optimizer), instantiate(cfg.schedule), cfg.ema.decay, metadata)
+
+
+def batch_size_of_each(cfg: DictConfig, trainer: L.Trainer) -> int:
+    """Samples per batch of one process: as given, or what makes ``global_batch_size`` of all; raises ValueError."""
+    if cfg.data.batch_size is not None:
+        return cfg.data.batch_size
+    parts = trainer.world_size * trainer.accumulate_grad_batches
+    if cfg.global_batch_size % parts:
+        raise ValueError(
+            f"global_batch_size={cfg.global_batch_size} cannot be shared by {trainer.world_size} processes × "
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: give a multiple of {parts}, or say "
+            "data.batch_size, the samples of one process at a time"
+        )
+    return cfg.global_batch_size // parts
+
+
+def samples_per_step(batch_size: int, trainer: L.Trainer) -> int:
+    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def rate_factor(scaling: str | None, step_samples: int) -> float:
+    """What the learning rate is multiplied with for this many samples a step; raises ValueError for another word."""
+    ratio = step_samples / PAPER_BATCH
+    factors = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
+    if scaling not in factors:
+        raise ValueError(f"scale_lr={scaling}: give linear or sqrt, or null for optimizer.lr as it stands")
+    return factors[scaling]
 
 
 def keep_freed_memory() -> None:
@@ -181,7 +218,7 @@ def report(
 
 def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> dict[str, dict[str, float]]:
     """Scores over the held-out prompts with the empty text: without the image (λ = 0) and with it (λ = 1)."""
-    prompts = HeldOutPrompts.from_datamodule(datamodule, cfg.scoring.num_prompts)
+    prompts = HeldOutPrompts.find(datamodule, cfg.preview.images, cfg.scoring.num_prompts)
     if prompts is None:
         return {}
     options: SamplingOptions = instantiate(cfg.scoring.options)
