@@ -3,7 +3,7 @@
     python demo/make_base.py unet                  # text encoder and UNet, together
     python demo/make_base.py vae                   # may run at the same time
     python demo/make_base.py export                # writes demo/base/
-    python demo/make_base.py unet --start demo/base   # goes on from finished weights; `export --start …` keeps their VAE
+    python demo/make_base.py unet --start FOLDER   # goes on from finished weights; so does `export`, with their VAE
 
 Both trainings resume from ``demo/build/base/`` when called again, and share one latent space, known in advance: the
 principal components of 8 × 8 pixel patches, so that the UNet need not wait for the VAE. The VAE's encoder learns that

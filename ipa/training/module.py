@@ -21,8 +21,8 @@ class AdapterTraining(L.LightningModule):
     """Trains ``model.trainable``.
 
     ``make_optimizer`` takes its parameters and returns the optimizer, ``make_schedule`` takes ``optimizer=`` and
-    returns a learning rate scheduler that counts steps. ``ema_decay`` keeps an average of the weights. ``metadata`` describes
-    the adapter and goes into every checkpoint, so that one can be exported by itself.
+    returns a learning rate scheduler that counts steps. ``ema_decay`` keeps an average of the weights. ``metadata``
+    describes the adapter and goes into every checkpoint, so that one can be exported by itself.
 
     The state dict is the trainable set (`trainable.image_proj.…`, `trainable.ip_adapter.…`) and its average
     (`average.…`): the frozen parts are never in a checkpoint, and loading one leaves them as they are.

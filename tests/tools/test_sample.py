@@ -170,7 +170,7 @@ def test_adapter_of_another_encoder_width(
     message = refused()
 
     assert "which reads the pooled embedding of OpenCLIP ViT-H/14 (laion2b_s32b_b79k) (1024)" in message
-    assert f"{clip_name} gives {tiny.POOLED_WIDTH}" in message
+    assert f"{clip_name} gives pooled embedding of width {tiny.POOLED_WIDTH}" in message
 
 
 def test_adapter_that_lacks_a_tensor(
