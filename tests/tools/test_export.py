@@ -1,0 +1,144 @@
+"""`python -m ipa.tools.export`: what a file is, and conversions between forms, types and sources."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ipa.checkpoint import load_adapter, save_adapter
+from ipa.export.published import to_published, with_metadata
+from ipa.tools.export import main
+
+Export = Callable[..., str]
+# the sizes that other readers take for granted
+PUBLIC = {"width": 20, "heads": 1, "depth": 4, "head_width": 64, "expansion": 4}
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Export:
+    """Run the command in this process; returns what it says, or the message that ends it."""
+
+    def run(**options: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["export", *(f"{name}={value}" for name, value in options.items())])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            return str(end.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def write(path: Path, head: str = "global", kind: str = "decoupled", **options: object) -> dict[str, torch.Tensor]:
+    """An adapter file in fp32, with metadata; returns its tensors."""
+    model = tiny.shake(tiny.make_model(head=head, kind=kind, **options))
+    tensors = to_published(model.trainable.state_dict(), torch.float32)
+    save_adapter(path, tensors, with_metadata(tensors, {**model.describe(), "step": "7"}))
+    return tensors
+
+
+def test_a_file_is_described(export: Export, tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", "fine_grained", **PUBLIC)
+
+    said = export(adapter=tmp_path / "a.safetensors")
+
+    assert "a fine-grained IP-Adapter" in said and "16 tokens" in said and f"({tiny.PATCH_WIDTH})" in said
+    assert "float32" in said and "step: 7" in said
+    assert "readable by diffusers: yes" in said
+    assert "readable by comfyui: no, comfyui takes" in said
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_there_and_back_gives_the_same_tensors(export: Export, tmp_path: Path) -> None:
+    tensors = write(tmp_path / "a.safetensors")
+
+    export(adapter=tmp_path / "a.safetensors", out=tmp_path / "b.bin", dtype="float32")
+    export(adapter=tmp_path / "b.bin", out=tmp_path / "c.safetensors", dtype="float32")
+
+    content = torch.load(tmp_path / "b.bin", weights_only=True)
+    assert set(content) == {"image_proj", "ip_adapter"}
+    back, metadata = load_adapter(tmp_path / "c.safetensors")
+    assert set(back) == set(tensors) and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert metadata["head"] == "global" and metadata["kind"] == "decoupled"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_type_and_licence_are_written(export: Export, tmp_path: Path, dtype: str) -> None:
+    tensors = write(tmp_path / "a.safetensors")
+
+    export(adapter=tmp_path / "a.safetensors", out=tmp_path / "b.safetensors", dtype=dtype, licence="CC0-1.0")
+
+    converted, metadata = load_adapter(tmp_path / "b.safetensors")
+    assert {tensor.dtype for tensor in converted.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(converted[name], tensors[name].to(getattr(torch, dtype))) for name in tensors)
+    assert (metadata["licence"], metadata["step"]) == ("CC0-1.0", "7")
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("weights", ["average", "raw"])
+def test_a_training_checkpoint_is_exported(export: Export, tmp_path: Path, averaged: bool, weights: str) -> None:
+    model = tiny.shake(tiny.make_model())
+    raw = model.trainable.state_dict()
+    state = {f"trainable.{name}": value for name, value in raw.items()}
+    if averaged:
+        state |= {f"average.{name}": value + 1 for name, value in raw.items()} | {"average.count": torch.tensor(3)}
+    checkpoint = {"state_dict": state, "adapter_metadata": {**model.describe(), "step": "3"}, "optimizer_states": []}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+
+    export(adapter=tmp_path / "last.ckpt", out=tmp_path / "a.safetensors", weights=weights, dtype="float32")
+
+    tensors, metadata = load_adapter(tmp_path / "a.safetensors")
+    expected = to_published({n: v + (averaged and weights == "average") for n, v in raw.items()}, torch.float32)
+    assert set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert metadata["step"] == "3" and metadata["base_family"] == "stable_diffusion"
+
+
+def test_a_run_folder_stands_for_its_adapter(export: Export, tmp_path: Path) -> None:
+    write(tmp_path / "adapter.safetensors")
+
+    assert "a global IP-Adapter" in export(adapter=tmp_path)
+
+
+def test_what_a_reader_would_misread_is_not_written(export: Export, tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", "fine_grained", **{**PUBLIC, "depth": 2})
+    write(tmp_path / "s.safetensors", kind="simple")
+
+    for source, reason in (("a", "resampler.depth=4"), ("s", "no other program knows simple adapters")):
+        message = export(adapter=tmp_path / f"{source}.safetensors", out=tmp_path / "out.safetensors")
+        assert reason in message and "layout=ipa" in message
+        assert not (tmp_path / "out.safetensors").exists()
+        written = export(
+            adapter=tmp_path / f"{source}.safetensors", out=tmp_path / f"{source}2.safetensors", layout="ipa"
+        )
+        assert f"wrote {tmp_path}/{source}2.safetensors" in written
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"adapter": "nowhere.safetensors"}, "adapter=nowhere.safetensors: no such file"),
+        ({"adapter": "nowhere.ckpt"}, "adapter=nowhere.ckpt: no such file"),
+        ({"adpter": "a"}, "Did you mean adapter=…?"),
+        ({"out": "a.bin"}, "please give adapter=…"),
+        ({"adapter": "a.bin", "dtype": "int8"}, "dtype=int8: one of float16, bfloat16, float32"),
+        ({"adapter": "a.bin", "weights": "best"}, "weights=best: one of average, raw"),
+        ({"adapter": "a.bin", "out": "a.pth"}, "out=a.pth: an adapter file ends with .safetensors or .bin"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told_in_one_line(export: Export, options: dict[str, str], expected: str) -> None:
+    message = export(**options)
+
+    assert message.startswith("export: ") and expected in message and "\n" not in message
+
+
+def test_a_checkpoint_of_something_else_is_refused(export: Export, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    (tmp_path / "torn.ckpt").write_bytes(b"PK")
+
+    for name in ("other", "torn"):
+        assert f"{name}.ckpt is not a checkpoint of a training" in export(adapter=tmp_path / f"{name}.ckpt")
