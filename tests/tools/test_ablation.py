@@ -1,4 +1,4 @@
-"""`python -m ipa.tools.ablation`: the table's figures, the verdicts, and a page with its picture from real runs' folders."""
+"""`python -m ipa.tools.ablation`: the table's figures, the verdicts, the page with its picture."""
 
 import json
 import sys
