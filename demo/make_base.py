@@ -53,7 +53,7 @@ LATENT_CHANNELS = 32
 WHITENING = 0.6
 POSTERIOR_STD = 0.05
 # what the committed weights took, one thread each
-MINUTES = {"unet": 113, "vae": 33}
+MINUTES = {"unet": 195, "vae": 33}
 
 
 @dataclass
