@@ -29,11 +29,21 @@ class ClipScorer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, pretrained: str | None = None) -> Self:
-        """``name`` as open_clip has it: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``."""
+        """``name`` as open_clip has it: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
+
+        Raises OSError when the weights cannot be had.
+        """
         import open_clip
 
         name = resolve_name(name)
-        clip = open_clip.create_model(name, pretrained=pretrained, precision="fp32")
+        options: dict[str, Any] = {"pretrained": pretrained, "precision": "fp32"}
+        try:
+            clip = open_clip.create_model(name, **options, require_pretrained=True, weights_only=True)
+        except RuntimeError as error:  # open_clip's word for a download that failed
+            raise OSError(
+                f"judge.name={name} judge.pretrained={pretrained}: {str(error).splitlines()[0]} Give a folder with "
+                "judge.name=local-dir:FOLDER judge.pretrained=null, or do without scores: judge=null"
+            ) from error
         return cls(clip, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(clip), name)
 
     @torch.no_grad()

@@ -86,3 +86,13 @@ def test_one_scorer_is_shared_per_name(clip_name: str) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no open_clip_config\.json in"):
         ClipScorer.from_pretrained(f"local-dir:{tmp_path}")
+
+
+def test_weights_that_cannot_be_had_are_told_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*names: object, **options: object) -> None:
+        raise RuntimeError("Failed to download weights for tag 'openai': no route")
+
+    monkeypatch.setattr("open_clip.create_model", fail)
+
+    with pytest.raises(OSError, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"):
+        ClipScorer.from_pretrained("ViT-L-14-quickgelu", "openai")
