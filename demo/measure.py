@@ -185,12 +185,10 @@ def save_grid(pixels_B3HW: Tensor, titles: list[str], path: Path, columns: int =
 
 def measure_adapter(options: argparse.Namespace) -> None:
     """λ = 0 and λ = 1 with the empty text, 100 held-out prompts, three seeds each."""
-    from ipa.checkpoint import read_metadata
+    from ipa.export.loading import load_model
     from ipa.sampling import SamplingOptions, generate
-    from ipa.tools.sample import load_model
 
-    path = options.run / "adapter.safetensors"
-    model = load_model(path, str(HERE / "base"), f"local-dir:{HERE / 'encoder'}", read_metadata(path))
+    model = load_model(options.run / "adapter.safetensors")
     prompts = heldout_pixels(COUNT)
     captions = read_world(HERE / "data" / "heldout").captions[:COUNT]
     features: Features = model.encode_reference(to_uint8(prompts))
