@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -22,19 +23,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
-# safetensors' names for what adapters are stored in; others keep their own
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, force it to disk, then rename it.
+    """Let ``write`` make a file beside ``path``, force it to disk, then rename it; its permissions are the umask's.
 
     Raises OSError with the path and the advice when that fails; ``path`` then holds what it held before.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = mode_of_new(beside)
         write(beside)
+        with suppress(OSError):  # some file systems have no permissions
+            beside.chmod(mode)  # safetensors makes files that only their owner can read
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -46,6 +48,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def mode_of_new(path: Path) -> int:
+    """The permissions of a new file there: asking ``os.umask`` would change it for all threads."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
 
 
 def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -98,21 +108,19 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def read_dtypes(path: Path) -> dict[str, str]:
-    """Names and dtypes, in torch's words, alone."""
-    if is_pickle(path):
-        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in read_pickle(path).items()}
-    with open_header(path) as file:
-        found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    return {name: DTYPES.get(dtype, dtype.lower()) for name, dtype in found.items()}
-
-
 def is_pickle(path: Path) -> bool:
     """Which of the two formats; raises ValueError for an ending of neither."""
     suffix = Path(path).suffix
     if suffix not in (SAFETENSORS, PICKLE):
-        raise ValueError(f"{path}: an adapter file ends with {SAFETENSORS} or {PICKLE}")
+        raise ValueError(f"{path}: an adapter file ends with {SAFETENSORS} or {PICKLE}{advice_on(path)}")
     return suffix == PICKLE
+
+
+def advice_on(path: Path) -> str:
+    """Where to find the adapter file instead of ``path``; empty when nobody knows."""
+    if Path(path).is_dir():
+        return "; a training writes it as adapter.safetensors into the folder of its run"
+    return "; python -m ipa.tools.export makes one of a training's checkpoint" if Path(path).suffix == ".ckpt" else ""
 
 
 def check_exists(path: Path) -> None:

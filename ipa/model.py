@@ -106,6 +106,7 @@ class IPAdapterModel(nn.Module):
             "features": self.head.uses,
             "no_image": self.head.no_image,
             "num_tokens": str(self.head.num_tokens),
+            **({"head_width": str(self.head.head_width)} if hasattr(self.head, "head_width") else {}),
         }
 
     def image_tokens(self, *images: Features, t_B: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ def test_help_reads_like_documentation(train) -> None:
     assert result.stdout.startswith("Train an IP-Adapter")
     for expected in (
         "python train.py experiment=decoupled_global\n",
-        "experiment: decoupled_global",
+        "experiment: decoupled_fine_grained, decoupled_global, simple_fine_grained, simple_global",
         "recipe: demo",
         "optimizer.lr=",
         "seed=1",
@@ -144,7 +144,7 @@ def test_sweep_with_a_misspelt_value_leaves_no_folder(train, tmp_path: Path) -> 
     result = train("-m", "experiment=decoupled_global,decoupled_globl", "seed=1,2")
 
     assert result.returncode == 2
-    assert "Did you mean experiment=decoupled_global?" in result.stderr
+    assert "Did you mean experiment=decoupled_global" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

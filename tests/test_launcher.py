@@ -241,7 +241,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
         (["trainer.precision=bf16-mixed,32-true"], ["precision_bf16-mixed", "precision32-true"]),
         (["data.train=/a/b,'../c d'"], ["train_a_b", "train_c_d"]),
         (["data.train=[a,b],[c]"], ["train_a_b", "train_c"]),
-        (["+trainer.accumulate_grad_batches=1,2"], ["accumulate_grad_batches1", "accumulate_grad_batches2"]),
+        (["+trainer.num_nodes=1,2"], ["num_nodes1", "num_nodes2"]),
         (["data.train=/a,a,b"], ["0", "1", "train_b"]),
         ([f"data.train={'a' * 200},b"], ["0", "train_b"]),
         (["optimizer.lr=0.1"], ["0"]),

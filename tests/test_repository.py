@@ -3,11 +3,18 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from ipa.export.layouts import check_layout
+from ipa.training.parts import read_widths
+from ipa.types import EncoderWidths
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -138,9 +145,103 @@ def test_no_group_is_set_by_both_experiment_and_recipe() -> None:
 @pytest.mark.parametrize(("owner", "name"), [(o, n) for o in ("experiment", "recipe") for n in choices(o)])
 def test_experiments_and_recipes_say_everything_that_they_own(owner: str, name: str) -> None:
     """So that what a file means does not depend on the defaults of train.yaml."""
-    owned = KINDS if owner == "experiment" else {"base", "encoder", "data", "optimizer", "trainer"}
+    owned = KINDS if owner == "experiment" else {"base", "encoder", "data", "optimizer", "schedule", "trainer"}
 
     assert set(overridden_groups(owner, name)) >= owned
+
+
+VIT_H, VIT_BIGG = EncoderWidths(1024, 1280, 257, 224), EncoderWidths(1280, 1664, 257, 224)
+# recipe: image encoder, context width, hidden widths of the cross-attention layers added up
+WORLDS = {
+    "sd15": (VIT_H, 768, 12_480),
+    "sd21": (VIT_H, 1024, 12_480),
+    "sdxl": (VIT_H, 2048, 83_200),
+    "sdxl_bigg": (VIT_BIGG, 2048, 83_200),
+}
+# head and branches; those that were published have the published files' count
+PARAMETERS = {
+    ("sd15", "decoupled_global"): 22_319_616,
+    ("sd15", "decoupled_fine_grained"): 49_087_488,
+    ("sd15", "simple_global"): 3_150_336,
+    ("sd15", "simple_fine_grained"): 29_918_208,
+    ("sdxl", "decoupled_global"): 349_188_096,
+    ("sdxl", "decoupled_fine_grained"): 423_748_864,
+    ("sdxl_bigg", "decoupled_global"): 351_285_248,
+}
+
+
+def fitted_head(cfg: DictConfig, recipe: str) -> Any:
+    """The head of a configuration in the recipe's world, without memory."""
+    encoder, context, _ = WORLDS[recipe]
+    with torch.device("meta"):
+        return instantiate(cfg.tokens)(encoder, context)
+
+
+@pytest.mark.parametrize("recipe", WORLDS)
+def test_encoders_of_the_recipes_are_as_wide_as_published(recipe: str) -> None:
+    """From the configuration files that open_clip brings along; the context widths are the bases' own."""
+    assert read_widths(composed("train", f"recipe={recipe}", "name=x").encoder) == WORLDS[recipe][0]
+
+
+@pytest.mark.parametrize(("recipe", "experiment"), PARAMETERS, ids="-".join)
+def test_variants_are_as_large_as_published(recipe: str, experiment: str) -> None:
+    cfg = composed("train", f"recipe={recipe}", f"experiment={experiment}", "name=x")
+    _, context, hidden = WORLDS[recipe]
+    branches = 2 * hidden * context if cfg.adapter.make._target_.endswith("DecoupledAdapter") else 0
+
+    assert sum(p.numel() for p in fitted_head(cfg, recipe).parameters()) + branches == PARAMETERS[recipe, experiment]
+
+
+@pytest.mark.parametrize("recipe", WORLDS)
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_heads_have_the_published_sizes(recipe: str, experiment: str) -> None:
+    cfg = composed("train", f"recipe={recipe}", f"experiment={experiment}", "name=x")
+    head = fitted_head(cfg, recipe)
+    kind, _, name = experiment.partition("_")
+
+    assert (head.context_width, head.num_tokens) == (WORLDS[recipe][1], {"global": 4, "fine_grained": 16}[name])
+    assert head.no_image == {"global": "zeros", "fine_grained": "blank"}[name]
+    check_layout(head, kind, cfg.callbacks.export.layout)
+    if name == "fine_grained":
+        width, heads = (1280, 20) if recipe.startswith("sdxl") else (head.context_width, 12)
+        assert (head.width, head.heads, head.head_width, head.depth, head.expansion) == (width, heads, 64, 4, 4)
+        if kind == "decoupled":
+            check_layout(head, kind, "comfyui")
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_heads_of_the_demo_world_can_be_written_for_diffusers(experiment: str) -> None:
+    cfg = composed("train", f"experiment={experiment}", "name=x")
+    with torch.device("meta"):
+        head = instantiate(cfg.tokens)(EncoderWidths(192, 192, 65, 64), 128)
+
+    check_layout(head, experiment.partition("_")[0], cfg.adapter.layout)
+    assert cfg.adapter.layout == ("diffusers" if experiment.startswith("decoupled") else "ipa")
+
+
+@pytest.mark.parametrize(("recipe", "size_px"), [("sd15", 512), ("sd21", 768), ("sdxl", 512), ("sdxl_bigg", 512)])
+def test_large_recipes_are_the_papers(recipe: str, size_px: int) -> None:
+    """Ye et al. 2023, section 4.1, but for the picture size of 2.1."""
+    cfg = composed("train", f"recipe={recipe}", "name=x")
+
+    assert (cfg.global_batch_size, cfg.data.batch_size, cfg.image_size_px) == (64, None, size_px)
+    assert cfg.trainer.max_steps == cfg.schedule.num_training_steps == 1_000_000
+    assert cfg.optimizer == {
+        "_target_": "torch.optim.AdamW",
+        "_partial_": True,
+        "lr": 1e-4,
+        "weight_decay": 0.01,
+    }
+    assert (cfg.schedule.name, cfg.schedule.num_warmup_steps, cfg.scale_lr) == ("constant_with_warmup", 0, None)
+    assert {name: rate for name, rate in cfg.data.drops.items() if name != "_target_"} == {
+        "text": 0.05,
+        "image": 0.05,
+        "both": 0.05,
+    }
+    assert cfg.trainer.precision == "bf16-mixed"
+    assert cfg.base.dtype == cfg.encoder.dtype == "bfloat16"
+    assert cfg.base.vae_dtype == ("float32" if recipe.startswith("sdxl") else None)
+    assert cfg.min_snr_gamma is None and cfg.ema.decay is None and cfg.trainer.accumulate_grad_batches == 1
 
 
 @pytest.fixture

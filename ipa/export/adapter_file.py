@@ -126,10 +126,11 @@ def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: 
     refuse_foreign(shapes, source)
     try:
         file = read_sizes(shapes, metadata or {})
-    except (KeyError, IndexError, ValueError) as error:
+        expected = expected_shapes(file)
+    except (KeyError, IndexError, ValueError, ArithmeticError) as error:
         missing = f"no {error.args[0]} in it" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{source} is no IP-Adapter that ipa reads: {missing}") from error
-    gaps = differences(shapes, expected_shapes(file))
+    gaps = differences(shapes, expected)
     if gaps:
         raise ValueError(f"{source} looks like {file.describe()}, but {'; '.join(gaps)}: it is damaged or foreign")
     return file
@@ -240,15 +241,17 @@ def expected_shapes(file: AdapterFile) -> dict[str, tuple[int, ...]]:
 
 def differences(shapes: Shapes, expected: Shapes) -> list[str]:
     """What is missing, unknown or misshapen, one example each, in words."""
-    missing = [name for name in expected if name not in shapes]
-    unknown = [name for name in shapes if name not in expected]
+    found = {
+        "it lacks": [name for name in expected if name not in shapes],
+        "it also holds": [name for name in shapes if name not in expected],
+    }
+    told = [f"{words} {first(names)}" for words, names in found.items() if names]
     other = [name for name in expected if name in shapes and shapes[name] != expected[name]]
-    found = [
-        f"{names[0]} and {len(names) - 1} more" if names[1:] else f"{names[0]}" for names in (missing, unknown) if names
-    ]
-    words = [word for word, names in (("lacks", missing), ("also holds", unknown)) if names]
-    told = [f"{word} {names}" for word, names in zip(words, found, strict=True)]
     return told + [f"{name} has the shape {shapes[name]} instead of {expected[name]}" for name in other[:1]]
+
+
+def first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
 def base_name(layers: int, context_width: int) -> str:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.checkpoint import load_adapter, read_metadata
 from ipa.encoders import open_encoder, read_widths
 from ipa.export.adapter_file import identify_file, make_head
+from ipa.export.layouts import check_same_sizes
 from ipa.export.published import check_fits, from_published
 from ipa.families import family_of
 from ipa.model import IPAdapterModel
@@ -32,10 +35,15 @@ def load_model(
     Raises ValueError or OSError with a message for the user; misfits are told before any weight is read.
     """
     file, metadata = identify_file(path), read_metadata(path)
-    base = base or source_of(metadata, "base", path)
     if encoder is None:
-        encoder = source_of(metadata, "encoder", path)
         encoder_weights = encoder_weights or metadata.get("encoder_weights") or None
+    base, encoder = base or metadata.get("base"), encoder or metadata.get("encoder")
+    if not (base and encoder):
+        missing = [name for name, source in {"base": base, "encoder": encoder}.items() if not source]
+        raise ValueError(
+            f"{path} does not say which {' and '.join(missing)} it was trained with: give "
+            f"{' and '.join(f'{name}=…' for name in missing)}. It is {file.describe()}."
+        )
     family_class = family_of(base, base_config)
     base_widths = family_class.read_widths(base, config=base_config)
     check_fits(file, base_widths, read_widths(encoder, encoder_weights), source=str(path), base=base, encoder=encoder)
@@ -47,12 +55,6 @@ def load_model(
     return model
 
 
-def source_of(metadata: dict[str, str], name: str, path: Path) -> str:
-    if not metadata.get(name):
-        raise ValueError(f"{path} does not say which {name} it was trained with: give {name}=…")
-    return metadata[name]
-
-
 def load_into(model: IPAdapterModel, path: Path) -> None:
     """Give the model's trainable set the weights of ``path``; raises ValueError when it is for other parts."""
     file = identify_file(path)
@@ -60,8 +62,7 @@ def load_into(model: IPAdapterModel, path: Path) -> None:
     check_fits(
         file, widths, model.encoder.widths, source=str(path), base=model.family.source, encoder=model.encoder.source
     )
+    with torch.device("meta"):  # told first, since torch loads what fits before it complains of the rest
+        check_same_sizes(make_head(file), file.kind, model.head, model.adapter.name, str(path))
     tensors, _ = load_adapter(path)
-    try:
-        model.trainable.load_state_dict(from_published(tensors))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit: {' '.join(str(error).split())}") from error
+    model.trainable.load_state_dict(from_published(tensors))

@@ -73,8 +73,7 @@ def base_misfits(file: AdapterFile, widths: BaseWidths, base: str) -> list[str]:
     if (len(widths.hosts), widths.context) != (len(file.hidden), file.context_width):
         return [f"{found} ({title})"]
     order = "in another order" if sorted(widths.hosts) == sorted(file.hidden) else "of other inner widths"
-    numbers = {str(sorted(set(widths.hosts))), str(sorted(set(file.hidden)))}
-    return [f"{found} as the adapter has, but {order} ({' and '.join(sorted(numbers))})"]
+    return [f"{found} as the adapter has, but {order} ({sorted(set(widths.hosts))} and {sorted(set(file.hidden))})"]
 
 
 def encoder_misfits(file: AdapterFile, widths: EncoderWidths, encoder: str) -> list[str]:

@@ -4,8 +4,8 @@
     python -m ipa.tools.export adapter=plus.bin out=plus.safetensors dtype=bfloat16
     python -m ipa.tools.export adapter=runs/…/checkpoints/last.ckpt out=raw.safetensors weights=raw
 
-``adapter`` is an adapter file (.safetensors or .bin), a training checkpoint (.ckpt) or a run folder. The ending of
-``out`` says the form: .bin, the published pickle, has no room for metadata.
+``adapter`` is an adapter file (.safetensors or .bin), a training checkpoint (.ckpt) or a run folder, which stands for
+its last checkpoint. The ending of ``out`` says the form: .bin, the published pickle, has no room for metadata.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ipa.tools.options import run_tool
 
 DTYPES = ("float16", "bfloat16", "float32")
 WEIGHTS = {"average": "average.", "raw": "trainable."}
+# what shapes alone do not tell of a file
+NEEDED = ("head_width", "num_tokens", "no_image")
 
 
 @dataclass
@@ -32,14 +34,14 @@ class Options:
     out: str | None = None  # .safetensors or .bin; without it the file is only described
     dtype: str = "float16"
     layout: str = "diffusers"  # who must be able to read it: diffusers, comfyui, or ipa alone
-    weights: str = "average"  # of a checkpoint: the average's, where there is one, or the raw ones
+    weights: str | None = None  # of a checkpoint: average or raw; the average's, where there is one, unless given
     licence: str | None = None  # free text for the metadata
 
 
 def check_options(options: Any) -> None:
-    for name, known in (("dtype", DTYPES), ("weights", tuple(WEIGHTS))):
+    for name, known in (("dtype", DTYPES), ("weights", (*WEIGHTS, None))):
         if options[name] not in known:
-            raise ValueError(f"{name}={options[name]}: one of {', '.join(known)}")
+            raise ValueError(f"{name}={options[name]}: one of {', '.join(filter(None, known))}")
     if options.out is not None and Path(options.out).suffix not in (".safetensors", ".bin"):
         raise ValueError(f"out={options.out}: an adapter file ends with .safetensors or .bin")
 
@@ -52,7 +54,6 @@ def export(options: Any) -> Path | None:
     from ipa.checkpoint import save_adapter
     from ipa.export.adapter_file import identify, make_head
     from ipa.export.layouts import check_layout
-    from ipa.export.published import with_metadata
 
     tensors, metadata = read(Path(options.adapter), options.weights)
     file = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, options.adapter)
@@ -62,25 +63,61 @@ def export(options: Any) -> Path | None:
     with torch.device("meta"):
         check_layout(make_head(file), file.kind, options.layout)
     out = Path(options.out)
-    converted = {name: tensor.to(getattr(torch, options.dtype)) for name, tensor in tensors.items()}
+    if out.suffix == ".bin":
+        check_shapes_tell_all(file, tensors)
     licence = {"licence": options.licence} if options.licence else {}
-    save_adapter(out, converted, with_metadata(converted, metadata | licence))
+    save_adapter(out, convert(tensors, options.dtype), {**metadata, **file.metadata(), **licence})
     if out.suffix == ".bin":
         print("the metadata is left out: a .bin has no room for it")
     return out
 
 
-def read(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, str]]:
+def check_shapes_tell_all(file: Any, tensors: dict[str, Any]) -> None:
+    """Refuse to leave out metadata without which the file would be read as another one."""
+    from ipa.export.adapter_file import identify
+
+    try:
+        same = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}) == file
+    except ValueError:
+        same = False
+    if not same:
+        told = ", ".join(f"{name}={file.metadata()[name]}" for name in NEEDED if name in file.metadata())
+        raise ValueError(
+            f"a .bin has no room for metadata, and without it others would not know {told}, which is not what "
+            "they take for granted: give out=….safetensors"
+        )
+
+
+def convert(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The tensors in another type; raises ValueError when a number is too large for it."""
+    import torch
+
+    converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    broken = [name for name, tensor in converted.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of the {len(tensors)} tensors hold numbers that are too large for {dtype}, or not finite "
+            f"at all ({broken[0]} …). If they are finite, dtype=float32 holds them."
+        )
+    return converted
+
+
+def read(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Published names and metadata, of whichever of the three ``path`` is."""
     from ipa.checkpoint import load_adapter
 
     if path.is_dir():
-        path = path / "adapter.safetensors"
-    return read_checkpoint(path, weights) if path.suffix == ".ckpt" else load_adapter(path)
+        checkpoint = path / "checkpoints" / "last.ckpt"
+        path = checkpoint if checkpoint.is_file() else path / "adapter.safetensors"
+    if path.suffix == ".ckpt":
+        return read_checkpoint(path, weights)
+    if weights is not None:
+        raise ValueError(f"weights={weights}: {path} holds one set of weights; only a training's checkpoint has two")
+    return load_adapter(path)
 
 
-def read_checkpoint(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The trainable set of a training checkpoint, averaged where there is an average and it is asked for."""
+def read_checkpoint(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The trainable set of a training checkpoint; its average, if there is one, unless the raw one is asked for."""
     import torch
 
     from ipa.export.published import to_published
@@ -94,7 +131,9 @@ def read_checkpoint(path: Path, weights: str) -> tuple[dict[str, Any], dict[str,
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"adapter={path} is not a checkpoint of a training ({reason})") from error
     averaged = any(name.startswith(WEIGHTS["average"]) for name in state)
-    prefix = WEIGHTS[weights if averaged else "raw"]
+    if weights == "average" and not averaged:
+        raise ValueError(f"weights=average: the training of {path} kept no average; leave it out")
+    prefix = WEIGHTS[weights or ("average" if averaged else "raw")]
     chosen = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     chosen.pop("count", None)  # of the steps that the average has taken in
     return to_published(chosen, torch.float32), metadata

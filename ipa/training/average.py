@@ -25,8 +25,7 @@ class WeightAverage:
     """The average of ``module``'s parameters; it starts as they are."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay={decay}: at least 0 and below 1, for example 0.9999")
+        check_decay(decay)
         self.decay = decay
         self.names = [name for name, _ in module.named_parameters()]
         # a list and not the module: a copy of an adapter would copy the whole base, which its hosts belong to
@@ -72,3 +71,8 @@ class WeightAverage:
         for name, parameter in zip(self.names, self.averaged.module.parameters(), strict=True):
             parameter.copy_(state[name])
         self.averaged.n_averaged.copy_(state[COUNT])
+
+
+def check_decay(decay: float) -> None:
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema.decay={decay}: at least 0 and below 1, for example 0.9999")

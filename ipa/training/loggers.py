@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ipa.checkpoint import write_atomically
+
+# names of what is nobody else's business; caption_key and tokens are none
+SECRET = re.compile(r"(^|_)(api_?key|password|secret|(access|auth)_?(key|token))$", re.IGNORECASE)
+CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 class ContinuedWriter(ExperimentWriter):
@@ -93,17 +99,19 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
     """A wandb run in ``folder``; it goes to the network only for a user who is logged in and did not say otherwise.
 
     The run's id is the folder's, so that a resumed training goes on in the same run (offline: in a further file of it,
-    which `wandb sync` puts behind the first).
+    which `wandb sync` puts behind the first). What wandb would lay in the home folder, tables that it stages among it,
+    stays in the run's.
     """
     mode = os.environ.get("WANDB_MODE")
     offline = mode in ("offline", "dryrun") or (mode is None and not logged_in())
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # else a killed run loses 15 s of its log
+    for kind in ("DATA", "CACHE"):
+        os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path(folder).resolve() / "wandb" / kind.lower()))
     run_id = uuid5(NAMESPACE_URL, Path(folder).resolve().as_uri()).hex
-    logger = WandbLogger(
-        name=name, project=project, save_dir=str(folder), offline=offline, id=run_id, resume="allow", **options
-    )
+    options = {"id": run_id, "resume": "allow", **options}
+    logger = WandbLogger(name=name, project=project, save_dir=str(folder), offline=offline, **options)
     logger._wandb_init.pop("anonymous", None)  # wandb warns of an option that Lightning always passes
     return logger
 
@@ -122,6 +130,33 @@ def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None
         logger.log_image(name, [picture], step=step)
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+
+def log_now(trainer: L.Trainer, values: dict[str, float]) -> None:
+    """To the loggers at this step alone: what ``pl_module.log`` was told it repeats in the rows of later steps."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+
+
+def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
+    """Show what a run was asked for on the dashboard, where the logger is one; secrets stay in the run's folder."""
+    public = without_secrets(configuration)
+    if isinstance(logger, WandbLogger):
+        logger.log_hyperparams(public)
+    elif isinstance(logger, TensorBoardLogger):
+        text = OmegaConf.to_yaml(OmegaConf.create(public))
+        logger.experiment.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
+
+
+def without_secrets(node: Any) -> Any:
+    """A configuration with `…` for what is called a key or password, and for what stands in an address before the @."""
+    if isinstance(node, dict):
+        return {
+            name: "…" if SECRET.search(str(name)) and child else without_secrets(child) for name, child in node.items()
+        }
+    if isinstance(node, list):
+        return [without_secrets(child) for child in node]
+    return CREDENTIALS.sub("://…@", node) if isinstance(node, str) else node
 
 
 def logged_in() -> bool:

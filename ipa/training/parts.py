@@ -13,13 +13,15 @@ from ipa.export.adapter_file import identify_file, make_head
 from ipa.export.layouts import check_layout, check_same_sizes
 from ipa.export.published import check_fits
 from ipa.model import IPAdapterModel
+from ipa.training.average import check_decay
 from ipa.types import BaseWidths, EncoderWidths
 
 
-def check_parts(cfg: DictConfig) -> None:
+def check_parts(cfg: DictConfig, begins: bool = True) -> None:
     """Refuse, before any weight is read, what cannot be trained, started from, or written.
 
-    Widths come from the configuration files and headers of base and encoder. Raises ValueError or OSError.
+    Widths come from the configuration files and headers of base and encoder. A run that does not begin but goes on
+    needs ``adapter.init_from`` no more. Raises ValueError or OSError.
     """
     base: BaseWidths = read_widths(cfg.base)
     encoder: EncoderWidths = read_widths(cfg.encoder)
@@ -27,7 +29,9 @@ def check_parts(cfg: DictConfig) -> None:
         head = instantiate(cfg.tokens)(encoder, base.context)
     kind: str = get_class(cfg.adapter.make._target_).name  # type: ignore[attr-defined]
     check_layout(head, kind, cfg.callbacks.export.layout)
-    if cfg.adapter.init_from:
+    if cfg.ema.decay is not None:
+        check_decay(cfg.ema.decay)
+    if cfg.adapter.init_from and begins:
         path = Path(cfg.adapter.init_from)
         file = identify_file(path)
         check_fits(file, base, encoder, source=str(path), base=cfg.base.path, encoder=name_of(cfg.encoder))

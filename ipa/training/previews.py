@@ -22,7 +22,7 @@ from ipa.metrics.prompt_scores import PromptScores
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
 from ipa.training.checkpointing import is_due
-from ipa.training.loggers import log_picture
+from ipa.training.loggers import log_now, log_picture
 from ipa.types import Features, to_uint8, to_unit_range
 
 log = logging.getLogger(__name__)
@@ -58,9 +58,7 @@ class HeldOutPrompts:
 
         Raises FileNotFoundError without pictures, ValueError for one that cannot be read.
         """
-        paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURES)
-        if not paths:
-            raise FileNotFoundError(f"preview.images={folder}: no pictures there ({', '.join(PICTURES)})")
+        paths = pictures_in(folder)
         pictures = [read_picture(path, "preview.images") for path in paths]
         sizes = (image_size_px, reference_size_px)
         images, references = (torch.stack([to_tensor(square(p, size)) for p in pictures]) for size in sizes)
@@ -79,6 +77,14 @@ class HeldOutPrompts:
 
     def head(self, count: int) -> HeldOutPrompts:
         return HeldOutPrompts(self.images_B3HW[:count], self.references_B3HW[:count], self.captions[:count])
+
+
+def pictures_in(folder: str | Path) -> list[Path]:
+    """By name; raises FileNotFoundError when there are none."""
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise FileNotFoundError(f"preview.images={folder}: no pictures there ({', '.join(PICTURES)})")
+    return paths
 
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
@@ -140,6 +146,8 @@ class Previews(L.Callback):
         seed: int = 0,
         scorer: ClipScorer | None = None,
     ) -> None:
+        if images is not None:
+            pictures_in(images)  # told at once, and not when all is loaded
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.options = options
@@ -172,9 +180,8 @@ class Previews(L.Callback):
             self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})
 
     def tell(self, trainer: L.Trainer, scores: dict[str, float]) -> None:
-        """To the loggers at this step alone (``pl_module.log`` would repeat them in later rows), and to callbacks."""
-        for logger in trainer.loggers:
-            logger.log_metrics(scores, step=trainer.global_step)
+        """To the loggers, and to the callbacks that want to know the best step."""
+        log_now(trainer, scores)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
 
     def draw(self, model: IPAdapterModel, prompts: HeldOutPrompts) -> Image.Image:

@@ -27,6 +27,7 @@ from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import Throughput
 from ipa.training.checkpointing import AtomicCheckpointIO, Checkpoints
+from ipa.training.loggers import log_configuration
 from ipa.training.module import AdapterTraining
 from ipa.training.parts import build_model, check_parts
 from ipa.training.previews import HeldOutPrompts, Previews, score_prompts
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 PAPER_BATCH = 64  # samples in a step (Ye et al. 2023, section 4.1)
 
 # how far to go and how to get there, which a run that goes on may be asked anew
-MAY_CHANGE = ("trainer.max_steps", "data.num_workers", "logger", "paths", "group")
+MAY_CHANGE = ("trainer.max_steps", "schedule.num_training_steps", "data.num_workers", "logger", "paths", "group")
 
 
 def train(cfg: DictConfig) -> None:
@@ -49,27 +50,27 @@ def train(cfg: DictConfig) -> None:
     torch.set_float32_matmul_precision("high")
     if cfg.trainer.accelerator == "cpu":
         keep_freed_memory()
+    # what can be refused without the weights of base and encoder is refused before them
+    datamodule: Any = instantiate(cfg.data)
+    begins = last_checkpoint(folder) is None
+    check_parts(cfg, begins)
+    callbacks = list(instantiate(cfg.callbacks).values())
+    trainer = make_trainer(cfg, folder, callbacks)
+    datamodule.batch_size = batch_size_of_each(cfg, trainer)
+    optimizer = scaled_optimizer(cfg, samples_per_step(datamodule.batch_size, trainer))
     L.seed_everything(cfg.seed, verbose=False)
-    datamodule: Any = instantiate(cfg.data)  # first of all, since missing shards are told before weights are read
-    check_parts(cfg)
     model = build_model(cfg)
-    if cfg.adapter.init_from and last_checkpoint(folder) is None:
+    if cfg.adapter.init_from and begins:
         load_into(model, Path(cfg.adapter.init_from))
     datamodule.fit_to(
         image_size_px=cfg.image_size_px or model.family.image_size_px,
         reference_size_px=model.encoder.image_size_px,
         latent_shape=model.family.latent_shape(cfg.image_size_px or model.family.image_size_px),
     )
-    callbacks = list(instantiate(cfg.callbacks).values())
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=callbacks,
-        logger=list(instantiate(cfg.logger).values()),
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=folder,
-    )
-    datamodule.batch_size = batch_size_of_each(cfg, trainer)
-    module = make_module(cfg, model, samples_per_step(datamodule.batch_size, trainer))
+    metadata = {"licence": cfg.licence} if cfg.licence else {}
+    module = AdapterTraining(model, instantiate(optimizer), instantiate(cfg.schedule), cfg.ema.decay, metadata)
+    for logger in trainer.loggers:
+        log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     log.info("training %s parameters in %s", f"{model.count_trainable():,}", folder)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=last_checkpoint(folder))
@@ -80,13 +81,23 @@ def train(cfg: DictConfig) -> None:
             report(cfg, folder, model, datamodule, trainer, callbacks)
 
 
-def make_module(cfg: DictConfig, model: IPAdapterModel, step_samples: int) -> AdapterTraining:
+def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> Any:
+    return instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=list(instantiate(cfg.logger).values()),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+    )
+
+
+def scaled_optimizer(cfg: DictConfig, step_samples: int) -> DictConfig:
+    """The optimizer's configuration with the learning rate for so many samples a step."""
     factor = rate_factor(cfg.scale_lr, step_samples)
     optimizer: Any = OmegaConf.merge(cfg.optimizer, {"lr": cfg.optimizer.lr * factor})
     if factor != 1:
         log.info("learning rate %g: optimizer.lr times %g, for %d samples a step", optimizer.lr, factor, step_samples)
-    metadata = {"licence": cfg.licence} if cfg.licence else {}
-    return AdapterTraining(model, instantiate(optimizer), instantiate(cfg.schedule), cfg.ema.decay, metadata)
+    return optimizer
 
 
 def batch_size_of_each(cfg: DictConfig, trainer: L.Trainer) -> int:
@@ -140,7 +151,8 @@ def settle_configuration(cfg: DictConfig, folder: Path) -> DictConfig:
     log.info("%s has a checkpoint: this run goes on from there with its saved configuration", folder)
     saved = moved(saved, saved.paths.run, asked.paths.run)
     for name in MAY_CHANGE:
-        OmegaConf.update(saved, name, OmegaConf.select(asked, name), merge=False)
+        if OmegaConf.select(asked, name) is not None:  # there may be no schedule
+            OmegaConf.update(saved, name, OmegaConf.select(asked, name), merge=False)
     for name, (before, now) in differences(saved, asked).items():
         log.warning("%s stays %s; you asked for %s, which needs a run of its own (another name=)", name, before, now)
     write_atomically(path, lambda beside: OmegaConf.save(saved, beside))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ipa.model import Errors, IPAdapterModel
 from ipa.training.checkpointing import is_due
+from ipa.training.loggers import log_now
 from ipa.types import Batch
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class TimestepBuckets(L.Callback):
     ) -> None:
         self.add(outputs["errors"])
         if is_due(trainer, batch_idx, trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            pl_module.log_dict(self.take())
+            log_now(trainer, self.take())
 
     @torch.no_grad()
     def add(self, errors: Errors) -> None:
@@ -92,7 +93,7 @@ class ImagePromptGuard(L.Callback):
         with trainer.precision_plugin.forward_context():
             own, other = compare_images(pl_module.model, batch)
         values = {"own": own, "other": other, "gap": (other - own) / own}
-        pl_module.log_dict({f"image_prompt/{name}": value for name, value in values.items()})
+        log_now(trainer, {f"image_prompt/{name}": value for name, value in values.items()})
         self.judge(values["gap"], trainer.global_step)
 
     def judge(self, gap: float, step: int) -> None:

@@ -1,30 +1,43 @@
-"""One exported file, read by diffusers' own ``load_ip_adapter`` and by us: the same predictions, the same pictures."""
+"""One exported file, read by diffusers' own ``load_ip_adapter`` and by us: the same predictions, the same pictures.
+
+Predictions for three families and the published heads; pictures through the whole pipeline for one.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import tiny_sdxl
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
 from ipa.checkpoint import load_adapter, save_adapter
-from ipa.export.published import from_published, to_published
+from ipa.export.loading import load_into
+from ipa.export.published import from_published, to_published, with_metadata
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, draw_noise, generate
+from ipa.tools.export import Options, export
 from ipa.types import Features
 
 WEIGHT_NAME = "adapter.safetensors"
 SCALES = [1.0, 0.6, 0.0]
 SEEDS = [3, 4]
 TEXTS = ["cat", "a red dog"]
+FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
+# the sizes that diffusers finds in the file are unlike those of the published ones
+HEADS: dict[str, dict[str, int]] = {"global": {}, "fine_grained": {"num_tokens": 6, "heads": 2}, "full": {}}
+PUBLISHED = [(family, head) for family in FAMILIES for head in ("global", "fine_grained")]
 
 
 @pytest.fixture(scope="module")
@@ -81,25 +94,87 @@ def stock_pictures(pipeline: StableDiffusionPipeline, options: SamplingOptions, 
     return torch.cat(pictures)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@dataclass
+class Pair:
+    """Our model and the stock pipeline, on bases of their own with equal weights, both after reading one file."""
+
+    ours: IPAdapterModel
+    stock: Any
+    file: Path
+
+    def reads(self, *images: Features) -> Tensor:
+        """What the stock UNet takes: one tensor of all image prompts, B × N × E or B × N × P × F."""
+        found = [image.pooled_BE if self.ours.head.uses == "pooled" else image.patches_BPF for image in images]
+        return torch.stack([features for features in found if features is not None], dim=1)
+
+    def predictions(self, images: Sequence[Features], scale: float) -> tuple[Tensor, Tensor]:
+        """Ours and that of diffusers."""
+        latents, t_B, text, _ = tiny.make_inputs(self.ours)
+        self.stock.set_ip_adapter_scale(scale)
+        added = (self.ours.family.added_conditions(text) or {}) | {"image_embeds": [self.reads(*images)]}
+        theirs = self.stock.unet(latents, t_B, text.states_BLD, added_cond_kwargs=added).sample
+        return self.ours.predict(latents, t_B, text, self.ours.image_tokens(*images), scale), theirs
+
+
+def write_adapter(folder: Path, **options: Any) -> Path:
+    """The file of an adapter that has moved, in float32, so that both sides read the very same numbers."""
+    donor = tiny.shake(tiny.make_model(**options))
+    tensors = to_published(donor.trainable.state_dict(), torch.float32)
+    save_adapter(folder / WEIGHT_NAME, tensors, with_metadata(tensors, donor.describe()))
+    return folder / WEIGHT_NAME
+
+
+def load_pair(family: str, head: str, folder: Path) -> Pair:
+    file = write_adapter(folder, head=head, family=FAMILIES[family](), **HEADS[head])
+    ours = tiny.make_model(head=head, family=FAMILIES[family](), **HEADS[head])
+    load_into(ours, file)
+    ours.adapter.install()
+    stock = FAMILIES[family]().pipeline()
+    stock.load_ip_adapter(str(folder), subfolder="", weight_name=WEIGHT_NAME, image_encoder_folder=None)
+    return Pair(ours, stock, file)
+
+
+@pytest.fixture(scope="module", params=[*PUBLISHED, ("sd15", "full")], ids="-".join)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return load_pair(*request.param, tmp_path_factory.mktemp("pair"))
+
+
+def make_images(model: IPAdapterModel, count: int) -> list[Features]:
+    return [model.encode_reference(tiny.make_pictures(2, tiny.REFERENCE_PX, seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 2])
 @torch.no_grad()
-def test_the_prediction_is_that_of_diffusers(ours, stock, pooled: Tensor, scale: float) -> None:
-    latents, t_B, text, _ = tiny.make_inputs(ours)
-    stock.set_ip_adapter_scale(scale)
-    theirs = stock.unet(latents, t_B, text.states_BLD, added_cond_kwargs={"image_embeds": [pooled[:, None]]}).sample
-    prediction = ours.predict(latents, t_B, text, ours.image_tokens(Features(pooled_BE=pooled)), scale)
-    frozen = ours.family.denoise(latents, t_B, text)
+def test_the_prediction_is_that_of_diffusers(pair: Pair, count: int, scale: float) -> None:
+    """With the full head too: diffusers' 257 stands for its deprecated way in, else it has a token for every patch."""
+    prediction, theirs = pair.predictions(make_images(pair.ours, count), scale)
+    latents, t_B, text, _ = tiny.make_inputs(pair.ours)
 
     torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)
-    assert torch.equal(prediction, frozen) is (scale == 0)
+    assert torch.equal(prediction, pair.ours.family.denoise(latents, t_B, text)) is (scale == 0)
 
 
 @torch.no_grad()
-def test_the_image_makes_a_difference_far_above_the_tolerance(ours, pooled: Tensor) -> None:
-    latents, t_B, text, _ = tiny.make_inputs(ours)
-    pair = [ours.predict(latents, t_B, text, ours.image_tokens(Features(pooled_BE=p)), 1.0) for p in (pooled, -pooled)]
+def test_every_image_makes_a_difference_far_above_the_tolerance(pair: Pair) -> None:
+    first, second = make_images(pair.ours, 2)
+    predictions = [pair.predictions(images, 1.0)[0] for images in ([first], [second], [first, second])]
 
-    assert (pair[0] - pair[1]).abs().max() > 0.1
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (predictions[i] - predictions[j]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("pair", PUBLISHED, ids="-".join, indirect=True)
+@pytest.mark.parametrize("name", ["converted.safetensors", "converted.bin"])
+@torch.no_grad()
+def test_what_the_tool_converted_gives_the_same_prediction(pair: Pair, name: str, tmp_path: Path) -> None:
+    options = Options(adapter=str(pair.file), out=str(tmp_path / name), dtype="float32")
+    assert export(OmegaConf.structured(options)) == tmp_path / name
+    pair.stock.unload_ip_adapter()
+    pair.stock.load_ip_adapter(str(tmp_path), subfolder="", weight_name=name, image_encoder_folder=None)
+    prediction, theirs = pair.predictions(make_images(pair.ours, 1), 1.0)
+
+    torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -159,3 +234,26 @@ def test_our_base_and_theirs_are_two_objects_with_the_same_weights(
         assert torch.equal(
             plain.unet(latents, 5, text.states_BLD).sample, ours.family.denoise(latents, torch.tensor([5]), text)
         )
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("head", ["global", "fine_grained"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_simple_adapter_serves_a_stock_pipeline_through_its_text(
+    family: str, head: str, number: int, tmp_path: Path
+) -> None:
+    """``prompt_embeds`` of the public call: the text, and λ times the tokens behind it; no tokens at λ = 0."""
+    ours = tiny.make_model(head=head, kind="simple", family=FAMILIES[family]())
+    load_into(ours, write_adapter(tmp_path, head=head, kind="simple", family=FAMILIES[family]()))
+    stock = FAMILIES[family]().pipeline()
+    latents, t_B, text, _ = tiny.make_inputs(ours)
+    tokens_BTD = ours.image_tokens(*make_images(ours, number))
+    for scale in (0.0, 0.5, 1.0):
+        added = [scale * tokens_BTD] if scale else []
+        states_BLD = torch.cat([text.states_BLD, *added], dim=1)
+        theirs = stock.unet(latents, t_B, states_BLD, added_cond_kwargs=ours.family.added_conditions(text)).sample
+        prediction = ours.predict(latents, t_B, text, tokens_BTD, scale)
+
+        torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)
+    assert tokens_BTD.shape[1] == number * ours.head.num_tokens

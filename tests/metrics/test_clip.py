@@ -94,5 +94,7 @@ def test_weights_that_cannot_be_had_are_told_with_the_ways_out(monkeypatch: pyte
 
     monkeypatch.setattr("open_clip.create_model", fail)
 
-    with pytest.raises(OSError, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"):
+    with pytest.raises(
+        OSError, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"
+    ):
         ClipScorer.from_pretrained("ViT-L-14-quickgelu", "openai")

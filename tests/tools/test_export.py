@@ -78,29 +78,86 @@ def test_type_and_licence_are_written(export: Export, tmp_path: Path, dtype: str
     assert (metadata["licence"], metadata["step"]) == ("CC0-1.0", "7")
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-@pytest.mark.parametrize("weights", ["average", "raw"])
-def test_a_training_checkpoint_is_exported(export: Export, tmp_path: Path, averaged: bool, weights: str) -> None:
+def write_checkpoint(path: Path, averaged: bool) -> dict[str, torch.Tensor]:
+    """What the training module saves, its average one above the raw weights; returns those under published names."""
     model = tiny.shake(tiny.make_model())
     raw = model.trainable.state_dict()
     state = {f"trainable.{name}": value for name, value in raw.items()}
     if averaged:
         state |= {f"average.{name}": value + 1 for name, value in raw.items()} | {"average.count": torch.tensor(3)}
     checkpoint = {"state_dict": state, "adapter_metadata": {**model.describe(), "step": "3"}, "optimizer_states": []}
-    torch.save(checkpoint, tmp_path / "last.ckpt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path)
+    return to_published(raw, torch.float32)
 
-    export(adapter=tmp_path / "last.ckpt", out=tmp_path / "a.safetensors", weights=weights, dtype="float32")
+
+@pytest.mark.parametrize("source", ["checkpoints/last.ckpt", ""], ids=["checkpoint", "run folder"])
+@pytest.mark.parametrize(
+    ("averaged", "options", "above"),
+    [
+        (True, {}, 1),
+        (True, {"weights": "average"}, 1),
+        (True, {"weights": "raw"}, 0),
+        (False, {}, 0),
+        (False, {"weights": "raw"}, 0),
+    ],
+    ids=str,
+)
+def test_a_training_checkpoint_is_exported(
+    export: Export, tmp_path: Path, averaged: bool, options: dict[str, str], above: int, source: str
+) -> None:
+    raw = write_checkpoint(tmp_path / "run/checkpoints/last.ckpt", averaged)
+    write(tmp_path / "run/adapter.safetensors", "fine_grained")  # which the folder does not stand for then
+
+    export(adapter=tmp_path / "run" / source, out=tmp_path / "a.safetensors", dtype="float32", **options)
 
     tensors, metadata = load_adapter(tmp_path / "a.safetensors")
-    expected = to_published({n: v + (averaged and weights == "average") for n, v in raw.items()}, torch.float32)
-    assert set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert set(tensors) == set(raw) and all(torch.equal(tensors[name], raw[name] + above) for name in raw)
     assert metadata["step"] == "3" and metadata["base_family"] == "stable_diffusion"
 
 
-def test_a_run_folder_stands_for_its_adapter(export: Export, tmp_path: Path) -> None:
+def test_an_average_that_was_not_kept_is_not_replaced_in_silence(export: Export, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "last.ckpt", averaged=False)
+
+    assert "last.ckpt kept no average" in export(adapter=tmp_path / "last.ckpt", weights="average")
+
+
+def test_a_run_folder_without_checkpoint_stands_for_its_adapter(export: Export, tmp_path: Path) -> None:
     write(tmp_path / "adapter.safetensors")
 
     assert "a global IP-Adapter" in export(adapter=tmp_path)
+    assert "adapter.safetensors holds one set of weights" in export(adapter=tmp_path, weights="raw")
+
+
+@pytest.mark.parametrize("options", [{"no_image": "zeros"}, {"head_width": 16}], ids=str)
+def test_a_pickle_is_refused_when_its_reader_would_miss_the_metadata(
+    export: Export, tmp_path: Path, options: dict[str, object]
+) -> None:
+    model = tiny.make_model(head="fine_grained", **options)
+    tensors = to_published(model.trainable.state_dict())
+    metadata = {"no_image": model.head.no_image, "head_width": str(model.head.head_width)}
+    save_adapter(tmp_path / "a.safetensors", tensors, metadata)
+
+    message = export(adapter=tmp_path / "a.safetensors", out=tmp_path / "a.bin", layout="ipa")
+
+    name, value = next(iter(options.items()))
+    assert f"{name}={value}" in message and "give out=….safetensors" in message
+    assert not (tmp_path / "a.bin").exists()
+    assert "wrote" in export(adapter=tmp_path / "a.safetensors", out=tmp_path / "b.safetensors", layout="ipa")
+    assert load_adapter(tmp_path / "b.safetensors")[1][name] == str(value)
+
+
+def test_numbers_too_large_for_the_type_are_not_written(export: Export, tmp_path: Path) -> None:
+    tensors = write(tmp_path / "a.safetensors")
+    tensors["image_proj.proj.bias"][0] = 1e6
+    save_adapter(tmp_path / "a.safetensors", tensors, {})
+
+    message = export(adapter=tmp_path / "a.safetensors", out=tmp_path / "b.safetensors", dtype="float16")
+
+    assert "1 of the 26 tensors hold numbers that are too large for float16" in message
+    assert "image_proj.proj.bias" in message
+    assert not (tmp_path / "b.safetensors").exists()
+    assert "wrote" in export(adapter=tmp_path / "a.safetensors", out=tmp_path / "b.safetensors", dtype="bfloat16")
 
 
 def test_what_a_reader_would_misread_is_not_written(export: Export, tmp_path: Path) -> None:

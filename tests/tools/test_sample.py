@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ipa.checkpoint import save_adapter
-from ipa.export.published import to_published
+from ipa.export.published import to_published, with_metadata
 from ipa.model import IPAdapterModel
 from ipa.tools.sample import main
 
@@ -100,6 +100,38 @@ def test_several_pictures_become_a_row_and_the_ending_says_the_format(sample: Sa
         assert (picture.format, picture.size) == ("JPEG", (3 * tiny.IMAGE_PX, tiny.IMAGE_PX))
 
 
+def test_several_image_prompts_reach_one_picture(sample: Sample, image: Path, tmp_path: Path) -> None:
+    other = image.with_name("other.png")
+    Image.effect_noise((30, 20), 80).convert("RGB").save(other)
+    prompts = {"one": image, "list": f"[{image}]", "two": f"[{image}, {other}]", "other": other}
+    for name, prompt in prompts.items():
+        sample(image=prompt, out=tmp_path / f"made_{name}.png")
+    made = {name: pixels(tmp_path / f"made_{name}.png") for name in prompts}
+
+    assert made["one"] == made["list"]
+    assert len(set(made.values())) == 3
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+def test_every_head_and_kind_is_sampled_from_either_format(
+    sample: Sample, base_folder: Path, clip_name: str, tmp_path: Path, head: str, kind: str
+) -> None:
+    tensors = to_published(tiny.shake(tiny.make_model(head=head, kind=kind)).trainable.state_dict())
+    # the tiny encoder's patches are fewer than the published one's 257
+    metadata = with_metadata(tensors, {"num_tokens": "10"} if head == "full" else {})
+    made = []
+    for ending in [".safetensors"] if head == "full" else [".safetensors", ".bin"]:
+        save_adapter(tmp_path / f"a{ending}", tensors, metadata)
+        out = tmp_path / f"made{ending}.png"
+        sample(adapter=tmp_path / f"a{ending}", base=base_folder, encoder=clip_name, out=out)
+        made.append(pixels(out))
+    sample(scale=0, base=base_folder, out=tmp_path / "alone.png")
+
+    assert len(set(made)) == 1
+    assert made[0] != pixels(tmp_path / "alone.png")
+
+
 def test_base_and_encoder_may_be_given(
     sample: Sample, adapter: Path, base_folder: Path, clip_name: str, tmp_path: Path
 ) -> None:
@@ -114,7 +146,7 @@ def test_base_and_encoder_may_be_given(
 def test_file_without_metadata_asks_for_base_and_encoder(refused: Sample, adapter: Path) -> None:
     save_file(load_file(adapter), adapter)
 
-    assert "does not say which base it was trained with: give base=" in refused()
+    assert "does not say which base and encoder it was trained with: give base=… and encoder=…" in refused()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +160,9 @@ def test_file_without_metadata_asks_for_base_and_encoder(refused: Sample, adapte
         ({"steps": 0}, ["steps=0", "at least 1"]),
         ({"device": "abacus"}, ["device=abacus"]),
         ({"adapter": "nowhere.safetensors"}, ["adapter=nowhere.safetensors: no such file"]),
+        ({"image": "[]"}, ["image=[]", "at least one image prompt"]),
+        ({"encoder_weights": "x"}, ["encoder.pretrained=x", "has its own weights"]),
+        ({"dtype": "int7"}, ["base.dtype=int7"]),
         ({"image": "nowhere.png"}, ["image=nowhere.png: no such file"]),
         ({"base": "./nowhere"}, ["base.path=./nowhere", "no such folder"]),
         ({"encoder": "local-dir:nowhere"}, ["encoder.name=local-dir:nowhere", "open_clip_config.json"]),

@@ -12,10 +12,12 @@ import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
 import tiny
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -27,6 +29,19 @@ from ipa.training.run import train
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 24
 HELDOUT = 6
+
+EXPERIMENTS = ["decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained"]
+# all that a step can have at once; six steps of it are two passes over the data
+EVERYTHING = (
+    "trainer.max_steps=6",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.gradient_clip_val=0.5",
+    "schedule=cosine",
+    "schedule.num_warmup_steps=2",
+    "ema.decay=0.9",
+    "optimizer.lr=0.02",
+    "image_prompt_check.every_n_steps=2",
+)
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -81,12 +96,17 @@ class World:
             "data.batch_size=4",
             "data.num_workers=0",
             "optimizer.lr=0.001",
+            "schedule=constant",
+            "schedule.num_warmup_steps=0",
+            "ema.decay=null",
+            "resampler.width=16",
+            "resampler.heads=1",
             "trainer.max_steps=4",
             "trainer.log_every_n_steps=1",
             "preview.every_n_steps=2",
             "sampling.num_steps=2",
-            "callbacks.previews.num_prompts=3",
-            "callbacks.previews.num_scored=4",
+            "preview.num_prompts=3",
+            "preview.num_scored=4",
             "scoring.num_prompts=4",
         ]
 
@@ -114,20 +134,25 @@ def compose(folder: Path, *overrides: str) -> DictConfig:
     return cfg
 
 
+def run_training(folder: Path, *overrides: str) -> Path:
+    """Train in this process, in the folder given; returns the folder."""
+    quiet_libraries()
+    try:
+        train(compose(folder, *overrides))
+    finally:
+        GlobalHydra.instance().clear()
+    return folder
+
+
 Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def train_in(world: World) -> Run:
-    """Train in this process, in the folder given, without wandb; returns the folder."""
+    """``run_training`` in the tiny world without wandb."""
 
     def run(folder: Path, *overrides: str) -> Path:
-        quiet_libraries()
-        try:
-            train(compose(folder, *world.overrides(), "~logger.wandb", *overrides))
-        finally:
-            GlobalHydra.instance().clear()
-        return folder
+        return run_training(folder, *world.overrides(), "~logger.wandb", *overrides)
 
     return run
 
@@ -136,6 +161,13 @@ def train_in(world: World) -> Run:
 def finished(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
     """The folder of a run of four steps that ended well; only to be read."""
     return train_in(tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> dict[str, Path]:
+    """The folder of a run of every experiment with ``EVERYTHING``, scored; only to be read."""
+    place = tmp_path_factory.mktemp("variants")
+    return {name: train_in(place / name, f"experiment={name}", *EVERYTHING) for name in EXPERIMENTS}
 
 
 Command = Callable[..., subprocess.Popen[str]]
@@ -180,6 +212,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def column(folder: Path, name: str) -> dict[int, str]:
     """Step → value, for the steps that have one."""
     return {int(row["step"]): row[name] for row in rows(folder) if row.get(name)}
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """The last one of a run."""
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
 
 
 def saved_configuration(folder: Path) -> DictConfig:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_sdxl
 import torch
-from conftest import Command, Run, World, column, picture, samples, write_shard
+from conftest import EXPERIMENTS, Command, Run, World, column, picture, samples, write_shard
 from safetensors.torch import load_file, save_file
 
 from ipa.cli import explain_failure
@@ -26,28 +27,80 @@ REFUSED = [
     (["encoder.name=local-dir:PLACE/nowhere"], ["encoder.name=local-dir:PLACE/nowhere", "open_clip_config.json"]),
     (["encoder.name=ViT-Q-99"], ["encoder.name=ViT-Q-99", "local-dir:FOLDER"]),
     (["judge.name=local-dir:PLACE/nowhere"], ["local-dir:PLACE/nowhere", "open_clip_config.json"]),
-    (["tokens.num_tokens=0"], ["tokens.num_tokens=0", "at least one"]),
-    (["tokens.num_tokens=3"], ["tokens.num_tokens=3", "assume 4 tokens", "tokens.num_tokens=4"]),
+    (["tokens.num_tokens=3"], ["diffusers takes tokens.num_tokens=4 for granted, it is 3", "adapter.layout=ipa"]),
     (["data.drops.text=2"], ["drop rates", "text=2"]),
 ]
+# what is refused although not a weight of base or encoder could be read
+BEFORE_WEIGHTS = [
+    (["tokens.num_tokens=0"], ["tokens.num_tokens=0", "at least one"]),
+    (["tokens.no_image=foo"], ["tokens.no_image=foo", "blank, zeros"]),
+    (
+        ["experiment=decoupled_fine_grained", "resampler.depth=2"],
+        ["resampler.depth=4 for granted, it is 2", "adapter.layout=ipa"],
+    ),
+    (["experiment=simple_global", "adapter.layout=diffusers"], ["simple adapters", "adapter.layout=ipa"]),
+    (["adapter.layout=foo"], ["layout=foo", "diffusers, comfyui, ipa"]),
+    (["base=sdxl", "base.path=PLACE/base"], ["PLACE/base is a Stable Diffusion 1.x or 2.x pipeline", "base=sd15"]),
+    (["base.path=PLACE/sdxl"], ["PLACE/sdxl is a Stable Diffusion XL pipeline", "base=sdxl"]),
+    (["adapter.init_from=PLACE/no.safetensors"], ["PLACE/no.safetensors", "no such file"]),
+    (["preview.images=PLACE/empty"], ["preview.images=PLACE/empty", "no pictures there"]),
+    (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
+    (["ema.decay=1"], ["ema.decay=1", "below 1"]),
+    (
+        ["data.batch_size=null", "global_batch_size=32", "trainer.accumulate_grad_batches=3"],
+        ["global_batch_size=32", "accumulate_grad_batches=3", "a multiple of 3", "data.batch_size"],
+    ),
+]
+
+
+def message_of(train_in: Run, place: Path, overrides: list[str]) -> str:
+    """What the command prints before it exits with 1; where there are no words the user would see a traceback."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are looked at by the caller
+        train_in(place / "x", *(override.replace("PLACE", str(place)) for override in overrides))
+    message = explain_failure(caught.value)
+    assert message is not None, caught.value
+    assert sorted(path.name for path in (place / "x").rglob("*") if path.is_file()) in ([], ["config.yaml"])
+    return message
+
+
+@pytest.fixture
+def bare(tmp_path: Path, world: World) -> list[str]:
+    """Bases and an encoder with their configuration files alone, as overrides."""
+    (tmp_path / "empty").mkdir()
+    tiny_sdxl.make_family().pipeline().save_pretrained(tmp_path / "sdxl")
+    shutil.copytree(world.base, tmp_path / "base")
+    shutil.copytree(world.encoder.removeprefix("local-dir:"), tmp_path / "encoder")
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    return ["base.path=PLACE/base", "encoder.name=local-dir:PLACE/encoder"]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), BEFORE_WEIGHTS, ids=lambda value: " ".join(value))
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    train_in: Run, tmp_path: Path, bare: list[str], overrides: list[str], expected: list[str]
+) -> None:
+    message = message_of(train_in, tmp_path, [*bare, *overrides])
+
+    assert "safetensors" not in message or "init_from" in overrides[0]
+    for words in expected:
+        assert words.replace("PLACE", str(tmp_path)) in message
+
+
+def test_weights_that_are_missing_are_told_by_their_folder(train_in: Run, tmp_path: Path, bare: list[str]) -> None:
+    """So the weights are really not there in the test above, and what is refused there is refused before."""
+    assert str(tmp_path / "base") in message_of(train_in, tmp_path, bare)
 
 
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=lambda value: " ".join(value))
 def test_bad_input_is_refused_in_words(
     train_in: Run, tmp_path: Path, overrides: list[str], expected: list[str]
 ) -> None:
-    """The command prints ``explain_failure`` and exits with 1; where that has no words the user sees a traceback."""
     write_shard(tmp_path / "captionless/00000.tar", [("a.png", picture(0)), ("b.png", picture(1))])
-    place = str(tmp_path)
 
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are looked at below
-        train_in(tmp_path / "x", *(override.replace("PLACE", place) for override in overrides))
+    message = message_of(train_in, tmp_path, overrides)
 
-    message = explain_failure(caught.value)
-    assert message is not None
     for words in expected:
-        assert words.replace("PLACE", place) in message
-    assert sorted(path.name for path in (tmp_path / "x").rglob("*") if path.is_file()) in ([], ["config.yaml"])
+        assert words.replace("PLACE", str(tmp_path)) in message
 
 
 def test_command_tells_bad_input_without_a_traceback(start: Command, tmp_path: Path) -> None:
@@ -58,6 +111,18 @@ def test_command_tells_bad_input_without_a_traceback(start: Command, tmp_path: P
     assert "no such shard: 'nowhere'" in output
     assert "Traceback" not in output
     assert not (tmp_path / "runs/decoupled_global/x/checkpoints").exists()
+
+
+def test_command_names_the_experiments_that_there_are(start: Command, tmp_path: Path) -> None:
+    process = start("experiment=decoupled_globl")
+    output, _ = process.communicate(timeout=200)
+
+    assert process.returncode == 2
+    assert "Did you mean experiment=decoupled_global" in output
+    for name in EXPERIMENTS:
+        assert name in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
 
 
 def break_in_the_middle(path: Path) -> None:

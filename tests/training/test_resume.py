@@ -10,28 +10,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from conftest import Command, Run, column, rows, saved_configuration
+from bystanders import stopping
+from conftest import EVERYTHING, EXPERIMENTS, Command, Run, checkpoint, column, rows, saved_configuration
 from safetensors.torch import load_file
 
-SIX = ("trainer.max_steps=6", "scoring=null")
+SIX = ("trainer.max_steps=6", "scoring=null", "image_prompt_check.every_n_steps=2")
+
+
+SAME = ("train/loss", "train/lr", "train/grad_norm", "image_prompt/gap", "preview/clip_i", "preview/border_lab")
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Weights and optimizer state of the last checkpoint."""
-    saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    return {**saved["state_dict"], **saved["optimizer_states"][0]["state"]}
+    """Weights, their average, optimizer and schedule of the last checkpoint."""
+    saved = checkpoint(folder)
+    return {**saved["state_dict"], **saved["optimizer_states"][0]["state"], "schedule": saved["lr_schedulers"]}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    for name in ("train/loss", "preview/clip_i", "preview/border_lab"):
+    for name in SAME:
         assert column(one, name) == column(other, name)
     assert [row["step"] for row in rows(one)] == [row["step"] for row in rows(other)]
-    torch.testing.assert_close(
-        load_file(one / "adapter.safetensors"), load_file(other / "adapter.safetensors"), rtol=0, atol=0
-    )
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files == sorted(path.name for path in other.glob("*.safetensors"))
+    for name in files:
+        torch.testing.assert_close(load_file(one / name), load_file(other / name), rtol=0, atol=0)
     torch.testing.assert_close(trained(one), trained(other), rtol=0, atol=0)
     names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (one, other)]
     assert names[0] == names[1]
@@ -54,23 +58,9 @@ def test_longer_max_steps_lets_a_finished_run_go_on(train_in: Run, tmp_path: Pat
     assert saved_configuration(folder).trainer.max_steps == 6
 
 
-class StopAtFive(L.Callback):
-    """Fails once at step 5, after the row of that step may have been written."""
-
-    def __init__(self, flag: str) -> None:
-        self.flag = Path(flag)
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 5 and self.flag.exists():
-            self.flag.unlink()
-            raise RuntimeError("stopped on purpose")
-
-
 def test_run_goes_on_after_a_failure(train_in: Run, tmp_path: Path, whole: Path) -> None:
     """Step 5 was logged, but the last checkpoint is of step 4: the row must not come twice."""
-    flag = tmp_path / "stop"
-    flag.touch()
-    stop = [f"+callbacks.stop._target_={__name__}.StopAtFive", f"+callbacks.stop.flag={flag}"]
+    stop = stopping(5, tmp_path / "stop")
     with pytest.raises(RuntimeError, match="on purpose"):
         train_in(tmp_path / "x", *SIX, *stop)
     assert list(column(tmp_path / "x", "train/loss")) == [1, 2, 3, 4, 5]
@@ -78,6 +68,24 @@ def test_run_goes_on_after_a_failure(train_in: Run, tmp_path: Path, whole: Path)
     train_in(tmp_path / "x", *SIX, *stop)
 
     assert_same_run(tmp_path / "x", whole)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_variant_goes_on_with_all_that_a_step_can_have(
+    train_in: Run, tmp_path: Path, variants: dict[str, Path], experiment: str
+) -> None:
+    """Average, schedule with warm-up, clipping and accumulation; stopped after step 3, a step behind the checkpoint."""
+    folder, stop = tmp_path / "x", stopping(3, tmp_path / "stop")
+    overrides = (f"experiment={experiment}", *EVERYTHING, *stop)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train_in(folder, *overrides)
+    assert checkpoint(folder)["global_step"] == 2
+
+    train_in(folder, *overrides)
+
+    assert_same_run(folder, variants[experiment])
+    assert len({*column(folder, "train/lr").values()}) > 4  # up, then down
+    assert "average.count" in trained(folder)
 
 
 def test_saved_configuration_wins_and_differences_are_told(
@@ -110,8 +118,8 @@ def test_run_goes_on_where_its_folder_was_moved_to(train_in: Run, tmp_path: Path
 
 
 def test_accumulated_gradients_go_on_exactly(train_in: Run, tmp_path: Path) -> None:
-    few = ("trainer.max_steps=4", "callbacks.previews.num_prompts=1", "callbacks.previews.num_scored=1")
-    accumulate = (*SIX, *few, "+trainer.accumulate_grad_batches=2")
+    few = ("trainer.max_steps=4", "preview.num_prompts=1", "preview.num_scored=1")
+    accumulate = (*SIX, *few, "trainer.accumulate_grad_batches=2")
     whole = train_in(tmp_path / "whole", *accumulate)
     parts = train_in(tmp_path / "parts", *accumulate, "trainer.max_steps=2")
 
@@ -160,7 +168,7 @@ def test_run_that_failed_before_its_first_checkpoint_begins_anew(train_in: Run, 
 @pytest.mark.slow
 def test_run_survives_kills_at_any_moment(start: Command, train_in: Run, tmp_path: Path) -> None:
     """Kill -9 five times, at moments that differ from run to run; then the end is that of a run in one go."""
-    few = ("callbacks.previews.num_prompts=1", "callbacks.previews.num_scored=1", "scoring=null")
+    few = ("preview.num_prompts=1", "preview.num_scored=1", "scoring=null")
     many = ("trainer.max_steps=100", "preview.every_n_steps=1", *few)
     folder, draw = tmp_path / "runs/decoupled_global/x", random.Random()
     last = folder / "checkpoints/last.ckpt"

@@ -58,7 +58,7 @@ def test_log_has_the_loss_of_every_step_and_the_scores_of_the_previews(finished:
     assert [row["step"] for row in rows(finished)] == ["1", "2", "3", "4"]
     assert all(0 < float(loss) < 10 for loss in column(finished, "train/loss").values())
     assert list(column(finished, "train/loss")) == [1, 2, 3, 4]
-    for score in ("clip_i", "retrieval_at_1", "border_lab"):
+    for score in ("clip_i", "clip_t", "retrieval_at_1", "border_lab"):
         assert list(column(finished, f"preview/{score}")) == [2, 4]
     assert all(float(speed) > 0 for speed in column(finished, "train/samples_per_s").values())
 
@@ -135,7 +135,7 @@ def test_summary_is_plain_json_with_the_scores(finished: Path) -> None:
     assert summary["samples per second"] > 0
     assert summary["last preview"] == str(finished / "previews/step_000004.png")
     assert set(summary["scores"]) == {"scale 0", "scale 1"}
-    assert set(summary["scores"]["scale 1"]) == {"clip_i", "retrieval_at_1", "border_lab"}
+    assert set(summary["scores"]["scale 1"]) == {"clip_i", "clip_t", "retrieval_at_1", "border_lab"}
 
 
 def test_last_step_counts_even_off_the_beat(train_in: Run, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_without_held_out_pictures_or_judge_the_rest_is_there(
 
 
 def test_fewer_held_out_pictures_than_asked_for(train_in: Run, tmp_path: Path) -> None:
-    more = [f"{name}={HELDOUT + 3}" for name in ("callbacks.previews.num_prompts", "scoring.num_prompts")]
+    more = [f"{name}={HELDOUT + 3}" for name in ("preview.num_prompts", "scoring.num_prompts")]
     folder = train_in(tmp_path / "few", "trainer.max_steps=2", *more)
 
     with Image.open(folder / "previews/step_000002.png") as grid:
@@ -217,7 +217,7 @@ def test_the_demo_world_trains_with_its_own_configuration(tmp_path: Path) -> Non
     from ipa.training.run import train
 
     overrides = ["~logger.wandb", "trainer.max_steps=2", "data.batch_size=2", "sampling.num_steps=2"]
-    cfg = compose(tmp_path / "demo", *overrides, "callbacks.previews.num_scored=8", "scoring.num_prompts=4")
+    cfg = compose(tmp_path / "demo", *overrides, "preview.num_scored=8", "scoring.num_prompts=4")
     for name in ("base.path", "data.train", "data.val"):
         OmegaConf.update(cfg, name, str(ROOT / OmegaConf.select(cfg, name)))
     for name in ("encoder.name", "judge.name"):

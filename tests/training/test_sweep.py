@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 from conftest import Command, column, saved_configuration
+from wandb_records import read_offline_runs
 
-SWEEP = ("seed=1,2", "~logger.wandb", "data.val=null", "scoring=null", "trainer.max_steps=2", "-m")
+SWEEP = ("seed=1,2", "data.val=null", "scoring=null", "trainer.max_steps=2", "-m")
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -33,3 +34,12 @@ def test_sweep_goes_on_where_it_stopped(start: Command, tmp_path: Path) -> None:
     assert column(first, "train/loss") != column(second, "train/loss")
     assert (second / "adapter.safetensors").is_file()
     assert [saved_configuration(folder).group for folder in (first, second)] == ["x", "x"]
+    [one], [failed, other] = (read_offline_runs(folder) for folder in (first, second))
+    assert [(run.group, run.name) for run in (one, other)] == [
+        ("x", "decoupled_global-seed1"),
+        ("x", "decoupled_global-seed2"),
+    ]
+    assert one.id != other.id == failed.id and list(one.curve("train/loss")) == list(other.curve("train/loss")) == [
+        1,
+        2,
+    ]

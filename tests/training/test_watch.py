@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import tiny
 import torch
+from conftest import Run, column, picture, write_shard
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -214,7 +215,7 @@ def test_a_training_that_ignores_the_image_is_warned_once(tmp_path: Path, caplog
     model.adapter.remove()
     rows = fit(model, tmp_path, [ImagePromptGuard(every_n_steps=1, patience=2)])
 
-    assert values(rows, "image_prompt/gap") == [0, 0]
+    assert values(rows, "image_prompt/gap") == [0] * 4
     assert [message.startswith("step 2: the image prompt") for message in caplog.messages if "prompt" in message] == [
         True
     ]
@@ -241,3 +242,22 @@ def test_the_table_of_parameters_adds_up(model: IPAdapterModel) -> None:
     assert ["image_proj.proj.weight", "64 × 12", 768, "yes"] in trained
     assert frozen.keys() == {"vae", "text_encoder", "unet", "image encoder"}
     assert sum(frozen.values()) == sum(p.numel() for part in (model.family, model.encoder) for p in part.parameters())
+
+
+def test_a_run_whose_references_are_all_one_picture_is_warned(
+    train_in: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every neighbour's reference is the own one, so nothing can be learned from it; measured at every step."""
+    same = [(f"{number:09d}.{end}", content) for number in range(8) for end, content in TWO]
+    write_shard(tmp_path / "same/00000.tar", same)
+    often = ("image_prompt_check.every_n_steps=1", "+callbacks.image_prompt.patience=3", "trainer.log_every_n_steps=2")
+    folder = train_in(tmp_path / "x", f"data.train={tmp_path}/same", *often, "data.val=null", "scoring=null")
+
+    assert [float(gap) for gap in column(folder, "image_prompt/gap").values()] == [0.0] * 4
+    assert list(column(folder, "image_prompt/gap")) == [1, 2, 3, 4]
+    assert [message[:45] for message in caplog.messages if "prompt" in message] == [
+        "step 3: the image prompt seems to be ignored:"
+    ]
+
+
+TWO = (("txt", b"a thing"), ("png", picture(1)))

@@ -1,0 +1,243 @@
+"""What a file is, told from its names and shapes: all published ones at full size, gaps, and files of others."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from diffusers import UNet2DConditionModel
+from published_files import (
+    CONTEXT,
+    ENCODERS,
+    HIDDEN,
+    PUBLISHED,
+    UNETS,
+    Shapes,
+    branches,
+    count,
+    file_length,
+    full_head,
+    global_head,
+    named,
+    resampler,
+)
+from torch import nn
+
+from ipa.adapter.kinds import DecoupledAdapter
+from ipa.checkpoint import save_adapter
+from ipa.export.adapter_file import identify, identify_file, make_head
+from ipa.export.published import to_published, with_metadata
+from ipa.families.cross_attention import find_hosts
+
+TITLES = {"sd15": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL"}
+SD15 = PUBLISHED["ip-adapter_sd15"].shapes
+PLUS = PUBLISHED["ip-adapter-plus_sd15"].shapes
+
+
+@cache
+def branches_of(base: str) -> DecoupledAdapter:
+    """The branches that ipa plugs into a public base, without memory."""
+    with torch.device("meta"):
+        return DecoupledAdapter(find_hosts(UNet2DConditionModel(**UNETS[base])))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_file_is_identified(name: str) -> None:
+    known = PUBLISHED[name]
+    file = identify(known.shapes)
+
+    assert (file.head, file.kind, file.num_tokens) == (known.kind, "decoupled", known.num_tokens)
+    assert (file.context_width, list(file.hidden)) == (CONTEXT[known.base], HIDDEN[known.base])
+    pooled, patch, _ = ENCODERS[known.encoder]
+    assert file.feature_width == (pooled if known.kind == "global" else patch)
+    assert (file.num_tensors, file.num_parameters) == (known.num_tensors, known.num_parameters)
+    assert file.no_image == ("zeros" if known.kind == "global" else "blank")
+    assert file.base == TITLES[known.base]
+    assert f"{known.encoder}/14" in file.encoder
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_our_adapter_of_these_sizes_has_the_published_names_and_shapes(name: str) -> None:
+    known = PUBLISHED[name]
+    with torch.device("meta"):
+        head = make_head(identify(known.shapes))
+    trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": branches_of(known.base)})
+    published = to_published(trainable.state_dict())
+
+    assert {name: tuple(tensor.shape) for name, tensor in published.items()} == known.shapes
+    assert {tensor.dtype for tensor in published.values()} == {torch.float16}
+    assert count(known.shapes) == known.num_parameters
+    assert file_length(known.shapes) == known.num_bytes
+
+
+@pytest.mark.parametrize("name", ["ip-adapter_sd15", "ip-adapter-full-face_sd15", "ip-adapter-plus_sd15"])
+def test_a_real_file_has_the_published_length_to_the_byte(name: str) -> None:
+    """And so the arithmetic that measures the large ones without writing them is right."""
+    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in PUBLISHED[name].shapes.items()}
+
+    assert len(safetensors.torch.save(tensors)) == PUBLISHED[name].num_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "ip-adapter_sd15",
+            "a global IP-Adapter for Stable Diffusion 1.x (16 layers, context width 768), 4 tokens, which reads the "
+            "pooled embedding of OpenCLIP ViT-H/14 (laion2b_s32b_b79k) (1024)",
+        ),
+        (
+            "ip-adapter-plus_sdxl_vit-h",
+            "a fine-grained IP-Adapter for Stable Diffusion XL (70 layers, context width 2048), 16 tokens, which reads "
+            "the patch features of OpenCLIP ViT-H/14 (laion2b_s32b_b79k) (1280)",
+        ),
+    ],
+)
+def test_a_file_is_described(name: str, words: str) -> None:
+    assert identify(PUBLISHED[name].shapes).describe() == words
+
+
+def test_a_file_without_branches_is_a_simple_adapter() -> None:
+    file = identify(named(global_head(1024, 768)))
+
+    assert (file.kind, file.hidden) == ("simple", ())
+    assert file.describe().startswith("a global simple adapter for Stable Diffusion 1.x (context width 768), 4 tokens")
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        ("global", {"num_tokens": 7, "no_image": "blank"}),
+        ("fine_grained", {"width": 12, "heads": 3, "head_width": 8, "depth": 2, "expansion": 3, "num_tokens": 5}),
+        ("fine_grained", {"no_image": "zeros"}),
+        ("full", {}),
+    ],
+    ids=str,
+)
+def test_our_own_files_tell_all_sizes(tmp_path: Path, head: str, options: dict[str, Any], kind: str) -> None:
+    """The sizes that shapes do not tell are in the metadata."""
+    model = tiny.make_model(head=head, kind=kind, **options)
+    tensors = to_published(model.trainable.state_dict())
+    metadata = model.describe()
+    if head == "fine_grained":
+        metadata["head_width"] = str(model.head.head_width)
+    save_adapter(tmp_path / "a.safetensors", tensors, with_metadata(tensors, metadata))
+    file = identify_file(tmp_path / "a.safetensors")
+    made = make_head(file)
+
+    assert (file.head, file.kind) == (head, kind)
+    assert (file.num_tokens, file.no_image) == (model.head.num_tokens, model.head.no_image)
+    assert type(made) is type(model.head)
+    for name in ("num_tokens", "context_width", "no_image", "width", "heads", "depth", "head_width", "expansion"):
+        assert getattr(made, name, None) == getattr(model.head, name, None)
+    made.load_state_dict(model.head.state_dict())
+
+
+def test_metadata_says_how_to_read_the_file() -> None:
+    """Without what only a training knows: base, encoder, step."""
+    told = identify(PLUS, {"no_image": "zeros"}).metadata()
+
+    assert told.pop("ipa_version")
+    assert told == {
+        "format": "ip-adapter",
+        "head": "fine_grained",
+        "kind": "decoupled",
+        "num_tokens": "16",
+        "features": "patches",
+        "layer": "penultimate",
+        "no_image": "zeros",
+        "head_width": "64",
+    }
+    assert identify(SD15).metadata()["layer"] == "projected"
+
+
+def test_metadata_keeps_what_a_training_knows() -> None:
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in SD15.items()}
+    metadata = with_metadata(tensors, {"base": "b", "step": "3", "licence": "CC0-1.0", "num_tokens": "99"})
+
+    assert (metadata["base"], metadata["step"], metadata["licence"]) == ("b", "3", "CC0-1.0")
+    assert metadata["num_tokens"] == "4"  # what the tensors say is so
+
+
+def sd15_with(head: Shapes, **more: tuple[int, ...]) -> Shapes:
+    return (
+        named(head) | branches(HIDDEN["sd15"], 768) | {name.replace("__", "."): shape for name, shape in more.items()}
+    )
+
+
+FACE_ID = {"proj.0.weight": (1024, 512), "proj.0.bias": (1024,), "proj.2.weight": (3072, 1024), "proj.2.bias": (3072,)}
+FOREIGN = {
+    "an IP-Adapter FaceID,": sd15_with(FACE_ID | {"norm.weight": (768,), "norm.bias": (768,)}),
+    "an IP-Adapter FaceID Plus,": sd15_with(FACE_ID | {"perceiver_resampler.proj_in.weight": (768, 1280)}),
+    "an IP-Adapter for FLUX,": named(global_head(768, 4096))
+    | {f"ip_adapter.0.to_{which}_ip.{part}": (3072, 4096) for which in "kv" for part in ("weight", "bias")},
+    "an IP-Adapter for Stable Diffusion 3,": named(
+        {"latents": (1, 64, 1280), "time_embedding.linear_1.weight": (1280, 320)}
+    ),
+    "a base model,": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_the_files_of_others_are_named(what: str) -> None:
+    with pytest.raises(ValueError, match=r"^a\.safetensors is ") as caught:
+        identify(FOREIGN[what], {}, "a.safetensors")
+
+    assert what in str(caught.value)
+    assert "which ipa does not read. It reads IP-Adapters (global, plus and full)" in str(caught.value)
+
+
+def without(shapes: Shapes, *names: str) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({}, "is no IP-Adapter that ipa reads: none of image_proj.proj.weight"),
+        ({"unet.conv.weight": (3, 3)}, "but unet.conv.weight …"),
+        (without(SD15, "image_proj.proj.bias"), "it lacks image_proj.proj.bias:"),
+        (without(SD15, "ip_adapter.3.to_v_ip.weight"), "it lacks ip_adapter.3.to_v_ip.weight:"),
+        (without(SD15, "ip_adapter.3.to_k_ip.weight"), "no ip_adapter.3.to_k_ip.weight in it"),
+        (without(SD15, "image_proj.norm.weight", "image_proj.norm.bias"), "no image_proj.norm.weight in it"),
+        (SD15 | {"ip_adapter.1.to_q_lora.down.weight": (4, 320)}, "also holds ip_adapter.1.to_q_lora.down.weight"),
+        (SD15 | {"x": (1,), "y": (1,)}, "it also holds x and 1 more"),
+        (
+            SD15 | {"ip_adapter.5.to_v_ip.weight": (640, 1024)},
+            "ip_adapter.5.to_v_ip.weight has the shape (640, 1024) instead of (640, 768)",
+        ),
+        (SD15 | {"image_proj.proj.weight": (3000, 1024)}, "has the shape (3000, 1024) instead of (2304, 1024)"),
+        (SD15 | {"image_proj.proj.weight": (700, 1024)}, "num_tokens=0"),
+        (without(PLUS, "image_proj.layers.2.0.to_q.weight"), "also holds image_proj.layers.3"),
+        (sd15_with(resampler(768, 100, 768)), "is 100 wide, which is no multiple of head_width=64"),
+        (sd15_with(full_head(1280, 768) | {"proj.0.weight": (1024, 1280)}), "has the shape (1024, 1280)"),
+    ],
+)
+def test_gaps_and_leftovers_are_named(shapes: Shapes, words: str) -> None:
+    with pytest.raises(ValueError, match=r"^a\.safetensors ") as caught:
+        identify(shapes, {}, "a.safetensors")
+
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"head_width": "wide"}, "its metadata says head_width=wide, which is no size"),
+        ({"head_width": "0"}, "its metadata says head_width=0"),
+        ({"head_width": "100"}, "768 wide, which is no multiple of head_width=100"),
+        ({"no_image": "grey"}, "no_image=grey: give one of blank, zeros"),
+    ],
+    ids=str,
+)
+def test_metadata_that_makes_no_sense_is_refused(metadata: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=r"^a\.safetensors is no IP-Adapter that ipa reads") as caught:
+        identify(PLUS, metadata, "a.safetensors")
+
+    assert words in str(caught.value)

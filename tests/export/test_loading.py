@@ -1,0 +1,185 @@
+"""Adapter files into models: found parts, given parts, and misfits told before any weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_sdxl
+import torch
+from torch import Tensor
+
+from ipa.checkpoint import save_adapter
+from ipa.export.loading import load_into, load_model
+from ipa.export.published import to_published, with_metadata
+from ipa.model import IPAdapterModel
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny_sdxl") / "base"
+    tiny_sdxl.make_family().pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same encoder in transformers' layout."""
+    folder = tmp_path_factory.mktemp("tiny_vision") / "image_encoder"
+    tiny.make_vision(tiny.make_encoder()).save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, metadata: dict[str, str] | None = None, **options: Any) -> IPAdapterModel:
+    """Write the file of an adapter that has moved, in fp32; returns the model with that adapter."""
+    model = tiny.shake(tiny.make_model(**options))
+    tensors = to_published(model.trainable.state_dict(), torch.float32)
+    save_adapter(path, tensors, with_metadata(tensors, {**model.describe(), **(metadata or {})}))
+    return model
+
+
+def without_weights(folder: Path, copy: Path) -> Path:
+    """A copy that holds configuration alone."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*WEIGHTS))
+    assert not [path for pattern in WEIGHTS for path in copy.rglob(pattern)]
+    return copy
+
+
+@torch.no_grad()
+def predict(model: IPAdapterModel) -> Tensor:
+    latents, t_B, text, tokens = tiny.make_inputs(model)
+    return model.predict(latents, t_B, text, tokens, 0.7)
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+def test_parts_come_from_the_metadata(head: str, kind: str, base_folder: Path, clip_name: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    family = tiny.make_family("v_prediction", zero_snr=True)
+    trained = write(path, {"base": str(base_folder), "encoder": clip_name}, head=head, kind=kind, family=family)
+    trained.adapter.install()
+    model = load_model(path)
+
+    assert (model.adapter.name, type(model.head)) == (kind, type(trained.head))
+    assert (model.family.source, model.encoder.source) == (str(base_folder), clip_name)
+    torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_a_published_file_takes_the_parts_that_are_given(
+    ending: str, base_folder: Path, clip_name: str, image_encoder: Path, tmp_path: Path
+) -> None:
+    """Without metadata, and in either layout of the encoder."""
+    path = tmp_path / f"adapter{ending}"
+    family = tiny.make_family("v_prediction", zero_snr=True)
+    trained = tiny.shake(tiny.make_model(head="fine_grained", family=family))
+    save_adapter(path, to_published(trained.trainable.state_dict(), torch.float32), {})
+    trained.adapter.install()
+
+    for encoder in (clip_name, str(image_encoder)):
+        model = load_model(path, base=str(base_folder), encoder=encoder)
+        torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_sdxl_finds_its_family(sdxl_folder: Path, clip_name: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    trained = write(path, {"base": str(sdxl_folder), "encoder": clip_name}, family=tiny_sdxl.make_family())
+    trained.adapter.install()
+    model = load_model(path)
+
+    assert model.family.name == "sdxl"
+    torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-5)
+
+
+def test_frozen_parts_come_in_the_type_asked_for(base_folder: Path, clip_name: str, tmp_path: Path) -> None:
+    write(tmp_path / "adapter.safetensors")
+    model = load_model(tmp_path / "adapter.safetensors", str(base_folder), clip_name, dtype="bfloat16")
+
+    assert model.family.unet.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.trainable.parameters()} == {torch.float32}
+    assert torch.isfinite(predict(model)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [({}, "base and encoder"), ({"base": "b"}, "encoder"), ({"encoder": "e"}, "base")],
+    ids=str,
+)
+def test_a_file_without_metadata_asks_for_what_it_needs(
+    given: dict[str, str], missing: str, model: IPAdapterModel, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "a.bin", to_published(model.trainable.state_dict()), {})
+    with pytest.raises(ValueError, match=rf"a\.bin does not say which {missing} it was trained with: give ") as caught:
+        load_model(tmp_path / "a.bin", **given)
+
+    assert "It is a global IP-Adapter for" in str(caught.value)
+
+
+def test_misfits_are_told_before_any_weight_is_read(
+    base_folder: Path, sdxl_folder: Path, image_encoder: Path, tmp_path: Path
+) -> None:
+    base = without_weights(base_folder, tmp_path / "base")
+    encoder = without_weights(image_encoder, tmp_path / "encoder")
+    write(tmp_path / "sdxl.safetensors", head="fine_grained", family=tiny_sdxl.make_family())
+    with pytest.raises(ValueError, match=r"is a fine-grained IP-Adapter .* It does not fit: ") as caught:
+        load_model(tmp_path / "sdxl.safetensors", str(base), str(encoder))
+
+    assert f"the base {base} has {len(tiny.HIDDEN)} layers of context width {tiny.CONTEXT_WIDTH}" in str(caught.value)
+    write(tmp_path / "fitting.safetensors")
+    with pytest.raises(OSError, match=str(base)):  # and what fits is then looked for
+        load_model(tmp_path / "fitting.safetensors", str(base), str(encoder))
+
+
+def test_a_misfit_of_the_encoder_names_both(base_folder: Path, image_encoder: Path, tmp_path: Path) -> None:
+    encoder = without_weights(image_encoder, tmp_path / "encoder")
+    base = without_weights(base_folder, tmp_path / "base")
+    tensors = to_published(tiny.make_model().trainable.state_dict())
+    tensors["image_proj.proj.weight"] = torch.zeros(4 * tiny.CONTEXT_WIDTH, 1280)
+    save_adapter(tmp_path / "a.safetensors", tensors, {})
+    with pytest.raises(ValueError, match=rf"the encoder {encoder} gives pooled embedding of width 12") as caught:
+        load_model(tmp_path / "a.safetensors", str(base), str(encoder))
+
+    assert "the adapter reads 1280: give OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)" in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+@pytest.mark.parametrize("head", ["global", "fine_grained"])
+def test_a_training_can_start_from_a_file(head: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"adapter{ending}"
+    trained = write(path, head=head)
+    model = tiny.make_model(head=head)
+    before = {name: value.clone() for name, value in model.trainable.state_dict().items()}
+    load_into(model, path)
+    after = model.trainable.state_dict()
+
+    assert all(torch.equal(after[name], value) for name, value in trained.trainable.state_dict().items())
+    assert not all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"head": "fine_grained"}, "it is decoupled and fine-grained, the training decoupled and global"),
+        ({"num_tokens": 7}, r"it has tokens\.num_tokens=7, the training 4"),
+        ({"kind": "simple"}, "it is simple and global, the training decoupled and global"),
+        ({"family": "sdxl"}, r"It does not fit: the base tiny has 11 layers"),
+    ],
+    ids=str,
+)
+def test_a_file_for_another_training_is_refused_and_changes_nothing(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    if options.get("family"):
+        options = {"family": tiny_sdxl.make_family()}
+    write(tmp_path / "a.safetensors", **options)
+    model = tiny.make_model()
+    before = {name: value.clone() for name, value in model.trainable.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        load_into(model, tmp_path / "a.safetensors")
+
+    assert all(torch.equal(value, before[name]) for name, value in model.trainable.state_dict().items())

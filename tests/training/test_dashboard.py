@@ -1,0 +1,157 @@
+"""What a dashboard shows of a run: curves, pictures, the parameters, the configuration; wandb offline, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import wandb
+from conftest import World, column, run_training, saved_configuration
+from omegaconf import OmegaConf
+from PIL import Image
+from wandb_records import WandbRun, read_offline_runs
+
+from ipa.cli import explain_failure
+from ipa.training.loggers import without_secrets
+
+WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "NETRC", "XDG_DATA_HOME", "XDG_CACHE_HOME")
+CURVES = ("train/loss", "image_prompt/gap", "train/lr", "train/grad_norm", "train/samples_per_s")
+BUCKETS = [f"train/error_t/{bucket}" for bucket in ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty home folder of a user who is not logged in."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WANDB:
+            patch.setenv(name, "")  # so that it is put back even if it was not there
+            patch.delenv(name)
+        patch.setenv("HOME", str(folder))
+        patch.setenv("WANDB_MODE", "offline")
+        yield folder
+        wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, world: World, home: Path) -> Path:
+    """Of a run of four steps with wandb; only to be read."""
+    folder = tmp_path_factory.mktemp("runs") / "shown"
+    try:
+        return run_training(folder, *world.overrides(), "image_prompt_check.every_n_steps=1", "seed=7", "group=ours")
+    finally:
+        wandb.finish()
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> WandbRun:
+    [run] = read_offline_runs(folder)
+    assert run.finished
+    return run
+
+
+def test_a_run_is_named_by_variant_and_seed_and_grouped(run: WandbRun) -> None:
+    assert (run.name, run.group, run.project) == ("decoupled_global-seed7", "ours", "ipa")
+
+
+def test_curves_have_the_training_step(run: WandbRun, folder: Path) -> None:
+    for name in CURVES:
+        assert list(run.curve(name)) == [1, 2, 3, 4], name
+        assert run.curve(name) == {step: float(value) for step, value in column(folder, name).items()}
+    assert list(run.curve("train/lr").values()) == pytest.approx([0.001] * 4)
+
+
+def test_the_error_is_shown_by_noise_level(run: WandbRun, folder: Path) -> None:
+    """Four samples a step leave one of five buckets empty at least, which then shows nothing, nothing old either."""
+    shown = {name: run.curve(name) for name in BUCKETS}
+
+    assert shown == {name: {step: float(value) for step, value in column(folder, name).items()} for name in BUCKETS}
+    for step in (1, 2, 3, 4):
+        assert 1 <= sum(step in curve for curve in shown.values()) <= 4
+
+
+def test_previews_are_shown_at_their_steps(run: WandbRun, folder: Path) -> None:
+    shown = run.images("preview/grid")
+
+    assert list(shown) == [2, 4]
+    for step, [path] in shown.items():
+        kept = Image.open(folder / f"previews/step_{step:06d}.png").convert("RGB")
+        assert Image.open(path).convert("RGB").tobytes() == kept.tobytes()
+
+
+@pytest.mark.parametrize("score", ["clip_i", "clip_t", "retrieval_at_1", "border_lab"])
+def test_scores_are_shown_at_the_steps_of_the_previews(run: WandbRun, folder: Path, score: str) -> None:
+    curve = run.curve(f"preview/{score}")
+
+    assert list(curve) == [2, 4]
+    assert curve == {step: float(value) for step, value in column(folder, f"preview/{score}").items()}
+
+
+def test_the_configuration_is_the_resolved_one(run: WandbRun, folder: Path) -> None:
+    assert run.config == OmegaConf.to_container(saved_configuration(folder))
+    assert run.config["optimizer"]["lr"] == 0.001
+    assert run.config["callbacks"]["previews"]["folder"] == str(folder / "previews")
+
+
+def test_the_parameters_are_shown_as_a_table(run: WandbRun) -> None:
+    columns, rows = run.table("parameters")
+    counts = {row[0]: row[2] for row in rows}
+
+    assert columns == ["part", "shape", "parameters", "trained"]
+    assert counts["all that is trained"] == sum(count for name, _, count, trained in rows[:-1] if trained == "yes")
+    assert counts["image_proj.proj.weight"] == 4 * tiny.CONTEXT_WIDTH * tiny.POOLED_WIDTH
+    assert {"unet", "vae", "text_encoder", "image encoder"} <= counts.keys()
+
+
+def test_nothing_is_laid_in_the_home_folder(run: WandbRun, home: Path) -> None:
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_secrets_stay_at_home() -> None:
+    told = {
+        "data": {"train": ["https://user:pass@host/{0..9}.tar", "s3://bucket/a@b.tar"], "caption_key": "txt"},
+        "logger": {"wandb": {"api_key": "0123", "entity": "us"}},
+        "tokens": {"num_tokens": 4, "secret": None},
+        "hub_access_token": "hf_0123",
+    }
+
+    assert without_secrets(told) == {
+        "data": {"train": ["https://…@host/{0..9}.tar", "s3://bucket/a@b.tar"], "caption_key": "txt"},
+        "logger": {"wandb": {"api_key": "…", "entity": "us"}},
+        "tokens": {"num_tokens": 4, "secret": None},
+        "hub_access_token": "…",
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_tensorboard_that_is_missing_is_told(world: World, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="tensorboard") as caught:
+        run_training(tmp_path / "x", *world.overrides(), "logger=tensorboard")
+
+    assert explain_failure(caught.value) == (
+        "logger=tensorboard needs the package tensorboard: pip install 'ipa[tensorboard]'"
+    )
+
+
+def test_tensorboard_shows_the_same(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_training(tmp_path / "x", *world.overrides(), "logger=tensorboard", "scoring=null")
+    events = EventAccumulator(str(tmp_path / "x/tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+
+    for name in ("train/loss", "train/lr"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({step: float(value) for step, value in column(tmp_path / "x", name).items()})
+    assert [event.step for event in events.Scalars("preview/clip_i")] == [2, 4]
+    assert [event.step for event in events.Images("preview/grid")] == [2, 4]
+    texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
+    assert texts >= {"parameters", "configuration"}
+    with (tmp_path / "x/log.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4

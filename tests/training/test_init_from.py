@@ -1,0 +1,140 @@
+"""Starting from an adapter file: its weights, no step lost, the file needed once, misfits told before any weight."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_sdxl
+import torch
+from bystanders import WITNESS, Witness
+from conftest import EXPERIMENTS, Run, World, checkpoint, column, saved_configuration
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+
+from ipa.checkpoint import load_adapter, save_adapter
+from ipa.cli import explain_failure
+from ipa.export.loading import load_model
+from ipa.export.published import publish_name, to_published, with_metadata
+from ipa.types import Batch
+
+QUIET = ("data.val=null", "scoring=null")
+ADAPTER = "adapter.safetensors"
+
+
+def as_bin(path: Path, folder: Path) -> Path:
+    """The same weights as the first published files have them."""
+    save_adapter(folder / "donor.bin", *load_adapter(path))
+    return folder / "donor.bin"
+
+
+def first_batch(folder: Path) -> Batch:
+    datamodule = instantiate(saved_configuration(folder).data)
+    datamodule.fit_to(image_size_px=16, reference_size_px=24, latent_shape=(4, 8, 8))
+    return next(iter(datamodule.train_dataloader()))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_the_first_step_is_the_donors(
+    train_in: Run, tmp_path: Path, variants: dict[str, Path], experiment: str, suffix: str
+) -> None:
+    donor = variants[experiment] / ADAPTER
+    given = donor if suffix == ".safetensors" else as_bin(donor, tmp_path)
+    start = (f"experiment={experiment}", f"adapter.init_from={given}", "trainer.max_steps=2", *QUIET)
+    folder = train_in(tmp_path / "x", *start, "ema.decay=0.9")
+    with torch.no_grad():
+        expected = load_model(donor).errors(first_batch(folder)).loss.item()
+
+    losses = {step: float(loss) for step, loss in column(folder, "train/loss").items()}
+    assert list(losses) == [1, 2] and checkpoint(folder)["global_step"] == 2
+    assert losses[1] == pytest.approx(expected, rel=1e-5)
+    assert float(column(variants[experiment], "train/loss")[1]) != pytest.approx(expected, rel=1e-3)
+    assert int(checkpoint(folder)["state_dict"]["average.count"]) == 2
+
+
+def test_the_average_begins_at_the_donors_weights(train_in: Run, tmp_path: Path, variants: dict[str, Path]) -> None:
+    """A step of nothing leaves both as the file has them."""
+    donor = variants["decoupled_global"] / ADAPTER
+    still = ("optimizer.lr=0", "ema.decay=0.9", "trainer.max_steps=1")
+    folder = train_in(tmp_path / "x", f"adapter.init_from={donor}", *still, *QUIET, WITNESS)
+
+    for name in (ADAPTER, "adapter_raw.safetensors"):
+        torch.testing.assert_close(load_file(folder / name), load_file(donor), rtol=0, atol=0)
+    trained = {publish_name(name): value.half() for name, value in Witness.module.model.trainable.state_dict().items()}
+    torch.testing.assert_close(trained, load_file(donor), rtol=0, atol=0)
+
+
+def test_a_run_that_goes_on_needs_the_file_no_more(train_in: Run, tmp_path: Path, variants: dict[str, Path]) -> None:
+    donor = Path(shutil.copy(variants["decoupled_global"] / ADAPTER, tmp_path / "donor.safetensors"))
+    start = (f"adapter.init_from={donor}", *QUIET)
+    whole = train_in(tmp_path / "whole", *start, "trainer.max_steps=4")
+    folder = train_in(tmp_path / "x", *start, "trainer.max_steps=2")
+    donor.unlink()
+
+    train_in(folder, *start, "trainer.max_steps=4")
+
+    assert column(folder, "train/loss") == column(whole, "train/loss")
+    torch.testing.assert_close(load_file(folder / ADAPTER), load_file(whole / ADAPTER), rtol=0, atol=0)
+
+
+def without_weights(world: World, place: Path) -> list[str]:
+    """Base and encoder of the world with configuration files only, as overrides."""
+    base = Path(shutil.copytree(world.base, place / "base"))
+    encoder = Path(shutil.copytree(world.encoder.removeprefix("local-dir:"), place / "encoder"))
+    for path in [*base.rglob("*.safetensors"), *encoder.rglob("*.safetensors")]:
+        path.unlink()
+    return [f"base.path={base}", f"encoder.name=local-dir:{encoder}"]
+
+
+def of_another_encoder() -> dict[str, torch.Tensor]:
+    tensors = to_published(tiny.make_model().trainable.state_dict())
+    return {**tensors, "image_proj.proj.weight": torch.zeros(4 * tiny.CONTEXT_WIDTH, 1024)}
+
+
+def of_another_base() -> dict[str, torch.Tensor]:
+    return to_published(tiny.make_model(family=tiny_sdxl.make_family()).trainable.state_dict())
+
+
+def of_another_kind() -> dict[str, torch.Tensor]:
+    return to_published(tiny.make_model(kind="simple").trainable.state_dict())
+
+
+def of_another_head() -> dict[str, torch.Tensor]:
+    return to_published(tiny.make_model(head="fine_grained", width=64).trainable.state_dict())
+
+
+MISFITS = [
+    (of_another_encoder, ["pooled embedding of width 12", "the adapter reads 1024", "OpenCLIP ViT-H/14"]),
+    (of_another_base, ["the base PLACE/base has 11 layers of context width 16", "(28 layers, context width 28)"]),
+    (of_another_kind, ["it is simple and global, the training decoupled and global"]),
+    (of_another_head, ["it is decoupled and fine-grained, the training decoupled and global"]),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), MISFITS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_misfit_is_told_before_any_weight_is_read(
+    train_in: Run, tmp_path: Path, world: World, make, expected: list[str]
+) -> None:
+    tensors, donor = make(), tmp_path / "donor.safetensors"
+    save_adapter(donor, tensors, with_metadata(tensors, {}))
+
+    with pytest.raises(ValueError, match="donor") as caught:
+        train_in(tmp_path / "x", f"adapter.init_from={donor}", *without_weights(world, tmp_path))
+
+    message = explain_failure(caught.value)
+    assert message is not None
+    for words in expected:
+        assert words.replace("PLACE", str(tmp_path)) in message
+
+
+def test_a_file_that_fits_is_not_refused_without_weights(train_in: Run, tmp_path: Path, world: World) -> None:
+    """So what is missing of base and encoder in these tests is only looked at after the adapter file."""
+    tensors, donor = to_published(tiny.make_model().trainable.state_dict()), tmp_path / "donor.safetensors"
+    save_adapter(donor, tensors, with_metadata(tensors, {}))
+
+    with pytest.raises(InstantiationException, match=r"OSError.*base/vae"):
+        train_in(tmp_path / "x", f"adapter.init_from={donor}", *without_weights(world, tmp_path))

@@ -1,0 +1,70 @@
+"""What changes the arithmetic of a step and nothing else: bfloat16, gradient checkpointing, weights over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bystanders import WITNESS, Witness
+from conftest import Run, checkpoint, column
+from torch import nn
+
+QUIET = ("scoring=null", "data.val=null")
+HALF = ("trainer.precision=bf16-mixed", "base.dtype=bfloat16", "encoder.dtype=bfloat16")
+
+
+@pytest.fixture(scope="module")
+def plain(train_in: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-grained run in float32; only to be read."""
+    return train_in(tmp_path_factory.mktemp("runs") / "plain", "experiment=decoupled_fine_grained", *QUIET)
+
+
+def losses(folder: Path) -> list[float]:
+    return [float(loss) for loss in column(folder, "train/loss").values()]
+
+
+def dtypes(module: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters()}
+
+
+def test_the_frozen_parts_are_in_bfloat16_and_the_adapter_is_not(train_in: Run, tmp_path: Path, plain: Path) -> None:
+    folder = train_in(tmp_path / "x", "experiment=decoupled_fine_grained", *QUIET, *HALF, "ema.decay=0.9", WITNESS)
+    model, saved = Witness.module.model, checkpoint(folder)
+    moments = [value for state in saved["optimizer_states"][0]["state"].values() for value in state.values()]
+    weights = [value for name, value in saved["state_dict"].items() if name != "average.count"]
+
+    assert dtypes(model.family) == dtypes(model.encoder) == {torch.bfloat16}
+    assert dtypes(model.trainable) == {value.dtype for value in [*moments, *weights]} == {torch.float32}
+    assert all(0 < loss < 10 for loss in losses(folder))
+    assert losses(folder)[0] == pytest.approx(losses(plain)[0], rel=0.05)
+    assert losses(folder)[0] != losses(plain)[0]
+
+
+@pytest.mark.parametrize("experiment", ["decoupled_global", "simple_global"])
+def test_previews_and_scores_work_in_bfloat16(train_in: Run, tmp_path: Path, experiment: str) -> None:
+    folder = train_in(tmp_path / "x", f"experiment={experiment}", *HALF, "trainer.max_steps=2")
+
+    assert 0 < float(column(folder, "preview/border_lab")[2]) < 200
+    assert -1 < float(column(folder, "preview/clip_i")[2]) <= 1
+    assert "scale 1" in (folder / "summary.json").read_text()
+
+
+def test_recomputed_blocks_give_the_same_losses(train_in: Run, tmp_path: Path, plain: Path) -> None:
+    """The gradients are the same too: the weights are, after four steps."""
+    recompute = ("gradient_checkpointing=true", WITNESS)
+    folder = train_in(tmp_path / "x", "experiment=decoupled_fine_grained", *QUIET, *recompute)
+
+    assert Witness.module.model.family.unet.is_gradient_checkpointing
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-6)
+    torch.testing.assert_close(checkpoint(folder)["state_dict"], checkpoint(plain)["state_dict"], rtol=1e-5, atol=1e-6)
+
+
+def test_min_snr_weighs_the_loss_and_not_the_error(train_in: Run, tmp_path: Path, plain: Path) -> None:
+    few = ("trainer.max_steps=1", "min_snr_gamma=5")
+    folder = train_in(tmp_path / "x", "experiment=decoupled_fine_grained", *QUIET, *few)
+
+    assert 0 < losses(folder)[0] < 0.95 * losses(plain)[0]
+    buckets = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
+    errors = [[column(run, f"train/error_t/{bucket}").get(1) for bucket in buckets] for run in (folder, plain)]
+    assert errors[0] == errors[1] and any(errors[0])

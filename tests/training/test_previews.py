@@ -1,0 +1,58 @@
+"""Previews of the user's own pictures, with captions and without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run, column, picture
+from PIL import Image
+
+from ipa.training.previews import HeldOutPrompts
+
+NAMES = ("b", "a", "d", "c")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four pictures and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, name in enumerate(NAMES):
+        (folder / f"{name}.PNG").write_bytes(picture(seed))
+    (folder / "notes.md").write_text("not a picture")
+    return folder
+
+
+@pytest.mark.parametrize("captioned", [True, False])
+def test_previews_and_scores_of_a_folder(train_in: Run, tmp_path: Path, pictures: Path, captioned: bool) -> None:
+    if captioned:
+        (pictures / "a.txt").write_text("red thing\n")
+    folder = train_in(tmp_path / "x", "data.val=null", f"preview.images={pictures}", "trainer.max_steps=2")
+    scores = json.loads((folder / "summary.json").read_text())["scores"]["scale 1"]
+
+    with Image.open(folder / "previews/step_000002.png") as grid:
+        assert grid.height == 3 * 100 + 4 + 18  # of four pictures preview.num_prompts=3
+    assert list(column(folder, "preview/clip_i")) == [2]
+    assert list(column(folder, "preview/clip_t")) == ([2] if captioned else [])
+    assert ("clip_t" in scores) == captioned
+
+
+def test_pictures_of_a_folder_come_by_name_with_the_caption_beside_them(pictures: Path) -> None:
+    (pictures / "a.txt").write_text("red thing\n")
+    prompts = HeldOutPrompts.from_folder(pictures, image_size_px=16, reference_size_px=24)
+
+    assert prompts.captions == ["red thing", "", "", ""]
+    assert prompts.images_B3HW.shape == (4, 3, 16, 16) and prompts.references_B3HW.shape == (4, 3, 24, 24)
+    corners = [tuple(image[:, 0, 0].tolist()) for image in prompts.images_B3HW]
+    by_name = [pictures / f"{name}.PNG" for name in sorted(NAMES)]
+    assert corners == [Image.open(path).convert("RGB").getpixel((0, 4)) for path in by_name]
+
+
+def test_a_folder_is_preferred_to_the_held_out_shards(train_in: Run, tmp_path: Path, pictures: Path) -> None:
+    few = ("trainer.max_steps=2", "preview.num_prompts=9", "scoring=null")
+    folder = train_in(tmp_path / "x", f"preview.images={pictures}", *few)
+
+    with Image.open(folder / "previews/step_000002.png") as grid:
+        assert grid.height == 4 * 100 + 4 + 18

@@ -1,0 +1,121 @@
+"""All four variants train, and their files sample again; the files hold the average, which previews and scores show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EXPERIMENTS, HELDOUT, checkpoint, column, saved_configuration
+from hydra.utils import instantiate
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from ipa.checkpoint import read_metadata
+from ipa.export.adapter_file import identify_file
+from ipa.export.loading import load_model
+from ipa.export.published import publish_name
+from ipa.training.previews import HeldOutPrompts, Previews, generate_from, score_prompts
+
+FILES = ("adapter.safetensors", "adapter_raw.safetensors")
+
+
+def held_out(folder: Path) -> HeldOutPrompts:
+    """The prompts of a run's previews and scores."""
+    datamodule = instantiate(saved_configuration(folder).data)
+    datamodule.fit_to(image_size_px=16, reference_size_px=24, latent_shape=(4, 8, 8))
+    prompts = HeldOutPrompts.from_datamodule(datamodule, HELDOUT)
+    assert prompts is not None
+    return prompts
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def experiment(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(variants: dict[str, Path], experiment: str) -> Path:
+    return variants[experiment]
+
+
+def test_the_file_says_what_it_is(folder: Path, experiment: str) -> None:
+    kind, _, head = experiment.partition("_")
+    file, metadata = identify_file(folder / FILES[0]), read_metadata(folder / FILES[0])
+
+    assert (file.kind, file.head, file.num_tokens) == (kind, head, {"global": 4, "fine_grained": 16}[head])
+    assert metadata["kind"] == kind and metadata["head"] == head and metadata["step"] == "6"
+    assert bool(file.hidden) == (kind == "decoupled")
+
+
+def test_it_samples_from_its_file(folder: Path) -> None:
+    model, prompts = load_model(folder / FILES[0]), held_out(folder)
+    options = instantiate(saved_configuration(folder).sampling)
+    pictures = {scale: generate_from(model, prompts, options.with_scale(scale), seed=3) for scale in (0.0, 1.0)}
+    same_prompt = HeldOutPrompts(prompts.images_B3HW, prompts.references_B3HW[[1, 1, 2, 3, 4, 5]], prompts.captions)
+    other = generate_from(model, same_prompt, options, seed=3)
+
+    assert pictures[1.0].shape == (HELDOUT, 3, 16, 16) and pictures[1.0].isfinite().all()
+    assert not torch.allclose(pictures[0.0], pictures[1.0], atol=1e-3)
+    assert not torch.allclose(other[0], pictures[1.0][0], atol=1e-3)
+    torch.testing.assert_close(other[1:], pictures[1.0][1:], rtol=0, atol=1e-5)
+
+
+def test_the_files_hold_the_average_and_the_raw_weights(folder: Path) -> None:
+    state = checkpoint(folder)["state_dict"]
+    files = [load_file(folder / name) for name in FILES]
+    for prefix, file in zip(("average.", "trainable."), files, strict=True):
+        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        expected = {publish_name(name): value.half() for name, value in weights.items() if name != "count"}
+        torch.testing.assert_close(file, expected, rtol=0, atol=0)
+
+    assert int(state["average.count"]) == 6
+    assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    return pil_to_tensor(picture).float()
+
+
+def test_previews_show_the_average(folder: Path) -> None:
+    """Drawn again from the files, fp16 as they are, the last grid is that of the average."""
+    cfg = saved_configuration(folder)
+    previews = Previews(folder, 0, instantiate(cfg.sampling), text=cfg.preview.text, seed=cfg.seed)
+    shown, prompts = Image.open(folder / "previews/step_000006.png"), held_out(folder).head(3)
+    drawn = [previews.draw(load_model(folder / name), prompts) for name in FILES]
+    average, raw = ((pixels(grid) - pixels(shown)).abs().mean().item() for grid in drawn)
+
+    assert average < 0.1
+    assert raw > 4 * average
+
+
+def test_final_scores_are_the_averages(folder: Path) -> None:
+    cfg = saved_configuration(folder)
+    told = json.loads((folder / "summary.json").read_text())["scores"]["scale 1"]
+    options, prompts = instantiate(cfg.scoring.options), held_out(folder).head(cfg.scoring.num_prompts)
+
+    def scored(name: str) -> dict[str, Any]:
+        return score_prompts(load_model(folder / name), instantiate(cfg.judge), prompts, options, cfg.scoring.seed)
+
+    average, raw = (abs(scored(name)["border_lab"] - told["border_lab"]) for name in FILES)
+    assert average < 0.1 * raw
+
+
+def test_it_learned_something_and_left_the_start(folder: Path) -> None:
+    state = checkpoint(folder)["state_dict"]
+    losses = [float(loss) for loss in column(folder, "train/loss").values()]
+
+    assert len(losses) == 6 and len({*losses}) == 6 and all(0 < loss < 10 for loss in losses)
+    assert all((state[f"trainable.{name}"] != value).any() for name, value in part(state, "average.").items())
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.endswith(".count")
+    }
