@@ -1,5 +1,6 @@
 """The repository as a whole: what may stand in its files, and that its configuration fits together."""
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -95,6 +96,13 @@ def composed(command: str, *overrides: str) -> DictConfig:
         return compose(command, list(overrides), return_hydra_config=True)
 
 
+@functools.cache
+def training(recipe: str, experiment: str = "decoupled_global") -> DictConfig:
+    """Only to be read, since it is composed once."""
+    return composed("train", f"recipe={recipe}", f"experiment={experiment}", "name=x")
+
+
+@functools.cache
 def groups_of(command: str) -> set[str]:
     return set(composed(command).hydra.runtime.choices)
 
@@ -113,7 +121,7 @@ def test_every_configuration_file_composes(group: str, choice: str) -> None:
 @pytest.mark.parametrize("experiment", choices("experiment"))
 @pytest.mark.parametrize("recipe", choices("recipe"))
 def test_every_experiment_composes_in_every_recipe(experiment: str, recipe: str) -> None:
-    cfg = composed("train", f"experiment={experiment}", f"recipe={recipe}", "name=x")
+    cfg = training(recipe, experiment)
 
     chosen = cfg.hydra.runtime.choices
     assert (chosen.experiment, chosen.recipe) == (experiment, recipe)
@@ -180,12 +188,12 @@ def fitted_head(cfg: DictConfig, recipe: str) -> Any:
 @pytest.mark.parametrize("recipe", WORLDS)
 def test_encoders_of_the_recipes_are_as_wide_as_published(recipe: str) -> None:
     """From the configuration files that open_clip brings along; the context widths are the bases' own."""
-    assert read_widths(composed("train", f"recipe={recipe}", "name=x").encoder) == WORLDS[recipe][0]
+    assert read_widths(training(recipe).encoder) == WORLDS[recipe][0]
 
 
 @pytest.mark.parametrize(("recipe", "experiment"), PARAMETERS, ids="-".join)
 def test_variants_are_as_large_as_published(recipe: str, experiment: str) -> None:
-    cfg = composed("train", f"recipe={recipe}", f"experiment={experiment}", "name=x")
+    cfg = training(recipe, experiment)
     _, context, hidden = WORLDS[recipe]
     branches = 2 * hidden * context if cfg.adapter.make._target_.endswith("DecoupledAdapter") else 0
 
@@ -195,7 +203,7 @@ def test_variants_are_as_large_as_published(recipe: str, experiment: str) -> Non
 @pytest.mark.parametrize("recipe", WORLDS)
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_heads_have_the_published_sizes(recipe: str, experiment: str) -> None:
-    cfg = composed("train", f"recipe={recipe}", f"experiment={experiment}", "name=x")
+    cfg = training(recipe, experiment)
     head = fitted_head(cfg, recipe)
     kind, _, name = experiment.partition("_")
 
@@ -211,7 +219,7 @@ def test_heads_have_the_published_sizes(recipe: str, experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_heads_of_the_demo_world_can_be_written_for_diffusers(experiment: str) -> None:
-    cfg = composed("train", f"experiment={experiment}", "name=x")
+    cfg = training("demo", experiment)
     with torch.device("meta"):
         head = instantiate(cfg.tokens)(EncoderWidths(192, 192, 65, 64), 128)
 
@@ -222,7 +230,7 @@ def test_heads_of_the_demo_world_can_be_written_for_diffusers(experiment: str) -
 @pytest.mark.parametrize(("recipe", "size_px"), [("sd15", 512), ("sd21", 768), ("sdxl", 512), ("sdxl_bigg", 512)])
 def test_large_recipes_are_the_papers(recipe: str, size_px: int) -> None:
     """Ye et al. 2023, section 4.1, but for the picture size of 2.1."""
-    cfg = composed("train", f"recipe={recipe}", "name=x")
+    cfg = training(recipe)
 
     assert (cfg.global_batch_size, cfg.data.batch_size, cfg.image_size_px) == (64, None, size_px)
     assert cfg.trainer.max_steps == cfg.schedule.num_training_steps == 1_000_000
