@@ -52,7 +52,7 @@ LATENT_CHANNELS = 32
 # how far the components' spread is evened out: 0 keeps it, 1 makes all alike
 WHITENING = 0.6
 POSTERIOR_STD = 0.05
-# what the committed weights took, one thread each
+# what the committed weights took, one thread each but for the UNet's last 82, which had two and ran beside other work
 MINUTES = {"unet": 195, "vae": 33}
 
 
