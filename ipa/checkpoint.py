@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
+OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_RUN_FOLDER) -> None:
     """Let ``write`` make a file beside ``path``, force it to disk, then rename it; its permissions are the umask's.
 
-    Raises OSError with the path and the advice when that fails; ``path`` then holds what it held before.
+    Raises OSError with the path and the advice (``otherwise``) when that fails; ``path`` then holds what it held
+    before.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except Exception as error:
         raise OSError(
             f"could not write {path} ({type(error).__name__}: {error}). The file that was there before is unharmed; "
-            "free some space or choose another run folder with paths.runs=FOLDER."
+            f"free some space or {otherwise}."
         ) from error
     finally:
         with suppress(OSError):

@@ -6,6 +6,7 @@ A specification is one of these, relative paths starting in the working director
     data/train/*.tar                      a glob
     data/{00000..00099}.tar               braces; every one must be there
     [laion/{00000..00099}.tar, coyo]      a list of these
+    shards.txt                            a file of these, one a line: a configuration is slow with many thousands
     s3://…  https://…  pipe:…             what WebDataset opens, and s3 by the aws program: only the scheme is checked
 """
 
@@ -26,6 +27,10 @@ from webdataset.gopen import gopen, gopen_schemes
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 WAYS = "Give a folder of .tar files, a glob ('shards/*.tar'), braces ('shards/{00000..00099}.tar'), or a list of these."
 SHOWN = 8
+REMOTE = re.compile(r"pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://")
+QUERY = re.compile(r"[?#].*$")
+LISTED = re.compile(r"/$|[*{]")  # folders, globs, braces that were not understood
+SCHEMES = {"s3", "file", *gopen_schemes} - {"__default__"}
 Listing = Callable[[str], frozenset[str]]
 
 
@@ -40,7 +45,20 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     if not specs:
         raise NoShards(f"the list of shards is empty. {WAYS}")
     listing = lru_cache(maxsize=None)(names_in)  # a look-up per file is slow for 100,000 of them
-    return [shard for entry in specs for shard in expand_entry(entry, listing)]
+    entries = [entry for spec in specs for entry in (read_list(spec) if is_list(spec) else [spec])]
+    return [shard for entry in entries for shard in expand_entry(entry, listing)]
+
+
+def is_list(entry: str) -> bool:
+    return entry.endswith(".txt") and not is_remote(entry) and os.path.isfile(os.path.expanduser(entry))
+
+
+def read_list(path: str) -> list[str]:
+    with open(os.path.expanduser(path), encoding="utf-8") as file:
+        entries = [line.strip() for line in file if line.strip()]
+    if not entries:
+        raise NoShards(f"{path} is empty: it should name shards, one a line. {WAYS}")
+    return entries
 
 
 def expand_entry(entry: str, listing: Listing) -> list[str]:
@@ -55,25 +73,30 @@ def expand_entry(entry: str, listing: Listing) -> list[str]:
 def expand_pattern(pattern: str, listing: Listing) -> list[str]:
     """The shards of a pattern without braces; none if there is nothing."""
     if is_remote(pattern):
-        check_scheme(pattern)
+        check_remote(pattern)
         return [pattern]
+    if not pattern.endswith(ENDINGS) and os.path.isdir(pattern):  # whatever its name, *, ? and [] in it too
+        return sorted(os.path.join(pattern, name) for name in listing(pattern) if name.endswith(ENDINGS))
     if glob.has_magic(pattern):
         return sorted(path for path in glob.glob(pattern) if path.endswith(ENDINGS))
-    if not pattern.endswith(ENDINGS) and os.path.isdir(pattern):
-        return sorted(os.path.join(pattern, name) for name in listing(pattern) if name.endswith(ENDINGS))
     folder, name = os.path.split(pattern)
     return [pattern] if name in listing(folder or ".") else []
 
 
 def is_remote(shard: str) -> bool:
-    return re.match(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://)", shard) is not None
+    return REMOTE.match(shard) is not None
 
 
-def check_scheme(shard: str) -> None:
-    known = {"s3", "file", *gopen_schemes} - {"__default__"}
+def check_remote(shard: str) -> None:
+    """Whether its scheme is known and it names one archive; what a ``pipe:`` does is the shell's business."""
     scheme = shard.partition(":")[0]
-    if scheme not in known:
-        raise NoShards(f"cannot open '{shard}': of '{scheme}:' nothing is known, only of {', '.join(sorted(known))}.")
+    if scheme not in SCHEMES:
+        raise NoShards(f"cannot open '{shard}': of '{scheme}:' nothing is known, only of {', '.join(sorted(SCHEMES))}.")
+    if scheme != "pipe" and LISTED.search(QUERY.sub("", shard)):
+        raise NoShards(
+            f"'{shard}' would have to be listed, which is not done from here: name each archive, many of them with "
+            f"braces ('{scheme}://…/{{00000..00099}}.tar')."
+        )
 
 
 def open_shard(shard: str) -> IO[bytes]:
@@ -85,7 +108,7 @@ def open_shard(shard: str) -> IO[bytes]:
 
 def shard_name(shard: str) -> str:
     """The file name without its folders (and without a URL's query): the shard's part in a sample's address."""
-    return re.sub(r"[?#].*$", "", shard).rstrip("/").rsplit("/", 1)[-1] if is_remote(shard) else os.path.basename(shard)
+    return QUERY.sub("", shard).rstrip("/").rsplit("/", 1)[-1] if is_remote(shard) else os.path.basename(shard)
 
 
 def names_in(folder: str) -> frozenset[str]:

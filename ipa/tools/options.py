@@ -5,13 +5,16 @@ class Options:
     adapter: str = MISSING  # comments after fields are for readers of the code
 
 run_tool(sys.argv[1:], Options, do, __doc__)
+
+``positional=("folder", "out")`` lets words without a name fill these fields, in this order.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
 from pathlib import Path
@@ -21,27 +24,46 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-def read_options(arguments: list[str], kind: type[Any]) -> Any:
-    """Words → options; raises ValueError that names what is misspelt, wrong or missing."""
-    defaults = {field.name: field.default for field in fields(kind)}
+def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
+    """Words → options; raises ValueError that names what is misspelt, wrong, doubled or missing."""
     types = {field.name: field.type for field in fields(kind)}
     options = OmegaConf.structured(kind)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or name not in defaults:
-            near = difflib.get_close_matches(name, list(defaults), 1)
-            question = f" Did you mean {near[0]}=…?" if near else ""
-            raise ValueError(
-                f"{argument!r} is not one of the options {', '.join(f'{n}=' for n in defaults)}.{question}"
-            )
+    for argument, name, value in named(arguments, list(types), positional):
         try:
             options[name] = value_of(value, is_list=str(types[name]).startswith("list"))
         except OmegaConfBaseException as error:
             raise ValueError(f"{argument}: {str(error).splitlines()[0]}") from error
-    missing = [name for name in defaults if OmegaConf.is_missing(options, name)]
+    missing = [name for name in types if OmegaConf.is_missing(options, name)]
     if missing:
         raise ValueError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
     return options
+
+
+def named(arguments: Sequence[str], names: Sequence[str], positional: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """The words as they stand, each with the option that it sets and the value."""
+    places = iter(positional)
+    filled: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if positional and not re.match(r"[^\W\d]\w*=", argument):  # a path may hold = behind a / or a .
+            name, equals, value = next(places, ""), "=", argument
+        if not equals or name not in names:
+            raise ValueError(unknown(argument, name, names, positional))
+        if name in positional and name in filled:
+            raise ValueError(f"{name} is given twice, {filled[name]!r} and {value!r}")
+        filled[name] = value
+        yield argument, name, value
+
+
+def unknown(argument: str, name: str, names: Sequence[str], positional: Sequence[str]) -> str:
+    """What to say of a word that sets no option; without a ``name`` it is one of those that need none."""
+    listed = ", ".join(f"{n}=" for n in names)
+    if positional and not name:
+        places = " ".join(place.upper() for place in positional)
+        return f"{argument!r} is one word too many: after {places} come the options {listed}"
+    near = difflib.get_close_matches(name, names, 1)
+    question = f" Did you mean {near[0]}=…?" if near else ""
+    return f"{argument!r} is not one of the options {listed}.{question}"
 
 
 def value_of(word: str, is_list: bool) -> Any:
@@ -54,7 +76,13 @@ def value_of(word: str, is_list: bool) -> Any:
     return [part.strip() for part in inside if part.strip()]
 
 
-def run_tool(arguments: list[str], kind: type[Any], do: Callable[[Any], Path | None], about: str | None) -> None:
+def run_tool(
+    arguments: Sequence[str],
+    kind: type[Any],
+    do: Callable[[Any], Path | None],
+    about: str | None,
+    positional: Sequence[str] = (),
+) -> None:
     """Help, or ``do`` with the options; what the user can mend ends the process with one message."""
     name = Path(sys.argv[0]).stem
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -64,7 +92,7 @@ def run_tool(arguments: list[str], kind: type[Any], do: Callable[[Any], Path | N
             print(f"    {field.name}={'' if default in (None, NO_DEFAULT) else default}")
         return
     try:
-        written = do(read_options(arguments, kind))
+        written = do(read_options(arguments, kind, positional))
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
     if written is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from ipa.training.checkpointing import is_due
 

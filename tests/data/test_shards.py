@@ -29,6 +29,17 @@ def test_a_list_keeps_its_order(folder: Path) -> None:
     assert names(expand_shards(spec)) == ["00002.tar", "00000.tar", "00001.tar"]
 
 
+def test_a_file_of_names(folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "shards.txt"
+    listed.write_text(f"{folder}/0000{{0,2}}.tar\n\n s3://bucket/{{7..8}}.tar \n")
+    assert names(expand_shards([str(listed), f"{folder}/00001.tar"])) == [
+        *("00000.tar", "00002.tar", "7.tar", "8.tar", "00001.tar")
+    ]
+    listed.write_text("\n")
+    with pytest.raises(NoShards, match=r"shards.txt is empty: it should name shards, one a line"):
+        expand_shards(str(listed))
+
+
 def test_relative_to_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert expand_shards("00001.tar") == ["00001.tar"]
@@ -43,6 +54,22 @@ def test_what_is_elsewhere_is_passed_through(start: str) -> None:
 def test_an_unknown_scheme_is_named_before_training() -> None:
     with pytest.raises(NoShards, match=r"cannot open 'floppy://a.tar': .*only of .*https.* s3"):
         expand_shards("floppy://a.tar")
+
+
+@pytest.mark.parametrize("spec", ["s3://bucket/laion/", "https://host/*.tar?x=1", "s3://bucket/{00000.00009}.tar"])
+def test_what_is_elsewhere_is_not_listed(spec: str) -> None:
+    with pytest.raises(NoShards, match=r"would have to be listed.* name each archive"):
+        expand_shards(spec)
+
+
+def test_a_shell_may_use_its_own_patterns() -> None:
+    command = "pipe:awk '{print}' /data/x*/{0..1}.tar"
+    assert expand_shards(command) == [command.replace("{0..1}", n) for n in "01"]
+
+
+def test_a_folder_may_be_named_like_a_pattern(folder: Path) -> None:
+    folder.rename(folder.with_name("[a]*"))
+    assert names(expand_shards(str(folder.with_name("[a]*")))) == ["00000.tar", "00001.tar", "00002.tar"]
 
 
 def test_a_missing_shard_is_named_with_what_is_there(folder: Path) -> None:

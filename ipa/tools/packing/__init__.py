@@ -1,0 +1,1 @@
+"""A folder of pictures → shards, for ``python -m ipa.tools.pack``: folders, tables, captions, samples, shards."""
