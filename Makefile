@@ -10,7 +10,7 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation test test-slow lint format type lock demo-world clean
+.PHONY: help venv train ablation test test-slow bench-data lint format type lock demo-world clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test: $(READY) ## the tests, minutes
 
 test-slow: $(READY) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench-data: $(READY) ## how fast samples come, beside a plain dataset; minutes, nothing else should run
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)
 
 lint: $(READY) ## style and formatting, changes nothing
 	$(BIN)/ruff check

@@ -123,7 +123,7 @@ class _Command:
             complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name) or [_hydra_message(error)]
         else:
             return None
-        command = f"python {os.path.relpath(sys.argv[0])}"
+        command = f"python {_how_it_was_started()}"
         hint = f"`{command} --help` explains the options, `{command} --cfg job` shows every one with its value."
         return "\n\n".join([*complaints, hint])
 
@@ -133,6 +133,14 @@ class _Command:
         while part is not None and part.tb_frame.f_code is not self.task.__code__:
             part = part.tb_next
         return part or trace
+
+
+def _how_it_was_started() -> str:
+    """The words after ``python``: a file, or -m and a module's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == os.path.abspath(sys.argv[0]):
+        return f"-m {spec.name}"
+    return os.path.relpath(sys.argv[0])
 
 
 @contextmanager

@@ -7,7 +7,8 @@ L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
-from ipa.types import Batch, Features, ImagePrompt, TextCondition, to_unit_range
+from ipa.data.transforms import fit_named
+from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, to_unit_range
+
+HASHING_THREADS = 4
 
 
 @dataclass
@@ -37,11 +41,21 @@ class IPAdapterModel(nn.Module):
     """A frozen base and encoder with a trainable head and adapter.
 
     ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and parameter count use it.
-    ``min_snr_gamma`` weighs the loss over time (see ``objective``), None does not.
+    ``min_snr_gamma`` weighs the loss over time (see ``objective``), None does not. ``reference_fit`` says how its
+    references are cut (see ``transforms.FITS``), for those who make them and for the metadata.
     """
 
-    def __init__(self, family: Any, encoder: Any, head: Any, adapter: Any, min_snr_gamma: float | None = None) -> None:
+    def __init__(
+        self,
+        family: Any,
+        encoder: Any,
+        head: Any,
+        adapter: Any,
+        min_snr_gamma: float | None = None,
+        reference_fit: str = "crop",
+    ) -> None:
         super().__init__()
+        self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
@@ -75,12 +89,10 @@ class IPAdapterModel(nn.Module):
 
     def frozen_hash(self) -> str:
         """SHA-256 over every frozen weight and buffer, to show that training left them alone."""
-        digest = hashlib.sha256()
-        for part in (self.family, self.encoder):
-            for name, value in sorted(part.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_weights(self.family) + hash_weights(self.encoder)
+
+    def fingerprints(self) -> dict[str, str]:
+        return fingerprints(self.family, self.encoder)
 
     def encode_reference(self, reference_B3HW: Tensor) -> Features:
         """uint8 reference pictures at the encoder's size → the features that the head reads."""
@@ -102,7 +114,7 @@ class IPAdapterModel(nn.Module):
             "encoder": self.encoder.source,
             "encoder_weights": self.encoder.weights or "",
             "image_size_px": str(self.encoder.image_size_px),
-            "preprocessing": "shortest side bicubic, centre crop",
+            "preprocessing": self.preprocessing,
             "features": self.head.uses,
             "no_image": self.head.no_image,
             "num_tokens": str(self.head.num_tokens),
@@ -134,9 +146,9 @@ class IPAdapterModel(nn.Module):
     def errors(self, batch: Batch) -> Errors:
         """Squared error of each sample under the drops, noise and times that the batch carries."""
         draws = batch.draws
-        x0_BCHW = self.family.encode_pixels(to_unit_range(batch.image_B3HW)).sample(draws.posterior_noise_BCHW)
-        tokens_BTD = self._training_tokens(batch.reference_B3HW, draws.drop_image_B)
-        text = self._training_text(batch)
+        x0_BCHW = self.posterior_of(batch).sample(draws.posterior_noise_BCHW)
+        tokens_BTD = self._training_tokens(batch)
+        text = self.text_of(batch)
         kind, alphas = self.family.prediction_type, self.family.alphas_cumprod
         t_B = objective.to_timesteps(draws.time_B, len(alphas))
         noisy = objective.add_noise(x0_BCHW, draws.noise_BCHW, alphas, t_B)
@@ -145,19 +157,62 @@ class IPAdapterModel(nn.Module):
         weight_B = objective.loss_weight(kind, alphas, t_B, self.min_snr_gamma)
         return Errors(error_B, weight_B, draws.time_B)
 
-    def _training_tokens(self, reference_B3HW: Tensor, drop_B: Tensor) -> Tensor:
-        features, empty = self.encode_reference(reference_B3HW), self.no_image(1)
+    def posterior_of(self, batch: Batch) -> Posterior:
+        """The target's, from the cache or from the VAE."""
+        if batch.posterior is not None:
+            return batch.posterior.map(Tensor.float)
+        assert batch.image_B3HW is not None, "a batch has its targets as pixels or as posterior"
+        return self.family.encode_pixels(to_unit_range(batch.image_B3HW))
+
+    def features_of(self, batch: Batch) -> Features:
+        """The reference's, from the cache or from the encoder; of several the head says which it uses."""
+        if batch.features is not None and batch.features.has(self.head.uses):
+            return batch.features
+        assert batch.reference_B3HW is not None, f"a batch has references, or {self.head.uses} features of them"
+        return self.encode_reference(batch.reference_B3HW)
+
+    def text_of(self, batch: Batch) -> TextCondition:
+        """The encoded text, the empty one where the text is dropped."""
+        ids_BNL = self.family.tokenize(batch.text) if batch.ids_BNL is None else batch.ids_BNL
+        empty_1NL = self.family.tokenize([""]).to(self.device)
+        drop_B = batch.draws.drop_text_B.to(self.device)
+        return self.family.encode_ids(objective.replace_rows(ids_BNL.to(self.device), drop_B, empty_1NL), batch.size_B6)
+
+    def _training_tokens(self, batch: Batch) -> Tensor:
+        features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B
         kept = Features(
             replace(features.pooled_BE, drop_B, empty.pooled_BE),
             replace(features.patches_BPF, drop_B, empty.patches_BPF),
         )
         return self.image_tokens(kept)
 
-    def _training_text(self, batch: Batch) -> TextCondition:
-        dropped: Sequence[bool] = batch.draws.drop_text_B.tolist()
-        texts = ["" if drop else text for text, drop in zip(batch.text, dropped, strict=True)]
-        return self.family.encode_text(texts, batch.size_B6)
-
 
 def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
     return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)
+
+
+def fingerprints(family: Any, encoder: Any) -> dict[str, str]:
+    """What tells apart the frozen parts whose work can be kept: type of the numbers, then a hash of all of them."""
+    vae = f"{name_of(family.vae.dtype)} {hash_weights(family.vae)[:32]} × {family.vae.config.scaling_factor:g}"
+    visual = f"{name_of(next(encoder.parameters()).dtype)} {hash_weights(encoder)[:32]}"
+    return {"vae": vae, "encoder": visual, "tokenizer": family.tokenizer_hash()[:32]}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 over names, weights and buffers, those too that no file holds; the tensors are read side by side."""
+    tensors = sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0])
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        digests = threads.map(hash_tensor, (tensor for _, tensor in tensors))
+        whole = hashlib.sha256()
+        for (name, _), digest in zip(tensors, digests, strict=True):
+            whole.update(name.encode() + digest)
+    return whole.hexdigest()
+
+
+def hash_tensor(tensor: Tensor) -> bytes:
+    numbers: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(numbers).digest()

@@ -2,7 +2,7 @@
 
 Shape letters, used as suffixes of tensor names everywhere:
 
-    B  batch                    N  images per sample
+    B  batch                    N  images per sample, or tokenizers
     C  latent channels          H W  height and width (pixels or latent cells, as the name says)
     L  text tokens              T  image tokens
     D  width of the context that cross-attention reads
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ class Features:
     pooled_BE: Tensor | None = None
     patches_BPF: Tensor | None = None
 
+    def has(self, uses: str) -> bool:
+        """Whether what a head ``uses`` is there: pooled or patches."""
+        return {"pooled": self.pooled_BE, "patches": self.patches_BPF}[uses] is not None
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Features:
         """The same features with ``function`` applied to what is there."""
         return Features(*(None if x is None else function(x) for x in (self.pooled_BE, self.patches_BPF)))
@@ -46,6 +50,9 @@ class Posterior:
 
     mean_BCHW: Tensor
     logvar_BCHW: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Posterior:
+        return Posterior(function(self.mean_BCHW), function(self.logvar_BCHW))
 
     def sample(self, noise_BCHW: Tensor) -> Tensor:
         """z = mean + exp(logvar / 2) · noise, already in the scale that the denoiser expects."""
@@ -83,27 +90,56 @@ class Draws:
         return Draws(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
-class Position(NamedTuple):
-    """A place in the training order: ``offset`` samples of pass number ``epoch`` lie behind it, over all ranks."""
+class SourcePlace(NamedTuple):
+    """A place in a source's endless order as one lane reads it, told by the window of records that is open there.
+
+    In pass ``epoch`` the window begins at sample number ``record`` (good and bad ones counted) of the pass's shard
+    number ``shard``; ``offset`` samples of the window lie behind.
+    """
 
     epoch: int = 0
+    shard: int = 0
+    record: int = 0
     offset: int = 0
+
+
+class LanePlace(NamedTuple):
+    """A place in a lane: how many choices of a source lie behind, and where each source stands."""
+
+    choices: int
+    sources: tuple[SourcePlace, ...]
+
+
+@dataclass
+class Position:
+    """A place in the training order: ``step`` batches of every rank lie behind, and each lane stands where it says.
+
+    A batch tells of the lanes that it was made from, a checkpoint of all that were read.
+    """
+
+    step: int = 0
+    lanes: dict[int, LanePlace] = field(default_factory=dict)
 
 
 @dataclass
 class Batch:
     """Samples as the data room delivers them.
 
-    ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8.
+    ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A cache has
+    in their place what frozen parts made of them, in fp16: ``posterior`` for the target, and for the reference the
+    ``features`` that a head reads, or the reference still. ``ids_BNL`` are the text's ids of all N tokenizers.
     ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
     the way to this batch. ``position`` is where training goes on after it; validation has none.
     """
 
-    image_B3HW: Tensor
-    reference_B3HW: Tensor
     text: list[str]
     draws: Draws
+    image_B3HW: Tensor | None = None
+    reference_B3HW: Tensor | None = None
+    posterior: Posterior | None = None
+    features: Features | None = None
+    ids_BNL: Tensor | None = None
     size_B6: Tensor | None = None
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
@@ -118,15 +154,23 @@ class Batch:
         keep = torch.zeros_like(self.draws.drop_text_B)
         return replace(self, draws=replace(self.draws, drop_text_B=keep, drop_image_B=keep))
 
+    def with_neighbours_image(self) -> Batch:
+        """The same batch with each sample prompted by the picture of the one before it."""
+        rolled: dict[str, Any] = {
+            "reference_B3HW": None if self.reference_B3HW is None else self.reference_B3HW.roll(1, 0),
+            "features": None if self.features is None else self.features.map(lambda x: x.roll(1, 0)),
+        }
+        return replace(self, **rolled)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with ``function`` applied to every tensor."""
-        return replace(
-            self,
-            image_B3HW=function(self.image_B3HW),
-            reference_B3HW=function(self.reference_B3HW),
-            draws=self.draws.map(function),
-            size_B6=None if self.size_B6 is None else function(self.size_B6),
-        )
+        mapped: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                mapped[name] = function(value)
+            elif isinstance(value, Draws | Posterior | Features):
+                mapped[name] = value.map(function)
+        return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:
         """On ``device``; copies from pinned memory do not wait."""

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ipa.model import IPAdapterModel
-from ipa.types import Batch, Features
+from ipa.types import Batch, Features, to_unit_range
 
 FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
 SIZES = torch.tensor([[300, 451, 7, 0, 16, 16], [16, 16, 0, 0, 16, 16], [90, 20, 0, 28, 16, 16]])
@@ -175,6 +175,58 @@ def test_dropped_rows_get_the_empty_text_and_no_image(
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(kept, plain, rtol=1e-5, atol=0)
     assert ((losses - plain).abs() > 1e-4).tolist() == [True, False, True]
+
+
+def as_cached(model: IPAdapterModel, batch: Batch, keep: str, dtype: torch.dtype = torch.float16) -> Batch:
+    """The batch as a cache has it, which keeps the pooled embedding or the reference."""
+    features = model.encode_reference(batch.reference_B3HW).map(lambda x: x.to(dtype))
+    return replace(
+        batch,
+        text=["not read"] * len(batch),
+        image_B3HW=None,
+        reference_B3HW=batch.reference_B3HW if keep == "reference" else None,
+        posterior=model.family.encode_pixels(to_unit_range(batch.image_B3HW)).map(lambda x: x.to(dtype)),
+        features=features if keep == "pooled" else None,
+        ids_BNL=model.family.tokenize(batch.text),
+    )
+
+
+CACHED = [
+    ("global", "pooled", "epsilon", tiny.make_family),
+    ("global", "reference", "v_prediction", tiny.make_family),
+    ("fine_grained", "reference", "epsilon", tiny.make_family),
+    ("fine_grained", "reference", "v_prediction", tiny.make_family),
+    ("global", "pooled", "v_prediction", lambda _: tiny_sdxl.make_family_2_1()),
+    ("global", "pooled", "epsilon", tiny_sdxl.make_family),
+    ("fine_grained", "reference", "v_prediction", tiny_sdxl.make_family),
+]
+
+
+@pytest.mark.parametrize(("head", "keep", "prediction_type", "family"), CACHED)
+def test_the_cached_loss_is_the_online_one_up_to_the_rounding_of_fp16(
+    head: str, keep: str, prediction_type: str, family: Any
+) -> None:
+    model = tiny.shake(tiny.make_model(head=head, family=family(prediction_type)))
+    model.adapter.install()
+    batch = replace(tiny.make_batch(4, drop_text=True, drop_image=True), size_B6=torch.cat([SIZES, SIZES[:1]]))
+    batch.draws.drop_text_B[:2] = batch.draws.drop_image_B[1:3] = False
+    with torch.no_grad():
+        online = model.errors(batch)
+        same = model.errors(as_cached(model, batch, keep, torch.float32))
+        rounded = model.errors(as_cached(model, batch, keep))
+
+    assert torch.equal(same.error_B, online.error_B)
+    torch.testing.assert_close(rounded.error_B, online.error_B, rtol=2e-3, atol=0)
+
+
+def test_a_head_that_reads_patches_is_not_given_the_pooled_embedding() -> None:
+    model, batch = tiny.make_model(head="fine_grained"), tiny.make_batch()
+    pooled = model.encoder.encode(to_unit_range(batch.reference_B3HW), "pooled")
+    with torch.no_grad():
+        found = model.features_of(replace(batch, features=pooled))
+        assert torch.equal(found.patches_BPF, model.features_of(batch).patches_BPF)
+    with pytest.raises(AssertionError, match="patches features"):
+        model.features_of(replace(batch, features=pooled, reference_B3HW=None))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -341,6 +393,37 @@ def test_the_hash_reads_numbers_and_half_precision_too(model: IPAdapterModel) ->
     model.encoder.visual.num_batches_tracked += 1
 
     assert model.frozen_hash() != hashed
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("family.vae.encoder.conv_in.bias", "vae"),
+        ("encoder.visual.proj", "encoder"),
+        ("family.unet.conv_in.bias", None),
+        ("family.text_encoder.final_layer_norm.bias", None),
+    ],
+)
+def test_fingerprints_tell_which_part_is_another(model: IPAdapterModel, place: str, part: str | None) -> None:
+    before = model.fingerprints()
+    model.get_parameter(place)[-1] += 1e-6
+    after = model.fingerprints()
+
+    assert {name for name in before if before[name] != after[name]} == ({part} if part else set())
+    assert before.keys() == {"vae", "encoder", "tokenizer"}
+
+
+def test_fingerprints_hear_of_number_types_pixel_means_and_scale(model: IPAdapterModel) -> None:
+    before = model.fingerprints()
+    assert before["vae"].startswith("float32 ") and before == model.fingerprints()
+    model.encoder.mean += 0.01
+    model.family.vae.register_to_config(scaling_factor=0.5)
+    scaled = model.fingerprints()
+    model.to(torch.bfloat16)
+    half = model.fingerprints()
+
+    assert all(before[name] != scaled[name] != half[name] for name in ("vae", "encoder"))
+    assert half["vae"].startswith("bfloat16 ") and half["tokenizer"] == before["tokenizer"]
 
 
 def test_losses_draw_nothing_themselves(model: IPAdapterModel) -> None:

@@ -111,11 +111,19 @@ def groups_of(command: str) -> set[str]:
     ("group", "choice"), [(group, choice) for group in groups() for choice in choices(group) if "/" not in choice]
 )
 def test_every_configuration_file_composes(group: str, choice: str) -> None:
-    commands = [command for command in COMMANDS if group in groups_of(command)]
-    assert commands, f"no command uses conf/{group}"
+    commands = [command for command in COMMANDS if group in {name.partition("@")[0] for name in groups_of(command)}]
+    assert commands or group == "source", f"no command uses conf/{group}"
 
     for command in commands:
         composed(command, f"{group}={choice}")
+
+
+@pytest.mark.parametrize("choice", choices("source"))
+def test_every_source_can_be_added(choice: str) -> None:
+    cfg = composed("train", "recipe=sd15", f"+source@data.known.mine={choice}")
+
+    assert set(cfg.data.known) == {"laion", "coyo", "mine"}
+    assert set(cfg.data.known.mine) == set(cfg.data.known.laion)
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

@@ -28,6 +28,11 @@ def generator_at(*parts: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(digest(*parts))
 
 
+def uniform_at(*parts: str | int) -> float:
+    """A number in [0, 1), exact in float32."""
+    return torch.rand((), generator=generator_at(*parts)).item()
+
+
 def permuted(items: Sequence[Item], *parts: str | int) -> list[Item]:
     """``items`` in the order that belongs to this address."""
     return [items[i] for i in torch.randperm(len(items), generator=generator_at(*parts)).tolist()]

@@ -1,92 +1,86 @@
-"""One shard → records: the bytes of a picture and its caption, as img2dataset wrote them, or the reason why not.
-
-WebDataset opens the shard (local files, URLs, pipes) and splits the member names. Walking the archive is done here: at
-a damaged header in the middle Python's tarfile, and so WebDataset's own stage, stops as if the file had ended there.
-"""
+"""One shard → records: what a sample has, as img2dataset or another tool wrote it, or why it cannot be used."""
 
 from __future__ import annotations
 
-import json
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Protocol
 
-from webdataset.tariterators import base_plus_ext
-
-from ipa.data.rejects import (
-    BROKEN_METADATA,
-    BROKEN_TAR,
-    DUPLICATE_KEY,
-    EMPTY_CAPTION,
-    NO_CAPTION,
-    NO_PICTURE,
-    NOT_UTF8,
-    Rejected,
-)
-from ipa.data.shards import open_shard, shard_name
-
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-
-
-class Member(NamedTuple):
-    """A file in the archive, or where the archive breaks (``broken``, and no key)."""
-
-    key: str = ""
-    extension: str = ""
-    content: bytes = b""
-    broken: Rejected | None = None
+from ipa.data.captions import Captions
+from ipa.data.fields import Fields, picture_size
+from ipa.data.filters import Filter
+from ipa.data.members import Member, read_members
+from ipa.data.rejects import DUPLICATE_KEY, NO_REFERENCE, Rejected
+from ipa.data.shards import shard_name
 
 
 @dataclass
 class Record:
-    """A sample as it lies in the shard.
+    """A sample as it lies in the shard; ``index`` counts the shard's samples, good and bad, from 0.
 
-    ``rejects`` are its unusable neighbours, so that each is counted once. ``broken`` says why its picture could not be
-    decoded, once that was tried.
+    ``captions`` have their chances, which sum to 1. ``references`` are other pictures of what the picture shows;
+    without any it is its own. ``rejects`` are its unusable neighbours, so that each is counted once. ``broken`` says
+    why its picture could not be decoded, once that was tried.
     """
 
     key: str
     shard: str
     index: int
     picture: bytes
-    caption: str
+    captions: tuple[tuple[str, float], ...]
+    references: tuple[bytes, ...] = ()
+    measured: tuple[int, int] | None = None
     rejects: list[Rejected] = field(default_factory=list)
     broken: Rejected | None = None
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in px of the upright picture, as far as its header can be read."""
+        if self.measured is None and self.picture:
+            with suppress(Rejected):
+                self.measured = picture_size(self.picture)
+        return self.measured
 
-class StrictTarInfo(tarfile.TarInfo):
-    """A header that is damaged, cut off or missing is an error, not the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> StrictTarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the two zero blocks that end an archive
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-
-def read_members(shard: str) -> Iterator[Member]:
-    """All members with a key; a break of the archive comes last."""
-    try:
-        with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
-            for info in tar:
-                key, extension = base_plus_ext(info.name)
-                content = tar.extractfile(info) if info.isreg() and key else None
-                if content is not None:
-                    yield Member(key, extension.lower(), content.read())
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every member of a stream
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        yield Member(broken=Rejected(BROKEN_TAR, f"{shard}: {error}"))
+    def caption(self, u: float) -> str:
+        """The one that the draw u in [0, 1) falls on."""
+        for text, chance in self.captions:
+            u -= chance
+            if u < 0:
+                return text
+        return self.captions[-1][0]  # the chances' sum is rounded
 
 
-def read_shard(shard: str, caption_key: str) -> Iterator[Record | Rejected]:
-    """The samples of a shard in file order, ``index`` counting good and bad ones.
+class MakesRecords(Protocol):
+    """What becomes of a sample's members (extension → content); raises ``Rejected``."""
+
+    def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Captioned pictures: which member or entry of the metadata is the caption, which members are references."""
+
+    captions: Captions = field(default_factory=Captions)
+    references: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
+
+    def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record:
+        """Of several things that are wrong the first in this order counts: picture, caption, reference, filters."""
+        fields = Fields(members, self.references)
+        picture, captions = fields.picture, self.captions.read(fields)
+        references = tuple(members[name] for name in self.references if name in members)
+        if self.references and not references:
+            raise Rejected(NO_REFERENCE, f"none of {', '.join(self.references)}")
+        for each in self.filters:
+            each.check(fields, captions[0][0])
+        return Record(key, shard, index, picture, captions, references, fields.known_size)
+
+
+def read_shard(shard: str, layout: MakesRecords) -> Iterator[Record | Rejected]:
+    """The samples of a shard in file order.
 
     Of samples with the same key the first counts. The sample at a break is delivered if it was complete; if not, it is
     part of the break and not counted by itself.
@@ -100,10 +94,10 @@ def read_shard(shard: str, caption_key: str) -> Iterator[Record | Rejected]:
         if broken:
             yield broken
             return
-        fields, doubled = collect(members)
+        contents, doubled = collect(members)
         if doubled and key not in seen:
             yield Rejected(DUPLICATE_KEY, key)
-        held = Rejected(DUPLICATE_KEY, key) if key in seen else make_record(key, name, index, fields, caption_key)
+        held = Rejected(DUPLICATE_KEY, key) if key in seen else try_record(layout, key, name, index, contents)
         seen.add(key)
     if held is not None:
         yield held
@@ -111,38 +105,18 @@ def read_shard(shard: str, caption_key: str) -> Iterator[Record | Rejected]:
 
 def collect(members: Iterable[Member]) -> tuple[dict[str, bytes], bool]:
     """Extension → content of one key, the first of each, and whether one came twice."""
-    fields: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     doubled = False
     for member in members:
-        doubled |= member.extension in fields
-        fields.setdefault(member.extension, member.content)
-    return fields, doubled
+        doubled |= member.extension in contents
+        contents.setdefault(member.extension, member.content)
+    return contents, doubled
 
 
-def make_record(key: str, shard: str, index: int, fields: dict[str, bytes], caption_key: str) -> Record | Rejected:
-    picture = next((fields[extension] for extension in PICTURES if extension in fields), None)
-    if picture is None:
-        return Rejected(NO_PICTURE, key)
+def try_record(
+    layout: MakesRecords, key: str, shard: str, index: int, members: Mapping[str, bytes]
+) -> Record | Rejected:
     try:
-        return Record(key, shard, index, picture, read_caption(fields, caption_key))
+        return layout.record(key, shard, index, members)
     except Rejected as reject:
-        return reject
-
-
-def read_caption(fields: dict[str, bytes], caption_key: str) -> str:
-    """``caption_key`` is a member's extension (``txt``), or ``json.NAME`` for an entry of the metadata."""
-    extension, _, entry = caption_key.partition(".") if caption_key.startswith("json.") else (caption_key, "", "")
-    if extension not in fields:
-        raise Rejected(NO_CAPTION)
-    try:
-        text = fields[extension].decode()
-        caption = json.loads(text).get(entry) if entry else text
-    except UnicodeDecodeError as error:
-        raise Rejected(NOT_UTF8, str(error)) from error
-    except (ValueError, AttributeError) as error:
-        raise Rejected(BROKEN_METADATA, str(error)) from error
-    if not isinstance(caption, str):
-        raise Rejected(NO_CAPTION)
-    if not caption.strip():
-        raise Rejected(EMPTY_CAPTION)
-    return caption.strip()
+        return Rejected(reject.reason, reject.detail)  # the caught one holds the frames, and so the picture, in memory

@@ -11,8 +11,19 @@ TOO_MANY_PIXELS = "too many pixels"
 NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
 NOT_UTF8 = "caption is not UTF-8"
+NO_REFERENCE = "no reference"
 BROKEN_METADATA = "broken metadata"
 DUPLICATE_KEY = "duplicate key"
+
+
+def filtered(name: str) -> str:
+    """The reason of a sample that this filter leaves out."""
+    return f"filter: {name}"
+
+
+def without_number(name: str) -> str:
+    """The reason of a sample that does not tell what this filter asks."""
+    return f"filter: {name} is missing"
 
 
 class Rejected(Exception):
@@ -32,5 +43,6 @@ def no_good_samples(rejects: Mapping[str, int], shards: int) -> NoGoodSamples:
     counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items())) or "they are empty"
     return NoGoodSamples(
         f"no usable sample in a whole pass over {shards} shards ({counts}). Expected img2dataset's layout: per sample "
-        "a picture and its caption under one key. Check data.caption_key and look into a shard with `tar tf`."
+        "a picture and its caption under one key. Check data.captions and data.filters, and look into a shard with "
+        "`tar tf`."
     )

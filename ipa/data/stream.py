@@ -1,53 +1,37 @@
-"""The order → batches, shared among ranks and workers.
+"""The order → batches, shared among ranks and data workers.
 
-Training. Step s takes the slots s·G … s·G + G - 1 of the endless order, G = world · batch size. Rank r makes every
-world-th of them from r on, and of a rank's steps worker w makes every workers-th. So one process with batch 2b sees in
-a step what two with b see, the number of workers changes nothing, and nobody starves however few the shards are.
+*Training*, endless. Step s takes G = world · batch size samples from its row of lanes (``lanes``): rank r makes sample
+r and every world-th after it, and of a rank's steps worker w makes every workers-th. So one process with batch 2b sees
+in a step what two with b see, and the number of workers changes nothing; only who opens which shard depends on them.
 
-A slot whose picture turns out broken is filled with the next good record of the order, which thereby comes twice in
+A slot whose picture turns out broken is filled with the next good record of its lane, which thereby comes twice in
 that pass; the draws stay the slot's own. This depends on nothing but the data, so all the above holds in dirty data
-too, every rank makes equally many steps, and a resumed run needs to decode nothing of what lies behind it.
+too, every rank makes equally many steps, none waits for another, and a resumed run decodes nothing of what lies behind.
 
-Validation. Slots in file order, in batches of fixed borders; bad samples leave a gap. Each good sample comes once, and
-ranks may end at different times.
+*Audit*, one pass: every good sample exactly once. Each reader has shards of its own, batches have fixed borders within
+a shard, and readers end at different times.
+
+*Validation*, one pass: the first samples in file order, in batches of fixed borders, whoever makes them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from ipa.data.order import Order, Slot, chunks
+from ipa.data.lanes import Lanes, Share
+from ipa.data.order import Order, Slot, Source, chunks
 from ipa.data.rejects import Rejected, no_good_samples
-from ipa.data.samples import Preparation, Sample, reasons
-from ipa.types import Batch, Position
+from ipa.data.samples import Prepares, Sample, reasons
+from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of the batches is made here."""
-
-    rank: int = 0
-    world: int = 1
-    worker: int = 0
-    workers: int = 1
-
-    def in_worker(self) -> Share:
-        """The share of the data worker that this runs in (of the whole rank, outside of one)."""
-        info = get_worker_info()
-        return self if info is None else replace(self, worker=info.id, workers=info.num_workers)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0 and self.worker == 0
 
 
 class Ahead:
@@ -69,53 +53,150 @@ class Ahead:
 
 
 class TrainStream(IterableDataset[Batch]):
-    """Endless training batches of this share, from the position that ``begin_at`` was last told."""
+    """Endless training batches of this share, from the position that ``begin_at`` was last told.
 
-    def __init__(self, order: Order, preparation: Preparation, batch_size: int, share: Share | None = None) -> None:
-        self.order = order
-        self.preparation = preparation
-        self.batch_size = batch_size
-        self.share = share or Share()
-        # in shared memory: persistent workers hold a copy of this object and must hear of a new start
-        self.start = torch.zeros(2, dtype=torch.int64).share_memory_()
+    ``step_samples`` (G) is a multiple of ``lanes.ranks``, and with aspect-ratio buckets ``lanes.ranks`` divides the
+    world, so that a batch has one bucket.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        preparation: Prepares,
+        batch_size: int,
+        share: Share | None = None,
+        lanes: Lanes | None = None,
+    ) -> None:
+        self.order, self.preparation = order, preparation
+        self.share, self.lanes = share or Share(), lanes or Lanes()
+        self.step_samples = batch_size * self.share.world
+        self.take = self.step_samples // self.lanes.ranks
+        assert self.take * self.lanes.ranks == self.step_samples, "the lanes of a row give equally many samples"
+        self.start = SharedPosition(self.lanes.number, len(order.sources))
+        self.begin_at(Position())
 
     def begin_at(self, position: Position) -> None:
-        self.start.copy_(torch.tensor(position))
+        """Lanes that the position does not tell of begin their first pass."""
+        self.start.set(position, self.order.begin())
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches(Position(*self.start.tolist()), self.share.in_worker())
+        return self.batches(self.start.get(), self.share.in_worker())
 
     def batches(self, start: Position, share: Share) -> Iterator[Batch]:
-        self.order.loud = share.first
-        ahead = Ahead(self.order.endless(start))
-        step_samples = self.batch_size * share.world
-        for step in count():
-            if step % share.workers == share.worker:
-                yield self.make(ahead, range(share.rank, step_samples, share.world), step_samples)
-            ahead.drop(step_samples)
+        mine = self.lanes.read_by(share, start.step, self.step_samples)
+        readers = {lane: self.reader(lane, start, share) for lane in sorted(mine)}
+        for number in count():
+            row = self.lanes.row(start.step + number)
+            if number % share.workers == share.worker:
+                yield self.make(readers, row, start.step + number)
+            for lane in mine.intersection(row):
+                readers[lane].drop(self.take)
 
-    def make(self, ahead: Ahead, places: range, step_samples: int) -> Batch:
-        filled = [self.fill(ahead, place) for place in places]
-        last = ahead[step_samples - 1]
+    def reader(self, lane: int, start: Position, share: Share) -> Ahead:
+        loud = self.lanes.is_told_by(share, lane, start.step)
+        place = start.lanes.get(lane, self.order.begin())
+        return Ahead(self.order.lane(self.lanes.lane(lane), self.take, loud).endless(place))
+
+    def make(self, readers: dict[int, Ahead], row: Sequence[int], step: int) -> Batch:
+        """Sample p of a step is the (p div ranks)-th of the step's samples from lane p mod ranks of the row."""
+        places = range(self.share.rank, self.step_samples, self.share.world)
+        whence = [(readers[row[place % self.lanes.ranks]], place // self.lanes.ranks) for place in places]
+        filled = [self.fill(reader, i) for reader, i in whence]
+        after = {lane: readers[lane][self.take - 1].after for lane in row if lane in readers}
         rejects = sum((rejects for _, rejects in filled), Counter[str]())
-        return self.preparation.batch([sample for sample, _ in filled], rejects, Position(last.epoch, last.offset + 1))
+        return self.preparation.batch([sample for sample, _ in filled], rejects, Position(step + 1, after))
 
     def fill(self, ahead: Ahead, place: int) -> tuple[Sample, Counter[str]]:
         """The sample for a slot, and what is counted with it: the slot's own rejects, not those of its stand-ins."""
         slot = ahead[place]
         address = self.order.address(slot)
-        counted, tried = reasons(slot.record.rejects), Counter[str]()
+        counted, tried = reasons(slot.record.rejects), dict[tuple[str, str, int], Counter[str]]()
         for i in count(place):
             candidate = ahead[i]
-            if (candidate.epoch, candidate.offset) >= (slot.epoch + 1, slot.offset):
-                raise no_good_samples(tried, len(self.order.shards))
+            if candidate.epoch - slot.epoch >= 2 * self.lanes.number:
+                # in so many passes a lane reads as many shards as there are, twice over
+                raise no_good_samples(sum(tried.values(), Counter[str]()), self.order.num_shards)
             try:
-                return self.preparation.sample(candidate.record, address), counted
+                return self.preparation.sample(candidate.record, address, slot.target), counted
             except Rejected as reject:
-                tried += reasons([*candidate.record.rejects, reject])
+                record = candidate.record
+                tried[candidate.source, record.shard, record.index] = reasons([*record.rejects, reject])
                 if candidate is slot:
                     counted += reasons([reject])
         raise AssertionError("the order is endless")
+
+
+class SharedPosition:
+    """A position in shared memory: persistent workers hold a copy of the stream and must hear of a new start."""
+
+    def __init__(self, lanes: int, sources: int) -> None:
+        self.step = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.choices = torch.zeros(lanes, dtype=torch.int64).share_memory_()
+        self.places = torch.zeros(lanes, sources, len(SourcePlace._fields), dtype=torch.int64).share_memory_()
+
+    def set(self, position: Position, begin: LanePlace) -> None:
+        self.step.fill_(position.step)
+        for lane in range(len(self.choices)):
+            place = position.lanes.get(lane, begin)
+            self.choices[lane] = place.choices
+            self.places[lane] = torch.tensor(place.sources)
+
+    def get(self) -> Position:
+        pairs = zip(self.choices.tolist(), self.places.tolist(), strict=True)
+        lanes = [LanePlace(choices, tuple(SourcePlace(*place) for place in places)) for choices, places in pairs]
+        return Position(int(self.step), dict(enumerate(lanes)))
+
+
+class AuditStream(IterableDataset[Batch]):
+    """Every good sample once; this share reads its own shards and makes all batches of them, each within one shard.
+
+    What is rejected is counted with the next batch of this share, what comes after its last one with that.
+    """
+
+    def __init__(self, order: Order, preparation: Prepares, batch_size: int, share: Share | None = None) -> None:
+        self.order, self.preparation, self.batch_size, self.share = order, preparation, batch_size, share or Share()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.share.in_worker())
+
+    def batches(self, share: Share) -> Iterator[Batch]:
+        """The last batch also tells what was rejected after it."""
+        pending: list[Rejected] = []
+        held: Batch | None = None
+        shards = [(source, shard) for source in self.order.sources for shard in source.shards]
+        for source, shard in shards[share.reader :: share.readers]:
+            for batch in self.of_shard(source, shard, pending):
+                if held is not None:
+                    yield held
+                held = batch
+        if held is not None:
+            yield replace(held, rejects=dict(Counter(held.rejects) + reasons(pending)))
+        elif pending:
+            log.warning("these shards give nothing but rejected samples: %s", dict(reasons(pending)))
+
+    def of_shard(self, source: Source, shard: str, pending: list[Rejected]) -> Iterator[Batch]:
+        """A shard's batches, each of one bucket; rejects that came after the last are left in ``pending``."""
+        leftover: list[Rejected] = []
+        waiting: dict[tuple[int, int] | None, list[Sample]] = {}
+        for slot in self.order.of_shards(source, [shard], leftover):
+            pending.extend(slot.record.rejects)
+            target = self.order.target(slot.record)
+            try:
+                sample = self.preparation.sample(slot.record, self.order.address(slot), target)
+            except Rejected as reject:
+                pending.append(reject)
+                continue
+            waiting.setdefault(target, []).append(sample)
+            if len(waiting[target]) == self.batch_size:
+                yield self.flush(waiting.pop(target), pending)
+        pending.extend(leftover)
+        for samples in waiting.values():
+            yield self.flush(samples, pending)
+
+    def flush(self, samples: list[Sample], pending: list[Rejected]) -> Batch:
+        rejects = reasons(pending)
+        pending.clear()
+        return self.preparation.batch(samples, rejects, None)
 
 
 class ValStream(IterableDataset[Batch]):
@@ -124,7 +205,7 @@ class ValStream(IterableDataset[Batch]):
     def __init__(
         self,
         order: Order,
-        preparation: Preparation,
+        preparation: Prepares,
         batch_size: int,
         limit: int | None = None,
         share: Share | None = None,
@@ -140,23 +221,21 @@ class ValStream(IterableDataset[Batch]):
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch that is bad altogether are counted with this share's next one."""
-        self.order.loud = share.first
-        shares, mine = share.world * share.workers, share.worker * share.world + share.rank
         rejects, delivered = Counter[str](), False
-        for number, slots in enumerate(chunks(self.slots(), self.batch_size)):
-            if number % shares != mine:
+        for number, slots in enumerate(chunks(self.slots(share.first), self.batch_size)):
+            if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
             if samples:
-                yield self.preparation.batch(samples, rejects)
+                yield self.preparation.batch(samples, rejects, None)
                 rejects, delivered = Counter[str](), True
         if rejects:
             log.warning("validation ends with rejected samples: %s", dict(rejects))
         if rejects and not delivered:
             self.insist_on_any()
 
-    def slots(self) -> Iterator[Slot]:
-        return islice(self.order.in_file_order(), self.limit)
+    def slots(self, loud: bool = False) -> Iterator[Slot]:
+        return islice(self.order.in_file_order(loud), self.limit)
 
     def good(self, slots: Iterable[Slot], rejects: Counter[str]) -> list[Sample]:
         """The usable ones; adds the others to ``rejects``."""
@@ -164,7 +243,7 @@ class ValStream(IterableDataset[Batch]):
         for slot in slots:
             rejects.update(reasons(slot.record.rejects))
             try:
-                samples.append(self.preparation.sample(slot.record, self.order.address(slot)))
+                samples.append(self.preparation.sample(slot.record, self.order.address(slot), None))
             except Rejected as reject:
                 rejects[reject.reason] += 1
         return samples
@@ -173,4 +252,4 @@ class ValStream(IterableDataset[Batch]):
         """Nothing good in this share: that is an error only if there is nothing good in the others' either."""
         rejects = Counter[str]()
         if not any(self.good([slot], rejects) for slot in self.slots()):
-            raise no_good_samples(rejects, len(self.order.shards))
+            raise no_good_samples(rejects, self.order.num_shards)

@@ -5,12 +5,14 @@ model = load_model(Path("runs/…/adapter.safetensors"))
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.checkpoint import load_adapter, read_metadata
+from ipa.data.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.export.adapter_file import identify_file, make_head
 from ipa.export.layouts import check_same_sizes
@@ -35,6 +37,7 @@ def load_model(
     Raises ValueError or OSError with a message for the user; misfits are told before any weight is read.
     """
     file, metadata = identify_file(path), read_metadata(path)
+    fit = read_fit(metadata, str(path))
     if encoder is None:
         encoder_weights = encoder_weights or metadata.get("encoder_weights") or None
     base, encoder = base or metadata.get("base"), encoder or metadata.get("encoder")
@@ -49,10 +52,21 @@ def load_model(
     check_fits(file, base_widths, read_widths(encoder, encoder_weights), source=str(path), base=base, encoder=encoder)
     family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
     vision = open_encoder(encoder, encoder_weights, dtype)
-    model = IPAdapterModel(family, vision, make_head(file), KINDS[file.kind](family.hosts()))
+    adapter = KINDS[file.kind](family.hosts())
+    model = IPAdapterModel(family, vision, make_head(file), adapter, reference_fit=fit)
     load_into(model, path)
     model.adapter.install()
     return model
+
+
+def read_fit(metadata: Mapping[str, str], source: str) -> str:
+    """How references are cut; as published adapters have it where the metadata say nothing. Raises ValueError."""
+    words = metadata.get("preprocessing") or FITS["crop"].words
+    for name, fit in FITS.items():
+        if fit.words == words:
+            return name
+    known = "; ".join(fit.words for fit in FITS.values())
+    raise ValueError(f"{source} was trained with references in a way that ipa does not know: {words}. Known: {known}")
 
 
 def load_into(model: IPAdapterModel, path: Path) -> None:

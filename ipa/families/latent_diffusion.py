@@ -1,10 +1,12 @@
 """What the families of latent diffusion with a UNet share: loading, sizes, the VAE, the schedule, hosts, the call.
 
-A family adds its text: ``encode_text``, what of it goes to the UNet besides the states, and to the public pipeline.
+A family adds its text: ``encode_ids``, what of it goes to the UNet besides the states, and to the public pipeline.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor, nn
 
 from ipa.families.cross_attention import CrossAttentionHost, find_hosts
-from ipa.families.sources import check_kind, first_line, is_single_file, read_host_widths
+from ipa.families.sources import check_kind, first_line, is_single_file, read_host_widths, read_image_size
 from ipa.types import BaseWidths, Posterior, TextCondition
 
 
@@ -76,6 +78,18 @@ class LatentDiffusion(nn.Module, ABC):
         check_kind(path, config, cls.name)
         return read_host_widths(path)
 
+    @classmethod
+    def read_image_size_px(cls, path: str, config: str | None = None, **ignored: Any) -> int:
+        """The picture size that the UNet was made for, from configuration files; takes ``from_pretrained``'s arguments.
+
+        Raises ValueError for a single file without ``config``, since its header does not say.
+        """
+        check_kind(path, config, cls.name)
+        layout = config if is_single_file(path) else path
+        if layout is None:
+            raise ValueError(f"base.path={path} does not say its picture size: give image_size_px=… or base.config=…")
+        return read_image_size(layout)
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the trainer asks: frozen parts do not drop out."""
         return super().train(False)
@@ -133,11 +147,31 @@ class LatentDiffusion(nn.Module, ABC):
 
     def _in_own_dtype(self) -> torch.autocast:
         """Autocast would run a VAE in half precision that was loaded in float32 because it overflows there."""
-        return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.vae.device.type, enabled=False)
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [getattr(self, name) for name in self.part_names if name.startswith("tokenizer")]
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """ids_BNL of N tokenizers, cut and padded to their length."""
+        return torch.stack([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)
 
     @abstractmethod
+    def encode_ids(self, ids_BNL: Tensor, size_B6: Tensor | None = None) -> TextCondition:
+        """What ``tokenize`` gives → what ``denoise`` takes; ``size_B6`` as in ``TextCondition``."""
+
     def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
-        """Texts, cut at the tokenizer's length, → what ``denoise`` takes; ``size_B6`` as in ``TextCondition``."""
+        return self.encode_ids(self.tokenize(texts), size_B6)
+
+    def tokenizer_hash(self) -> str:
+        """Tells apart tokenizers that could give other ids: by vocabulary, length, special tokens and a sample."""
+        identity = [
+            [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.special_tokens_map]
+            for tokenizer in self.tokenizers
+        ]
+        written = json.dumps([identity, self.tokenize(PROBES).tolist()], sort_keys=True, default=str)
+        return hashlib.sha256(written.encode()).hexdigest()
 
     def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
         """Encoded text as keyword arguments of ``pipeline()``; no ``negative`` leaves its arguments out."""
@@ -171,6 +205,10 @@ class LatentDiffusion(nn.Module, ABC):
         pipeline = self.pipeline_class(**{**parts, **self.absent, "scheduler": self.make_sampler()})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+# letter case, accents, punctuation, digits, and more than fits
+PROBES = ["", "A naïve red-haired girl's café, 1987!", "über 東京 🙂 " * 40]
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:

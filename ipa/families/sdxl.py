@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from ipa.families.latent_diffusion import LatentDiffusion, tokenize
+from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.types import TextCondition
 
 
@@ -52,22 +52,20 @@ class StableDiffusionXL(LatentDiffusion):
         )
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
+    def encode_ids(self, ids_BNL: Tensor, size_B6: Tensor | None = None) -> TextCondition:
         """Both encoders' penultimate states side by side, and the second one's pooled text.
 
         Without ``size_B6`` all pictures are whole ones of the size that the UNet was made for.
         """
         if size_B6 is None:
             edge = self.image_size_px
-            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(texts), 6)
-        first = self._run_encoder(self.text_encoder, self.tokenizer, texts)
-        second = self._run_encoder(self.text_encoder_2, self.tokenizer_2, texts)
+            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(ids_BNL), 6)
+        first_BL, second_BL = ids_BNL.to(self.device).unbind(1)
+        first = self.text_encoder(first_BL, output_hidden_states=True)
+        second = self.text_encoder_2(second_BL, output_hidden_states=True)
         states_BLD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         # float32 whatever the weights are in: bfloat16 has no numbers between 1020 and 1024
         return TextCondition(states_BLD, second.text_embeds, size_B6.to(self.device, torch.float32))
-
-    def _run_encoder(self, encoder: Any, tokenizer: Any, texts: list[str]) -> Any:
-        return encoder(tokenize(tokenizer, texts).to(self.device), output_hidden_states=True)
 
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor]:
         assert text.pooled_BE is not None and text.size_B6 is not None, "SDXL's text comes from its encode_text"

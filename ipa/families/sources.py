@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
 from ipa.families.cross_attention import find_hosts
@@ -71,6 +71,13 @@ def read_host_widths(path: str) -> BaseWidths:
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config)
     return BaseWidths(unet.config.cross_attention_dim, [host.attention.to_k.out_features for host in find_hosts(unet)])
+
+
+def read_image_size(path: str) -> int:
+    """Edge in pixels of the pictures that a pipeline's UNet was made for."""
+    unet = read_unet_config(path)
+    vae = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def host_widths_of_header(shapes: Shapes) -> BaseWidths:

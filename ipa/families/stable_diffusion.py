@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from ipa.families.latent_diffusion import LatentDiffusion, tokenize
+from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.types import BaseWidths, TextCondition
 
 
@@ -38,9 +38,10 @@ class StableDiffusion(LatentDiffusion):
         )
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
-        """Texts → states_BLD; sizes mean nothing to this family."""
-        return TextCondition(self.text_encoder(tokenize(self.tokenizer, texts).to(self.device))[0])
+    def encode_ids(self, ids_BNL: Tensor, size_B6: Tensor | None = None) -> TextCondition:
+        """One tokenizer's ids → states_BLD; sizes mean nothing to this family."""
+        (ids_BL,) = ids_BNL.to(self.device).unbind(1)
+        return TextCondition(self.text_encoder(ids_BL)[0])
 
 
 def read_widths(path: str) -> BaseWidths:

@@ -85,11 +85,12 @@ def generate_row(model: Any, pictures: list[Any], options: Any) -> Path:
     from PIL import Image
 
     from ipa.checkpoint import write_atomically
-    from ipa.data.transforms import square, to_tensor
+    from ipa.data.transforms import fit_reference
     from ipa.sampling import SamplingOptions, generate
     from ipa.types import to_uint8
 
-    references = [to_tensor(square(picture, model.encoder.image_size_px)).to(model.device) for picture in pictures]
+    edge_px = model.encoder.image_size_px
+    references = [fit_reference(picture, edge_px, model.reference_fit).to(model.device) for picture in pictures]
     features = [model.encode_reference(each.expand(options.num_images, -1, -1, -1)) for each in references]
     how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=options.scale)
     seeds = range(options.seed, options.seed + options.num_images)

@@ -53,7 +53,7 @@ def build_model(cfg: DictConfig) -> IPAdapterModel:
     family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
     head = instantiate(cfg.tokens)(encoder.widths, family.context_width)
     adapter = instantiate(cfg.adapter.make)(family.hosts())
-    model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma)
+    model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
     if cfg.gradient_checkpointing:
         model.checkpoint_gradients()
     return model

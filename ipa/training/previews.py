@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ipa.checkpoint import write_atomically
-from ipa.data.transforms import read_picture, square, to_tensor
+from ipa.data.transforms import cover, fit_reference, read_picture
 from ipa.metrics.clip import ClipScorer, fit_square
 from ipa.metrics.prompt_scores import PromptScores
 from ipa.model import IPAdapterModel
@@ -53,15 +53,17 @@ class HeldOutPrompts:
         return cls(torch.cat(images)[:count], torch.cat(references)[:count], captions[:count])
 
     @classmethod
-    def from_folder(cls, folder: str | Path, image_size_px: int, reference_size_px: int) -> HeldOutPrompts:
+    def from_folder(
+        cls, folder: str | Path, image_size_px: int, reference_size_px: int, reference_fit: str = "crop"
+    ) -> HeldOutPrompts:
         """Every picture of a folder, by name, its caption from the `.txt` beside it (empty without one).
 
         Raises FileNotFoundError without pictures, ValueError for one that cannot be read.
         """
         paths = pictures_in(folder)
         pictures = [read_picture(path, "preview.images") for path in paths]
-        sizes = (image_size_px, reference_size_px)
-        images, references = (torch.stack([to_tensor(square(p, size)) for p in pictures]) for size in sizes)
+        images = torch.stack([cover(picture, (image_size_px, image_size_px)) for picture in pictures])
+        references = torch.stack([fit_reference(picture, reference_size_px, reference_fit) for picture in pictures])
         captions = [path.with_suffix(".txt") for path in paths]
         return cls(images, references, [path.read_text().strip() if path.is_file() else "" for path in captions])
 
@@ -70,7 +72,8 @@ class HeldOutPrompts:
         """The first ``count`` prompts of ``folder``, without one those of the validation shards."""
         if folder is None:
             return cls.from_datamodule(datamodule, count)
-        return cls.from_folder(folder, datamodule.image_size_px, datamodule.reference_size_px).head(count)
+        sizes = (datamodule.image_size_px, datamodule.reference_size_px)
+        return cls.from_folder(folder, *sizes, datamodule.reference_fit).head(count)
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ipa.checkpoint import write_atomically
+from ipa.data.cache import WrongCache
 from ipa.data.rejects import NoGoodSamples
 from ipa.export.loading import load_into
 from ipa.model import IPAdapterModel
@@ -67,6 +68,7 @@ def train(cfg: DictConfig) -> None:
         reference_size_px=model.encoder.image_size_px,
         latent_shape=model.family.latent_shape(cfg.image_size_px or model.family.image_size_px),
     )
+    datamodule.check_model(model)
     metadata = {"licence": cfg.licence} if cfg.licence else {}
     module = AdapterTraining(model, instantiate(optimizer), instantiate(cfg.schedule), cfg.ema.decay, metadata)
     for logger in trainer.loggers:
@@ -74,8 +76,8 @@ def train(cfg: DictConfig) -> None:
     log.info("training %s parameters in %s", f"{model.count_trainable():,}", folder)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=last_checkpoint(folder))
-    except NoGoodSamples as error:  # out of a data worker it comes with the worker's traceback as its text
-        raise NoGoodSamples(str(error).strip().rpartition("NoGoodSamples: ")[2]) from error
+    except (NoGoodSamples, WrongCache) as error:  # a data worker's comes with the worker's traceback as its text
+        raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
     if trainer.is_global_zero:
         with module.product():
             report(cfg, folder, model, datamodule, trainer, callbacks)

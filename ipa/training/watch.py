@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -125,8 +124,7 @@ class ImagePromptGuard(L.Callback):
 def compare_images(model: IPAdapterModel, batch: Batch) -> tuple[float, float]:
     """Mean error with each sample's own reference, and with its neighbour's; nothing dropped."""
     own = batch.keep_all()
-    other = replace(own, reference_B3HW=own.reference_B3HW.roll(1, 0))
-    means = torch.stack([model.errors(each).error_B.mean() for each in (own, other)])
+    means = torch.stack([model.errors(each).error_B.mean() for each in (own, own.with_neighbours_image())])
     return tuple(means.tolist())
 
 

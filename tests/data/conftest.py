@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from tars import Members, good, png, write_tar
 
 from ipa.data.draws import DropRates
 from ipa.data.order import Order
 from ipa.data.samples import Preparation
+from ipa.data.sources import Source
 from ipa.data.transforms import Background
-
-Members = list[tuple[str, bytes]]
-
-
-def png(size: tuple[int, int] = (10, 8), colour: str | tuple[int, ...] = "teal", mode: str = "RGB") -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, size, colour).save(out, "PNG")
-    return out.getvalue()
-
-
-def good(key: str, caption: str = "a thing") -> Members:
-    return [(f"{key}.json", b"{}"), (f"{key}.txt", caption.encode()), (f"{key}.png", png())]
-
-
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return str(path)
 
 
 @pytest.fixture
@@ -67,17 +44,6 @@ def dirty_members() -> Members:
     ]
 
 
-DIRT = {
-    "no picture": 1,
-    "broken picture": 2,
-    "empty caption": 1,
-    "caption is not UTF-8": 1,
-    "duplicate key": 1,
-    "too many pixels": 1,
-    "no caption": 1,
-}
-
-
 @pytest.fixture
 def preparation() -> Preparation:
     return Preparation(8, 6, (2, 3, 3), DropRates(), Background(), max_pixels=10_000)
@@ -86,6 +52,6 @@ def preparation() -> Preparation:
 @pytest.fixture
 def make_order() -> Callable[..., Order]:
     def make(shards: Sequence[str], seed: int = 0, window: int = 6) -> Order:
-        return Order(list(shards), seed, "train", window=window)
+        return Order([Source.of("train", shards=list(shards))], seed, window)
 
     return make

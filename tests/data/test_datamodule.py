@@ -9,22 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import good, png, write_tar
 from lightning import Callback, LightningModule, Trainer
+from tars import good, png, write_tar
 from torch import Tensor, nn
 
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.draws import DropRates
+from ipa.data.lanes import Lanes
 from ipa.data.rejects import NoGoodSamples
 from ipa.data.shards import NoShards
 from ipa.data.transforms import Background
-from ipa.types import Batch, Position
+from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 DEMO = Path(__file__).parents[2] / "demo" / "data"
 
 
+ONE_LANE = {"ranks": 1, "workers": 1}
+
+
 def make(train: object, val: object = None, **options: object) -> ShardDataModule:
-    data = ShardDataModule(train, val, **{"batch_size": 4, "num_workers": 0, "window": 6, **options})
+    """With one lane, so that the order is the same for any number of workers."""
+    usual = {"batch_size": 4, "num_workers": 0, "window": 6, "lanes": ONE_LANE}
+    data = ShardDataModule(train, val, **{**usual, **options})
     data.fit_to(image_size_px=8, reference_size_px=6, latent_shape=(2, 3, 3))
     return data
 
@@ -71,8 +77,66 @@ def test_another_order_begins_a_new_pass(clean_shards: list[str], caplog: pytest
     take(stopped, 3)
     with caplog.at_level(logging.WARNING):
         other.load_state_dict(stopped.state_dict())
-    assert stopped.position == Position(0, 12) and other.position == Position(1, 0)
+    assert stopped.position == Position(3, {0: LanePlace(12, (SourcePlace(0, 0, 6, 6),))})
+    assert other.position == Position(3, {0: LanePlace(0, (SourcePlace(1),))})
     assert "new pass" in caplog.text
+
+
+@pytest.mark.parametrize("lanes", [None, {"ranks": None, "workers": 3}])
+def test_a_run_that_begins_has_a_lane_for_every_worker_and_keeps_it(clean_shards: list[str], lanes) -> None:
+    workers = (lanes or {}).get("workers") or 2
+    whole = take(make(clean_shards, num_workers=2, lanes=lanes), 9)
+    stopped = make(clean_shards, num_workers=2, lanes=lanes)
+    take(stopped, 4)
+    resumed = make(clean_shards, num_workers=0, lanes=lanes)
+    resumed.load_state_dict(stopped.state_dict())
+    assert take(resumed, 5) == whole[4:]
+    assert resumed.lanes == Lanes(1, workers)
+
+
+def test_other_readers_are_told(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    stopped, resumed = make(clean_shards, num_workers=3, lanes=None), make(clean_shards, num_workers=2, lanes=None)
+    take(stopped, 1)
+    resumed.load_state_dict(stopped.state_dict())
+    with caplog.at_level(logging.WARNING):
+        resumed.train_dataloader()
+    assert "read by 1 ranks × 3 workers, now by 1 × 2: the samples and their order stay the same" in caplog.text
+
+
+def test_lanes_that_a_step_cannot_be_shared_among_begin_a_new_pass(clean_shards, caplog) -> None:
+    order = make(clean_shards).fingerprint()
+    state = {"grid": [2, 1], "readers": [2, 1], "step": 5, "rejects": [{}, {}], "order": order}
+    state["lanes"] = {lane: [20, [[1, 0, 0, 3]]] for lane in range(2)}
+    data = make(clean_shards, batch_size=3, lanes=None)
+    data.load_state_dict(state)
+    with caplog.at_level(logging.WARNING):
+        data.train_dataloader()
+    assert data.position == Position(5, {0: LanePlace(0, (SourcePlace(2),))}) and data.lanes == Lanes(1, 1)
+    assert "a new pass (2): its order was dealt out for 2 ranks, but 3 samples × 1 ranks are no multiple" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lanes", "complaint"),
+    [({"ranks": 3, "workers": None}, "no multiple of 3"), ({"ranks": 2, "workers": 2}, "3 shards only")],
+)
+def test_lanes_that_cannot_be_are_refused(clean_shards: list[str], lanes, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        make(clean_shards, lanes=lanes).train_dataloader()
+
+
+def test_sources_are_chosen_by_name(clean_shards: list[str]) -> None:
+    one, other = {"shards": clean_shards[:2], "weight": 2}, {"shards": clean_shards[2]}
+    known = {"one": one, "other": other, "none": {"shards": None}}
+    data = make(None, sources=["other", "one"], known=known)
+    assert [(source.name, source.weight) for source in data.train_order.sources] == [("other", 1.0), ("one", 2.0)]
+    with pytest.raises(ValueError, match=r"data.sources=\['oen'\]: give one or several of one, other, none"):
+        make(None, sources=["oen"], known=known)
+    with pytest.raises(ValueError, match=r"say where the shards are: data.known.none.shards="):
+        make(None, sources=["one", "none"], known=known)
+    with pytest.raises(ValueError, match=r"no data are given: say data.train=SHARDS, or data.sources="):
+        make(None, known=known)
+    with pytest.raises(ValueError, match="both given"):
+        make(clean_shards, sources=["one"], known=known)
 
 
 def test_rejects_are_summed_and_saved(tmp_path: Path) -> None:
@@ -212,4 +276,4 @@ def test_a_trainer_stopped_in_mid_pass_resumes_exactly(clean_shards: list[str], 
     data = make(clean_shards)
     _, second = fit(data, tmp_path, 8, ckpt_path=tmp_path / "half.ckpt", enable_checkpointing=False)
     assert first.seen + second.seen == whole.seen
-    assert data.position == Position(1, 12)
+    assert data.position.step == 8

@@ -1,20 +1,39 @@
 """What is read from one shard, whatever state it is in."""
 
+import gc
+import io
 import tarfile
+import weakref
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import DIRT, good, png, write_tar
+from PIL import Image
+from tars import DIRT, Members, good, png, write_tar
 
-from ipa.data.records import Record, read_shard
+from ipa.data.captions import Captions
+from ipa.data.filters import read_filters
+from ipa.data.records import Layout, Record, read_shard, try_record
 from ipa.data.rejects import Rejected
 
+TEXT = Layout()
 
-def read(shard: str, caption_key: str = "txt") -> tuple[list[str], Counter[str]]:
-    found = list(read_shard(shard, caption_key))
+
+def read(shard: str, layout: Layout = TEXT) -> tuple[list[str], Counter[str]]:
+    found = list(read_shard(shard, layout))
     keys = [item.key for item in found if isinstance(item, Record)]
     return keys, Counter(item.reason for item in found if isinstance(item, Rejected))
+
+
+def records(tmp_path: Path, members: Members, layout: Layout = TEXT) -> list[Record]:
+    """Those of a shard in which all is good."""
+    found = list(read_shard(write_tar(tmp_path / "00000.tar", members), layout))
+    assert not [item for item in found if isinstance(item, Rejected)]
+    return [item for item in found if isinstance(item, Record)]
+
+
+def captioned(keys: object) -> Layout:
+    return Layout(Captions.of(keys))
 
 
 def five(tmp_path: Path) -> tuple[Path, list[int]]:
@@ -28,10 +47,10 @@ def five(tmp_path: Path) -> tuple[Path, list[int]]:
 
 def test_records_carry_name_index_and_caption(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "00007.tar", [*good("a", " a cat\n"), *good("b")])
-    first, second = read_shard(shard, "txt")
+    first, second = read_shard(shard, TEXT)
     assert isinstance(first, Record) and isinstance(second, Record)
-    assert (first.key, first.shard, first.index, first.caption) == ("a", "00007.tar", 0, "a cat")
-    assert first.picture == png() and second.index == 1
+    assert (first.key, first.shard, first.index, first.captions) == ("a", "00007.tar", 0, (("a cat", 1.0),))
+    assert first.picture == png() and second.index == 1 and first.references == ()
 
 
 def test_every_kind_of_dirt_has_its_reason(tmp_path: Path, dirty_members: list[tuple[str, bytes]]) -> None:
@@ -42,23 +61,110 @@ def test_every_kind_of_dirt_has_its_reason(tmp_path: Path, dirty_members: list[t
 
 def test_of_adjacent_doubles_the_first_counts(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "00000.tar", [*good("a", "first"), *good("a", "second"), *good("b")])
-    found = [item.caption for item in read_shard(shard, "txt") if isinstance(item, Record)]
+    found = [item.caption(0) for item in read_shard(shard, TEXT) if isinstance(item, Record)]
     assert found == ["first", "a thing"]
     assert read(shard)[1] == {"duplicate key": 1}
 
 
 def test_caption_from_another_member_or_from_the_metadata(tmp_path: Path) -> None:
     members = [("a.json", b'{"alt": "from json"}'), ("a.blip", b"from blip"), ("a.png", png())]
-    shard = write_tar(tmp_path / "00000.tar", members)
-    assert [item.caption for item in read_shard(shard, "json.alt")] == ["from json"]
-    assert [item.caption for item in read_shard(shard, "blip")] == ["from blip"]
-    assert read(shard, "json.title") == ([], {"no caption": 1})
+    for keys, caption in (("json.alt", "from json"), ("blip", "from blip"), (["txt", "blip"], "from blip")):
+        [record] = records(tmp_path, members, captioned(keys))
+        assert record.captions == ((caption, 1.0),)
+    assert read(str(tmp_path / "00000.tar"), captioned("json.title")) == ([], {"no caption": 1})
+
+
+def test_several_captions_have_chances(tmp_path: Path) -> None:
+    [record] = records(tmp_path, [*good("a", "from txt"), ("a.blip", b"from blip")], captioned({"txt": 3, "blip": 1}))
+    assert record.captions == (("from txt", 0.75), ("from blip", 0.25))
+    assert [record.caption(u) for u in (0, 0.74, 0.75, 0.99)] == ["from txt", "from txt", "from blip", "from blip"]
+
+
+REFERENCES = Layout(references=("ref.jpg", "ref.png"))
+
+
+def test_separate_references(tmp_path: Path) -> None:
+    members = [*good("a"), ("a.ref.png", b"2"), ("a.REF.jpg", b"1"), *good("b"), ("b.ref.png", b"3"), ("b.x.png", b"4")]
+    a, b = records(tmp_path, members, REFERENCES)
+    assert (a.references, b.references) == ((b"1", b"2"), (b"3",)) and a.picture == b.picture == png()
+
+
+def test_a_sample_without_any_reference_is_rejected(tmp_path: Path) -> None:
+    shard = write_tar(
+        tmp_path / "0.tar", [*good("a"), *good("b"), ("b.ref.png", png()), ("c.txt", b"x"), ("c.ref.png", b"")]
+    )
+    assert read(shard, REFERENCES) == (["b"], {"no reference": 1, "no picture": 1})
+
+
+def test_a_reference_is_not_taken_for_the_picture(tmp_path: Path) -> None:
+    members = [("a.jpg", b"reference"), ("a.txt", b"a thing"), ("a.webp", b"picture")]
+    [record] = records(tmp_path, members, Layout(references=("jpg",)))
+    assert (record.picture, record.references) == (b"picture", (b"reference",))
+
+
+def test_filters_count_under_their_names_and_keep_the_numbers_of_the_rest(tmp_path: Path) -> None:
+    scores = [b'{"p": 0.9}', b'{"p": 0.1}', b"{}", b'{"p": "0.2"}']
+    members = [
+        m for i, score in enumerate(scores) for m in [(f"{i}.json", score), (f"{i}.txt", b"x"), (f"{i}.png", png())]
+    ]
+    shard = write_tar(tmp_path / "0.tar", members)
+    layout = Layout(filters=read_filters({"watermark": {"key": "json.p", "max": 0.5}}))
+    assert read(shard, layout) == (["1", "3"], {"filter: watermark": 1, "filter: watermark is missing": 1})
+    assert [item.index for item in read_shard(shard, layout) if isinstance(item, Record)] == [1, 3]
+
+
+def test_what_is_dirty_by_itself_is_not_counted_as_filtered(tmp_path: Path, dirty_members: Members) -> None:
+    layout = Layout(filters=read_filters({"small": {"key": "short_side_px", "min": 9}}))
+    _, rejects = read(write_tar(tmp_path / "00000.tar", dirty_members), layout)
+    reasons = {reason: n for reason, n in DIRT.items() if reason not in ("broken picture", "too many pixels")}
+    assert rejects == {**reasons, "broken picture": 1, "filter: small": 5}  # a cut-off one still has its header
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_size_is_that_of_the_upright_picture(tmp_path: Path, turned: bool) -> None:
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    Image.new("RGB", (30, 20)).save(out, "JPEG", exif=exif)
+    [record] = records(tmp_path, [("a.jpg", out.getvalue()), ("a.txt", b"x"), ("a.json", b'{"width": 7, "height": 7}')])
+    assert record.size == ((20, 30) if turned else (30, 20))
+
+
+def test_a_size_that_is_not_known() -> None:
+    assert Record("a", "0.tar", 0, b"<html>", (("x", 1.0),)).size is None
+    assert Record("a", "0.tar", 0, b"no picture", (("x", 1.0),), measured=(3, 4)).size == (3, 4)
+
+
+class Sample(dict[str, bytes]):
+    """Members that can be seen to be gone."""
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"png": b"", "blip": b"x"}, None),
+        ({"txt": b"x"}, "no picture"),
+        ({"png": b"", "json": b"{"}, "broken metadata"),
+        ({"png": b"<html>", "txt": b"x"}, "broken picture"),
+        ({"png": png((4, 4)), "blip": b"x"}, "filter: small"),
+    ],
+)
+def test_nothing_of_a_sample_stays_in_memory(members: dict[str, bytes], reason: str | None) -> None:
+    filters = read_filters({"small": {"key": "short_side_px", "min": 9}} if reason else None)
+    sample = Sample(members)
+    gone = weakref.ref(sample)
+    gc.disable()
+    try:
+        found = try_record(Layout(Captions.of(["json.alt", "txt", "blip"]), (), filters), "a", "0.tar", 0, sample)
+        del sample
+        assert (found.reason if isinstance(found, Rejected) else None) == reason and gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("metadata", [b"{", b"[1]"])
 def test_broken_metadata(tmp_path: Path, metadata: bytes) -> None:
     shard = write_tar(tmp_path / "00000.tar", [("a.json", metadata), ("a.png", png())])
-    assert read(shard, "json.alt") == ([], {"broken metadata": 1})
+    assert read(shard, captioned("json.alt")) == ([], {"broken metadata": 1})
 
 
 def test_tar_cut_off_inside_a_sample(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DIRT, Members, good, png, write_tar
+from tars import DIRT, Members, good, png, write_tar
 
-from ipa.data.order import Order
+from ipa.data.lanes import Lane, Lanes, Share
+from ipa.data.order import Order, Slot
 from ipa.data.rejects import NoGoodSamples
 from ipa.data.samples import Preparation
-from ipa.data.stream import Share, TrainStream, ValStream
-from ipa.types import Batch, Position
+from ipa.data.stream import TrainStream, ValStream
+from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 MakeOrder = Callable[..., Order]
 Row = tuple[str, float, float, bool]
@@ -29,15 +30,36 @@ def rows(batch: Batch) -> list[Row]:
     return [(key, *drawn) for key, drawn in zip(batch.keys, numbers, strict=True)]
 
 
-def train(order: Order, preparation: Preparation, batch: int, steps: int, world: int = 1, workers: int = 1) -> list:
-    """The rows of each step over all ranks, every batch made by the worker whose turn it is."""
+def train(
+    order: Order,
+    preparation: Preparation,
+    batch: int,
+    steps: int,
+    world: int = 1,
+    workers: int = 1,
+    lanes: Lanes | None = None,
+    start: Position | None = None,
+) -> list:
+    """The batches of each step over all ranks, every one made by the worker whose turn it is."""
     streams = {
-        (rank, worker): TrainStream(order, preparation, batch).batches(Position(), Share(rank, world, worker, workers))
+        (rank, worker): TrainStream(order, preparation, batch, Share(rank, world), lanes).batches(
+            start or Position(), Share(rank, world, worker, workers)
+        )
         for rank in range(world)
         for worker in range(workers)
     }
-    made = [[next(streams[rank, step % workers]) for rank in range(world)] for step in range(steps)]
+    return [[next(streams[rank, step % workers]) for rank in range(world)] for step in range(steps)]
+
+
+def train_rows(*args: object, **options: object) -> list:
+    """The rows of each step over all ranks."""
+    made = train(*args, **options)
     return [sorted(row for batch in step for row in rows(batch)) for step in made]
+
+
+def endless(order: Order, number: int) -> list[Slot]:
+    """The first samples of the only lane."""
+    return list(islice(order.lane(Lane()).endless(order.begin()), number))
 
 
 def validate(order: Order, preparation: Preparation, batch: int, limit: int | None = None, world: int = 1, workers=1):
@@ -55,15 +77,15 @@ def counted(batches: list[Batch]) -> Counter[str]:
 
 
 def test_each_pass_brings_every_sample_once_in_another_order(clean_shards: list[str], make_order: MakeOrder) -> None:
-    slots = list(islice(make_order(clean_shards).endless(Position()), 40))
+    slots = endless(make_order(clean_shards), 40)
     first, second = [slot.record.key for slot in slots[:20]], [slot.record.key for slot in slots[20:]]
     assert len(set(first)) == 20 and set(first) == set(second) and first != second
-    assert [(slot.epoch, slot.offset) for slot in slots] == [(e, i) for e in range(2) for i in range(20)]
+    assert [slot.epoch for slot in slots] == [0] * 20 + [1] * 20
 
 
 def test_the_order_depends_on_the_seed_alone(clean_shards: list[str], make_order: MakeOrder) -> None:
     def order(seed: int) -> list[str]:
-        return [slot.record.key for slot in islice(make_order(clean_shards, seed).endless(Position()), 20)]
+        return [slot.record.key for slot in endless(make_order(clean_shards, seed), 20)]
 
     assert order(0) == order(0) != order(1)
 
@@ -72,32 +94,32 @@ def test_moving_the_shards_changes_nothing(
     clean_shards: list[str], make_order: MakeOrder, preparation, tmp_path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
-    before = train(make_order(clean_shards), preparation, 4, 3)
+    before = train_rows(make_order(clean_shards), preparation, 4, 3)
     moved = [str(Path(shard).rename(tmp_path / "elsewhere" / Path(shard).name)) for shard in clean_shards]
-    assert train(make_order(moved), preparation, 4, 3) == before
+    assert train_rows(make_order(moved), preparation, 4, 3) == before
 
 
 @pytest.mark.parametrize(("batch", "world", "workers"), [(2, 4, 1), (4, 2, 2), (8, 1, 3), (4, 2, 5), (1, 8, 1)])
 def test_ranks_and_workers_change_nothing(clean_shards, make_order, preparation, batch, world, workers) -> None:
     order = make_order(clean_shards)
-    assert train(order, preparation, batch, 6, world, workers) == train(order, preparation, 8, 6)
+    assert train_rows(order, preparation, batch, 6, world, workers) == train_rows(order, preparation, 8, 6)
 
 
 @pytest.mark.parametrize(("batch", "world", "workers"), [(2, 2, 2), (1, 4, 3)])
 def test_nor_do_they_in_dirty_data(dirty_members, make_order, preparation, tmp_path, batch, world, workers) -> None:
     order = make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3)
-    assert train(order, preparation, batch, 9, world, workers) == train(order, preparation, 4, 9)
+    assert train_rows(order, preparation, batch, 9, world, workers) == train_rows(order, preparation, 4, 9)
 
 
 def test_two_ranks_of_two_workers_are_disjoint_and_complete(clean_shards, make_order, preparation) -> None:
-    seen = train(make_order(clean_shards), preparation, batch=1, steps=10, world=2, workers=2)
+    seen = train_rows(make_order(clean_shards), preparation, batch=1, steps=10, world=2, workers=2)
     delivered = [row[0] for step in seen for row in step]
     assert len(delivered) == len(set(delivered)) == 20
 
 
 def test_more_workers_than_samples_do_not_starve(make_order, preparation, tmp_path: Path) -> None:
     order = make_order([write_tar(tmp_path / "0.tar", good("only"))])
-    seen = train(order, preparation, batch=2, steps=4, world=2, workers=4)
+    seen = train_rows(order, preparation, batch=2, steps=4, world=2, workers=4)
     assert {row[0] for step in seen for row in step} == {"only"}
     assert len({row for step in seen for row in step}) == 16  # every pass draws anew
 
@@ -109,7 +131,7 @@ def test_batches_hold_what_they_promise(clean_shards, make_order, preparation) -
     assert batch.draws.noise_BCHW.shape == (5, 2, 3, 3)
     assert batch.text == ["a thing"] * 5 and len(batch) == 5
     assert all(key.startswith(shard.removesuffix(".tar")) for key, shard in zip(batch.keys, batch.shards, strict=True))
-    assert batch.position == Position(0, 5) and batch.rejects == {}
+    assert batch.position == Position(1, {0: LanePlace(5, (SourcePlace(0, 0, 0, 5),))}) and batch.rejects == {}
 
 
 @pytest.mark.parametrize("steps_before", [1, 4, 5, 7])
@@ -138,7 +160,10 @@ def test_training_counts_every_reject_once_a_pass(dirty_members, make_order, pre
     batches = [
         batch
         for share in shares
-        for batch in islice(TrainStream(order, preparation, per_rank).batches(Position(), share), passes // workers)
+        for batch in islice(
+            TrainStream(order, preparation, per_rank, Share(share.rank, world)).batches(Position(), share),
+            passes // workers,
+        )
     ]
     assert counted(batches) == {reason: passes * n for reason, n in DIRT.items()}
     assert set(keys(batches)) == {"good0", "good1", "good2", "good3"}

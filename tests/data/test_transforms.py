@@ -1,24 +1,48 @@
+"""Decoding of whatever the web has, and cuts and resizes against PIL's and torchvision's own."""
+
 import io
+import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from conftest import png
-from PIL import Image
+from dirt import bomb
+from PIL import Image, ImageOps
+from tars import png
 from torchvision.transforms import v2
 
 from ipa.data.addresses import Address
 from ipa.data.rejects import Rejected
 from ipa.data.samples import size_condition
-from ipa.data.transforms import Background, cut_corner, open_picture, square, to_tensor
+from ipa.data.transforms import (
+    FITS,
+    HEADROOM,
+    PAD_COLOUR,
+    Background,
+    Opened,
+    cover,
+    covering,
+    cut_corner,
+    fit_reference,
+    open_picture,
+    to_tensor,
+)
 
 BLUE = (59, 111, 212)
 MILLION = 1_000_000
+BICUBIC = v2.InterpolationMode.BICUBIC
+Size = tuple[int, int]
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def noise_picture(width: int, height: int, least: int = 0, most: int = 255) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(least, most + 1, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def mild_noise(width: int, height: int) -> Image.Image:
+    """Nothing overshoots: PIL resizes tall pictures in the other order of passes, and both clip in between."""
+    return noise_picture(width, height, 80, 175)
 
 
 def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
@@ -27,25 +51,64 @@ def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("size", [(40, 40), (61, 40), (40, 97), (16, 16), (9, 13), (50, 3)])
-def test_square_equals_torchvision_resize_and_centre_crop(size: tuple[int, int]) -> None:
-    picture = noise_picture(*size)
-    theirs = v2.Compose([v2.Resize(16, v2.InterpolationMode.BICUBIC), v2.CenterCrop(16)])(picture)
-    difference = to_tensor(square(picture, 16)).int() - to_tensor(theirs).int()
-    assert difference.abs().max() <= 1
+def opened(data: bytes, background: str = "white") -> Image.Image:
+    """Decoded in full, as PIL has it."""
+    return to_picture(open_picture(data, background, MILLION).pixels_3HW)
 
+
+def to_picture(pixels_3HW: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels_3HW.permute(1, 2, 0).numpy())
+
+
+def differ(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == torch.uint8
+    return int((ours.int() - theirs.int()).abs().max())
+
+
+def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """In dB."""
+    mse = (ours.double() - theirs.double()).square().mean().item()
+    return 10 * math.log10(255**2 / max(mse, 1e-9))
+
+
+# cuts
 
 ODD_SIZES = [(40, 40), (61, 40), (62, 40), (40, 97), (16, 16), (9, 13), (50, 3), (17, 16), (16, 19), (451, 300)]
 
 
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [*ODD_SIZES, (3, 600), (700, 2)])
+def test_a_square_is_torchvisions_resize_and_centre_crop(size: Size) -> None:
     picture = noise_picture(*size)
-    resized = to_tensor(v2.Resize(16, v2.InterpolationMode.BICUBIC)(picture)).int()
-    left, top = cut_corner(size, 16)
+    theirs = v2.Compose([v2.Resize(16, BICUBIC), v2.CenterCrop(16)])(picture)
+
+    assert differ(cover(Opened.of(picture), (16, 16)), to_tensor(theirs)) <= 1
+    assert differ(fit_reference(Opened.of(picture), 16), to_tensor(theirs)) <= 1
+
+
+@pytest.mark.parametrize("place", [(0.5, 0.5), (0.0, 1.0), (0.3, 0.8)])
+@pytest.mark.parametrize("target", [(16, 16), (24, 8), (8, 40)])
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_any_cut_is_part_of_the_picture_resized_to_cover_it(
+    size: Size, target: Size, place: tuple[float, float]
+) -> None:
+    picture = mild_noise(*size)
+    (width, height), (left, top) = covering(size, target), cut_corner(size, target, place)
+    whole = to_tensor(v2.Resize((height, width), BICUBIC)(picture))
+
+    assert width >= target[0] and height >= target[1] and (width == target[0] or height == target[1])
+    assert 0 <= left <= width - target[0] and 0 <= top <= height - target[1]
+    part = whole[:, top : top + target[1], left : left + target[0]]
+    assert differ(cover(Opened.of(picture), target, place), part) <= 1
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: Size) -> None:
+    picture = noise_picture(*size)
+    resized = to_tensor(v2.Resize(16, BICUBIC)(picture)).int()
+    left, top = cut_corner(size, (16, 16))
     _, height, width = resized.shape
     differences = {
-        (x, y): float((resized[:, y : y + 16, x : x + 16] - to_tensor(square(picture, 16))).abs().max())
+        (x, y): float((resized[:, y : y + 16, x : x + 16] - cover(Opened.of(picture), (16, 16))).abs().max())
         for x in range(width - 15)
         for y in range(height - 15)
     }
@@ -55,69 +118,358 @@ def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: tuple[
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)
-def test_the_size_condition_is_that_of_diffusers_training_script_for_sdxl(size: tuple[int, int]) -> None:
+def test_the_size_condition_is_that_of_diffusers_training_script_for_sdxl(size: Size) -> None:
     """Its train_text_to_image_sdxl.py: the size before, the crop's place after resizing to the shortest side."""
     picture, edge = noise_picture(*size), 16
     resized = v2.Resize(edge)(picture)
     top = max(0, int(round((resized.height - edge) / 2.0)))  # noqa: RUF046
     left = max(0, int(round((resized.width - edge) / 2.0)))  # noqa: RUF046
+    condition = size_condition(size, (edge, edge), (0.5, 0.5))
 
-    assert size_condition(size, edge).tolist() == [picture.height, picture.width, top, left, edge, edge]
-    assert size_condition(size, edge).dtype == torch.int64
+    assert condition.tolist() == [picture.height, picture.width, top, left, edge, edge]
+    assert condition.dtype == torch.int64
 
 
 def test_sizes_are_height_before_width_and_top_before_left() -> None:
-    assert size_condition((100, 50), 10).tolist() == [50, 100, 0, 5, 10, 10]
-    assert size_condition((50, 100), 10).tolist() == [100, 50, 5, 0, 10, 10]
-    assert size_condition((5, 8), 10).tolist() == [8, 5, 3, 0, 10, 10]  # small ones are enlarged
+    centre = (0.5, 0.5)
+    assert size_condition((100, 50), (10, 10), centre).tolist() == [50, 100, 0, 5, 10, 10]
+    assert size_condition((50, 100), (10, 10), centre).tolist() == [100, 50, 5, 0, 10, 10]
+    assert size_condition((5, 8), (10, 10), centre).tolist() == [8, 5, 3, 0, 10, 10]  # small ones are enlarged
+    assert size_condition((100, 50), (12, 10), (1.0, 0.0)).tolist() == [50, 100, 0, 8, 10, 12]
 
 
-def test_square_of_the_right_size_changes_nothing() -> None:
-    picture = noise_picture(16, 16)
-    assert square(picture, 16).tobytes() == picture.tobytes()
+def test_a_cut_of_the_right_size_changes_nothing() -> None:
+    picture = noise_picture(16, 24)
+    assert torch.equal(cover(Opened.of(picture), (16, 24)), to_tensor(picture))
 
 
 def test_tensor_is_uint8_channels_first() -> None:
     image_3HW = to_tensor(Image.new("RGB", (5, 4), BLUE))
-    assert image_3HW.dtype == torch.uint8 and image_3HW.shape == (3, 4, 5)
+    assert image_3HW.dtype == torch.uint8 and image_3HW.shape == (3, 4, 5) and image_3HW.is_contiguous()
     assert tuple(image_3HW[:, 0, 0].tolist()) == BLUE
+
+
+# references
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (60, 60), (1, 50), (7, 5)])
+def test_a_padded_reference_holds_the_whole_picture(size: Size) -> None:
+    picture = noise_picture(*size)
+    width, height = (max(1, 20 * side // max(size)) for side in size)
+    padded = fit_reference(Opened.of(picture), 20, "pad")
+    inner = ((20 - height) // 2, (20 - height) // 2 + height, (20 - width) // 2, (20 - width) // 2 + width)
+    whole = padded[:, inner[0] : inner[1], inner[2] : inner[3]].clone()
+
+    assert padded.shape == (3, 20, 20)
+    assert differ(whole, to_tensor(v2.Resize((height, width), BICUBIC)(picture))) <= 1
+    padded[:, inner[0] : inner[1], inner[2] : inner[3]] = 0
+    assert (padded.sum() == 0) == (width == height == 20)
+    if width < 20 or height < 20:
+        assert tuple(padded[:, 0, 0].tolist()) == (0x7A, 0x74, 0x68)
+        assert PAD_COLOUR == "#7a7468"  # what CLIP normalises to zero
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 61)])
+def test_a_squashed_reference_is_the_whole_picture_without_its_proportions(size: Size) -> None:
+    picture = mild_noise(*size)
+    theirs = v2.Resize((16, 16), BICUBIC)(picture)
+    assert differ(fit_reference(Opened.of(picture), 16, "squash"), to_tensor(theirs)) <= 1
+
+
+def test_every_fit_has_words_of_its_own() -> None:
+    assert list(FITS) == ["crop", "pad", "squash"]
+    assert FITS["crop"].words == "shortest side bicubic, centre crop"
+    assert len({fit.words for fit in FITS.values()}) == 3
+    with pytest.raises(ValueError, match=r"data\.reference_fit=stretch: one of crop, pad, squash"):
+        fit_reference(Opened.of(noise_picture(4, 4)), 2, "stretch")
+
+
+# decoding
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_the_background(mode: str) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     data = saved(clear.quantize() if mode == "P" else clear.convert(mode), "PNG")
-    assert open_picture(data, "#3b6fd4", MILLION).getpixel((1, 1)) == BLUE
+    assert opened(data, "#3b6fd4").getpixel((1, 1)) == BLUE
+
+
+def test_a_transparent_colour_of_a_palette_or_of_rgb_is_laid_on_the_background() -> None:
+    palette = Image.new("RGB", (4, 4), "red").quantize()
+    assert opened(saved(palette, "GIF", transparency=palette.getpixel((0, 0))), "#3b6fd4").getpixel((1, 1)) == BLUE
+    assert opened(saved(Image.new("RGB", (4, 4), "red"), "PNG", transparency=(255, 0, 0)), "teal").getpixel((1, 1)) == (
+        0,
+        128,
+        128,
+    )
 
 
 def test_half_transparent_pixels_mix() -> None:
-    picture = open_picture(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"), "white", MILLION)
+    picture = opened(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"))
     assert picture.getpixel((0, 0)) == (127, 127, 127)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "LAB"])
 def test_opaque_pictures_become_rgb(mode: str) -> None:
-    data = saved(Image.new(mode, (4, 4)), "TIFF")
-    assert open_picture(data, "teal", MILLION).mode == "RGB"
+    assert opened(saved(Image.new(mode, (4, 4)), "TIFF"), "teal").mode == "RGB"
 
 
-def test_exif_orientation_is_applied() -> None:
-    picture, exif = Image.new("RGB", (6, 4)), Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    assert open_picture(saved(picture, "JPEG", exif=exif), "white", MILLION).size == (4, 6)
+@pytest.mark.parametrize("colour", ["white", "black", "teal", "orange"])
+def test_cmyk_jpegs_have_their_colours(colour: str) -> None:
+    """PIL writes them as Adobe does, inverted; a reader that overlooks it sees a negative."""
+    picture = Image.new("RGB", (16, 16), colour)
+    data = saved(picture.convert("CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in data
+    assert differ(to_tensor(opened(data)), to_tensor(picture)) <= 6
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>", png()[:50], saved(noise_picture(64, 64), "JPEG")[:900]])
-def test_broken_pictures_are_rejected(data: bytes) -> None:
+RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(4, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (RAMP, "PNG"),
+        (RAMP, "TIFF"),
+        (RAMP.astype(np.int32), "TIFF"),
+        (RAMP.astype(np.int32) * 32768, "TIFF"),
+        ((RAMP / 65535).astype(np.float32), "TIFF"),
+        ((RAMP / 257).astype(np.float32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+    ],
+    ids=["16 bit PNG", "16 bit TIFF", "16 of 32 bit", "32 bit", "0 to 1", "0 to 255", "0 to 65535"],
+)
+def test_deep_greys_are_scaled_and_not_clipped(values: np.ndarray, kind: str) -> None:
+    pixels = np.asarray(opened(saved(Image.fromarray(values), kind)))[0, :, 0]
+    assert np.abs(pixels - RAMP[0] / 257).max() <= 1
+
+
+def test_dark_pictures_of_16_bit_stay_dark() -> None:
+    picture = opened(saved(Image.fromarray(np.full((4, 4), 2570, np.uint16)), "PNG"))
+    assert picture.getpixel((0, 0)) == (10, 10, 10)
+
+
+def test_deep_colours_are_scaled() -> None:
+    """A TIFF of 16 bits a channel, which PIL reads but does not write."""
+    picture = opened(rgb16_tiff(RAMP))
+    assert picture.size == (64, 4)
+    assert np.abs(np.asarray(picture)[0, :, 1] - RAMP[0] / 257).max() <= 1
+
+
+def rgb16_tiff(values: np.ndarray) -> bytes:
+    """Grey values as uncompressed little-endian RGB."""
+    height, width = values.shape
+    pixels = values[..., None].repeat(3, -1).astype("<u2").tobytes()
+    tags = [(256, width), (257, height), (259, 1), (262, 2), (273, 200), (277, 3), (278, height), (279, len(pixels))]
+    entries = [(tag, 4, 1, value) for tag, value in tags] + [(258, 3, 3, 190)]
+    ifd = b"".join(
+        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + n.to_bytes(4, "little") + value.to_bytes(4, "little")
+        for tag, kind, n, value in sorted(entries)
+    )
+    head = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little") + ifd + bytes(4)
+    return head.ljust(190, b"\0") + b"\x10\0\x10\0\x10\0".ljust(10, b"\0") + pixels
+
+
+def test_pixels_that_are_no_numbers_are_rejected() -> None:
+    with pytest.raises(Rejected, match="no numbers"):
+        opened(saved(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
+def test_of_an_animation_the_first_frame_counts(kind: str, options: dict[str, object]) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "lime")]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
+    assert opened(data).getcolors() == [(24, (255, 0, 0))]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(noise_picture(24, 16), kind, exif=exif)
+    theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    ours = open_picture(data, "white", MILLION)
+
+    assert ours.size == theirs.size == ((24, 16) if orientation < 5 else (16, 24))
+    assert torch.equal(ours.pixels_3HW, to_tensor(theirs.convert("RGB")))
+
+
+def test_exif_that_cannot_be_read_does_not_matter() -> None:
+    assert opened(saved(noise_picture(6, 4), "JPEG", exif=b"Exif\0\0nonsense")).size == (6, 4)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "progressive JPEG", "LZW TIFF"])
+@pytest.mark.parametrize("needs", [[], [(8, 8)]], ids=["in full", "scaled"])
+def test_truncated_pictures_are_rejected(kind: str, needs: list[Size]) -> None:
+    """However little is missing; no decoder fills the rest with grey."""
+    options = {"progressive": {"progressive": True}, "LZW": {"compression": "tiff_lzw"}}.get(kind.split()[0], {})
+    data = saved(noise_picture(64, 64), kind.split()[-1], **options)
+    for kept in (20, len(data) // 2, len(data) - 40):
+        with pytest.raises(Rejected) as caught:
+            open_picture(data[:kept], "white", MILLION, needs)
+        assert caught.value.reason == "broken picture"
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>", png()[:50], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_picture_is_rejected(data: bytes) -> None:
     with pytest.raises(Rejected) as caught:
         open_picture(data, "white", MILLION)
     assert caught.value.reason == "broken picture"
 
 
-def test_too_many_pixels_are_rejected() -> None:
+@pytest.mark.parametrize(("data", "most"), [(png((30, 20)), 599), (bomb(), MILLION), (bomb(), 10**12)])
+def test_too_many_pixels_are_rejected_before_they_are_decoded(data: bytes, most: int) -> None:
+    """The bomb has no pixels to decode: trying would find it broken."""
     with pytest.raises(Rejected) as caught:
-        open_picture(png((30, 20)), "white", 599)
+        open_picture(data, "white", most)
     assert caught.value.reason == "too many pixels"
+
+
+# less than the whole work
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    return noise_picture(6, 5).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def photograph(width: int, height: int, falloff: float = 1.0) -> Image.Image:
+    """Noise with amplitude ∝ f^-falloff: 1 is the sharpest that photographs are, 1.5 costs as many bytes as most do."""
+    draw = np.random.default_rng(1)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) + 1 / width
+    spectrum = np.fft.rfft2(draw.standard_normal((3, height, width))) / frequency**falloff
+    noise = np.fft.irfft2(spectrum, s=(height, width))
+    grey, red, blue = (plane / plane.std() for plane in noise)
+    pixels = np.stack([grey, grey + 0.3 * red, grey + 0.3 * blue], -1) * 45 + 128
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def sharp(width: int, height: int) -> Image.Image:
+    """A picture of 64 px with plain colours, enlarged without smoothing, as in the demo world."""
+    return (
+        noise_picture(5, 4).resize((64, 64), Image.Resampling.NEAREST).resize((width, height), Image.Resampling.NEAREST)
+    )
+
+
+def soft_photograph(width: int, height: int) -> Image.Image:
+    return photograph(width, height, 1.5)
+
+
+KINDS = [smooth, photograph, sharp]
+SIZES = [(1024, 1024), (1021, 683), (500, 907), (640, 427)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("size", "target", "scale"),
+    [
+        *[(size, (112, 112), None) for size in SIZES],
+        ((1024, 768), (48, 48), 8),
+        ((1023, 767), (96, 90), 4),
+        ((1022, 771), (200, 96), 2),
+    ],
+)
+def test_a_jpeg_decoded_at_a_fraction_gives_the_same_pictures(
+    kind: Callable[..., Image.Image], size: Size, target: Size, scale: int | None
+) -> None:
+    """Target, and reference made from the reduced target, within 40 dB of the direct way."""
+    data, reference_px = saved(kind(*size), "JPEG", quality=90), min(target) * 7 // 16
+    whole = open_picture(data, "white", MILLION * 2)
+    reduced = open_picture(data, "white", MILLION * 2, [target, (reference_px, reference_px)])
+    ours, place = reduced.shrunk(target), (0.2, 0.7)
+
+    assert reduced.size == whole.size == size
+    assert scale is None or reduced.span == (size[0] / scale, size[1] / scale)
+    assert all(decoded >= HEADROOM * need for decoded, need in zip(reduced.span, target, strict=True))
+    assert psnr(cover(ours, target, place), cover(whole, target, place)) > 40
+    for fit in FITS:
+        assert psnr(fit_reference(ours, reference_px, fit), fit_reference(whole, reference_px, fit)) > 40
+
+
+@pytest.mark.parametrize("kind", [smooth, soft_photograph, sharp])
+@pytest.mark.parametrize(
+    ("size", "target", "scale"),
+    [
+        ((1024, 1024), (512, 512), 2),
+        ((1023, 800), (300, 360), 2),
+        ((1200, 900), (224, 224), 4),
+        ((1024, 768), (96, 80), 8),
+    ],
+)
+def test_most_pictures_need_no_headroom(kind: Callable[..., Image.Image], size: Size, target: Size, scale: int) -> None:
+    """As training decodes: at least as large as needed, and within 40 dB of the whole work all the same."""
+    data, reference_px = saved(kind(*size), "JPEG", quality=90), min(target) * 7 // 16
+    whole = open_picture(data, "white", MILLION * 2)
+    reduced = open_picture(data, "white", MILLION * 2, [target, (reference_px, reference_px)], headroom=1)
+
+    assert reduced.span == (size[0] / scale, size[1] / scale)
+    ours = reduced.shrunk(target)
+    assert psnr(cover(ours, target), cover(whole, target)) > 40
+    for fit in FITS:
+        assert psnr(fit_reference(ours, reference_px, fit), fit_reference(whole, reference_px, fit)) > 40
+
+
+def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
+    """Why more can be asked for: the decoder's filter is none of bicubic's."""
+    data, target = saved(photograph(512, 512), "JPEG", quality=90), (256, 256)
+    whole = open_picture(data, "white", MILLION)
+    reduced = open_picture(data, "white", MILLION, [target], headroom=1)
+
+    assert reduced.span == target and whole.span == open_picture(data, "white", MILLION, [target]).span == (512, 512)
+    assert psnr(cover(reduced, target), cover(whole, target)) < 38
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(320, 200), (321, 199)])
+def test_a_turned_picture_is_decoded_at_a_fraction_that_divides_it(size: Size, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data, target = saved(sharp(*size), "JPEG", exif=exif), (40, 30)
+    whole, reduced = (open_picture(data, "white", MILLION, needs) for needs in ([], [target]))
+    turned = orientation > 4
+    least = min(side / need for side, need in zip(size, target[::-1] if turned else target, strict=True))
+    scale = 1 if orientation > 1 and size[0] % 2 else 2
+
+    assert least > 4
+    assert reduced.size == whole.size == (size[::-1] if turned else size)
+    assert reduced.span == tuple(side / scale for side in whole.size)
+    assert psnr(cover(reduced, target), cover(whole, target)) > 40
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_at_a_fraction_too(mode: str) -> None:
+    data = saved(smooth(320, 200).convert(mode), "JPEG", quality=90)
+    whole, reduced = (open_picture(data, "white", MILLION, needs) for needs in ([], [(40, 40)]))
+
+    assert reduced.span == (160, 100)
+    assert psnr(cover(reduced, (40, 40)), cover(whole, (40, 40))) > 40
+
+
+def test_a_reference_that_needs_more_than_the_target_is_made_from_the_larger_picture() -> None:
+    picture = Opened.of(noise_picture(200, 160))
+    small = picture.shrunk((40, 40))
+
+    assert small.pixels_3HW.shape == (3, 40, 50) and small.size == (200, 160)
+    for edge in (21, 40, 64):  # the same as without
+        assert differ(fit_reference(small, edge), fit_reference(picture, edge)) == 0
+    assert 0 < differ(fit_reference(small, 20), fit_reference(picture, 20)) < 10
+
+
+def test_a_small_picture_is_enlarged_once_at_most() -> None:
+    picture = Opened.of(noise_picture(20, 16))
+    assert picture.shrunk((40, 40)) is picture
+    assert picture.shrunk((16, 16)).shrunk((8, 8)).size == (20, 16)
+
+
+def test_long_pictures_are_not_resized_as_a_whole() -> None:
+    """A line of 30,000 px would have 15 million px across for 512 px."""
+    line = Opened.of(Image.new("RGB", (30_000, 1), "teal"))
+
+    assert line.shrunk((512, 512)) is line
+    assert cover(line, (512, 512)).unique().tolist() == [0, 128]
+
+
+# backgrounds
 
 
 def at(index: int, epoch: int = 0) -> Address:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-from ipa.data.transforms import square, to_tensor
+from ipa.data.transforms import Opened, fit_reference
 from ipa.encoders.clip_vision import ClipVisionEncoder, locate
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.types import EncoderWidths, Features, to_unit_range
@@ -63,7 +63,7 @@ def demo_pictures(count: int, size_px: int) -> torch.Tensor:
         members = [member for member in shard if member.name.endswith(".webp")][:count]
         files = [shard.extractfile(member).read() for member in members]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
-    return to_unit_range(torch.stack([to_tensor(square(picture, size_px)) for picture in pictures]))
+    return to_unit_range(torch.stack([fit_reference(Opened.of(picture), size_px) for picture in pictures]))
 
 
 @pytest.mark.parametrize("uses", ["pooled", "patches"])

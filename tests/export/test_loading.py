@@ -96,6 +96,36 @@ def test_an_adapter_of_sdxl_finds_its_family(sdxl_folder: Path, clip_name: str, 
     torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_how_references_are_cut_travels_in_the_metadata(
+    fit: str, base_folder: Path, clip_name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter.safetensors"
+    words = IPAdapterModel(*parts_of(tiny.make_model()), reference_fit=fit).describe()["preprocessing"]
+    write(path, {"base": str(base_folder), "encoder": clip_name, "preprocessing": words})
+    model = load_model(path)
+
+    assert model.reference_fit == fit
+    assert model.describe()["preprocessing"] == words
+
+
+def parts_of(model: IPAdapterModel) -> tuple[Any, ...]:
+    return model.family, model.encoder, model.head, model.adapter
+
+
+def test_references_that_are_cut_in_an_unknown_way_are_told_before_anything_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors", {"preprocessing": "faces only, 112 px"})
+    with pytest.raises(ValueError, match=r"a\.safetensors was trained .* faces only, 112 px\. Known: ") as caught:
+        load_model(tmp_path / "a.safetensors", "no base", "no encoder")
+
+    assert "shortest side bicubic, centre crop; longest side bicubic, padded with #7a7468" in str(caught.value)
+
+
+def test_a_model_knows_its_ways_to_cut_references() -> None:
+    with pytest.raises(ValueError, match=r"data\.reference_fit=stretch: one of crop, pad, squash"):
+        IPAdapterModel(*parts_of(tiny.make_model()), reference_fit="stretch")
+
+
 def test_frozen_parts_come_in_the_type_asked_for(base_folder: Path, clip_name: str, tmp_path: Path) -> None:
     write(tmp_path / "adapter.safetensors")
     model = load_model(tmp_path / "adapter.safetensors", str(base_folder), clip_name, dtype="bfloat16")

@@ -184,6 +184,38 @@ def test_autocast_leaves_the_vae_in_its_own_type(make: Callable[[], LatentDiffus
         assert torch.equal(family.decode_latents(expected), decoded)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_text_is_its_ids_encoded(make: Callable[[], LatentDiffusion]) -> None:
+    family, texts, sizes = make(), ["cat", "", "a much longer red dog than fits"], torch.arange(18).view(3, 6)
+    ids_BNL = family.tokenize(texts)
+    expected, found = family.encode_text(texts, sizes), family.encode_ids(ids_BNL, sizes)
+
+    assert ids_BNL.shape == (3, len(family.tokenizers), tiny.TEXT_LENGTH) and ids_BNL.dtype == torch.int64
+    assert all(torch.equal(family.tokenize([text])[0], ids_BNL[i]) for i, text in enumerate(texts))
+    pairs = zip(vars(expected).values(), vars(found).values(), strict=True)
+    assert all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+def test_sdxl_has_the_ids_of_both_its_tokenizers_which_pad_differently() -> None:
+    family = tiny_sdxl.make_family()
+    first_BL, second_BL = family.tokenize(["cat"]).unbind(1)
+
+    assert torch.equal(first_BL[:, :5], second_BL[:, :5]) and not torch.equal(first_BL, second_BL)
+
+
+def test_tokenizers_that_give_other_ids_have_another_hash() -> None:
+    family = tiny.make_family()
+    before = family.tokenizer_hash()
+    assert before == tiny.make_family(seed=1).tokenizer_hash() == family.tokenizer_hash()
+    padded, shorter = tiny.make_tokenizer(), tiny.make_tokenizer()
+    padded.pad_token, shorter.model_max_length = padded.bos_token, 8
+    hashes = set()
+    for family.tokenizer in (padded, shorter):
+        hashes.add(family.tokenizer_hash())
+
+    assert len({before, tiny_sdxl.make_family().tokenizer_hash(), *hashes}) == 4
+
+
 def test_sizes_mean_nothing_to_1_x_and_2_x() -> None:
     family = tiny_sdxl.make_family_2_1()
     text = family.encode_text(["cat", "dog"], torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]))

@@ -9,9 +9,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ipa.checkpoint import save_adapter
+from ipa.data.transforms import FITS
 from ipa.export.published import to_published, with_metadata
 from ipa.model import IPAdapterModel
 from ipa.tools.sample import main
@@ -110,6 +112,22 @@ def test_several_image_prompts_reach_one_picture(sample: Sample, image: Path, tm
 
     assert made["one"] == made["list"]
     assert len(set(made.values())) == 3
+
+
+def test_the_image_prompt_is_cut_as_the_metadata_say(sample: Sample, adapter: Path, tmp_path: Path) -> None:
+    Image.effect_noise((60, 20), 80).convert("RGB").save(tmp_path / "wide.png")
+    made = {}
+    with safe_open(adapter, "pt") as file:
+        metadata = file.metadata()
+    for fit, way in FITS.items():
+        save_file(load_file(adapter), adapter, metadata | {"preprocessing": way.words})
+        sample(image=tmp_path / "wide.png", out=tmp_path / f"{fit}.png", scale=1)
+        made[fit] = pixels(tmp_path / f"{fit}.png")
+    save_file(load_file(adapter), adapter, metadata)
+    sample(image=tmp_path / "wide.png", out=tmp_path / "plain.png", scale=1)
+
+    assert len(set(made.values())) == 3
+    assert pixels(tmp_path / "plain.png") == made["crop"]
 
 
 @pytest.mark.parametrize("kind", ["decoupled", "simple"])

@@ -19,7 +19,7 @@ REFUSED = [
     ),
     (["data.train=[]"], ["the list of shards is empty", "Give a folder"]),
     (["data.val=PLACE/no.tar"], ["no such shard: 'PLACE/no.tar'"]),
-    (["data.train=PLACE/captionless"], ["no usable sample", "no caption: 2", "data.caption_key"]),
+    (["data.train=PLACE/captionless"], ["no usable sample", "no caption: 2", "data.captions"]),
     (["data.train=PLACE/captionless", "data.num_workers=1"], ["no usable sample", "no caption: 2"]),
     (["data.val=PLACE/captionless"], ["no usable sample", "no caption: 2"]),
     (["base.path=PLACE/nowhere"], ["base.path=PLACE/nowhere", "Give a diffusers pipeline folder"]),

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run, column, picture
 from PIL import Image
 
+from ipa.data.transforms import fit_reference, read_picture
 from ipa.training.previews import HeldOutPrompts
 
 NAMES = ("b", "a", "d", "c")
@@ -48,6 +50,14 @@ def test_pictures_of_a_folder_come_by_name_with_the_caption_beside_them(pictures
     corners = [tuple(image[:, 0, 0].tolist()) for image in prompts.images_B3HW]
     by_name = [pictures / f"{name}.PNG" for name in sorted(NAMES)]
     assert corners == [Image.open(path).convert("RGB").getpixel((0, 4)) for path in by_name]
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_references_of_a_folder_are_cut_as_in_training(pictures: Path, fit: str) -> None:
+    prompts = HeldOutPrompts.from_folder(pictures, 16, 24, fit)
+    made = [fit_reference(read_picture(pictures / f"{name}.PNG"), 24, fit) for name in sorted(NAMES)]
+
+    assert torch.equal(prompts.references_B3HW, torch.stack(made))
 
 
 def test_a_folder_is_preferred_to_the_held_out_shards(train_in: Run, tmp_path: Path, pictures: Path) -> None:

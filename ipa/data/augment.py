@@ -1,0 +1,94 @@
+"""Optional changes of the reference, and of it alone, so that the adapter cannot learn to copy the picture.
+
+    data.augment._target_=ipa.data.augment.Augmentation data.augment.area=0.5 data.augment.flip=0.5
+
+Every draw has the sample's own address.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ipa.data.addresses import Address
+from ipa.data.draws import uniform
+from ipa.data.transforms import Opened, Size, covering, fit_reference
+
+STRETCH = math.log(4 / 3)  # of a crop's proportions against the picture's, at most
+GREY = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, flip and colours; the defaults change nothing.
+
+    The reference is made from a random part of the picture, with at least the share ``area`` of its area and about its
+    proportions; ``flip`` is the probability of a mirror image. Brightness, contrast and saturation are multiplied by
+    1 ± at most the number that is given.
+    """
+
+    area: float = 1.0
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.area <= 1:
+            raise ValueError(f"data.augment.area={self.area}: above 0, and at most 1, the whole picture")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"data.augment.flip={self.flip} is a probability: from 0 to 1")
+        for field in fields(self)[2:]:
+            if not 0 <= getattr(self, field.name) <= 1:
+                raise ValueError(f"data.augment.{field.name}={getattr(self, field.name)}: from 0 (as it is) to 1")
+
+    def need(self, size_px: int) -> Size:
+        """What ``open_picture`` is to be told, so that the smallest part has pixels enough for this edge."""
+        side_px = math.ceil(size_px / math.sqrt(self.area) * math.exp(stretch_room(self.area)))
+        return side_px, side_px
+
+    def reference(self, picture: Opened, size_px: int, fit: str, address: Address) -> Tensor:
+        """uint8 reference_3HW as ``fit_reference`` makes it, changed."""
+        if self.area < 1:
+            picture = self.part(picture.version_for(covering(picture.size, self.need(size_px))), address)
+        reference_3HW = fit_reference(picture, size_px, fit)
+        if uniform(address, "reference flip") < self.flip:
+            reference_3HW = reference_3HW.flip(-1)
+        return self.coloured(reference_3HW, address)
+
+    def part(self, picture: Opened, address: Address) -> Opened:
+        share = self.area + (1 - self.area) * uniform(address, "reference crop area")
+        stretch = stretch_room(share) * (2 * uniform(address, "reference crop shape") - 1)
+        whole = [int(side) for side in picture.span]
+        shares = [math.sqrt(share) * math.exp(s) for s in (stretch, -stretch)]
+        width, height = (max(1, round(side * part)) for side, part in zip(whole, shares, strict=True))
+        left = round(uniform(address, "reference crop x") * (whole[0] - width))
+        top = round(uniform(address, "reference crop y") * (whole[1] - height))
+        pixels_3HW = picture.pixels_3HW[:, top : top + height, left : left + width]
+        return Opened(pixels_3HW, (width, height), (width, height))
+
+    def coloured(self, reference_3HW: Tensor, address: Address) -> Tensor:
+        if not (self.brightness or self.contrast or self.saturation):
+            return reference_3HW
+
+        def factor(name: str, most: float) -> float:
+            return 1 + most * (2 * uniform(address, f"reference {name}") - 1)
+
+        pixels_3HW = reference_3HW.float() * factor("brightness", self.brightness)
+        mean = grey(pixels_3HW).mean()
+        pixels_3HW = mean + (pixels_3HW - mean) * factor("contrast", self.contrast)
+        grey_1HW = grey(pixels_3HW)
+        pixels_3HW = grey_1HW + (pixels_3HW - grey_1HW) * factor("saturation", self.saturation)
+        return pixels_3HW.round().clamp(0, 255).to(torch.uint8)
+
+
+def stretch_room(share: float) -> float:
+    """How much (in logarithms) a side of a part with this share of the area may differ from that of its proportions."""
+    return min(STRETCH, -math.log(share)) / 2
+
+
+def grey(pixels_3HW: Tensor) -> Tensor:
+    return (pixels_3HW * torch.tensor(GREY)[:, None, None]).sum(0, keepdim=True)

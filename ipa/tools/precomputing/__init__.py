@@ -1,0 +1,1 @@
+"""What `python -m ipa.tools.precompute` does: claims on shards, the decoding, the shards in the making, and the run."""

@@ -1,0 +1,61 @@
+"""An epoch over dirty shards: every good sample exactly once, every bad one under its reason, nothing crashes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from dirt import KINDS, Content, write_dirty_shard
+from torch.utils.data import DataLoader
+
+from ipa.data.draws import NO_DROPS
+from ipa.data.lanes import Share
+from ipa.data.order import Order
+from ipa.data.samples import Preparation
+from ipa.data.sources import Source
+from ipa.data.stream import AuditStream
+
+PREPARATION = Preparation(16, 16, (1, 2, 2), NO_DROPS)
+
+
+def audit(shards: list[str], world: int, workers: int, batch: int = 16) -> tuple[Counter[str], Counter[str]]:
+    """How often each key came, and the rejects, over all ranks with real data workers."""
+    keys, rejects = Counter[str](), Counter[str]()
+    for rank in range(world):
+        order = Order([Source.of("train", shards=shards)], seed=0)
+        stream = AuditStream(order, PREPARATION, batch, Share(rank, world))
+        for made in DataLoader(stream, batch_size=None, num_workers=workers):
+            keys.update(made.keys)
+            rejects.update(made.rejects)
+    return keys, rejects
+
+
+def check(folder: Path, shards: int, samples: int) -> None:
+    """Every tenth shard breaks in the middle."""
+    contents = [
+        write_dirty_shard(folder / f"{i:05d}.tar", i, samples, share=0.03 if samples > 100 else 0.4, broken=i % 10 == 3)
+        for i in range(shards)
+    ]
+    whole = sum_up(contents)
+    assert len(whole.rejects) >= 8 and len(KINDS) + 2 >= 10
+
+    keys, rejects = audit([str(folder / f"{i:05d}.tar") for i in range(shards)], world=2, workers=2)
+
+    assert keys == Counter(whole.good)
+    assert set(keys.values()) == {1}
+    assert rejects == whole.rejects
+
+
+def sum_up(contents: list[Content]) -> Content:
+    good = [key for content in contents for key in content.good]
+    return Content(good, sum((content.rejects for content in contents), Counter()))
+
+
+def test_a_small_epoch(tmp_path: Path) -> None:
+    check(tmp_path, shards=7, samples=60)
+
+
+@pytest.mark.slow
+def test_two_hundred_thousand_pictures(tmp_path: Path) -> None:
+    check(tmp_path, shards=200, samples=1000)

@@ -1,0 +1,361 @@
+"""Feature shards: their bytes, what is read from them, and that training on them sees what it sees on pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from dirt import write_dirty_shard
+from tars import Members, good, write_tar
+from torch import Tensor
+
+from ipa.data.addresses import Address
+from ipa.data.cache import (
+    BROKEN_MEMBER,
+    OTHER_BUCKET,
+    CachedPreparation,
+    CacheSource,
+    CacheWriter,
+    Header,
+    WrongCache,
+    pack,
+    unpack,
+)
+from ipa.data.draws import DropRates
+from ipa.data.lanes import Lanes, Share
+from ipa.data.order import Order
+from ipa.data.records import Record
+from ipa.data.rejects import BROKEN_PICTURE, BROKEN_TAR, DUPLICATE_KEY, NO_PICTURE, Rejected
+from ipa.data.samples import Preparation
+from ipa.data.sources import Source
+from ipa.data.stream import TrainStream
+from ipa.types import Batch
+
+HEADER = Header("train", {"vae": "float32 1"}, {"crop": "center", "buckets": None}, {"image_size_px": 16})
+DROPS = DropRates(0.2, 0.2, 0.2)
+
+
+def make_record(index: int = 0, **changes: Any) -> Record:
+    captions = (("a cat", 0.25), ("a red cat", 0.75))
+    return replace(Record(f"{index:04d}", "00000.tar", index, b"", captions, measured=(30, 20)), **changes)
+
+
+def make_tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "mean_CHW": torch.randn(2, 3, 4, generator=generator),
+        "logvar_CHW": torch.randn(2, 3, 4, generator=generator) - 20,
+        "pooled_E": torch.randn(5, generator=generator),
+        "reference_3HW": torch.randint(256, (3, 6, 6), generator=generator, dtype=torch.uint8),
+        "ids_MNL": torch.arange(12).view(2, 2, 3) + seed,
+        "size_6": torch.tensor([20, 30, 0, 5, 16, 16]),
+    }
+
+
+def write_cache(path: Path, samples: int = 3, header: Header = HEADER) -> Path:
+    """Also a sample that could not be decoded, at the end, and two that were not even that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        writer = CacheWriter(file, header)
+        for index in range(samples):
+            writer.sample(make_record(index), make_tensors(index), None)
+        writer.rejected(make_record(samples), BROKEN_PICTURE)
+        writer.close({NO_PICTURE: 2, BROKEN_PICTURE: 1})
+    return path
+
+
+def members(path: Path) -> Members:
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar]
+
+
+def address(index: int = 0) -> Address:
+    return Address(1, 0, "train", "00000.tar", index)
+
+
+def test_a_sample_comes_back_in_the_types_of_the_format() -> None:
+    tensors = make_tensors()
+    about, arrays = unpack(pack(make_record(7), tensors, (16, 24)))
+
+    assert (about["index"], about["size"], about["target"]) == (7, [30, 20], [16, 24])
+    assert about["captions"] == [["a cat", 0.25], ["a red cat", 0.75]]
+    halves = {name: tensors[name].half() for name in ("mean_CHW", "logvar_CHW", "pooled_E")}
+    expected = {**tensors, **halves, "ids_MNL": tensors["ids_MNL"].int(), "size_6": tensors["size_6"].int()}
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert torch.equal(torch.from_numpy(array.copy()), expected[name]), name
+
+
+def test_a_sample_is_a_safetensors_file_and_a_shard_a_plain_tar(tmp_path: Path) -> None:
+    path = write_cache(tmp_path / "00000.tar")
+    with tarfile.open(path) as tar:
+        infos = tar.getmembers()
+    loaded = safetensors.torch.load(dict(members(path))["0001.safetensors"])
+
+    assert torch.equal(loaded["pooled_E"], make_tensors(1)["pooled_E"].half())
+    names = ["cache.header.json", "0000.safetensors", "0001.safetensors", "0002.safetensors", "0003.rejected.json"]
+    assert [info.name for info in infos] == [*names, "cache.closing.json"]
+    assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in infos} == {(0, 0, 0, "", "")}
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = write_cache(tmp_path / "a.tar"), write_cache(tmp_path / "b.tar")
+
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_records_have_their_index_size_and_captions(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache/00000.tar")
+    source = CacheSource.of(str(tmp_path / "cache"), weight=2)
+    found = list(source.read(source.shards[0]))
+    records = [each for each in found if isinstance(each, Record)]
+
+    assert (source.name, source.weight, source.header) == ("train", 2.0, HEADER)
+    assert [(r.key, r.shard, r.index, r.size) for r in records[:2]] == [
+        ("0000", "00000.tar", 0, (30, 20)),
+        ("0001", "00000.tar", 1, (30, 20)),
+    ]
+    assert records[0].captions == make_record().captions
+    assert records[3].broken is not None and records[3].broken.reason == BROKEN_PICTURE
+    assert [each.reason for each in found if isinstance(each, Rejected)] == [NO_PICTURE, NO_PICTURE]
+
+
+@pytest.mark.parametrize("key", ["ünï-🙂", "folder/" * 30 + "0001", "0123456789" * 20])
+def test_any_key_can_be_kept(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    with path.open("wb") as file:
+        writer = CacheWriter(file, HEADER)
+        writer.sample(make_record(key=key), make_tensors(), None)
+        writer.close({})
+    (record,) = CacheSource.of(str(path)).read(str(path))
+
+    assert isinstance(record, Record) and record.key == key
+
+
+@pytest.mark.parametrize("whole_members", [2, 4, 5])
+def test_a_shard_without_its_closing_member_is_broken_off(whole_members: int, tmp_path: Path) -> None:
+    whole = members(write_cache(tmp_path / "whole.tar"))
+    path = write_tar(tmp_path / "00000.tar", whole[:whole_members])
+    *found, last = CacheSource.of(path).read(path)
+
+    assert len(found) == whole_members - 1 and all(isinstance(each, Record) for each in found)
+    assert isinstance(last, Rejected) and last.reason == BROKEN_TAR and "cache.closing.json" in last.detail
+
+
+def test_a_shard_that_lacks_a_sample_in_the_middle_is_broken_off(tmp_path: Path) -> None:
+    whole = members(write_cache(tmp_path / "whole.tar"))
+    path = write_tar(tmp_path / "00000.tar", [*whole[:2], *whole[3:]])
+
+    assert [r.reason for r in CacheSource.of(path).read(path) if isinstance(r, Rejected)] == [BROKEN_TAR]
+
+
+def test_a_file_cut_anywhere_gives_its_first_samples_and_says_that_it_broke_off(tmp_path: Path) -> None:
+    path = write_cache(tmp_path / "00000.tar")
+    whole = path.read_bytes()
+    for cut in range(1500, len(whole) - 11_000, 700):
+        path.write_bytes(whole[:cut])
+        *found, last = CacheSource.of(str(path)).read(str(path))
+        assert isinstance(last, Rejected) and last.reason == BROKEN_TAR
+        assert [r.index for r in found if isinstance(r, Record)] == list(range(len(found)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b"", lambda b: b[:7], lambda b: b[:8] + b"x" + b[9:], lambda b: b[:-1], lambda b: b"\xff" * 8 + b[8:]],
+)
+def test_a_damaged_sample_is_rejected_and_the_others_are_not(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    changed = [
+        (name, damage(content) if name == "0001.safetensors" else content)
+        for name, content in members(write_cache(tmp_path / "whole.tar"))
+    ]
+    path = write_tar(tmp_path / "00000.tar", changed)
+    good_ones, reasons = [], []
+    for found in CacheSource.of(path).read(path):
+        try:
+            if isinstance(found, Rejected):
+                raise found
+            good_ones.append(CachedPreparation().sample(found, address()).record.key)
+        except Rejected as reject:
+            reasons.append(reject.reason)
+
+    assert good_ones == ["0000", "0002"] and reasons.count(BROKEN_MEMBER) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "complaint"),
+    [
+        (good("0000")[0], "holds no features.*data=shards reads pictures"),
+        (("cache.header.json", b"{"), "is damaged"),
+        (("cache.header.json", b'{"format": "something"}'), "holds no features"),
+        (("cache.header.json", b'{"format": "ipa feature cache", "version": 7}'), "version 7 of the format, not 1"),
+    ],
+)
+def test_other_tars_are_no_cache(first: tuple[str, bytes], complaint: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", [first])
+    with pytest.raises(WrongCache, match=complaint):
+        CacheSource.of(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"<html>gone</html>" * 100])
+def test_a_file_that_is_no_tar_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    path.write_bytes(content)
+    with pytest.raises((OSError, WrongCache), match=re.escape(str(path))):
+        CacheSource.of(str(path))
+
+
+def test_a_damaged_closing_member_is_none(tmp_path: Path) -> None:
+    whole = members(write_cache(tmp_path / "whole.tar"))
+    for content in (b"", b"[]", b"{}", b"{'samples': 3}"):
+        path = write_tar(tmp_path / "00000.tar", [*whole[:-1], ("cache.closing.json", content)])
+        assert [r.reason for r in CacheSource.of(path).read(path) if isinstance(r, Rejected)] == [BROKEN_TAR]
+
+
+def test_a_shard_that_was_made_in_another_way_stops_the_reading(tmp_path: Path) -> None:
+    write_cache(tmp_path / "00000.tar")
+    other = replace(HEADER, choices={"crop": "center", "buckets": [[8, 8]]}, fingerprints={"vae": "bfloat16 2"})
+    write_cache(tmp_path / "00001.tar", header=other)
+    source = CacheSource.of(str(tmp_path))
+    with pytest.raises(WrongCache, match=r"00001.tar .*buckets: \[\[8, 8\]\], here null; fingerprints vae: .*bfloat16"):
+        list(source.read(source.shards[1]))
+
+
+def test_caches_of_several_folders_are_compared_at_once(tmp_path: Path) -> None:
+    write_cache(tmp_path / "a/00000.tar")
+    write_cache(tmp_path / "b/00001.tar", header=replace(HEADER, fingerprints={"vae": "float32 2"}))
+    with pytest.raises(WrongCache, match=r"b/00001.tar was not made as the shards before it: fingerprints vae"):
+        CacheSource.of([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_a_fingerprint_hears_of_the_header_and_the_shards(tmp_path: Path) -> None:
+    path = write_cache(tmp_path / "a/00000.tar")
+    other = write_cache(tmp_path / "b/00000.tar", header=replace(HEADER, fingerprints={"vae": "2"}))
+    moved = write_cache(tmp_path / "c/00000.tar")
+    more = [str(path), str(write_cache(tmp_path / "a/00001.tar"))]
+    found = [CacheSource.of(each).fingerprint() for each in (str(path), str(other), str(moved), more)]
+
+    assert found[0] == found[2] and len(set(found)) == 3
+
+
+def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
+    preparation = CachedPreparation(DROPS)
+    samples = [
+        preparation.sample(make_record(i, picture=pack(make_record(i), make_tensors(i), None)), address(i))
+        for i in range(8)
+    ]
+    batch = preparation.batch(samples, Counter({NO_PICTURE: 2}))
+    chosen = [["a cat", "a red cat"].index(text) for text in batch.text]
+    expected = torch.stack([make_tensors(i)["ids_MNL"][chosen[i]] for i in range(8)])
+
+    assert set(chosen) == {0, 1}
+    assert torch.equal(batch.ids_BNL, expected) and batch.ids_BNL.dtype == torch.int64
+    assert torch.equal(batch.posterior.mean_BCHW, torch.stack([make_tensors(i)["mean_CHW"].half() for i in range(8)]))
+    assert batch.features.pooled_BE.shape == (8, 5) and batch.reference_B3HW.shape == (8, 3, 6, 6)
+    assert batch.size_B6[0].tolist() == [20, 30, 0, 5, 16, 16] and batch.image_B3HW is None
+    assert batch.draws.noise_BCHW.shape == (8, 2, 3, 4) and batch.rejects == {NO_PICTURE: 2}
+    batch.posterior.mean_BCHW += 1  # no view into bytes that others read
+
+
+def test_a_sample_is_not_given_to_another_bucket() -> None:
+    preparation = CachedPreparation()
+    record = make_record(picture=pack(make_record(), make_tensors(), (16, 24)))
+
+    assert preparation.sample(record, address(), (16, 24)).text
+    for target in (None, (24, 16)):
+        with pytest.raises(Rejected, match=OTHER_BUCKET):
+            preparation.sample(record, address(), target)
+    assert record.broken is None
+
+
+def cache_of(source: Source, preparation: Preparation, folder: Path) -> CacheSource:
+    """A cache whose latents tell of the pictures' colours, without any model."""
+    order = Order([source], 0)
+    folder.mkdir()
+    for shard in source.shards:
+        leftover: list[Rejected] = []
+        rejects: Counter[str] = Counter()
+        with (folder / Path(shard).name).open("wb") as file:
+            writer = CacheWriter(file, replace(HEADER, source=source.name))
+            for slot in order.of_shards(source, [shard], leftover):
+                rejects.update(reject.reason for reject in slot.record.rejects)
+                record = slot.record
+                light = replace(record, picture=b"", measured=record.size)
+                try:
+                    sample = preparation.sample(record, order.address(slot), None)
+                    colour = sample.image_3HW.float().mean() / 255
+                    ids = torch.tensor([[[len(text)]] for text, _ in record.captions])
+                    latents = torch.full(preparation.latent_shape, float(colour))
+                    tensors = {"mean_CHW": latents, "logvar_CHW": latents, "ids_MNL": ids, "size_6": sample.size_6}
+                    writer.sample(light, tensors, None)
+                except Rejected as reject:
+                    rejects[reject.reason] += 1
+                    writer.rejected(light, reject.reason)
+            rejects.update(reject.reason for reject in leftover)
+            writer.close(rejects)
+    return CacheSource.of(str(folder))
+
+
+def drawn(batch: Batch) -> tuple[Any, ...]:
+    """What must be the same whether a batch comes from pictures or from a cache."""
+    draws = {name: tensor.tolist() for name, tensor in vars(batch.draws).items()}
+    return batch.keys, batch.shards, batch.text, batch.size_B6.tolist(), draws, batch.position
+
+
+@pytest.mark.parametrize("share", [Share(), Share(1, 2, 0, 2)])
+def test_training_sees_the_same_in_dirty_data_as_online(share: Share, tmp_path: Path) -> None:
+    """Order, stand-ins for broken pictures, captions, draws, positions."""
+    for number in range(4):
+        write_dirty_shard(tmp_path / f"{number:05d}.tar", number, samples=30, share=0.3)
+    with_two = [m for i in range(20) for m in [*good(f"two{i:02d}"), (f"two{i:02d}.alt", b"another caption")]]
+    write_tar(tmp_path / "00004.tar", with_two)
+    captions = {"keys": ["txt", "alt"], "choice": "random"}
+    source = Source.of("train", shards=str(tmp_path), captions=captions)
+    online = Preparation(8, 6, (2, 3, 3), DROPS)
+    cache = cache_of(source, online, tmp_path / "cache")
+    batches: list[Sequence[Batch]] = []
+    for each, preparation in ((source, online), (cache, CachedPreparation(DROPS))):
+        stream = TrainStream(Order([each], 3, window=20), preparation, 6, share, Lanes(2, 2))
+        batches.append(list(islice(stream, 40)))
+    from_pictures, from_cache = ([drawn(batch) for batch in each] for each in batches)
+
+    assert from_cache == from_pictures
+    assert {"a thing", "another caption"} <= {text for batch in batches[1] for text in batch.text}
+    for pictures, cached in zip(*batches, strict=True):
+        assert torch.equal(cached.ids_BNL[:, 0, 0], torch.tensor([len(text) for text in pictures.text]))
+        colours = (pictures.image_B3HW.float().mean((1, 2, 3)) / 255).half()
+        assert torch.equal(cached.posterior.mean_BCHW[:, 0, 0, 0], colours)
+
+
+def test_a_pass_counts_the_rejects_that_a_pass_over_the_pictures_counts(dirty_members: Members, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", [*good("first"), *dirty_members, ("z.txt", b"x"), ("z.jpg", b"x")])
+    source = Source.of("train", shards=path)
+    preparation = Preparation(8, 6, (2, 3, 3), DROPS, max_pixels=10_000)
+    cache = cache_of(source, preparation, tmp_path / "cache")
+    online, cached = Counter[str](), Counter[str]()
+    for each, how, counted in ((source, preparation, online), (cache, CachedPreparation(), cached)):
+        for found in each.read(each.shards[0]):
+            try:
+                if isinstance(found, Rejected):
+                    raise found
+                how.sample(found, address())
+            except Rejected as reject:
+                counted[reject.reason] += 1
+
+    assert cached == online and cached[BROKEN_PICTURE] == 3 and cached[DUPLICATE_KEY] == 1
+
+
+def test_headers_are_written_in_json(tmp_path: Path) -> None:
+    name, content = members(write_cache(tmp_path / "00000.tar"))[0]
+
+    assert name == "cache.header.json"
+    assert json.loads(content)["choices"] == {"buckets": None, "crop": "center"}

@@ -1,0 +1,69 @@
+"""What is read of a sample without decoding it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from tars import png
+
+from ipa.data.fields import Fields, picture_size
+from ipa.data.rejects import Rejected
+from ipa.data.transforms import open_picture
+
+
+def saved(kind: str, orientation: int | None = None, size: tuple[int, int] = (30, 20)) -> bytes:
+    out, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.new("RGB", size, "teal").save(out, kind, exif=exif)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_opened_picture(kind: str, orientation: int | None) -> None:
+    data = saved(kind, orientation)
+    assert picture_size(data) == open_picture(data, "white", 10_000).size
+
+
+def test_nothing_but_the_header_is_looked_at() -> None:
+    assert picture_size(png((300, 200))[:60]) == (300, 200)
+    assert picture_size(saved("JPEG", 6)[:-10]) == (20, 30)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "broken picture"),
+        (b"<html>", "broken picture"),
+        (b"P5 60000 60000 255\n", "too many pixels"),
+        (b"P5 9500 10000 255\n", None),  # PIL only warns of it: data.max_pixels decides
+    ],
+)
+def test_pictures_without_a_size(data: bytes, reason: str | None) -> None:
+    if reason is None:
+        assert picture_size(data) == (9500, 10000)
+        return
+    with pytest.raises(Rejected) as caught:
+        picture_size(data)
+    assert caught.value.reason == reason
+
+
+def test_the_picture_is_none_of_the_references() -> None:
+    members = {"jpg": b"reference", "png": b"picture", "ref.jpg": b"another"}
+    assert Fields(members).picture == b"reference"
+    assert Fields(members, ["jpg", "ref.jpg"]).picture == b"picture"
+    with pytest.raises(Rejected, match="no picture"):
+        _ = Fields(members, ["jpg", "png"]).picture
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"null", b'{"a": "caf\xe9"}', b"[" * 100_000, b"", b"9" * 5000])
+def test_broken_metadata(content: bytes) -> None:
+    with pytest.raises(Rejected, match="broken metadata"):
+        _ = Fields({"json": content}).metadata
+
+
+def test_no_metadata_are_empty() -> None:
+    assert Fields({}).metadata == {}

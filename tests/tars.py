@@ -1,0 +1,44 @@
+"""Archives of given members, and the smallest samples."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+Members = list[tuple[str, bytes]]
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def png(size: tuple[int, int] = (10, 8), colour: str | tuple[int, ...] = "teal", mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def good(key: str, caption: str = "a thing") -> Members:
+    return [(f"{key}.json", b"{}"), (f"{key}.txt", caption.encode()), (f"{key}.png", png())]
+
+
+# what the fixture dirty_members must be rejected for
+DIRT = {
+    "no picture": 1,
+    "broken picture": 2,
+    "empty caption": 1,
+    "caption is not UTF-8": 1,
+    "duplicate key": 1,
+    "too many pixels": 1,
+    "no caption": 1,
+}

@@ -1,0 +1,90 @@
+"""What `python -m ipa.tools.inspect` says of shards, and its contact sheet."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from dirt import write_dirty_shard
+from omegaconf import DictConfig
+from PIL import Image
+
+from ipa.tools.inspect import inspect, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> tuple[str, int, int]:
+    """A dirty shard with its numbers of good and of bad samples."""
+    content = write_dirty_shard(tmp_path / "00000.tar", 0, samples=50, share=0.4)
+    return str(tmp_path / "00000.tar"), len(content.good), sum(content.rejects.values())
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("inspect", list(overrides))
+
+
+def test_it_counts_and_draws(shard, base_folder: Path, clip_name: str, tmp_path: Path, capsys) -> None:
+    path, good, bad = shard
+    parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", f"data.train={path}", "data.num_workers=0"]
+    out = tmp_path / "sheet.png"
+
+    inspect(compose(*parts, "samples=null", "pictures=5", f"out={out}"))
+
+    said = capsys.readouterr().out
+    assert f"{good} good samples, {bad} rejected" in said
+    assert re.search(r"\d+  caption is not UTF-8", said) and re.search(r"\d+  broken picture", said)
+    assert "shorter side (px): median 48" in said
+    assert "one process, samples/s: reading" in said
+    sheet = Image.open(out)
+    assert sheet.width > 4 * 256 and sheet.height > 2 * 128  # two rows of four pairs
+
+
+def test_it_stops_at_so_many_samples(shard, base_folder: Path, clip_name: str, tmp_path: Path, capsys) -> None:
+    path, _, _ = shard
+    parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", f"data.train={path}", "data.num_workers=0"]
+
+    inspect(compose(*parts, "samples=10", f"out={tmp_path / 'x.png'}"))
+
+    assert "10 good samples" in capsys.readouterr().out
+
+
+def test_big_recipes_need_no_weights(shard, clip_name: str, tmp_path: Path, capsys) -> None:
+    path, good, _ = shard
+    parts = ["recipe=sd15", "image_size_px=64", f"data.train={path}", "data.num_workers=0", "data.buckets=sdxl"]
+
+    inspect(compose(*parts, "samples=null", "pictures=2", f"out={tmp_path / 'x.png'}"))
+
+    assert f"{good} good samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["samples=0"], "at least 1"),
+        (["recipe=sd15"], "no data are given: say data.train=SHARDS"),
+        (["data.train=nowhere"], "no such shard"),
+    ],
+)
+def test_mistakes_are_told(overrides: list[str], complaint: str) -> None:
+    with pytest.raises(Exception, match=complaint):
+        inspect(compose(*overrides))
+
+
+def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str) -> None:
+    (tmp_path / "0.tar").write_bytes(b"<html>")
+    parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", "data.num_workers=0"]
+    with pytest.raises(ValueError, match="no good sample in these shards; the log above tells"):
+        inspect(compose(*parts, f"data.train={tmp_path}/0.tar", f"out={tmp_path / 'x.png'}"))
+
+
+def test_a_typo_is_answered(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["inspect.py", "pictuers=3"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "Did you mean pictures=3" in capsys.readouterr().err

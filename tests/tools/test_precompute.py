@@ -1,0 +1,488 @@
+"""From pictures to feature shards and to the losses of a training on them; kills, company, and refusals."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from contextlib import nullcontext
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import tiny
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+
+from ipa.data.addresses import Address
+from ipa.data.cache import Header, WrongCache
+from ipa.data.records import Record
+from ipa.tools.precomputing.claims import Claims, in_turn, read_share
+from ipa.tools.precomputing.run import check_finite, precompute
+from ipa.training.parts import build_model
+from ipa.types import Batch, to_unit_range
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDS, SAMPLES = 3, 20
+
+
+def picture(draw: random.Random, size: tuple[int, int] = (20, 24)) -> bytes:
+    out = io.BytesIO()
+    Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize(size, Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_shard(path: Path, number: int) -> Path:
+    """Every fifth sample has half a picture, every seventh no caption, every third another caption besides."""
+    draw = random.Random(number)
+    with tarfile.open(path, "w") as tar:
+        for i in range(SAMPLES):
+            content = {"txt": f"thing {i}".encode(), "png": picture(draw, (20 + i, 24))}
+            content |= {"png": content["png"][:60]} if i % 5 == 4 else {}
+            content |= {"alt": b"something else"} if i % 3 == 0 else {}
+            for extension, data in content.items():
+                if (i % 7, extension) != (6, "txt"):
+                    info = tarfile.TarInfo(f"{number:03d}{i:03d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(SHARDS):
+        write_shard(folder / f"{number:05d}.tar", number)
+    return folder
+
+
+@pytest.fixture
+def parts(shards: Path, base_folder: Path, clip_name: str) -> list[str]:
+    """What precomputing and training have in common."""
+    return [
+        *("recipe=demo", f"base.path={base_folder}", f"encoder.name={clip_name}"),
+        *("resampler.width=16", "resampler.heads=1", f"data.train={shards}", "data.val=null"),
+    ]
+
+
+def compose(command: str, *overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose(command, list(overrides))
+
+
+def run(out: Path, *overrides: str) -> Path:
+    """In this process, decoding too; returns the folder."""
+    usual = ["data.background=null", "batch_size=4", "num_workers=0", "device=cpu"]
+    precompute(compose("precompute", *usual, f"out={out}", *overrides))
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, shards: Path, base_folder: Path, clip_name: str) -> Path:
+    """A cache of the pooled embedding; only to be read."""
+    parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", f"data.train={shards}", "data.val=null"]
+    return run(tmp_path_factory.mktemp("made") / "features", *parts)
+
+
+def test_a_shard_is_made_of_each_and_nothing_else_is_left(made: Path, shards: Path) -> None:
+    assert sorted(contents(made)) == sorted(path.name for path in shards.iterdir())
+
+
+def test_workers_and_a_restart_change_no_byte(made: Path, parts: list[str], tmp_path: Path) -> None:
+    out = run(tmp_path / "out", *parts, "num_workers=2")
+    assert contents(out) == contents(made)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "00001.tar").unlink()
+    run(out, *parts)
+
+    assert contents(out) == contents(made)
+    after = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert [path.name for path in before if before[path] != after[path]] == ["00001.tar"]
+
+
+def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int | None = None) -> list[Batch]:
+    data = instantiate(cfg.data)
+    data.batch_size = 5
+    edge = image_size_px or model.family.image_size_px
+    shape = model.family.latent_shape(edge)
+    data.fit_to(image_size_px=edge, reference_size_px=model.encoder.image_size_px, latent_shape=shape)
+    data.check_model(model)
+    return list(islice(data.train_dataloader(), number))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "keep"),
+    [("decoupled_global", None), ("decoupled_fine_grained", None), ("decoupled_global", "reference")],
+)
+def test_training_on_the_cache_has_the_losses_of_training_on_the_pictures(
+    experiment: str, keep: str | None, parts: list[str], tmp_path: Path
+) -> None:
+    parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "data.background=null", "++data.window=8"]
+    parts.append("data.captions={keys:[txt,alt],choice:random}")
+    out = run(tmp_path / "features", *parts, f"keep={f'[{keep}]' if keep else 'null'}")
+    online = compose("train", *parts)
+    cached = compose("train", *parts, "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1")
+    model = tiny.shake(build_model(online))
+    model.adapter.install()
+    pairs = zip(train_batches(online, model, 8), train_batches(cached, model, 8), strict=True)
+    for pictures, features in pairs:
+        assert (features.keys, features.shards, features.text) == (pictures.keys, pictures.shards, pictures.text)
+        assert features.position == pictures.position
+        assert torch.equal(features.draws.noise_BCHW, pictures.draws.noise_BCHW)
+        assert torch.equal(features.size_B6, pictures.size_B6) and features.image_B3HW is None
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.errors(features).error_B, model.errors(pictures).error_B, rtol=2e-3, atol=0
+            )
+
+
+def test_aspect_buckets_are_kept_and_batches_have_one_each(parts: list[str], tmp_path: Path) -> None:
+    buckets = "data.buckets=[[16,16],[24,16],[16,24]]"
+    online = compose("train", *parts, "data.num_workers=0", "data.background=null", f"++{buckets}")
+    out = run(tmp_path / "features", *parts, f"++{buckets}")
+    cached = compose("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", "data.lanes.ranks=1")
+    model = build_model(online)
+    data = instantiate(online.data)
+    data.fit_to(image_size_px=16, reference_size_px=model.encoder.image_size_px, latent_shape=(4, 8, 8))
+    preparation, (source,) = data.train_preparation(), data.train_order.sources
+    records = {found.key: found for shard in source.shards for found in source.read(shard) if isinstance(found, Record)}
+    seen = set()
+    for batch in train_batches(cached, model, 20):
+        (height, width) = batch.size_B6[0, 4:].tolist()
+        assert batch.size_B6[:, 4:].unique(dim=0).tolist() == [[height, width]]
+        seen.add((width, height))
+        for i, key in enumerate(batch.keys):
+            sample = preparation.sample(records[key], Address(0, 0, "", "", 0), (width, height))
+            pixels = to_unit_range(sample.image_3HW[None])
+            expected = model.family.encode_pixels(pixels).mean_BCHW[0]
+            torch.testing.assert_close(batch.posterior.mean_BCHW[i].float(), expected, rtol=2e-3, atol=1e-3)
+            assert torch.equal(batch.size_B6[i], sample.size_6)
+
+    assert seen == {(16, 16), (24, 16)}
+    for asked, said in (
+        (f"{buckets}", None),
+        ("data.buckets=[[16,16]]", r"choices: buckets \[\[16, 24\], .*, not \[\[16, 16\]\]"),
+    ):
+        cfg = compose("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", asked)
+        with nullcontext() if said is None else pytest.raises(WrongCache, match=said):
+            train_batches(cfg, model, 1)
+
+
+def killed_at_random(cfg: DictConfig) -> None:
+    """In a process of its own, which leads its data workers: they can be killed together."""
+    os.setsid()
+    torch.set_num_threads(1)
+    precompute(cfg)
+
+
+def start(cfg: DictConfig) -> BaseProcess:
+    """From a server that has imported everything: a run starts in a moment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["ipa.tools.precomputing.run", "ipa.families.stable_diffusion", "open_clip", "hydra"]
+    )
+    process = context.Process(target=killed_at_random, args=(cfg,))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_change_no_byte(kills: int, made: Path, parts: list[str], tmp_path: Path) -> None:
+    """Each comes a random time after the process did something; in the end the same command makes what is missing."""
+    out, draw, left = tmp_path / "out", random.Random(), set[str]()
+    out.mkdir()
+    cfg = compose("precompute", *parts, "data.background=null", "batch_size=4", "num_workers=1", f"out={out}")
+    for _ in range(kills):
+        process, before = start(cfg), os.listdir(out)
+        while process.is_alive() and os.listdir(out) == before:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        left |= {Path(name).suffix for name in os.listdir(out)}
+    run(out, *parts)
+
+    assert ".lock" in left
+    assert contents(out) == contents(made)
+
+
+def test_two_at_once_make_no_shard_twice(made: Path, parts: list[str], tmp_path: Path) -> None:
+    """Every file that gets its name is another one: a shard that is made again would replace it."""
+    out = tmp_path / "out"
+    cfg = compose("precompute", *parts, "data.background=null", "batch_size=4", "num_workers=0", f"out={out}")
+    processes, seen = [start(cfg) for _ in range(2)], dict[str, set[int]]()
+    while any(process.is_alive() for process in processes):
+        for path in out.glob("*.tar"):
+            seen.setdefault(path.name, set()).add(path.stat().st_ino)
+        time.sleep(0.002)
+
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert contents(out) == contents(made)
+    assert all(len(files) == 1 for files in seen.values())
+
+
+def test_a_shard_that_another_process_has_is_left_to_it(made: Path, parts: list[str], tmp_path: Path, caplog) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".00001.tar.lock").open("wb") as lock, caplog.at_level("INFO"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(out, *parts)
+        assert "2 shards with" in caplog.text and "1 are other processes'" in caplog.text
+        assert sorted(os.listdir(out)) == [".00001.tar.lock", "00000.tar", "00002.tar"]
+    run(out, *parts)
+
+    assert contents(out) == contents(made)
+
+
+def test_what_cannot_be_locked_needs_a_share(
+    made: Path, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without locks is not to be had here, so the kernel's answer is given in its place."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=r"refuses locks \(No locks available\).*Give rank=0 world=1"):
+        run(tmp_path / "out", *parts)
+    assert list((tmp_path / "out").iterdir()) == []
+    run(tmp_path / "out", *parts, "rank=1", "world=2")
+    assert sorted(os.listdir(tmp_path / "out")) == ["00001.tar"]
+    run(tmp_path / "out", *parts, "rank=0", "world=2")
+
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_with_locks_a_share_is_only_what_comes_first() -> None:
+    assert list(in_turn("abcdefg", 1, 3)) == ["b", "e", "c", "f", "a", "d", "g"]
+    assert list(Claims((1, 3)).order("abcdefg")) == ["b", "e", "c", "f", "a", "d", "g"]
+    assert list(Claims((1, 3), locking=False).order("abcdefg")) == ["b", "e"]
+    assert list(Claims().order("abc")) == ["a", "b", "c"]
+
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "environment", "share"),
+    [
+        (None, None, {}, None),
+        (0, 2, SLURM, (0, 2)),
+        (None, None, SLURM, (3, 4)),
+        (None, None, {"RANK": "1", "WORLD_SIZE": "2", **SLURM}, (1, 2)),
+        (None, None, {"SLURM_NTASKS": "4"}, None),
+    ],
+)
+def test_shares_are_as_said_or_as_the_starter_says(
+    rank: int | None, world: int | None, environment: dict[str, str], share: tuple[int, int] | None
+) -> None:
+    assert read_share(rank, world, environment) == share
+
+
+@pytest.mark.parametrize(("rank", "world"), [(1, None), (None, 2), (2, 2), (-1, 2)])
+def test_shares_that_there_are_not_are_refused(rank: int | None, world: int | None) -> None:
+    with pytest.raises(ValueError, match=rf"rank={rank} world={world}: give both or neither"):
+        read_share(rank, world, {})
+
+
+RANDOM = [
+    ("data.crop=random", r"data\.crop=random \(say center\)"),
+    (
+        "data.background={_target_:ipa.data.transforms.Background,white:0.5,colours:[red]}",
+        r"data\.background, white=0\.5",
+    ),
+    ("data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red,blue]}", r"data\.background"),
+    ("++data.augment={_target_:ipa.data.augment.Augmentation,flip:0.5}", r"data\.augment=.*flip=0\.5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"), [*RANDOM, ("++data.reference=[ref.jpg,other.jpg]", r"data\.reference=\[")]
+)
+def test_random_choices_are_refused_by_name(override: str, complaint: str, parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"a cache holds one picture of each sample.*{complaint}"):
+        run(tmp_path / "out", *parts, override)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("override", "complaint"), RANDOM)
+def test_random_choices_are_refused_by_name_in_training(
+    override: str, complaint: str, made: Path, parts: list[str]
+) -> None:
+    cfg = compose("train", *parts, "data=cache", f"data.train={made}", override)
+    with pytest.raises(InstantiationException) as refused:
+        instantiate(cfg.data)
+
+    assert re.search(f"cannot draw it anew.*{complaint}", str(refused.value.__cause__))
+
+
+def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
+    red = "data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red]}"
+    out = run(tmp_path / "out", *parts, red)
+    assert Header.of_shard(str(out / "00000.tar")).choices["background"] == "red"
+    for asked in (red, "data.background=null"):
+        instantiate(compose("train", *parts, "data=cache", f"data.train={out}", asked).data)
+    with pytest.raises(InstantiationException, match="background red, not white"):
+        instantiate(compose("train", *parts, "data=cache", f"data.train={out}", red.replace("white:0", "white:1")).data)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "differing"),
+    [
+        (["data.reference_fit=pad"], ['choices reference_fit: "crop", here "pad"']),
+        (["base.dtype=bfloat16", "encoder.dtype=bfloat16"], ["fingerprints encoder: .*bfloat16", "fingerprints vae: "]),
+        (["image_size_px=32"], ["sizes image_size_px: 16, here 32", "sizes latent_shape"]),
+        (["data.captions=json.text"], ["choices captions: "]),
+        (["experiment=decoupled_fine_grained"], ["sizes kept: .*pooled.*reference"]),
+    ],
+)
+def test_a_cache_that_was_made_in_another_way_is_not_gone_on_with(
+    overrides: list[str], differing: list[str], made: Path, parts: list[str]
+) -> None:
+    before = contents(made)
+    with pytest.raises(WrongCache, match=r"00000\.tar is there already, made in another way: ") as refused:
+        run(made, *parts, *overrides)
+
+    assert all(re.search(each, str(refused.value)) for each in differing)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["data.reference_fit=pad"], "choices: reference_fit crop, not pad"),
+        (["image_size_px=32"], r"sizes: image_size_px 16, not 32; latent_shape \[4, 8, 8\], not \[4, 16, 16\]"),
+        (["base.dtype=bfloat16"], "fingerprints: vae float32 .*, not bfloat16"),
+        (["encoder.dtype=bfloat16"], "fingerprints: encoder float32 .*, not bfloat16"),
+        (["experiment=decoupled_fine_grained"], r"keeps pooled of each reference, but .* patches .*keep=\[reference\]"),
+        (["data.buckets=sdxl"], "choices: buckets None, not "),
+    ],
+)
+def test_training_with_other_parts_says_which_differs(
+    overrides: list[str], complaint: str, made: Path, parts: list[str]
+) -> None:
+    cfg = compose("train", *parts, "data=cache", f"data.train={made}", *overrides)
+    with pytest.raises((WrongCache, InstantiationException)) as refused:
+        train_batches(cfg, build_model(cfg), 1, cfg.image_size_px)
+
+    error = refused.value if isinstance(refused.value, WrongCache) else refused.value.__cause__
+    assert isinstance(error, WrongCache) and re.search(complaint, str(error))
+
+
+def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weights(
+    made: Path, parts: list[str], shards: Path, tmp_path: Path
+) -> None:
+    plain = [part for part in parts if not part.startswith("data.train")]
+    both = [f"data.known.{name}.{what}" for name in ("laion", "coyo") for what in (f"shards={shards}", "filters=null")]
+    out = run(tmp_path / "out", *plain, "data=shards", "data.sources=[laion,coyo]", *both)
+    laion, coyo = contents(out / "laion"), contents(out / "coyo")
+    assert laion.keys() == coyo.keys() == contents(made).keys() and laion != coyo
+    caches = [f"+data.caches.{name}={{shards:{out / name},weight:{w}}}" for name, w in (("laion", 3), ("coyo", 1))]
+    cfg = compose("train", *plain, "data=cache", *caches, "data.num_workers=0", "data.lanes.ranks=1")
+    sources = instantiate(cfg.data).train_order.sources
+
+    assert [(source.name, source.weight, len(source.shards)) for source in sources] == [("laion", 3, 3), ("coyo", 1, 3)]
+    assert len(train_batches(cfg, build_model(cfg), 3)) == 3
+    misnamed = [caches[0].replace("caches.laion", "caches.mine"), caches[1]]
+    with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: call it so"):
+        instantiate(compose("train", *plain, "data=cache", *misnamed).data)
+    half = run(tmp_path / "half", *parts, "base.dtype=bfloat16")
+    padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "data.max_pixels=10_000")
+    unlike = r"data\.caches\.train was not made as laion was: "
+    for path, said in (
+        (made, None),
+        (half, f"{unlike}fingerprints vae"),
+        (padded, f'{unlike}choices reference_fit: "pad", here "crop"$'),
+    ):
+        cfg = compose("train", *plain, "data=cache", caches[0], f"+data.caches.train.shards={path}")
+        with nullcontext() if said is None else pytest.raises(InstantiationException, match=said):
+            instantiate(cfg.data)
+
+
+def test_a_shard_that_breaks_off_on_its_way_here_is_not_kept(
+    made: Path, parts: list[str], shards: Path, tmp_path: Path
+) -> None:
+    pipes = [f"data.train='pipe:head -c {size} {shards / '00000.tar'}'" for size in (15_000, 1_000_000)]
+    with pytest.raises(OSError, match=r"1 shards broke off while .* \(pipe:head -c 15000.*tries them again"):
+        run(tmp_path / "out", *parts, pipes[0])
+    assert not list((tmp_path / "out").glob("*.tar"))
+    run(tmp_path / "out", *parts, pipes[1])
+
+    assert (tmp_path / "out/00000.tar").read_bytes() == (made / "00000.tar").read_bytes()
+
+
+def test_a_broken_file_is_kept_as_far_as_it_goes(parts: list[str], shards: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "00000.tar"
+    broken.write_bytes((shards / "00000.tar").read_bytes()[:15_000])
+    out = run(tmp_path / "out", *parts, f"data.train={broken}")
+    with tarfile.open(out / "00000.tar") as tar:
+        names = tar.getnames()
+        closing = json.loads(tar.extractfile(names[-1]).read())
+
+    assert closing["rejects"]["broken tar"] == 1
+    assert closing["samples"] == sum(name.endswith(".safetensors") for name in names) > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["keep=[poled]"], r"keep=\['poled'\]: of pooled, reference"),
+        (["batch_size=0"], "batch_size=0 num_workers=0: at least 1, and 0"),
+        (["out=s3://bucket/features"], "out=s3://bucket/features: give a folder"),
+        (["device=quantum"], "device=quantum: "),
+        (["rank=3"], "rank=3 world=None: give both or neither"),
+    ],
+)
+def test_options_are_checked(overrides: list[str], complaint: str, parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        run(tmp_path / "out", *parts, *overrides)
+
+
+def test_features_are_not_made_of_features(made: Path, parts: list[str], tmp_path: Path) -> None:
+    plain = [part for part in parts if not part.startswith("data.train")]
+    with pytest.raises(ValueError, match="data=cache is what this command writes"):
+        run(tmp_path / "out", *plain, "data=cache", f"data.train={made}")
+
+
+def test_two_shards_of_one_name_are_refused(parts: list[str], shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").symlink_to(shards)
+    with pytest.raises(ValueError, match=r"2 shards are called 00000\.tar: make caches of them one by one"):
+        run(tmp_path / "out", *parts, f"data.train=[{shards},{tmp_path / 'more'}]")
+
+
+def test_numbers_that_fp16_does_not_hold_are_not_written() -> None:
+    records = [Record(f"{i}", "00000.tar", i, b"", ()) for i in range(3)]
+    tensors = {"mean_CHW": torch.zeros(3, 2, 2), "logvar_CHW": torch.tensor([[0.0], [70_000.0], [0.0]]).half()}
+    with pytest.raises(ValueError, match=r"00000\.tar, key 1: logvar_CHW .*base\.vae_dtype=float32"):
+        check_finite(tensors, records)
+
+
+@pytest.mark.parametrize("word", ["batch_sise=3", "recipe=sd16"])
+def test_misspelt_options_are_answered_as_in_training(word: str) -> None:
+    command = [sys.executable, "-m", "ipa.tools.precompute", word]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert re.search(r"Did you mean (batch_size=3|recipe=sd15)", answer.stderr)
+    assert "`python -m ipa.tools.precompute --help` explains the options" in answer.stderr

@@ -1,0 +1,66 @@
+"""A training on feature shards, from the configuration to the adapter file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import hydra
+import pytest
+from conftest import ROOT, Run, World, checkpoint, column
+
+from ipa.data.cache import CacheWriter, Header, WrongCache
+from ipa.tools.precomputing.run import precompute
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    out = tmp_path_factory.mktemp("features")
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        own = [f"out={out}", "keep=[pooled,reference]", "device=cpu", "num_workers=0", "data.background=null"]
+        precompute(hydra.compose("precompute", [*world.overrides(), *own]))
+    return out
+
+
+@pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained", "simple_global"])
+def test_it_trains_previews_and_scores(experiment: str, features: Path, train_in: Run, tmp_path: Path) -> None:
+    overrides = [
+        f"experiment={experiment}",
+        "data=cache",
+        f"data.train={features}",
+        "image_prompt_check.every_n_steps=2",
+    ]
+    folder = train_in(tmp_path / "run", *overrides)
+    summary = json.loads((folder / "summary.json").read_text())
+
+    assert summary["steps"] == 4 and summary["scores"].keys() == {"scale 0", "scale 1"}
+    assert (folder / "adapter.safetensors").is_file() and list((folder / "previews").iterdir())
+    assert all(math.isfinite(float(loss)) for loss in column(folder, "train/loss").values())
+    assert set(column(folder, "image_prompt/gap")) == {2, 4}
+
+
+def test_it_goes_on_where_it_stopped(features: Path, train_in: Run, tmp_path: Path) -> None:
+    overrides = ["data=cache", f"data.train={features}", "data.lanes.ranks=1", "data.lanes.workers=1"]
+    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
+    parts = train_in(tmp_path / "parts", *overrides, "trainer.max_steps=5", "data.num_workers=1")
+    whole = train_in(tmp_path / "whole", *overrides, "trainer.max_steps=5")
+
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+    assert checkpoint(parts)["state_dict"].keys() == checkpoint(whole)["state_dict"].keys()
+
+
+def test_a_foreign_shard_among_the_others_is_told_in_one_message(features: Path, train_in: Run, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for shard in features.iterdir():
+        (mixed / shard.name).symlink_to(shard)
+    header = Header.of_shard(str(mixed / "00000.tar"))
+    with (mixed / "00002.tar").open("wb") as file:
+        CacheWriter(
+            file, Header(header.source, {**header.fingerprints, "vae": "x"}, header.choices, header.sizes)
+        ).close({})
+    with pytest.raises(WrongCache, match=r"^\S*00002.tar was not made as .*: fingerprints vae: \"x\", here") as stopped:
+        train_in(tmp_path / "run", "data=cache", f"data.train={mixed}", "data.num_workers=1")
+
+    assert "Traceback" not in str(stopped.value)
