@@ -101,6 +101,8 @@ def write_dirty_shard(path: Path, number: int, samples: int, share: float = 0.03
             members += [(f"{content.good[0]}.jpg", jpeg(draw)), (f"{content.good[0]}.txt", b"the same key again")]
             content.rejects["duplicate key"] += 1
         if broken and i == samples // 2:
+            # a bad sample just before the break would count as a part of it, since it may be incomplete
+            members += sample(f"{key}x", draw, False, content)
             return break_off(path, members, content)
     write_tar(path, members)
     return content

@@ -12,7 +12,7 @@ import logging
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -68,14 +68,14 @@ def inspect(cfg: DictConfig) -> None:
     datamodule.fit_to(
         image_size_px=cfg.image_size_px or read_image_size(cfg.base),
         reference_size_px=read_widths(cfg.encoder).image_size_px,
-        latent_shape=(1, 1, 1),  # the noise is not looked at
+        latent_shape=(1, 8, 8),  # the noise is not looked at
     )
-    findings, sheet = look(datamodule, cfg.samples, cfg.pictures)
+    findings = look(datamodule, cfg.samples)
     if not findings.sizes:
         raise ValueError("there is no good sample in these shards; the log above tells what was rejected, and why")
     print(describe(findings, datamodule.num_workers))
     print(describe_stages(datamodule))
-    out = Path(cfg.out)
+    out, sheet = Path(cfg.out), tile([draw_cell(batch) for batch in first_batches(datamodule, cfg.pictures)])
     write_atomically(out, lambda beside: sheet.save(beside, format="PNG"))
     print(f"wrote {out}")
 
@@ -85,19 +85,18 @@ def read_image_size(base: DictConfig) -> int:
     return instantiate({**base, "_target_": base._target_.replace("from_pretrained", "read_image_size_px")})
 
 
-def look(datamodule: Any, samples: int | None, pictures: int) -> tuple[Findings, Image.Image]:
+def look(datamodule: Any, samples: int | None) -> Findings:
     """Every good sample once, or the first ``samples`` of all workers' shards."""
-    findings, cells = Findings(), list[Image.Image]()
+    findings = Findings()
     started = time.perf_counter()
     with tqdm(total=samples, unit=" samples", desc="reading") as bar:
         for batch in datamodule.audit_dataloader():
             findings.add(batch)
-            cells += [draw_cell(batch, i) for i in range(min(len(batch), pictures - len(cells)))]
             bar.update(len(batch))
             if samples is not None and len(findings.sizes) >= samples:
                 break
     findings.seconds = time.perf_counter() - started
-    return findings, tile(cells) if cells else Image.new("RGB", (1, 1))
+    return findings
 
 
 def describe(findings: Findings, workers: int) -> str:
@@ -126,7 +125,7 @@ def quantiles(name: str, values: list[Any]) -> str:
 def describe_stages(datamodule: Any) -> str:
     """Samples per second of one process in each stage alone, over the first samples of the training order."""
     order, preparation = datamodule.train_order, datamodule.train_preparation()
-    slots, read = timed(lambda: list(islice(order.lane(Lane()).endless(order.begin()), STAGE_SAMPLES)))
+    slots, read = timed(lambda: list(islice(training_order(datamodule), STAGE_SAMPLES)))
     samples, decoded = timed(lambda: list(prepared(slots, order, preparation)))
     _, drawn = timed(lambda: preparation.batch(samples, Counter(), None))
     good = len(samples)
@@ -134,11 +133,25 @@ def describe_stages(datamodule: Any) -> str:
     return "one process, samples/s: " + ", ".join(f"{stage} {rate:,.0f}" for stage, rate in rates.items())
 
 
-def prepared(slots: list[Slot], order: Any, preparation: Any) -> Iterator[Sample]:
-    """The good ones, all cut to one size, so that they can be stacked."""
+def training_order(datamodule: Any) -> Iterator[Slot]:
+    """As a training in one process begins."""
+    order = datamodule.train_order
+    return order.lane(Lane(), datamodule.batch_size).endless(order.begin())
+
+
+def first_batches(datamodule: Any, pictures: int) -> Iterator[Batch]:
+    """The first samples that a training in one process sees, each a batch with its own draws."""
+    order, preparation = datamodule.train_order, datamodule.train_preparation()
+    slots = islice(training_order(datamodule), 4 * pictures)  # some may be broken
+    samples = prepared(slots, order, preparation, in_buckets=True)
+    return (preparation.batch([sample], Counter(), None) for sample in islice(samples, pictures))
+
+
+def prepared(slots: Iterable[Slot], order: Any, preparation: Any, in_buckets: bool = False) -> Iterator[Sample]:
+    """The good ones, cut to their buckets, or all to the square, so that they can be stacked."""
     for slot in slots:
         try:
-            yield preparation.sample(slot.record, order.address(slot), None)
+            yield preparation.sample(slot.record, order.address(slot), slot.target if in_buckets else None)
         except Rejected:
             continue
 
@@ -148,18 +161,18 @@ def timed(do: Callable[[], Any]) -> tuple[Any, float]:
     return do(), time.perf_counter() - started
 
 
-def draw_cell(batch: Batch, i: int) -> Image.Image:
-    """One sample: target and reference as the model gets them, the caption below, and what is dropped in red."""
+def draw_cell(batch: Batch) -> Image.Image:
+    """A batch of one: target and reference as the model gets them, the caption below, what is dropped in red."""
     width = 2 * CELL_PX + GAP_PX
     cell = Image.new("RGB", (width, CELL_PX + (LINES + 1) * LINE_PX + GAP_PX), "white")
     for n, pixels_B3HW in enumerate((batch.image_B3HW, batch.reference_B3HW)):
         assert pixels_B3HW is not None, "only pictures can be shown"
-        cell.paste(fit(as_seen(pixels_B3HW[i])), (n * (CELL_PX + GAP_PX), 0))
+        cell.paste(fit(as_seen(pixels_B3HW[0])), (n * (CELL_PX + GAP_PX), 0))
     pen = ImageDraw.Draw(cell)
     flags = {"text": batch.draws.drop_text_B, "image": batch.draws.drop_image_B}
-    drops = [name for name, dropped_B in flags.items() if dropped_B[i]]
+    drops = [name for name, dropped_B in flags.items() if dropped_B[0]]
     pen.text((0, CELL_PX), f"{' and '.join(drops)} dropped" if drops else "", fill="red")
-    for line, words in enumerate(textwrap.wrap(batch.text[i], width // 6)[:LINES], 1):
+    for line, words in enumerate(textwrap.wrap(batch.text[0], width // 6)[:LINES], 1):
         pen.text((0, CELL_PX + line * LINE_PX), words, fill="black")
     return cell
 
