@@ -408,7 +408,7 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
     with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: call it so"):
         instantiate(compose("train", *plain, "data=cache", *misnamed).data)
     half = run(tmp_path / "half", *parts, "base.dtype=bfloat16")
-    padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "data.max_pixels=10_000")
+    padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "++data.max_pixels=10_000")
     unlike = r"data\.caches\.train was not made as laion was: "
     for path, said in (
         (made, None),
