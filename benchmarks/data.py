@@ -163,14 +163,14 @@ def memory(folder: Path, shards: int = 200, samples: int = 1000) -> dict[str, fl
 
 START_UP = """
 import time
-import ipa.data.datamodule as data
+from ipa.data.datamodule import ShardDataModule
+from ipa.data.lanes import Lane
 started = time.perf_counter()
-module = data.ShardDataModule("https://host/{000000..099999}.tar", num_workers=8)
-module.fit_to(image_size_px=512, reference_size_px=224, latent_shape=(4, 64, 64))
-loader = module.train_dataloader()
-lane = loader.stream.reader(0, loader.stream.start.get(), data.Share(0, 1, 0, 8))
-first = lane.slots.gi_frame is not None and module.train_order.lane(data.Lane(0, 8)).sources[0].shards(0)[0]
-state = module.state_dict()
+data = ShardDataModule("https://host/{000000..099999}.tar", num_workers=8)
+data.fit_to(image_size_px=512, reference_size_px=224, latent_shape=(4, 64, 64))
+loader = data.train_dataloader()
+first = data.train_order.lane(Lane(0, 8)).sources[0].shards(0)[0]
+state = data.state_dict()
 print(time.perf_counter() - started)
 """
 

@@ -12,7 +12,8 @@ from dirt import write_dirty_shard
 from omegaconf import DictConfig
 from PIL import Image
 
-from ipa.tools.inspect import inspect, main
+from ipa.tools.inspect import main
+from ipa.tools.inspecting import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
 

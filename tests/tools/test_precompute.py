@@ -413,7 +413,7 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
     for path, said in (
         (made, None),
         (half, f"{unlike}fingerprints vae"),
-        (padded, f'{unlike}choices reference_fit: "pad", here "crop"$'),
+        (padded, rf'{unlike}choices reference_fit: "pad", here "crop"\W+full_key'),
     ):
         cfg = compose("train", *plain, "data=cache", caches[0], f"+data.caches.train.shards={path}")
         with nullcontext() if said is None else pytest.raises(InstantiationException, match=said):
