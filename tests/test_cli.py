@@ -89,7 +89,7 @@ def test_answers_load_nothing_heavy(python, arguments: list[str]) -> None:
         ("experiment=decoupled_globl", "Available options in 'experiment'", "experiment=decoupled_global"),
         ("experimnt=decoupled_global", "Could not override 'experimnt'", "experiment=decoupled_global"),
         ("tokns=global", "Could not override 'tokns'", "tokens=global"),
-        ("~adaptr", "Could not delete from config", "~adapter"),
+        ("~encodr", "Could not delete from config", "~encoder"),
         ("hydra.run.dri=x", "Could not override 'hydra.run.dri'", "hydra.run.dir=x"),
     ],
 )

@@ -25,7 +25,9 @@ MEGABYTE = 10**6
 # written in pieces, so that this file does not name them either
 REGISTRY_HOSTS = ["pypi." + "org", "python" + "hosted.org", "registry." + "npmjs", "download." + "pytorch"]
 INDEX_OPTIONS = ["--index" + "-url", "--extra-index" + "-url", "--find" + "-links"]
-KINDS = {"tokens", "adapter"}
+KINDS = {"tokens", "kind"}
+# groups of which any number is taken, and how one is added
+ADDED = {"source": ("train", "recipe=sd15", "+source@data.known.mine"), "metric": ("evaluate", "+metric@metrics.mine")}
 
 
 def tracked_files() -> list[Path]:
@@ -111,8 +113,11 @@ def groups_of(command: str) -> set[str]:
     ("group", "choice"), [(group, choice) for group in groups() for choice in choices(group) if "/" not in choice]
 )
 def test_every_configuration_file_composes(group: str, choice: str) -> None:
-    commands = [command for command in COMMANDS if group in {name.partition("@")[0] for name in groups_of(command)}]
-    assert commands or group == "source", f"no command uses conf/{group}"
+    if group in ADDED:
+        composed(*ADDED[group][:-1], f"{ADDED[group][-1]}={choice}")
+        return
+    commands = [command for command in COMMANDS if group in groups_of(command)]
+    assert commands, f"no command uses conf/{group}"
 
     for command in commands:
         composed(command, f"{group}={choice}")

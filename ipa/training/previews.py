@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ipa.checkpoint import write_atomically
 from ipa.data.transforms import cover, fit_reference, read_picture
-from ipa.metrics.clip import ClipScorer, fit_square
-from ipa.metrics.prompt_scores import PromptScores
+from ipa.metrics.border import BorderColour
+from ipa.metrics.clip import ClipScorer
+from ipa.metrics.clip_scores import ClipCosines
+from ipa.metrics.pixels import fit_square
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
 from ipa.training.checkpointing import is_due
@@ -107,11 +109,14 @@ def generate_from(
 def score_prompts(
     model: IPAdapterModel, scorer: ClipScorer, prompts: HeldOutPrompts, options: SamplingOptions, seed: int
 ) -> dict[str, float]:
-    """Generate from every prompt with the empty text, and score: see ``PromptScores``."""
-    metric = PromptScores(scorer, sync_on_compute=False)
-    captions = prompts.captions if any(prompts.captions) else None
-    metric.update(generate_from(model, prompts, options, seed), to_unit_range(prompts.images_B3HW), captions)
-    return {name: float(value) for name, value in metric.compute().items()}
+    """Generate from every prompt with the empty text, and score: see ``ClipCosines`` and ``BorderColour``."""
+    captions = [[caption] for caption in prompts.captions] if any(prompts.captions) else None
+    pixels, references = generate_from(model, prompts, options, seed), to_unit_range(prompts.images_B3HW)
+    scores: dict[str, float] = {}
+    for metric in (ClipCosines(scorer, sync_on_compute=False), BorderColour(sync_on_compute=False)):
+        metric.update(pixels, references, captions)
+        scores |= {name: float(value) for name, value in metric.compute().items()}
+    return scores
 
 
 def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Image.Image:

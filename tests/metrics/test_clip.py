@@ -13,13 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ipa.metrics.clip import ClipScorer, fit_square, load_scorer
+from ipa.metrics.clip import ClipScorer, load_scorer
+from ipa.metrics.networks import MissingNetwork
+from ipa.metrics.pixels import fit_square
 from ipa.types import to_unit_range
-
-
-@pytest.fixture
-def scorer(clip_name: str) -> ClipScorer:
-    return ClipScorer.from_pretrained(clip_name)
 
 
 @pytest.fixture
@@ -67,12 +64,20 @@ def test_pictures_of_other_sizes_are_fitted_as_open_clip_does(
     picture = Image.fromarray((smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     _, preprocess = open_clip.create_model_from_pretrained(clip_name, return_transform=True)
     theirs = preprocess(picture)
-    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
-    fitted = (fit_square(pixels, tiny.REFERENCE_PX) - scorer.mean) / scorer.std
+    pixels = to_unit_range(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None])
+    fitted = ((fit_square(pixels, tiny.REFERENCE_PX) + 1) / 2 - scorer.mean) / scorer.std
 
     assert fitted.shape == (1, 3, tiny.REFERENCE_PX, tiny.REFERENCE_PX)
     # theirs rounds to whole levels after each direction, and divides by about 0.26
     torch.testing.assert_close(fitted[0], theirs, rtol=0, atol=1.5 / 255 / 0.26)
+
+
+def test_pictures_of_several_sizes_are_embedded_as_each_alone(scorer: ClipScorer) -> None:
+    pictures = [to_unit_range(tiny.make_pictures(1, size_px))[0] for size_px in (24, 40, 31)]
+    pictures[1] = pictures[1][:, :30]
+    alone = torch.cat([scorer.embed_images(picture[None]) for picture in pictures])
+
+    torch.testing.assert_close(scorer.embed_images(pictures, batch_size=2), alone, rtol=0, atol=1e-5)
 
 
 def test_pictures_of_the_right_size_are_left_alone(pixels: Tensor) -> None:
@@ -95,6 +100,6 @@ def test_weights_that_cannot_be_had_are_told_with_the_ways_out(monkeypatch: pyte
     monkeypatch.setattr("open_clip.create_model", fail)
 
     with pytest.raises(
-        OSError, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"
+        MissingNetwork, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"
     ):
         ClipScorer.from_pretrained("ViT-L-14-quickgelu", "openai")

@@ -1,7 +1,7 @@
 """What every compared system promises: pictures from image prompts, the same for the same seeds.
 
-    method = SomeMethod.from_pretrained("owner/name", dtype="float16")
-    pixels_B3HW = method.generate([Prompt(image_3HW, "", seed=0)], Sampling(num_steps=50, guidance=7.5))
+method = SomeMethod.from_pretrained("owner/name", dtype="float16")
+pixels_B3HW = method.generate([Prompt(image_3HW, "", seed=0)], Sampling(num_steps=50, guidance=7.5))
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""Where items come from: shards, a folder, COCO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ipa.data.addresses import digest
+from ipa.data.order import Order
+from ipa.data.records import Record
+from ipa.data.sources import Source
+from ipa.data.transforms import Opened, open_picture, read_picture
+from ipa.evaluation.items import Item
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_PIXELS = 100_000_000
+
+
+class ShardBenchmark:
+    """The first ``limit`` good samples of WebDataset shards, in file order."""
+
+    def __init__(self, name: str, shards: Any, limit: int | None = None, captions: Any = "txt") -> None:
+        self.name, self.limit = name, limit
+        self.source = Source.of(name, shards=shards, captions=captions, option="benchmark")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "shards", "fingerprint": self.source.fingerprint(), "limit": self.limit}
+
+    @cached_property
+    def records(self) -> dict[str, Record]:
+        slots = Order([self.source], seed=0).in_file_order()
+        records = [slot.record for slot in islice(slots, self.limit)]
+        return {record.key: record for record in records}
+
+    def items(self) -> Sequence[Item]:
+        return [Item(key, tuple(text for text, _ in record.captions)) for key, record in self.records.items()]
+
+    def read(self, item: Item) -> Tensor:
+        return pixels(open_picture(self.records[item.id].picture, "white", MAX_PIXELS))
+
+
+class FolderBenchmark:
+    """The first ``limit`` pictures of a folder, by name, captions in ``.txt`` files beside them (a line each)."""
+
+    def __init__(self, name: str, folder: str, limit: int | None = None) -> None:
+        self.name, self.folder, self.limit = name, Path(folder), limit
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "folder", "folder": str(self.folder), "limit": self.limit, "fingerprint": self.fingerprint}
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """Raises FileNotFoundError, and ValueError for two pictures of one name."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"benchmark.folder={self.folder}: no such folder")
+        found = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in PICTURES)
+        if not found:
+            raise FileNotFoundError(f"benchmark.folder={self.folder}: no pictures there ({', '.join(PICTURES)})")
+        paths = {path.stem: path for path in found[: self.limit]}
+        if len(paths) < len(found[: self.limit]):
+            raise ValueError(f"benchmark.folder={self.folder}: some pictures differ in their endings only")
+        return paths
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{digest(*(part for name, path in self.paths.items() for part in (name, path.stat().st_size))):016x}"
+
+    def items(self) -> Sequence[Item]:
+        return [Item(name, captions_beside(path)) for name, path in self.paths.items()]
+
+    def read(self, item: Item) -> Tensor:
+        return pixels(read_picture(self.paths[item.id], "benchmark.folder"))
+
+
+class CocoBenchmark:
+    """COCO's pictures and captions (Lin et al. 2014), the first ``limit`` by id; the paper took val2017, all 5,000."""
+
+    def __init__(self, name: str, images: str, annotations: str, limit: int | None = None) -> None:
+        self.name, self.images, self.annotations, self.limit = name, Path(images), Path(annotations), limit
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        files = ",".join(name for name, _ in self.entries.values())
+        return {"kind": "coco", "limit": self.limit, "fingerprint": f"{digest(files):016x}"}
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Id → file name and captions; raises FileNotFoundError or ValueError."""
+        if not self.annotations.is_file():
+            raise FileNotFoundError(
+                f"benchmark.annotations={self.annotations}: no such file. COCO's captions are in "
+                "annotations_trainval2017.zip, its pictures in val2017.zip (cocodataset.org)"
+            )
+        try:
+            content = json.loads(self.annotations.read_text())
+            captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+            for annotation in content["annotations"]:
+                captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"benchmark.annotations={self.annotations} is no file of captions: {error!r}") from error
+        chosen = sorted(names)[: self.limit]
+        return {f"{number:012d}": (names[number], tuple(captions[number])) for number in chosen}
+
+    def items(self) -> Sequence[Item]:
+        missing = [name for name, _ in self.entries.values() if not (self.images / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"benchmark.images={self.images}: {len(missing)} of {len(self.entries)} pictures that "
+                f"{self.annotations.name} lists are not there ({missing[0]} …)"
+            )
+        return [Item(number, captions) for number, (_, captions) in self.entries.items()]
+
+    def read(self, item: Item) -> Tensor:
+        return pixels(read_picture(self.images / self.entries[item.id][0], "benchmark.images"))
+
+
+def pixels(picture: Opened) -> Tensor:
+    """uint8 image_3HW, all of it."""
+    return picture.pixels_3HW.contiguous()
+
+
+def captions_beside(path: Path) -> tuple[str, ...]:
+    file = path.with_suffix(".txt")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return tuple(line.strip() for line in lines if line.strip())

@@ -1,0 +1,243 @@
+"""SeeCoder of Prompt-Free Diffusion: an image encoder whose 148 tokens stand where Stable Diffusion expects a text.
+
+    Swin-L, the maps of 1/8, 1/16, 1/32 → decoder, three maps of one width → 9 layers of queries → 4 + 144 tokens
+
+Xu et al. 2023, "Prompt-Free Diffusion: Taking 'Text' out of Text-to-Image Diffusion Models"; weights in
+shi-labs/prompt-free-diffusion. There are no text and no λ. "No image" is 148 zeros. Its authors sample with a guidance
+of about 2. Letters: B pictures, T tokens, P places of a map, D width.
+
+    method = SeeCoder.from_pretrained()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ipa.evaluation.methods.method import Prompt
+from ipa.evaluation.methods.prompt_tokens import PromptTokens, load_base, load_module, squares
+from ipa.evaluation.methods.seecoder_swin import SwinBackbone
+from ipa.families.stable_diffusion import StableDiffusion
+
+LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
+HEADS = 8
+GROUPS = 32
+NUM_GLOBAL = 4
+IMAGE_PX = 512  # it was trained at this size
+
+
+class SemanticContextEncoder(nn.Module):
+    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first. The names are the published ones."""
+
+    def __init__(self, imencoder: SwinBackbone, imdecoder: Decoder, qtransformer: QueryTransformer) -> None:
+        super().__init__()
+        self.imencoder, self.imdecoder, self.qtransformer = imencoder, imdecoder, qtransformer
+
+    @classmethod
+    def large(cls) -> Self:
+        """The published sizes."""
+        swin_l = SwinBackbone(192, depths=[2, 2, 18, 2], heads=[6, 12, 24, 48], window=12)
+        return cls(swin_l, Decoder([384, 768, 1536]), QueryTransformer())
+
+    @classmethod
+    def like(cls, state: dict[str, Tensor]) -> Self:
+        """As large as these weights."""
+        parts = [under(state, prefix) for prefix in ("imencoder.", "imdecoder.", "qtransformer.")]
+        return cls(SwinBackbone.like(parts[0]), Decoder.like(parts[1]), QueryTransformer.like(parts[2]))
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        maps = self.imencoder(image_B3HW)[-len(LEVELS) :]
+        return self.qtransformer(self.imdecoder(maps))
+
+
+class Decoder(nn.Module):
+    """Maps of three sizes → as many of one width: each passes a transformer and adds what went around it."""
+
+    def __init__(
+        self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6
+    ) -> None:
+        super().__init__()
+        levels = list(zip(LEVELS, widths, strict=True))
+        self.inproj_layers = nn.ModuleDict(
+            {name: nn.Sequential(nn.Conv2d(wide, width, 1), nn.GroupNorm(GROUPS, width)) for name, wide in levels}
+        )
+        self.lateral_layers = nn.ModuleDict({name: NormedConv(wide, width) for name, wide in levels})
+        self.transformer = DecoderLayers(width, inner_width, num_layers)
+        self.level_embed = nn.Parameter(torch.randn(len(LEVELS), width))
+
+    @classmethod
+    def like(cls, state: dict[str, Tensor]) -> Self:
+        widths = [state[f"lateral_layers.{name}.weight"].shape[1] for name in LEVELS]
+        inner_width, width = state["transformer.layers.0.linear1.weight"].shape
+        return cls(widths, width, inner_width, count(state, "linear1.weight"))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        made = []
+        # level_embed counts from the smallest map
+        for name, map_BCHW, embed_D in zip(LEVELS, maps, self.level_embed.flip(0), strict=True):
+            x_BHWD = self.inproj_layers[name](map_BCHW).permute(0, 2, 3, 1) + embed_D
+            made.append(self.transformer(x_BHWD).permute(0, 3, 1, 2) + self.lateral_layers[name](map_BCHW))
+        return made
+
+
+class DecoderLayers(nn.Module):
+    def __init__(self, width: int, inner_width: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(width, inner_width) for _ in range(num_layers))
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BHWD = layer(x_BHWD)
+        return x_BHWD
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward with the norms behind them.
+
+    The published code attends along the batch rather than along the places of a map. Its own inference has a batch of
+    one, where each place sees itself alone: this is what is done here, so that pictures do not see one another.
+    """
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, HEADS)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.linear1, self.linear2 = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        alone_1PD = x_BHWD.flatten(0, 2)[None]
+        attended = self.self_attn(alone_1PD, alone_1PD, alone_1PD, need_weights=False)[0]
+        x_BHWD = self.norm1(x_BHWD + attended.view_as(x_BHWD))
+        return self.norm2(x_BHWD + self.linear2(self.linear1(x_BHWD).relu()))
+
+
+class NormedConv(nn.Conv2d):
+    """A 1 × 1 convolution whose norm is a part of it."""
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__(in_width, width, 1, bias=False)
+        self.norm = nn.GroupNorm(GROUPS, width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.norm(super().forward(input))
+
+
+class QueryTransformer(nn.Module):
+    """Maps → tokens: the local queries read one map after the other, and exchange with the global ones."""
+
+    def __init__(
+        self, width: int = 768, inner_width: int = 2048, num_queries: int = NUM_GLOBAL + 144, num_layers: int = 9
+    ) -> None:
+        super().__init__()
+        self.transformer_crossatt_layers = nn.ModuleList(CrossAttention(width) for _ in range(num_layers))
+        self.transformer_selfatt_layers = nn.ModuleList(SelfAttention(width) for _ in range(num_layers))
+        self.transformer_feedforward_layers = nn.ModuleList(FeedForward(width, inner_width) for _ in range(num_layers))
+        self.init_query = nn.Embedding(num_queries, width)
+        self.query_pos_embedding = nn.Embedding(num_queries, width)
+        self.level_embed = nn.Embedding(len(LEVELS), width)
+
+    @classmethod
+    def like(cls, state: dict[str, Tensor]) -> Self:
+        inner_width, width = state["transformer_feedforward_layers.0.linear1.weight"].shape
+        return cls(width, inner_width, len(state["init_query.weight"]), count(state, "linear1.weight"))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        levels = [
+            map_BDHW.flatten(2).transpose(1, 2) + embed
+            for map_BDHW, embed in zip(maps, self.level_embed.weight, strict=True)
+        ]
+        query_BTD = self.init_query.weight.expand(len(levels[0]), -1, -1)
+        place_TD = self.query_pos_embedding.weight
+        layers = zip(
+            self.transformer_crossatt_layers,
+            self.transformer_selfatt_layers,
+            self.transformer_feedforward_layers,
+            strict=True,
+        )
+        for i, (look, exchange, think) in enumerate(layers):
+            local = look(query_BTD[:, NUM_GLOBAL:], levels[i % len(levels)], place_TD[NUM_GLOBAL:])
+            query_BTD = think(exchange(torch.cat([query_BTD[:, :NUM_GLOBAL], local], 1), place_TD))
+        return query_BTD
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, query_BTD: Tensor, map_BPD: Tensor, place_TD: Tensor) -> Tensor:
+        attended = self.multihead_attn(query_BTD + place_TD, map_BPD, map_BPD, need_weights=False)[0]
+        return self.norm(query_BTD + attended)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, query_BTD: Tensor, place_TD: Tensor) -> Tensor:
+        placed = query_BTD + place_TD
+        return self.norm(query_BTD + self.self_attn(placed, placed, query_BTD, need_weights=False)[0])
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.norm(x_BTD + self.linear2(self.linear1(x_BTD).relu()))
+
+
+def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def count(state: dict[str, Tensor], suffix: str) -> int:
+    return sum(name.endswith(f".{suffix}") for name in state)
+
+
+class SeeCoder(PromptTokens):
+    """Stable Diffusion with SeeCoder in the place of its text encoder. It reads the picture's centre square."""
+
+    name = "seecoder"
+    uses_text = False
+    adapter: SemanticContextEncoder
+
+    def __init__(
+        self,
+        family: StableDiffusion,
+        adapter: SemanticContextEncoder,
+        source: str = "",
+        reference_size_px: int = IMAGE_PX,
+    ) -> None:
+        super().__init__(family, source)
+        self.adapter, self.reference_size_px = adapter, reference_size_px
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        adapter: str = "shi-labs/prompt-free-diffusion/pretrained/pfd/seecoder/seecoder-v1-0.safetensors",
+        dtype: str = "float16",
+    ) -> Self:
+        """Raises MissingWeights for what is neither here nor to be had."""
+        made: Any = load_module(SemanticContextEncoder.like, adapter, "method.adapter", "a SeeCoder", "ctx.image.")
+        family = load_base(base, dtype)
+        return cls(family, made.to(family.unet.dtype), f"{adapter} on {base}")
+
+    def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        pictures_B3HW = (squares(images, self.reference_size_px) + 1) / 2
+        tokens_BTD = self.adapter(pictures_B3HW.to(self.family.device, self.family.unet.dtype))
+        return tokens_BTD, torch.zeros_like(tokens_BTD)
+
+    def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+        """The tokens alone: the text plays no part."""
+        return self.encode([prompt.image_3HW for prompt in prompts], scale)

@@ -1,0 +1,44 @@
+"""How sure a mean is: percentile bootstrap over the items of a benchmark (Efron 1979).
+
+confidence_interval(value_B, item_B)                    # of a system
+confidence_interval(one_B - other_B, item_B)            # of the difference of two systems over the same prompts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def confidence_interval(
+    value_B: Tensor, items: Sequence[Hashable], level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Mean of the values and the interval of this ``level`` around it.
+
+    Items are drawn with replacement, each with all its pictures: pictures of one prompt with other seeds are no
+    independent sample. With one item low and high are nan, since nothing is known of the scatter.
+    """
+    if len(value_B) != len(items) or len(value_B) == 0:
+        raise ValueError(f"there must be an item for each value and one at least: {len(value_B)}, {len(items)}")
+    names = dict.fromkeys(items)
+    owner = {item: number for number, item in enumerate(names)}
+    owner_B = torch.tensor([owner[item] for item in items])
+    sum_I = torch.zeros(len(owner), dtype=torch.float64).index_add_(0, owner_B, value_B.double().cpu())
+    count_I = torch.bincount(owner_B).double()
+    mean = float(sum_I.sum() / count_I.sum())
+    if len(owner) == 1:
+        return Interval(mean, torch.nan, torch.nan)
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(owner), (len(owner),), generator=generator) for _ in range(resamples))
+    mean_R = torch.stack([sum_I[draw].sum() / count_I[draw].sum() for draw in draws])
+    low, high = mean_R.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Interval(mean, low, high)

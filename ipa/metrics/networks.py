@@ -1,0 +1,217 @@
+"""Frozen networks that read pictures of any size, and what is said when one cannot be had.
+
+network = DinoNetwork.from_pretrained("facebook/dinov2-base")   # or a folder
+features_BE = network.embed_images(pixels_B3HW)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ipa.metrics.pixels import Pictures, fit_square, in_pieces, on_each_size
+from ipa.types import to_uint8
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class MissingNetwork(OSError):
+    """A package or weights that are neither here nor to be had: the message says what to get, and where to put it."""
+
+
+class PictureNetwork(nn.Module):
+    """A frozen network with a row of features for every picture; it may be shared by several metrics.
+
+    Pixels in [-1, 1] have their shortest side brought to ``size_px`` (bicubic, antialias), are cut to the centre of
+    ``crop_px``, and normalised with ``mean`` and ``std`` of [0, 1]. A subclass runs the network in ``_embed``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, size_px: int, crop_px: int | None = None, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    ) -> None:
+        super().__init__()
+        self.image_size_px, self.crop_px = size_px, crop_px or size_px
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def freeze(self) -> Self:
+        """To be called once the network is in place."""
+        return self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode whatever the trainer asks."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def embed_images(self, pictures: Pictures, batch_size: int = 64) -> Tensor:
+        """features_BE, on the network's device."""
+        pieces = in_pieces(pictures, batch_size)
+        return torch.cat([self._embed(on_each_size(self._prepare, piece)) for piece in pieces])
+
+    def _prepare(self, pixels_B3HW: Tensor) -> Tensor:
+        fitted = fit_square(pixels_B3HW.to(self.mean.device, torch.float32), self.image_size_px, self.crop_px)
+        return ((fitted + 1) / 2 - self.mean) / self.std
+
+    def _embed(self, prepared_B3HW: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DinoNetwork(PictureNetwork):
+    """Unit-length class tokens of a vision transformer of the DINO family, read through transformers.
+
+    None of the compared systems conditions on it (Oquab et al. 2023; Ruiz et al. 2023 compare pictures with the first
+    DINO). Pictures are prepared as its authors do: 256 px, the centre of 224 px, ImageNet's mean.
+    """
+
+    def __init__(self, transformer: Any, size_px: int = 256, crop_px: int = 224, name: str = "") -> None:
+        super().__init__(size_px, crop_px, IMAGENET_MEAN, IMAGENET_STD)
+        self.transformer, self.name = transformer, name
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, path: str, size_px: int = 256, crop_px: int = 224) -> Self:
+        """``path`` is a folder or hub id, such as facebook/dinov2-base or facebook/dino-vits16.
+
+        Raises MissingNetwork when it cannot be had, ValueError for one that lacks weights.
+        """
+        from transformers import AutoModel
+
+        loader: Any = AutoModel  # its types do not know that output_loading_info gives a pair
+        try:
+            transformer, info = loader.from_pretrained(
+                path, dtype=torch.float32, weights_only=True, output_loading_info=True
+            )
+        except OSError as error:
+            raise MissingNetwork(
+                f"DINO network path={path}: {first_line(error)} Download config.json and model.safetensors of "
+                "https://huggingface.co/facebook/dinov2-base into a folder and give the folder as path"
+            ) from error
+        missing = [key for key in info["missing_keys"] if not key.startswith("pooler")]  # which is not used here
+        if missing:
+            raise ValueError(f"DINO network path={path}: {len(missing)} weights are missing, {missing[0]} among them")
+        return cls(transformer, size_px, crop_px, path)
+
+    def _embed(self, prepared_B3HW: Tensor) -> Tensor:
+        return F.normalize(self.transformer(prepared_B3HW).last_hidden_state[:, 0], dim=-1)
+
+
+class InceptionNetwork(PictureNetwork):
+    """The 2048 features of the Inception v3 that FID and KID are defined on, read through torch-fidelity.
+
+    Pictures come to 299 px with antialias (Parmar et al. 2022: without, the figures depend on the library); the centre
+    square of those that are none.
+    """
+
+    FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+    def __init__(self, inception: Any) -> None:
+        super().__init__(inception.INPUT_IMAGE_SIZE)
+        self.inception = inception
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, path: str | None = None) -> Self:
+        """``path`` is the file of weights; None is torch hub's folder, where it is downloaded to when it is missing.
+
+        Raises MissingNetwork without torch-fidelity or weights, and for a pickle that holds more than tensors.
+        """
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+        except ImportError as error:
+            raise MissingNetwork(
+                "FID and KID need the package torch-fidelity: pip install 'ipa[fid]', or leave the two out"
+            ) from error
+        file = download(fidelity.URL_INCEPTION_V3, cls.FILE) if path is None else Path(path)
+        if not file.is_file():
+            raise MissingNetwork(f"Inception path={path}: no such file; {tell_where(fidelity.URL_INCEPTION_V3)}")
+        torch.load(file, map_location="cpu", weights_only=True)  # the package itself would unpickle anything
+        return cls(fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file)))
+
+    def _prepare(self, pixels_B3HW: Tensor) -> Tensor:
+        return to_uint8(fit_square(pixels_B3HW.to(self.mean.device, torch.float32), self.image_size_px))
+
+    def _embed(self, prepared_B3HW: Tensor) -> Tensor:
+        return self.inception(prepared_B3HW)[0]
+
+
+class DreamSimNetwork(PictureNetwork):
+    """Unit-length embeddings whose cosine is what people call alike (Fu et al. 2023), by the package dreamsim."""
+
+    def __init__(self, dreamsim: Any, size_px: int = 224) -> None:
+        super().__init__(size_px)
+        self.dreamsim = dreamsim
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, kind: str = "ensemble") -> Self:
+        """``folder`` holds the unpacked weights of this kind, or is where they are downloaded to.
+
+        The kinds with DINO run code of GitHub repositories through torch hub, as their package does. Raises
+        MissingNetwork without package or weights.
+        """
+        try:
+            from dreamsim import dreamsim
+            from dreamsim.config import dreamsim_weights
+        except ImportError as error:
+            raise MissingNetwork("DreamSim needs its package: pip install dreamsim, or leave it out") from error
+        if kind not in dreamsim_weights:
+            raise ValueError(f"DreamSim kind={kind}: one of {', '.join(dreamsim_weights)}")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        hub = torch.hub.get_dir()
+        try:
+            network, _ = dreamsim(device="cpu", cache_dir=str(folder), dreamsim_type=kind)
+        except OSError as error:
+            raise MissingNetwork(
+                f"DreamSim kind={kind} folder={folder}: {first_line(error)}. Download and unpack "
+                f"{dreamsim_weights[kind]} there"
+            ) from error
+        finally:
+            torch.hub.set_dir(hub)  # which the package changes for the whole process
+        return cls(network)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        super().to(*args, **kwargs)
+        extractors: list[Any] = list(self.modules())
+        for module in extractors:
+            if "device" in vars(module):  # the package's extractors keep their first device in mind
+                module.device = self.mean.device
+        return self
+
+    def _prepare(self, pixels_B3HW: Tensor) -> Tensor:
+        """The whole picture squeezed into the square, as its authors do."""
+        pixels_B3HW = pixels_B3HW.to(self.mean.device, torch.float32)
+        sides = (self.image_size_px, self.image_size_px)
+        return (F.interpolate(pixels_B3HW, sides, mode="bicubic", antialias=True).clamp(-1, 1) + 1) / 2
+
+    def _embed(self, prepared_B3HW: Tensor) -> Tensor:
+        return F.normalize(self.dreamsim.embed(prepared_B3HW), dim=-1)
+
+
+def download(url: str, name: str) -> Path:
+    """The file in torch hub's folder of weights; raises MissingNetwork when it is neither there nor to be had."""
+    file = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), progress=False)
+        except OSError as error:  # urllib's errors are of this kind
+            raise MissingNetwork(
+                f"{name}: {first_line(error)}. {tell_where(url)}, or put it into {file.parent}"
+            ) from error
+    return file
+
+
+def tell_where(url: str) -> str:
+    return f"download {url} and give the file as path"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,125 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_prompt_tokens as parts
+import torch
+from torch import Tensor, nn
+
+from ipa.evaluation.methods.reference_only import ReferenceOnly, TwoPasses, moments, self_attentions, styled_modules
+
+
+def make_method(style_fidelity: float = 0.5, adain: bool = False) -> ReferenceOnly:
+    family = tiny.make_family()
+    for attention in self_attentions(family.unet):
+        parts.loud(attention)
+    return ReferenceOnly(family, style_fidelity=style_fidelity, adain=adain)
+
+
+def make_inputs(rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text for calls of the UNet."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(rows, 4, 8, 8, generator=generator)
+    return latents, torch.tensor(500), torch.randn(rows, tiny.TEXT_LENGTH, tiny.CONTEXT_WIDTH, generator=generator)
+
+
+def predict(unet: Any, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    with torch.no_grad():
+        return unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def predict_reading(unet: Any, reference: Tensor, style_fidelity: float = 0.5, adain: bool = False) -> Tensor:
+    passes = TwoPasses(lambda timestep: reference, style_fidelity)
+    with passes.installed(unet, adain):
+        return predict(unet, *make_inputs())
+
+
+@pytest.mark.parametrize("adain", [False, True])
+def test_it_keeps_what_every_method_promises(adain: bool) -> None:
+    method = make_method(adain=adain)
+    parts.check_promises(method)
+    parts.check_without_guidance(method)
+    assert method.trained == 0
+
+
+def test_the_unet_is_restored_also_after_an_error() -> None:
+    method = make_method(adain=True)
+    unet, inputs = method.family.unet, make_inputs()
+    before, processors = predict(unet, *inputs), unet.attn_processors
+    method.generate(parts.make_prompts(), parts.FAST)
+
+    def refuse(timestep: Tensor) -> Tensor:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), TwoPasses(refuse, 0.5).installed(unet, adain=True):
+        predict(unet, *inputs)
+    assert unet.attn_processors.keys() == processors.keys()
+    assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+    assert torch.equal(predict(unet, *inputs), before)
+
+
+@pytest.mark.parametrize("adain", [False, True])
+def test_a_reference_that_is_the_picture_itself_changes_nothing(adain: bool) -> None:
+    """Attention to every place twice is attention to it once, and the moments are already the same."""
+    unet, inputs = make_method().family.unet, make_inputs()
+    torch.testing.assert_close(predict_reading(unet, inputs[0], adain=adain), predict(unet, *inputs))
+    assert parts.differs(predict_reading(unet, -inputs[0], adain=adain), predict(unet, *inputs))
+
+
+def test_style_fidelity_keeps_the_unconditional_half_its_own() -> None:
+    unet, inputs = make_method().family.unet, make_inputs()
+    plain, reference = predict(unet, *inputs), inputs[0][:2].flip(0)
+    weak, middle, strong = (predict_reading(unet, reference, fidelity) for fidelity in (0.0, 0.5, 1.0))
+
+    torch.testing.assert_close(strong[:2], plain[:2])
+    assert parts.differs(weak[:2], middle[:2]) and parts.differs(middle[:2], strong[:2])
+    assert torch.equal(weak[2:], middle[2:]) and torch.equal(middle[2:], strong[2:])
+    assert parts.differs(weak[2:], plain[2:])
+
+
+def test_without_guidance_no_row_is_unconditional() -> None:
+    unet, inputs = make_method().family.unet, make_inputs()
+    reference = inputs[0].flip(0)
+    assert torch.equal(predict_reading(unet, reference, 0.0), predict_reading(unet, reference, 1.0))
+
+
+def test_adain_gives_the_moments_of_the_reference() -> None:
+    unet, found = make_method().family.unet, []
+
+    def watch(module: nn.Module, inputs: object, output: Tensor) -> None:
+        found.append(moments(output))
+
+    passes = TwoPasses(lambda timestep: make_inputs()[0].flip(0), 0.0)
+    with passes.installed(unet, adain=True):
+        handle = unet.mid_block.register_forward_hook(watch)  # behind the one that restyles
+        predict(unet, *make_inputs())
+        handle.remove()
+    (written_mean, written_std), (read_mean, read_std) = found
+    torch.testing.assert_close(read_mean, written_mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read_std, written_std, atol=1e-4, rtol=1e-4)
+
+
+def test_the_blocks_that_are_restyled_in_stable_diffusion() -> None:
+    """Weights 1 and 0.5 of four blocks down; 0, 0.5 and 1 of four up."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    names = {module: name for name, module in unet.named_modules()}
+    found = [names[module] for module in styled_modules(unet)]
+    down = ["down_blocks.2.attentions.0", "down_blocks.2.attentions.1", "down_blocks.3.resnets.0"]
+    up = ["up_blocks.0.resnets.0", "up_blocks.0.resnets.1", "up_blocks.0.resnets.2"]
+    up += [f"up_blocks.{block}.attentions.{layer}" for block in (1, 2) for layer in range(3)]
+    assert found == ["mid_block", *down, "down_blocks.3.resnets.1", *up]
+    assert len(self_attentions(unet)) == 16
+
+
+def test_missing_weights_and_senseless_numbers_are_told(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = parts.check_missing(ReferenceOnly.from_pretrained, "base", monkeypatch)
+    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir FOLDER" in told
+    loaded = ReferenceOnly.from_pretrained(str(base_folder), style_fidelity=1, dtype="float32")
+    assert loaded.source == str(base_folder)
+    with pytest.raises(ValueError, match=r"method\.style_fidelity=2: from 0"):
+        ReferenceOnly.from_pretrained(str(base_folder), style_fidelity=2)

@@ -1,0 +1,166 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_prompt_tokens as parts
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.seecoder import Decoder, DecoderLayer, QueryTransformer, SeeCoder, SemanticContextEncoder
+from ipa.evaluation.methods.seecoder_swin import SwinBackbone
+from ipa.families.stable_diffusion import StableDiffusion
+
+WIDTH = 32  # the decoder's norms have 32 groups
+
+
+def make_coder() -> Any:
+    decoder, queries = Decoder([16, 32, 64], WIDTH, 24, num_layers=2), QueryTransformer(WIDTH, 40, 9, num_layers=4)
+    return SemanticContextEncoder(SwinBackbone(8, [1, 2, 1, 2], [1, 2, 2, 4], window=2), decoder, queries).eval()
+
+
+def make_family() -> StableDiffusion:
+    """A base whose context is as wide as the tokens; the text encoder, narrower, plays no part."""
+    family = tiny.make_family()
+    family.unet = UNet2DConditionModel.from_config({**family.unet.config, "cross_attention_dim": WIDTH})
+    for host in family.hosts():
+        parts.loud(host.attention)
+    return family
+
+
+@pytest.fixture
+def method() -> SeeCoder:
+    return SeeCoder(make_family(), make_coder(), reference_size_px=64)
+
+
+def test_it_keeps_what_every_method_promises(method: SeeCoder) -> None:
+    parts.check_promises(method)
+    parts.check_without_guidance(method)
+
+
+def test_the_encoder_at_full_size() -> None:
+    """294 M: at four bytes each the 1.18 GB of the published file."""
+    with torch.device("meta"):
+        coder = SemanticContextEncoder.large()
+    counts = [count_parameters(part) for part in (coder.imencoder, coder.imdecoder, coder.qtransformer)]
+    assert counts == [195_201_204, 27_783_168, 71_130_624]
+    assert sum(counts) == count_parameters(coder) == 294_114_996
+    assert coder(torch.zeros(2, 3, 512, 512, device="meta")).shape == (2, 148, 768)
+
+
+def both(*names: str) -> list[str]:
+    return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+
+def attention(name: str) -> list[str]:
+    return [f"{name}.in_proj_weight", f"{name}.in_proj_bias", *both(f"{name}.out_proj")]
+
+
+def test_its_weights_have_the_published_names() -> None:
+    """At full size, as in seecoder-v1-0.safetensors behind ``ctx.image.``."""
+    swin = [*both("patch_embed.proj", "patch_embed.norm"), *both(*(f"norm{i}" for i in range(4)))]
+    for i, depth in enumerate([2, 2, 18, 2]):
+        for block in (f"layers.{i}.blocks.{j}" for j in range(depth)):
+            swin += both(*(f"{block}.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2")))
+            swin += both(f"{block}.mlp.fc1", f"{block}.mlp.fc2")
+            swin += [f"{block}.attn.relative_position_{kind}" for kind in ("bias_table", "index")]
+        if i < 3:
+            swin += [*both(f"layers.{i}.downsample.norm"), f"layers.{i}.downsample.reduction.weight"]
+    decoder = ["level_embed"]
+    for level in ("res3", "res4", "res5"):
+        decoder += both(f"inproj_layers.{level}.0", f"inproj_layers.{level}.1", f"lateral_layers.{level}.norm")
+        decoder.append(f"lateral_layers.{level}.weight")
+    for layer in (f"transformer.layers.{i}" for i in range(6)):
+        decoder += attention(f"{layer}.self_attn")
+        decoder += both(*(f"{layer}.{part}" for part in ("norm1", "linear1", "linear2", "norm2")))
+    queries = ["init_query.weight", "query_pos_embedding.weight", "level_embed.weight"]
+    for i in range(9):
+        cross, own, forward = (f"transformer_{kind}_layers.{i}" for kind in ("crossatt", "selfatt", "feedforward"))
+        queries += [*attention(f"{cross}.multihead_attn"), *attention(f"{own}.self_attn")]
+        queries += both(f"{cross}.norm", f"{own}.norm", f"{forward}.norm", f"{forward}.linear1", f"{forward}.linear2")
+
+    with torch.device("meta"):
+        found = SemanticContextEncoder.large().state_dict()
+    parts_of = {"imencoder": swin, "imdecoder": decoder, "qtransformer": queries}
+    assert found.keys() == {f"{part}.{name}" for part, names in parts_of.items() for name in names}
+    assert len(found) == sum(len(names) for names in parts_of.values())
+
+
+@torch.no_grad()
+def test_a_decoder_layer_is_torchs_with_every_place_alone() -> None:
+    ours, theirs = DecoderLayer(WIDTH, 24).eval(), nn.TransformerEncoderLayer(WIDTH, 8, 24, dropout=0.0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x_BHWD = torch.randn(2, 3, 5, WIDTH)
+    alone = torch.stack([theirs(picture.flatten(0, 1)[None])[0].view(3, 5, WIDTH) for picture in x_BHWD])
+    torch.testing.assert_close(ours(x_BHWD), alone)
+
+
+@torch.no_grad()
+def test_the_maps_are_decoded_with_their_own_level() -> None:
+    """``level_embed`` counts from the smallest map, and what goes around the transformer is added to what passes it."""
+    decoder = make_coder().imdecoder
+    maps = [torch.randn(1, wide, side, side) for wide, side in ((16, 8), (32, 4), (64, 2))]
+    before = decoder(maps)
+    decoder.level_embed[0].add_(1)
+    after = decoder(maps)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False]
+    assert [tuple(made.shape) for made in after] == [(1, WIDTH, side, side) for side in (8, 4, 2)]
+
+
+@torch.no_grad()
+def test_global_queries_see_the_picture_through_the_local_ones() -> None:
+    queries = make_coder().qtransformer
+    maps = [torch.randn(2, WIDTH, side, side) for side in (4, 2, 1)]
+
+    def changed(layers: int) -> Tensor:
+        """Which of the nine tokens the picture changes, after so many layers."""
+        for name in ("crossatt", "selfatt", "feedforward"):
+            full = getattr(queries, f"transformer_{name}_layers")
+            setattr(queries, f"transformer_{name}_layers", full[:layers])
+        tokens_BTD = queries(maps)
+        return (tokens_BTD[0] - tokens_BTD[1]).abs().amax(-1) > 1e-6
+
+    assert changed(layers=4).all()
+    assert changed(layers=1).all()
+    for layer in queries.transformer_selfatt_layers:  # the only way from the local queries to the global ones
+        layer.self_attn.out_proj.weight.zero_()
+    assert changed(layers=1).tolist() == [False] * 4 + [True] * 5
+
+
+def test_tokens_take_the_texts_place_and_no_image_is_zeros(method: SeeCoder) -> None:
+    positive, negative = method.states(parts.make_prompts(), scale=1.0)
+    assert positive.shape == (3, 9, WIDTH)
+    assert torch.equal(negative, torch.zeros_like(positive))
+    assert method.trained == count_parameters(method.adapter)
+
+
+def test_pictures_are_read_from_0_to_1_without_normalisation(method: SeeCoder) -> None:
+    found = []
+    method.adapter.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    method.encode([torch.full((3, 9, 9), 255, dtype=torch.uint8), torch.zeros(3, 9, 9, dtype=torch.uint8)], 1.0)
+    (image_B3HW,) = found
+    assert image_B3HW.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(image_B3HW.mean((1, 2, 3)), torch.tensor([1.0, 0.0]))
+
+
+def test_a_checkpoint_is_read(tmp_path: Path) -> None:
+    made, base, file = make_coder(), tmp_path / "base", tmp_path / "seecoder.safetensors"
+    make_family().pipeline().save_pretrained(base)
+    save_file({f"ctx.image.{name}": weight.contiguous() for name, weight in made.state_dict().items()}, file)
+
+    method = SeeCoder.from_pretrained(str(base), str(file), dtype="float32")
+    loaded = method.adapter.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
+    assert method.source == f"{file} on {base}"
+
+
+def test_missing_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = parts.check_missing(SeeCoder.from_pretrained, "adapter", monkeypatch)
+    assert "/prompt-free-diffusion/resolve/main/pretrained/pfd/seecoder/seecoder-v1-0.safetensors" in told
+    file = tmp_path / "other.safetensors"
+    save_file({"ctx.image.weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"method\.adapter=.*is not a SeeCoder"):
+        SeeCoder.from_pretrained(adapter=str(file))

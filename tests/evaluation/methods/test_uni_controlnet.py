@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_prompt_tokens as parts
+import torch
+from safetensors.torch import save_file
+
+from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.uni_controlnet import GlobalAdapter, UniControlNet
+
+
+@pytest.fixture
+def method() -> UniControlNet:
+    adapter = parts.loud(GlobalAdapter(tiny.CONTEXT_WIDTH))
+    return UniControlNet(tiny.make_family(), parts.make_image_encoder(), adapter)
+
+
+def test_it_keeps_what_every_method_promises(method: UniControlNet) -> None:
+    parts.check_promises(method)
+    parts.check_without_guidance(method)
+
+
+def test_the_adapter_is_as_large_as_in_the_paper() -> None:
+    with torch.device("meta"):
+        adapter = GlobalAdapter()
+    assert count_parameters(adapter) == 47_213_568  # 47 M
+    assert adapter(torch.zeros(2, 768, device="meta")).shape == (2, 4, 768)
+
+
+def test_its_weights_have_the_published_names() -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in GlobalAdapter(8).state_dict().items()}
+    assert shapes == {
+        "norm1.weight": (8,),
+        "norm1.bias": (8,),
+        "ff1.net.0.proj.weight": (64, 8),
+        "ff1.net.0.proj.bias": (64,),
+        "ff1.net.2.weight": (16, 32),
+        "ff1.net.2.bias": (16,),
+        "norm2.weight": (16,),
+        "norm2.bias": (16,),
+        "ff2.net.0.proj.weight": (128, 16),
+        "ff2.net.0.proj.bias": (128,),
+        "ff2.net.2.weight": (32, 64),
+        "ff2.net.2.bias": (32,),
+    }
+
+
+def test_tokens_stand_behind_the_text_and_no_image_is_a_zero_embedding(method: UniControlNet) -> None:
+    prompts = parts.make_prompts()
+    positive, negative = method.states(prompts, scale=0.5)
+    text, empty = method.text_states(prompts)
+
+    assert torch.equal(positive[:, : tiny.TEXT_LENGTH], text) and torch.equal(negative[:, : tiny.TEXT_LENGTH], empty)
+    zeros = method.adapter(torch.zeros(1, tiny.CONTEXT_WIDTH))
+    torch.testing.assert_close(negative[:, tiny.TEXT_LENGTH :], 0.5 * zeros.expand(3, -1, -1))
+    assert positive.shape == negative.shape == (3, tiny.TEXT_LENGTH + 4, tiny.CONTEXT_WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "plain", "old", "safetensors"])
+def test_a_checkpoint_is_read_in_every_form(kind: str, tmp_path: Path) -> None:
+    made = GlobalAdapter(tiny.CONTEXT_WIDTH)
+    state = {f"global_adapter.{name}": weight for name, weight in made.state_dict().items()}
+    state["local_adapter.other.weight"] = torch.zeros(2)
+    file = tmp_path / ("uni.safetensors" if kind == "safetensors" else "uni.ckpt")
+    if kind == "safetensors":
+        save_file(state, file)
+    else:
+        torch.save(
+            {"state_dict": state} if kind == "lightning" else state, file, _use_new_zipfile_serialization=kind != "old"
+        )
+    base, encoder = tmp_path / "base", tmp_path / "encoder"
+    tiny.make_family().pipeline().save_pretrained(base)
+    parts.make_vision().save_pretrained(encoder)
+
+    method = UniControlNet.from_pretrained(str(base), str(encoder), str(file), dtype="float32")
+    loaded = method.adapter.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
+    assert method.trained == count_parameters(made)
+    parts.check_without_guidance(method)
+
+
+def test_missing_weights_are_told(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = parts.check_missing(UniControlNet.from_pretrained, "adapter", monkeypatch)
+    assert "https://huggingface.co/shihaozhao/uni-controlnet/resolve/main/uni.ckpt" in told
+    file = tmp_path / "uni.ckpt"
+    torch.save({f"global_adapter.{k}": v for k, v in GlobalAdapter(8).state_dict().items()}, file)
+    told = parts.check_missing(UniControlNet.from_pretrained, "base", monkeypatch, adapter=str(file))
+    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir FOLDER" in told
+    given = {"adapter": str(file), "base": str(base_folder)}
+    told = parts.check_missing(UniControlNet.from_pretrained, "image_encoder", monkeypatch, **given)
+    assert "hf download openai/clip-vit-large-patch14" in told
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "other.ckpt"
+    torch.save({"model.weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"method\.adapter=.*is not a Uni-ControlNet: it has no global_adapter.norm1"):
+        UniControlNet.from_pretrained(adapter=str(file))
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"method\.adapter=.*other\.ckpt is not a Uni"):
+        UniControlNet.from_pretrained(adapter=str(file))

@@ -1,0 +1,101 @@
+"""What the tests of the systems around Stable Diffusion share: tiny parts, prompts, the promises of every method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from ipa.encoders.clip_vision import ClipVisionEncoder
+from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
+
+VISION_WIDTH = 24
+FAST = Sampling(num_steps=2, guidance=3.0)
+
+
+def make_vision(projection: int = tiny.CONTEXT_WIDTH) -> CLIPVisionModelWithProjection:
+    config = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=projection,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+def make_image_encoder() -> ClipVisionEncoder:
+    return ClipVisionEncoder(make_vision(), "tiny")
+
+
+def make_prompts(texts: tuple[str, ...] = ("cat", "red dog", "")) -> list[Prompt]:
+    """Pictures of different sizes and proportions."""
+    shapes = [(20, 30), (33, 24), (16, 16)]
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Prompt(torch.randint(256, (3, *shape), generator=generator, dtype=torch.uint8), text, seed)
+        for seed, (shape, text) in enumerate(zip(shapes, texts, strict=True))
+    ]
+
+
+def loud(module: nn.Module, factor: float = 4) -> nn.Module:
+    """Matrices larger than initialisation makes them: a network fresh from it hardly tells two pictures apart."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    return module
+
+
+def other_image(prompt: Prompt) -> Prompt:
+    return replace(prompt, image_3HW=255 - prompt.image_3HW.roll(3, -1))
+
+
+def differs(a: Tensor, b: Tensor) -> bool:
+    """By more than rounding, in every picture."""
+    return bool(((a - b).abs().amax((1, 2, 3)) > 1e-3).all())
+
+
+def check_promises(method: Any, sampling: Sampling = FAST) -> None:
+    """What every method promises: see ``ipa.evaluation.methods.method``."""
+    prompts = make_prompts()
+    pixels = method.generate(prompts, sampling)
+    assert pixels.shape == (3, 3, tiny.IMAGE_PX, tiny.IMAGE_PX)
+    assert pixels.dtype == torch.float32 and pixels.device.type == "cpu"
+    assert pixels.isfinite().all() and pixels.abs().max() <= 1
+    assert torch.equal(pixels, method.generate(prompts, sampling))
+
+    assert differs(pixels, method.generate([other_image(prompt) for prompt in prompts], sampling))
+    assert differs(pixels, method.generate([replace(prompt, seed=prompt.seed + 9) for prompt in prompts], sampling))
+    other_text = method.generate([replace(prompt, text="blue z") for prompt in prompts], sampling)
+    assert differs(pixels, other_text) if method.uses_text else torch.equal(pixels, other_text)
+
+    alone = torch.cat([method.generate([prompt], sampling) for prompt in reversed(prompts)])
+    torch.testing.assert_close(alone.flip(0), pixels, atol=1e-4, rtol=0)
+    assert method.to("cpu") is method
+    assert not any(parameter.requires_grad for parameter in method.parameters())
+
+
+def check_without_guidance(method: Any) -> None:
+    """Guidance 1 works and is another picture, but reads the image all the same."""
+    prompts, plain = make_prompts(), Sampling(num_steps=2, guidance=1.0)
+    pixels = method.generate(prompts, plain)
+    assert differs(pixels, method.generate(prompts, FAST))
+    assert differs(pixels, method.generate([other_image(prompt) for prompt in prompts], plain))
+
+
+def check_missing(load: Any, key: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> str:
+    """Loading without the hub says what is missing, where it is and which key to give; returns the message."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingWeights, match=rf"method\.{key}=.*ownload.*give method\.{key}=") as caught:
+        load(**given)
+    return str(caught.value)

@@ -1,0 +1,157 @@
+"""CLIP-I, CLIP-T and CLIPScore against transformers, and retrieval on cases whose answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from metric_samples import CAPTIONS, pictures, told, transformers_clip
+from torch import Tensor
+from torchmetrics import Metric
+
+from ipa.metrics.clip import ClipScorer
+from ipa.metrics.clip_scores import ClipCosines, ClipScores, caption_ranks
+
+FIRST = [own[0] for own in CAPTIONS]
+
+
+def score(scorer: ClipScorer, generated: Tensor, prompts: Tensor) -> dict[str, float]:
+    metric = ClipCosines(scorer)
+    metric.update(generated, prompts)
+    return told(metric)
+
+
+def theirs(scorer: ClipScorer, generated: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Unit-length embeddings of pictures and texts by transformers."""
+    with torch.no_grad():
+        out = transformers_clip()(
+            input_ids=scorer.tokenizer(texts), pixel_values=((generated + 1) / 2 - scorer.mean) / scorer.std
+        )
+    return out.image_embeds, out.text_embeds
+
+
+def test_clip_i_and_clip_t_are_those_of_transformers(scorer: ClipScorer) -> None:
+    generated, prompts, metric = pictures(1), pictures(2), ClipCosines(scorer)
+    metric.update(generated, prompts, CAPTIONS)
+    images_BE, texts_BE = theirs(scorer, generated, FIRST)
+    prompts_BE, _ = theirs(scorer, prompts, FIRST)
+    expected = {"clip_i": (images_BE * prompts_BE).sum(1), "clip_t": (images_BE * texts_BE).sum(1)}
+    values = metric.per_item()
+
+    assert expected["clip_t"].std() > 0.01
+    for name, expected_B in expected.items():
+        torch.testing.assert_close(values[name], expected_B, rtol=0, atol=1e-5)
+        torch.testing.assert_close(metric.compute()[name], expected_B.mean(), rtol=0, atol=1e-5)
+
+
+def test_clip_score_is_defined_per_pair_with_its_prefix(scorer: ClipScorer) -> None:
+    generated, metric = pictures(1), ClipScores(scorer)
+    metric.update(generated, pictures(2), CAPTIONS)
+    images_BE, texts_BE = theirs(scorer, generated, [f"A photo depicts {text}" for text in FIRST])
+    cosine_B = (images_BE * texts_BE).sum(1)
+    values = metric.per_item()
+
+    assert (cosine_B < 0).any() and (cosine_B > 0).any()
+    torch.testing.assert_close(values["clip_t"], cosine_B, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values["clip_score"], 2.5 * cosine_B.clamp(min=0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(metric.compute()["clip_score"], values["clip_score"].mean())
+
+
+@pytest.mark.parametrize("captions", ["first", "mean", "all"])
+def test_which_captions_count(scorer: ClipScorer, captions: str) -> None:
+    metric = ClipScores(scorer, captions, prefix="")
+    metric.update(pictures(1), pictures(2), CAPTIONS)
+    images_BE = scorer.embed_images(pictures(1))
+    for image_E, own, cosine, clip_score in zip(
+        images_BE, CAPTIONS, *(metric.per_item()[name] for name in ("clip_t", "clip_score")), strict=True
+    ):
+        texts_NE = scorer.embed_texts(own)
+        directions = {"first": texts_NE[:1], "mean": texts_NE, "all": F.normalize(texts_NE.mean(0), dim=0)[None]}
+        cosines_N = directions[captions] @ image_E
+
+        torch.testing.assert_close(cosine, cosines_N.mean(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(clip_score, 2.5 * cosines_N.clamp(min=0).mean(), rtol=0, atol=1e-5)
+
+
+def test_the_prefix_stands_before_every_caption(scorer: ClipScorer) -> None:
+    said, prefixed = ClipCosines(scorer, "mean"), ClipCosines(scorer, "mean", prefix="a b ")
+    said.update(pictures(1), pictures(2), [[f"a b {text}" for text in own] for own in CAPTIONS])
+    prefixed.update(pictures(1), pictures(2), CAPTIONS)
+
+    torch.testing.assert_close(prefixed.compute(), said.compute())
+
+
+def test_misspelled_choice_and_missing_captions_are_told(scorer: ClipScorer) -> None:
+    with pytest.raises(ValueError, match="captions=best: one of first, mean, all"):
+        ClipCosines(scorer, "best")
+    with pytest.raises(ValueError, match="picture 2 of the batch has no caption"):
+        ClipCosines(scorer).update(pictures(1), pictures(1), [*CAPTIONS[:2], [], *CAPTIONS[3:]])
+
+
+@pytest.mark.parametrize("kind", [ClipCosines, ClipScores])
+def test_what_is_told_is_announced(scorer: ClipScorer, kind: type[ClipCosines]) -> None:
+    metric = kind(scorer)
+    metric.update(pictures(1), pictures(2), CAPTIONS)
+
+    assert list(metric.compute()) == list(metric.per_item()) == list(metric.higher)
+    metric.reset()
+    metric.update(pictures(1), pictures(2))
+    assert list(metric.compute()) == ["clip_i", "retrieval_at_1"]
+
+
+def test_pictures_against_themselves_are_perfect(scorer: ClipScorer) -> None:
+    scores = score(scorer, pictures(1), pictures(1))
+
+    assert scores["clip_i"] == pytest.approx(1, abs=1e-6)
+    assert scores["retrieval_at_1"] == 1
+
+
+def test_pictures_of_another_size_are_scored(scorer: ClipScorer) -> None:
+    smooth = F.interpolate(pictures(1, size_px=3), (tiny.REFERENCE_PX,) * 2, mode="bicubic").clamp(-1, 1)
+    large = F.interpolate(smooth, scale_factor=2, mode="bicubic")
+    scores = score(scorer, large, smooth)
+
+    assert scores["retrieval_at_1"] == 1
+    assert scores["clip_i"] > 0.99
+
+
+def test_pictures_that_took_the_neighbours_prompt_are_not_retrieved(scorer: ClipScorer) -> None:
+    prompts = pictures(1)
+    half = torch.cat([prompts[:3], prompts[[4, 5, 3]]])
+
+    assert score(scorer, prompts.roll(1, 0), prompts)["retrieval_at_1"] == 0
+    assert score(scorer, half, prompts)["retrieval_at_1"] == 0.5
+
+
+def test_a_prompt_with_several_pictures_is_one_prompt(scorer: ClipScorer) -> None:
+    prompts = pictures(1)
+    repeated, right = prompts.repeat(2, 1, 1, 1), torch.cat([prompts, prompts[[0, 1, 2, 4, 5, 3]]])
+    metric = ClipCosines(scorer)
+    for index in torch.arange(12).split(5):
+        metric.update(right[index], repeated[index])
+
+    assert metric.per_item()["retrieval_at_1"].tolist() == [1] * 9 + [0] * 3
+
+
+def test_retrieval_takes_the_largest_cosine(scorer: ClipScorer) -> None:
+    cosine_BB = scorer.embed_images(pictures(1)) @ scorer.embed_images(pictures(2)).T
+    expected = (cosine_BB.argmax(1) == torch.arange(6)).float().mean().item()
+
+    assert score(scorer, pictures(1), pictures(2))["retrieval_at_1"] == pytest.approx(expected)
+
+
+def test_the_scorer_is_no_part_of_the_metric(scorer: ClipScorer) -> None:
+    metric = ClipCosines(scorer)
+
+    assert isinstance(metric, Metric)
+    assert not list(metric.parameters()) and not list(metric.children())
+    assert metric.state_dict() == {}
+
+
+def test_ranks_of_a_case_made_by_hand() -> None:
+    text = torch.eye(3)
+    image = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.4, 0.3], [0.8, 0.6, 0.1]])
+
+    assert caption_ranks(image, text).tolist() == [0, 1, 2]
+    assert caption_ranks(text, text).tolist() == [0, 0, 0]
