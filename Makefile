@@ -36,11 +36,12 @@ ablation: $(READY) ## all four variants, three seeds each, compared in docs/abla
 	$(BIN)/python -m ipa.tools.ablation sweep=runs/ablation out=docs/ablation.md notes=docs/ablation_notes.md \
 		adapters=demo/adapters
 
+# Two processes with one thread each do more than one process with two threads.
 test: $(READY) ## the tests, minutes
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the tests that take longer
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 bench-data: $(READY) ## how fast samples come, beside a plain dataset; minutes, nothing else should run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -71,7 +72,7 @@ def make_pictures(cfg: DictConfig, folder: Path, label: str, tasks: Sequence[Tas
     """Generate this process's share; whether all pictures are there now."""
     sampling: Sampling = instantiate(cfg.sampling)
     rank, world = share()
-    method: Method = instantiate(cfg.method)
+    method: Method = make(cfg.method)
     asked = manifest(
         label,
         method,
@@ -90,6 +91,19 @@ def make_pictures(cfg: DictConfig, folder: Path, label: str, tasks: Sequence[Tas
     return finish(folder, tasks, time.perf_counter() - started, device_name(placed))
 
 
+def make(part: DictConfig) -> Any:
+    """A part from its configuration; what the system refuses keeps its own kind: OSError, ``MissingWeights``."""
+    try:
+        return instantiate(part)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise
+
+
 def share() -> tuple[int, int]:
     """Rank and number of processes, as torchrun or Slurm say."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
@@ -99,7 +113,7 @@ def share() -> tuple[int, int]:
 
 
 def metrics_of(cfg: DictConfig) -> dict[str, Any]:
-    return {str(name): functools.partial(instantiate, metric) for name, metric in cfg.metrics.items()}
+    return {str(name): functools.partial(make, metric) for name, metric in cfg.metrics.items()}
 
 
 def name_of(method: DictConfig) -> str:

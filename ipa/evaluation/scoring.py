@@ -65,24 +65,20 @@ def known_scores(path: Path, digest: str) -> dict[str, Any]:
 
 
 def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Callable[[Item], Tensor], name: str) -> Any:
-    """The metric, updated with all pictures."""
+    """The metric, updated with all pictures, and with the captions if every item has some."""
     number = 0
+    captioned = all(task.item.captions for task in tasks)
     for batch, pictures_B3HW in tqdm(
         read_pictures(folder, tasks, BATCH), total=math.ceil(len(tasks) / BATCH), desc=f"{folder.name}: {name}"
     ):
         metric.update(
             to_unit_range(pictures_B3HW),
             [to_unit_range(read(task.item)) for task in batch],
-            captions_of(batch),
+            [list(task.item.captions) for task in batch] if captioned else None,
             torch.arange(number, number + len(batch)),
         )
         number += len(batch)
     return metric
-
-
-def captions_of(batch: Sequence[Task]) -> list[list[str]] | None:
-    captions = [list(task.item.captions) for task in batch]
-    return captions if all(captions) else None
 
 
 def add(scores: dict[str, Any], metric: Any, filled: Any, tasks: Sequence[Task]) -> None:

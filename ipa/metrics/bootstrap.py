@@ -20,17 +20,18 @@ class Interval(NamedTuple):
 
 
 def confidence_interval(
-    value_B: Tensor, items: Sequence[Hashable], level: float = 0.95, resamples: int = 1000, seed: int = 0
+    value_B: Tensor, items: Tensor | Sequence[Hashable], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """Mean of the values and the interval of this ``level`` around it.
 
     Items are drawn with replacement, each with all its pictures: pictures of one prompt with other seeds are no
-    independent sample. With one item low and high are nan, since nothing is known of the scatter.
+    independent sample. Their order changes nothing. With one item, whose scatter is unknown, low and high
+    are nan.
     """
+    items = items.tolist() if isinstance(items, Tensor) else items  # a tensor's numbers are all different keys
     if len(value_B) != len(items) or len(value_B) == 0:
         raise ValueError(f"there must be an item for each value and one at least: {len(value_B)}, {len(items)}")
-    names = dict.fromkeys(items)
-    owner = {item: number for number, item in enumerate(names)}
+    owner = {item: number for number, item in enumerate(sorted(set(items), key=repr))}
     owner_B = torch.tensor([owner[item] for item in items])
     sum_I = torch.zeros(len(owner), dtype=torch.float64).index_add_(0, owner_B, value_B.double().cpu())
     count_I = torch.bincount(owner_B).double()

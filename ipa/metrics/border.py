@@ -28,15 +28,16 @@ class BorderColour(ItemMetric):
 def border_distance(generated: Pictures, prompts: Pictures, width: float = 1 / 16) -> Tensor:
     """ΔE between the median border colours of each pair: distance_B. ``width`` is a share of the edge."""
     one_B3, other_B3 = (on_each_size(lambda pixels: border_lab(pixels, width), each) for each in (generated, prompts))
-    return (one_B3 - other_B3.to(one_B3.device)).square().sum(1).sqrt()
+    return (one_B3 - other_B3).square().sum(1).sqrt().float()
 
 
 def border_lab(pixels_B3HW: Tensor, width: float) -> Tensor:
-    """Median colour of the frame around each picture, in CIE Lab (D65): lab_B3."""
+    """Median colour of the frame around each picture, in CIE Lab (D65): lab_B3, float64 on the CPU."""
     edge = max(1, round(width * pixels_B3HW.shape[-1]))
     inside = torch.zeros(pixels_B3HW.shape[-2:], dtype=torch.bool, device=pixels_B3HW.device)
     inside[edge:-edge, edge:-edge] = True
-    median_B3 = pixels_B3HW.float()[..., ~inside].median(-1).values
+    # powers in float32 differ with the number of rows by more than the metrics promise
+    median_B3 = pixels_B3HW.float()[..., ~inside].median(-1).values.cpu().double()
     return rgb_to_lab(((median_B3 + 1) / 2).clamp(0, 1))
 
 

@@ -46,9 +46,9 @@ def test_clip_i_and_clip_t_are_those_of_transformers(scorer: ClipScorer) -> None
 
 
 def test_clip_score_is_defined_per_pair_with_its_prefix(scorer: ClipScorer) -> None:
-    generated, metric = pictures(1), ClipScores(scorer)
+    generated, metric = pictures(1), ClipScores(scorer, prefix="a ")  # the tiny text encoder reads eight letters
     metric.update(generated, pictures(2), CAPTIONS)
-    images_BE, texts_BE = theirs(scorer, generated, [f"A photo depicts {text}" for text in FIRST])
+    images_BE, texts_BE = theirs(scorer, generated, [f"a {text}" for text in FIRST])
     cosine_B = (images_BE * texts_BE).sum(1)
     values = metric.per_item()
 
@@ -56,6 +56,7 @@ def test_clip_score_is_defined_per_pair_with_its_prefix(scorer: ClipScorer) -> N
     torch.testing.assert_close(values["clip_t"], cosine_B, rtol=0, atol=1e-5)
     torch.testing.assert_close(values["clip_score"], 2.5 * cosine_B.clamp(min=0), rtol=0, atol=1e-5)
     torch.testing.assert_close(metric.compute()["clip_score"], values["clip_score"].mean())
+    assert ClipScores(scorer).prefix == "A photo depicts "
 
 
 @pytest.mark.parametrize("captions", ["first", "mean", "all"])

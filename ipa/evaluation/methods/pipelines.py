@@ -72,14 +72,19 @@ class LatentPipelineMethod(PipelineMethod):
         # latents go beyond ±1, so they are never clipped
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
+    @property
+    def image_size_px(self) -> int:
+        """The picture size that the UNet was made for."""
+        return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
     def call(self, prompts: Sequence[Prompt], sampling: Sampling, **arguments: Any) -> Tensor:
         """Pixels from the pipeline; each picture's generator stands behind its starting noise."""
         factor = self.pipeline.vae_scale_factor
-        size_px = sampling.image_size_px or self.unet.config.sample_size * factor
+        size_px = sampling.image_size_px or self.image_size_px
         noise_BCHW, generators = draw_start(prompts, (self.unet.config.in_channels, *[size_px // factor] * 2))
         images = self.pipeline(
             **arguments,
-            latents=noise_BCHW.to(self.unet.dtype),
+            latents=noise_BCHW.to(self.unet.device, self.unet.dtype),
             generator=generators,
             num_inference_steps=sampling.num_steps,
             guidance_scale=sampling.guidance,

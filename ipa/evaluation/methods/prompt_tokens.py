@@ -125,7 +125,7 @@ def load_base(path: str, dtype: str, key: str = "method.base") -> StableDiffusio
     except OSError as error:
         raise tell_missing(error, path, key) from error
     except ValueError as error:
-        raise ValueError(str(error).replace("base.path=", f"{key}=").replace("base.dtype=", "method.dtype=")) from error
+        raise ValueError(renamed(str(error), key)) from error
 
 
 def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder") -> ClipVisionEncoder:
@@ -135,16 +135,25 @@ def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder")
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
             raise tell_missing(error, path, key) from error
-        told = str(error).replace("encoder.path=", f"{key}=").replace("encoder.dtype=", "method.dtype=")
-        raise ValueError(told) from error
+        raise ValueError(renamed(str(error), key)) from error
+
+
+def renamed(message: str, key: str) -> str:
+    """What families and encoders complain of, with the keys that these options have here."""
+    for theirs, ours in {"path": key, "dtype": "method.dtype"}.items():
+        message = message.replace(f"base.{theirs}", ours).replace(f"encoder.{theirs}", ours)
+    return message
 
 
 def tell_missing(error: Exception, path: str, key: str) -> MissingWeights:
-    """The message for a folder in a library's layout that is neither here nor on the hub."""
-    owner_and_name = "/".join(path.split("/")[:2])
+    """The message for a folder in a library's layout that is not to be had, here or from the hub."""
+    reason = renamed(brief(error.__cause__ or error), key).removeprefix(f"{key}={path}").strip(":. ")
+    if Path(path).exists() or "/" not in path or path.startswith((".", "/", "~")):
+        return MissingWeights(f"{key}={path}: {reason}. Give a folder with the weights, or a hub id owner/name")
+    repository = "/".join(path.split("/")[:2])
     return MissingWeights(
-        f"{key}={path} is neither a folder here nor to be had from the hub or its cache ({brief(error)}). Download it "
-        f"where there is a network, `hf download {owner_and_name} --local-dir FOLDER`, and give {key}=FOLDER"
+        f"{key}={path} is neither a folder here nor to be had from the hub or its cache ({reason}). Download it where "
+        f"there is a network, `hf download {repository} --local-dir FOLDER`, and give {key}=FOLDER"
     )
 
 
@@ -152,17 +161,18 @@ def find_file(path: str, key: str) -> Path:
     """A file here, or one of the hub written owner/name/path; raises MissingWeights."""
     if Path(path).is_file():
         return Path(path)
-    owner, name, *rest = [*path.split("/"), "", ""][: max(2, path.count("/") + 1)]
-    if not rest or not owner or owner in {".", "..", "~"}:
+    parts = path.split("/")
+    if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
         raise MissingWeights(f"{key}={path}: no such file. Give a file, or one of the hub written owner/name/path")
     from huggingface_hub import hf_hub_download
 
+    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", "/".join(rest)))
+        return Path(hf_hub_download(repository, name))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, ValueError is for an impossible name
         raise MissingWeights(
-            f"{key}={path} is neither a file here nor to be had from the hub or its cache ({brief(error)}). Download "
-            f"https://huggingface.co/{owner}/{name}/resolve/main/{'/'.join(rest)} and give {key}=FILE"
+            f"{key}={path} is neither a file here nor to be had from the hub or its cache ({brief(error).strip('.')}). "
+            f"Download https://huggingface.co/{repository}/resolve/main/{name} and give {key}=FILE"
         ) from error
 
 

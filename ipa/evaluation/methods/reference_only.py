@@ -75,7 +75,7 @@ class ReferenceOnly(StableDiffusionMethod):
         pictures_B3HW = squares([prompt.image_3HW for prompt in prompts], size_px)
         posterior = self.family.encode_pixels(pictures_B3HW.to(noise_BCHW.device))
         latents_BCHW = posterior.sample(draw()).to(noise_BCHW)
-        scheduler = self.family.make_sampler()
+        scheduler: Any = self.family.make_sampler()
         return lambda timestep: scheduler.add_noise(latents_BCHW, draw(), timestep.reshape(1))
 
 
@@ -99,7 +99,7 @@ class TwoPasses:
             stack.callback(unet.register_forward_pre_hook(self.write_first, with_kwargs=True).remove)
             for attention in self_attentions(unet):
                 stack.callback(setattr, attention, "processor", attention.processor)
-                attention.processor = ReadingProcessor(attention.processor, self)  # type: ignore[assignment]
+                attention.processor = ReadingProcessor(attention.processor, self)
             for module in styled_modules(unet) if adain else []:
                 stack.callback(module.register_forward_hook(Restyling(self)).remove)
             yield

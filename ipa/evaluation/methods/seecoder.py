@@ -56,9 +56,7 @@ class SemanticContextEncoder(nn.Module):
 class Decoder(nn.Module):
     """Maps of three sizes → as many of one width: each passes a transformer and adds what went around it."""
 
-    def __init__(
-        self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6
-    ) -> None:
+    def __init__(self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6) -> None:
         super().__init__()
         levels = list(zip(LEVELS, widths, strict=True))
         self.inproj_layers = nn.ModuleDict(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class SwinBackbone(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> list[Tensor]:
         x_BHWC, maps = self.patch_embed(image_B3HW), []
+        stage: Any
         for i, stage in enumerate(self.layers):
             x_BHWC = stage(x_BHWC)
             maps.append(self.get_submodule(f"norm{i}")(x_BHWC).permute(0, 3, 1, 2))

@@ -142,9 +142,10 @@ def check_folder(folder: Path) -> None:
 
 
 def order_of(system: System) -> tuple[Any, ...]:
-    """The paper's order, then small λ, guidance and steps first."""
-    numbers = [finite(system.sampling.get(axis)) or 0.0 for axis in ("scale", "guidance", "num_steps")]
-    return (rank(system.name), system.name, str(system.method.get("source")), str(system.prompt), *numbers, system.label)
+    """The paper's order; of one system the runs without text first, and small λ, guidance and steps."""
+    names = (system.name, str(system.method.get("source")), system.prompt != "empty")
+    numbers = (finite(system.sampling.get(axis)) or 0.0 for axis in ("scale", "guidance", "num_steps"))
+    return (rank(system.name), *names, *numbers, system.label)
 
 
 def read_item(content: Any, path: Path) -> Item:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ipa.evaluation.report.headings import AXES, PROMPTS, Heading, heading, plain_number, sorted_metrics
 from ipa.evaluation.report.paper import is_papers_benchmark, is_papers_protocol, kind_of, paper_row
 from ipa.evaluation.report.reading import COMPLETE, Evaluation, Score, System
 
 NOTHING = "–"
-YES_OR_NO = {True: "yes", False: "no", None: ""}
-# metric → the paper's name for it, and where its figure stands in a PaperRow
-PAPERS = {"clip_score": ("CLIP-T, paper", "clip_score"), "clip_i": ("CLIP-I, paper", "clip_i")}
+YES_OR_NO = {True: "✓", False: "✗", None: ""}
+# our metric, which is also its name in a PaperRow → the column of the paper's figures
+PAPERS = {"clip_score": "CLIP-T, paper", "clip_i": "CLIP-I, paper"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Column:
     about: str = ""
     is_number: bool = False
     metric: str | None = None
+    is_flag: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Table:
 def make_table(evaluation: Evaluation) -> Table:
     columns = list(all_columns(evaluation))
     rows = [Row(each, [column.cell(each) for column in columns], note_on(each)) for each in evaluation.systems]
-    return Table(columns, rows, missing_of(evaluation.systems))
+    return without_empty(Table(columns, rows, missing_of(evaluation.systems)))
 
 
 def all_columns(evaluation: Evaluation) -> Iterator[Column]:
@@ -68,13 +70,20 @@ def all_columns(evaluation: Evaluation) -> Iterator[Column]:
         "custom models",
         lambda system: text(YES_OR_NO[kind_of(system.name).custom_models]),
         "works with other models that were tuned from the same base",
+        is_flag=True,
     )
     yield Column(
         "structure tools",
         lambda system: text(YES_OR_NO[kind_of(system.name).tools]),
         "works together with structure controls such as ControlNet",
+        is_flag=True,
     )
-    yield Column("text too", lambda system: text(YES_OR_NO[system.method.get("uses_text")]), "takes a text as well")
+    yield Column(
+        "text too",
+        lambda system: text(YES_OR_NO[system.method.get("uses_text")]),
+        "takes a text beside the image prompt",
+        is_flag=True,
+    )
     yield Column("trained", trained, "parameters that were trained for image prompts", is_number=True)
     yield from metric_columns(evaluation)
 
@@ -83,7 +92,7 @@ def setting_columns(systems: Sequence[System]) -> Iterator[Column]:
     """Those settings of sampling in which the systems differ."""
     for axis, title in AXES.items():
         if len({each.sampling.get(axis) for each in systems if each.sampling}) > 1:
-            yield Column(title, lambda system, axis=axis: setting(system, axis), is_number=True)  # type: ignore[misc]
+            yield Column(title, partial(setting, axis=axis), is_number=True)
     if len({each.prompt for each in systems if each.prompt}) > 1:
         yield Column("text", lambda system: text(PROMPTS.get(system.prompt or "", system.prompt or "")))
 
@@ -95,14 +104,13 @@ def metric_columns(evaluation: Evaluation) -> Iterator[Column]:
         best = best_value(evaluation.systems, name)
         yield Column(
             about.title + arrow(evaluation.systems, name),
-            lambda system, name=name, best=best: metric(system, name, best),  # type: ignore[misc]
+            partial(metric, name=name, best=best),
             about.about,
-            True,
-            name,
+            is_number=True,
+            metric=name,
         )
         if beside_paper and name in PAPERS:
-            title, field_ = PAPERS[name]
-            yield Column(title, lambda system, field_=field_: papers(system, field_), "Ye et al. 2023, Table 1", True)  # type: ignore[misc]
+            yield Column(PAPERS[name], partial(papers, name=name), "Ye et al. 2023, Table 1", is_number=True)
 
 
 def text(words: str) -> Cell:
@@ -188,41 +196,6 @@ def missing_lines(table: Table) -> Iterator[tuple[str, str]]:
             yield heading(name).title, reason + where
 
 
-def markdown(evaluation: Evaluation, table: Table) -> str:
-    """The table with its notes, for a README or an issue."""
-    parts = [
-        f"# Evaluation: {evaluation.name}",
-        summary(evaluation),
-        markdown_table(table),
-        "\n".join(f"* **{column.title}**: {column.about}." for column in table.columns if column.about),
-        *markdown_missing(table),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    noted = any(row.note for row in table.rows)
-    columns = list(table.columns) + ([Column("note", lambda system: Cell(""))] if noted else [])
-    lines = [[column.title for column in columns], ["--:" if column.is_number else "---" for column in columns]]
-    lines += [[markdown_cell(cell) for cell in (*row.cells, *[Cell(row.note)][: int(noted)])] for row in table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def markdown_cell(cell: Cell) -> str:
-    words = escaped(cell.text)
-    value = f"**{words}**" if cell.is_best else words
-    return f"{value} ({cell.interval})" if cell.interval else value
-
-
-def escaped(words: str) -> str:
-    return " ".join(words.replace("|", "\\|").split())
-
-
-def markdown_missing(table: Table) -> list[str]:
-    lines = [f"* **{title}**: {escaped(reason)}" for title, reason in missing_lines(table)]
-    return ["Without figures:\n\n" + "\n".join(lines)] if lines else []
-
-
 def summary(evaluation: Evaluation) -> str:
     """What was asked and how figures are to be read, in a few sentences."""
     seeds = evaluation.num_seeds
@@ -236,7 +209,7 @@ def summary(evaluation: Evaluation) -> str:
     )
 
 
-def without_text(table: Table) -> Table:
+def without_empty(table: Table) -> Table:
     """Columns that say nothing in any row, left out."""
     kept = [place for place in range(len(table.columns)) if any(row.cells[place].text for row in table.rows)]
     rows = [replace(row, cells=[row.cells[place] for place in kept]) for row in table.rows]

@@ -41,7 +41,7 @@ def test_it_samples_with_ddim_on_the_checkpoints_schedule_and_clips_no_latents()
 
 def test_the_unet_is_as_large_as_in_the_paper() -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # of Stable Diffusion 1.4
+        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)  # of Stable Diffusion 1.4
     assert made.in_millions(unet) == 860
     assert make_method(unet=unet).trained == 859_520_964
 

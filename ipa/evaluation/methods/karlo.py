@@ -1,0 +1,69 @@
+"""Open unCLIP: Karlo, an unCLIP trained from scratch (Ramesh et al. 2022), from a CLIP embedding to a picture.
+
+    embedding of CLIP ViT-L/14 → decoder, 64 px → two super-resolution networks, 256 px
+
+It works on pixels and samples by its own ancestral sampler, whose every step draws noise: here from the picture's own
+seed. The steps asked for are the decoder's; super-resolution has seven, the last by a network of its own. The text
+stays empty. Weights in kakaobrain/karlo-v1-alpha-image-variations.
+
+    method = OpenUnCLIP.from_pretrained()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from diffusers import UnCLIPImageVariationPipeline
+from torch import Tensor
+
+from ipa.evaluation.methods.method import Prompt, Sampling
+from ipa.evaluation.methods.pipelines import PipelineMethod, Source, load_pipeline, make_generators, pictures
+from ipa.evaluation.methods.prompt_tokens import count_parameters
+
+
+class OpenUnCLIP(PipelineMethod):
+    """An ``UnCLIPImageVariationPipeline``: its pictures have one size, 256 px."""
+
+    name = "open_unclip"
+    uses_text = False
+
+    def __init__(self, pipeline: Any, source: str = "", super_res_steps: int = 7) -> None:
+        super().__init__(pipeline, source=source)
+        self.pipeline, self.super_res_steps = pipeline, super_res_steps
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str = "kakaobrain/karlo-v1-alpha-image-variations",
+        dtype: str = "float16",
+        super_res_steps: int = 7,
+    ) -> Self:
+        """Raises MissingWeights for what is neither here nor to be had, ValueError for what cannot be read."""
+        return cls(load_pipeline(UnCLIPImageVariationPipeline, Source(path), dtype), path, super_res_steps)
+
+    @property
+    def image_size_px(self) -> int:
+        return self.pipeline.super_res_last.config.sample_size
+
+    @property
+    def trained(self) -> int:
+        """The decoder with what brings embeddings into it, as the paper counts; super-resolution sees no prompt."""
+        return count_parameters(self.pipeline.decoder) + count_parameters(self.pipeline.text_proj)
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
+        if sampling.image_size_px not in (None, self.image_size_px):
+            raise ValueError(
+                f"{self.name} makes pictures of {self.image_size_px} px, not of {sampling.image_size_px}: leave the "
+                "size out"
+            )
+        images_BHW3 = self.pipeline(
+            image=pictures(prompts),
+            generator=make_generators(prompts),
+            decoder_num_inference_steps=sampling.num_steps,
+            super_res_num_inference_steps=self.super_res_steps,
+            decoder_guidance_scale=sampling.guidance,
+            output_type="np",
+        ).images
+        return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1

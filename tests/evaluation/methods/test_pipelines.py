@@ -1,0 +1,107 @@
+"""How parts of published pipelines are found and read: from the hub's cache, old layouts, pickles."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_pipelines as made
+import tiny_prompt_tokens as parts
+import torch
+from diffusers import AutoencoderKL, StableUnCLIPImg2ImgPipeline
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ipa.evaluation.methods.method import MissingWeights
+from ipa.evaluation.methods.pipelines import Source, draw_start, find_folder, load_part, read_classes
+from ipa.sampling import draw_noise
+
+CONF = Path(__file__).resolve().parents[3] / "conf/method"
+SYSTEMS = {
+    "open_unclip": "kakaobrain/karlo-v1-alpha-image-variations",
+    "kandinsky21": "kandinsky-community/kandinsky-2-1-prior",
+    "versatile": "shi-labs/versatile-diffusion",
+    "versatile_dual": "shi-labs/versatile-diffusion",
+    "sd_image_variations": "lambdalabs/sd-image-variations-diffusers --revision v2.0",
+    "sd_unclip": "stabilityai/stable-diffusion-2-1-unclip",
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_configurations_reach_their_systems(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InstantiationException, match=f"`hf download {SYSTEMS[name]} --local-dir FOLDER`") as caught:
+        instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+    assert isinstance(caught.value.__cause__, MissingWeights)
+
+
+def test_every_pictures_start_is_its_own_and_what_follows_is_not_the_same_numbers() -> None:
+    prompts = parts.make_prompts()
+    noise_BCHW, generators = draw_start(prompts, (4, 8, 8))
+    assert torch.equal(noise_BCHW, draw_noise((4, 8, 8), [prompt.seed for prompt in prompts]))
+    following = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
+    assert not torch.isin(following, noise_BCHW).any()
+
+
+def test_a_pipelines_parts_are_those_of_its_constructor() -> None:
+    classes = read_classes(StableUnCLIPImg2ImgPipeline)
+    assert classes["vae"] is AutoencoderKL
+    assert {name for name, part in classes.items() if part is None} == {"scheduler", "image_noising_scheduler"}
+
+
+def test_a_hub_id_is_found_in_the_cache_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--pipeline"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/v2.0").write_text("0" * 40)
+    snapshot = made.save_parts(repository / "snapshots" / ("0" * 40), vae=tiny.make_vae())
+
+    source = Source("someone/pipeline", "v2.0")
+    assert find_folder(source, ["vae"]) == snapshot
+    with pytest.raises(MissingWeights, match=r"someone/pipeline has no unet/, text/\. .*--revision v2\.0 --local-dir"):
+        find_folder(source, ["vae", "unet", "text"])
+    with pytest.raises(MissingWeights, match=r"someone/pipeline is neither a folder here nor to be had"):
+        find_folder(Source("someone/pipeline"), ["vae"])
+
+
+def pickle_weights(folder: Path, content: Any) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.unlink(missing_ok=True)
+    torch.save(content, file.with_suffix(".bin"))
+
+
+def test_pickles_with_the_former_names_of_attention_layers_are_read(tmp_path: Path) -> None:
+    """As some of the published ones are."""
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    vae = tiny.make_vae()
+    made.save_parts(tmp_path, vae=vae)
+    state = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    renamed = {}
+    for name, tensor in state.items():
+        for now, then in former.items():
+            name = name.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
+        renamed[name] = tensor
+    assert len(renamed.keys() - state.keys()) == 16, "four of each kind, with bias, in encoder and decoder"
+    pickle_weights(tmp_path / "vae", renamed)
+
+    loaded = load_part(AutoencoderKL, tmp_path / "vae", Source(str(tmp_path)), torch.float32)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in vae.state_dict().items())
+
+
+class Harmful:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_pickles_run_no_code(tmp_path: Path) -> None:
+    made.save_parts(tmp_path, vae=tiny.make_vae())
+    pickle_weights(tmp_path / "vae", {"encoder.conv_in.weight": Harmful(tmp_path / "harm")})
+    with pytest.raises((MissingWeights, ValueError), match=r"cannot be read in vae/"):
+        load_part(AutoencoderKL, tmp_path / "vae", Source(str(tmp_path)), torch.float32)
+    assert not (tmp_path / "harm").exists()

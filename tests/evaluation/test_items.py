@@ -1,0 +1,104 @@
+"""What is asked: items of every benchmark, and seeds that are each picture's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tars import good, png, write_tar
+
+from ipa.evaluation.benchmarks import CocoBenchmark, FolderBenchmark, ShardBenchmark
+from ipa.evaluation.items import Item, plan
+
+ITEMS = [Item("a", ("one", "two")), Item("b", ("three",))]
+
+
+def test_a_plan_has_every_picture_once_with_a_seed_of_its_own() -> None:
+    tasks = plan(ITEMS, 3, 0, "caption")
+    assert [task.file for task in tasks] == [f"pictures/{i}_{n}.png" for i in "ab" for n in range(3)]
+    assert [task.text for task in tasks] == ["one"] * 3 + ["three"] * 3
+    assert len({task.seed for task in tasks}) == 6
+
+
+def test_seeds_depend_on_the_item_alone() -> None:
+    """Neither other items nor more pictures of each change them."""
+    seeds = {(task.item.id, task.number): task.seed for task in plan(ITEMS, 3, 0, "empty")}
+    others = {(task.item.id, task.number): task.seed for task in plan(ITEMS[::-1], 2, 0, "empty")}
+    assert all(seeds[key] == seed for key, seed in others.items())
+    assert plan(ITEMS, 1, 1, "empty")[0].seed != seeds["a", 0]
+
+
+@pytest.mark.parametrize(
+    ("items", "seeds", "prompt", "complaint"),
+    [
+        (ITEMS, 1, "captoin", "prompt=captoin: one of empty, caption"),
+        (ITEMS, 0, "empty", "num_seeds=0"),
+        ([*ITEMS, Item("c", ())], 1, "caption", r"1 items have none \(c"),
+    ],
+)
+def test_impossible_plans_are_refused(items, seeds, prompt, complaint) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        plan(items, seeds, 0, prompt)
+
+
+def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
+    benchmark = FolderBenchmark("folder", str(prompts))
+    items = benchmark.items()
+    assert [item.id for item in items] == [f"picture{n}" for n in range(5)]
+    assert items[0].captions == ("thing 0", "another word for it") and items[2].captions == ()
+    assert benchmark.read(items[3]).shape == (3, 50, 20)
+    assert len(FolderBenchmark("folder", str(prompts), limit=2).items()) == 2
+
+
+def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        FolderBenchmark("folder", str(tmp_path / "nowhere")).items()
+    with pytest.raises(FileNotFoundError, match="no pictures there"):
+        FolderBenchmark("folder", str(tmp_path)).items()
+    for ending in ("png", "jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"same.{ending}")
+    with pytest.raises(ValueError, match="differ in their endings only"):
+        FolderBenchmark("folder", str(tmp_path)).items()
+
+
+def test_shards_give_their_good_samples(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "0.tar", [*good("a", "red heart"), ("b.png", png()), *good("c")])
+    benchmark = ShardBenchmark("mine", shard)
+    assert [(item.id, item.captions) for item in benchmark.items()] == [("a", ("red heart",)), ("c", ("a thing",))]
+    assert benchmark.read(benchmark.items()[0]).shape == (3, 8, 10)
+
+
+def coco(folder: Path) -> tuple[Path, Path]:
+    """Three pictures, the second with two captions, the third missing."""
+    folder.joinpath("val2017").mkdir()
+    for number in (7, 9):
+        Image.new("RGB", (6, 5), "teal").save(folder / "val2017" / f"{number:012d}.jpg")
+    images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in (9, 7, 12)]
+    told = [(7, "a  dog\n"), (9, "a cat"), (9, "the cat"), (12, "gone")]
+    annotations = [{"image_id": number, "caption": caption} for number, caption in told]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "val2017", folder / "captions.json"
+
+
+def test_coco_gives_pictures_by_id_with_all_captions(tmp_path: Path) -> None:
+    images, annotations = coco(tmp_path)
+    benchmark = CocoBenchmark("coco2017", str(images), str(annotations), limit=2)
+    items = benchmark.items()
+    assert [(item.id, item.captions) for item in items] == [
+        ("000000000007", ("a dog",)),
+        ("000000000009", ("a cat", "the cat")),
+    ]
+    assert benchmark.read(items[0]).shape == (3, 5, 6)
+
+
+def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:
+    images, annotations = coco(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 pictures that captions.json lists are not there \(0+12"):
+        CocoBenchmark("coco2017", str(images), str(annotations)).items()
+    with pytest.raises(FileNotFoundError, match=r"annotations_trainval2017\.zip"):
+        CocoBenchmark("coco2017", str(images), str(tmp_path / "nowhere.json")).items()
+    annotations.write_text("[]")
+    with pytest.raises(ValueError, match="is no file of captions"):
+        CocoBenchmark("coco2017", str(images), str(annotations)).items()

@@ -1,0 +1,157 @@
+"""What all metrics promise: batches, order, repetitions and processes change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from metric_samples import CAPTIONS, pictures, told
+from torch import Tensor
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+from ipa.metrics.border import BorderColour
+from ipa.metrics.clip import ClipScorer
+from ipa.metrics.clip_scores import ClipScores
+from ipa.metrics.distributions import FrechetDistance, KernelDistance
+from ipa.metrics.picture_metric import ItemMetric, PictureMetric
+from ipa.metrics.similarity import ImageDistance, ImageSimilarity
+
+MAKERS: dict[str, Callable[[ClipScorer], PictureMetric]] = {
+    "clip": lambda scorer: ClipScores(scorer, "mean"),
+    "border": lambda scorer: BorderColour(),
+    "similarity": lambda scorer: ImageSimilarity(scorer, "likeness"),
+    "distance": lambda scorer: ImageDistance(scorer, "distance"),
+    "fid": lambda scorer: FrechetDistance(scorer),
+    "kid": lambda scorer: KernelDistance(scorer, subsets=5, subset_size=4),
+}
+ITEM_METRICS = ["clip", "border", "similarity", "distance"]
+NUMBERS = torch.arange(6)
+
+
+def give(metric: PictureMetric, *batches: Tensor) -> PictureMetric:
+    """Update with the pairs of these numbers, a batch at a time."""
+    for index_B in batches:
+        captions = [CAPTIONS[i] for i in index_B]
+        metric.update(pictures(1)[index_B], pictures(2)[index_B], captions, index_B)
+    return metric
+
+
+@pytest.mark.parametrize("name", ITEM_METRICS)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batches_do_not_matter(scorer: ClipScorer, name: str, batch_size: int) -> None:
+    one, several = give(MAKERS[name](scorer), NUMBERS), give(MAKERS[name](scorer), *NUMBERS.split(batch_size))
+
+    assert isinstance(one, ItemMetric) and isinstance(several, ItemMetric)
+    torch.testing.assert_close(several.per_item(), one.per_item(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(several.compute(), one.compute(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_order_and_repetitions_do_not_matter(scorer: ClipScorer, name: str) -> None:
+    one = give(MAKERS[name](scorer), NUMBERS)
+    other = give(MAKERS[name](scorer), torch.tensor([5, 0, 3]), torch.tensor([3, 4, 1, 2]), torch.tensor([0]))
+
+    torch.testing.assert_close(other.compute(), one.compute(), rtol=0, atol=2e-5)
+    if isinstance(one, ItemMetric) and isinstance(other, ItemMetric):
+        torch.testing.assert_close(other.per_item(), one.per_item(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_reset_metric_begins_anew(scorer: ClipScorer, name: str) -> None:
+    metric = give(MAKERS[name](scorer), NUMBERS)
+    metric.reset()
+
+    torch.testing.assert_close(give(metric, NUMBERS[:4]).compute(), give(MAKERS[name](scorer), NUMBERS[:4]).compute())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_states_of_two_processes_merge_to_those_of_one(scorer: ClipScorer, name: str) -> None:
+    first, second = give(MAKERS[name](scorer), NUMBERS[:2]), give(MAKERS[name](scorer), NUMBERS[2:])
+    first.merge_state(second)
+
+    torch.testing.assert_close(first.compute(), give(MAKERS[name](scorer), NUMBERS).compute(), rtol=0, atol=2e-5)
+
+
+def test_unnumbered_pictures_are_told_as_they_came(scorer: ClipScorer) -> None:
+    metric = ImageSimilarity(scorer, "likeness")
+    for piece in (NUMBERS[3:], NUMBERS[:3], NUMBERS[:3]):
+        metric.update(pictures(1)[piece], pictures(2)[piece])
+    numbered = give(ImageSimilarity(scorer, "likeness"), NUMBERS)
+    expected = numbered.per_item()["likeness"][torch.tensor([3, 4, 5, 0, 1, 2, 0, 1, 2])]
+
+    torch.testing.assert_close(metric.per_item()["likeness"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_picture_is_like_itself(scorer: ClipScorer) -> None:
+    likeness, distance = ImageSimilarity(scorer, "likeness"), ImageDistance(scorer, "distance")
+    for metric in (likeness, distance):
+        metric.update(pictures(1), pictures(1))
+
+    torch.testing.assert_close(likeness.per_item()["likeness"], torch.ones(6))
+    assert told(distance)["distance"] == pytest.approx(0, abs=1e-6)
+    assert (likeness.higher, distance.higher) == ({"likeness": True}, {"distance": False})
+
+
+def test_unequal_numbers_are_told(scorer: ClipScorer) -> None:
+    metric = ClipScores(scorer)
+
+    with pytest.raises(ValueError, match=r"equally many.*'generated': 6, 'references': 5"):
+        metric.update(pictures(1), pictures(2)[:5])
+    metric.update(pictures(1), pictures(2), CAPTIONS)
+    metric.update(pictures(1), pictures(2))
+    with pytest.raises(ValueError, match=r"with every update or with none: .*'clip_t': 6"):
+        metric.compute()
+    with pytest.raises(ValueError, match="BorderColour was given no pictures"), pytest.warns(match="before the"):
+        BorderColour().compute()
+
+
+def test_the_network_moves_and_the_rows_stay(clip_name: str) -> None:
+    scorer = ClipScorer.from_pretrained(clip_name)
+    metric = give(ClipScores(scorer), NUMBERS)
+
+    assert metric.to("meta") is metric
+    assert scorer.mean.device.type == "meta"
+    assert metric.compute()["clip_i"].device.type == "cpu"
+
+
+def answers(clip_name: str, batches: dict[str, list[Tensor]]) -> dict[str, dict[str, Tensor]]:
+    scorer = ClipScorer.from_pretrained(clip_name)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, maker in MAKERS.items():
+        for dealt, own in batches.items():
+            metric = give(maker(scorer), *own)
+            found[f"{name}, {dealt}"] = metric.compute()
+            if isinstance(metric, ItemMetric):
+                found[f"{name}, {dealt}, each"] = metric.per_item()
+    return found
+
+
+def run_rank(rank: int, folder: str, clip_name: str, batches: list[dict[str, list[Tensor]]]) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        torch.save(answers(clip_name, batches[rank]), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_two_processes_answer_as_one(clip_name: str, tmp_path: Path) -> None:
+    """However the pictures are dealt: unevenly, with one of them twice, or all to one."""
+    deals = {
+        "uneven": ([NUMBERS[[0, 3]]], [NUMBERS[[1]], NUMBERS[[5, 2]], NUMBERS[[4]]]),
+        "padded": ([NUMBERS[[0, 2, 4]], NUMBERS[[0]]], [NUMBERS[[1, 3, 5]], NUMBERS[[1]]]),
+        "lone": ([], [NUMBERS]),
+    }
+    batches = [{dealt: parts[rank] for dealt, parts in deals.items()} for rank in range(2)]
+    mp.spawn(run_rank, (str(tmp_path), clip_name, batches), nprocs=2)
+    expected = answers(clip_name, {dealt: [NUMBERS] for dealt in deals})
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)
+    torch.testing.assert_close(both[0], expected, rtol=0, atol=2e-5)
