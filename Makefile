@@ -6,11 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+comma := ,
+ADAPTERS ?= demo/adapters/decoupled_global.safetensors,demo/adapters/simple_global.safetensors
+EVALUATION ?= runs/evaluation/demo
 VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_grained
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation test test-slow bench-data lint format type lock demo-world clean
+.PHONY: help venv train ablation evaluate test test-slow bench-data lint format type lock demo-world clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +38,11 @@ ablation: $(READY) ## all four variants, three seeds each, compared in docs/abla
 	$(BIN)/python train.py -m experiment=$(VARIANTS) seed=1,2,3 name=ablation hydra.launcher.jobs=2 $(ARGS)
 	$(BIN)/python -m ipa.tools.ablation sweep=runs/ablation out=docs/ablation.md notes=docs/ablation_notes.md \
 		adapters=demo/adapters
+
+evaluate: $(READY) ## compare adapters and the base in the demo world, with a report; minutes
+	$(BIN)/python evaluate.py -m adapter=$(ADAPTERS) $(ARGS)
+	$(BIN)/python evaluate.py adapter=$(firstword $(subst $(comma), ,$(ADAPTERS))) sampling.scale=0 $(ARGS)
+	$(BIN)/python -m ipa.tools.report $(EVALUATION)
 
 # Two processes with one thread each do more than one process with two threads.
 test: $(READY) ## the tests, minutes

@@ -147,7 +147,8 @@ def renamed(message: str, key: str) -> str:
 
 def tell_missing(error: Exception, path: str, key: str) -> MissingWeights:
     """The message for a folder in a library's layout that is not to be had, here or from the hub."""
-    reason = renamed(brief(error.__cause__ or error), key).removeprefix(f"{key}={path}").strip(":. ")
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    reason = renamed(brief(cause), key).removeprefix(f"{key}={path}").strip(":. ")
     if Path(path).exists() or "/" not in path or path.startswith((".", "/", "~")):
         return MissingWeights(f"{key}={path}: {reason}. Give a folder with the weights, or a hub id owner/name")
     repository = "/".join(path.split("/")[:2])

@@ -26,7 +26,7 @@ LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
 HEADS = 8
 GROUPS = 32
 NUM_GLOBAL = 4
-IMAGE_PX = 512  # it was trained at this size
+IMAGE_PX = 512  # its authors' demo reads pictures at their own sizes; squares of one size can share a batch
 
 
 class SemanticContextEncoder(nn.Module):
