@@ -5,6 +5,11 @@
     python demo/make_base.py export                # writes demo/base/
     python demo/make_base.py unet --start FOLDER   # goes on from finished weights; so does `export`, with their VAE
 
+A custom model, demo/base fine-tuned on one style (docs/reuse.md):
+
+    python demo/make_base.py unet --start demo/base --style fluent --build demo/build/fluent --minutes 8 --lr 2e-4
+    python demo/make_base.py export --start demo/base --build demo/build/fluent --out demo/build/fluent/base
+
 Both trainings resume from ``demo/build/base/`` when called again, and share one latent space, known in advance: the
 principal components of 8 × 8 pixel patches, so that the UNet need not wait for the VAE. The VAE's encoder learns that
 projection; its decoder, which sees the neighbours of a patch, learns to undo it.
@@ -235,7 +240,7 @@ def set_learning_rate(
 def train_vae(options: argparse.Namespace) -> None:
     world = read_world(HERE / "build" / "data" / "all")
     pca = load_pca()
-    folder = HERE / "build" / "base"
+    folder = options.build
     vae = make_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, fused=True)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -273,9 +278,9 @@ def difference(pixels: Tensor, dim: int) -> Tensor:
 
 
 def train_unet(options: argparse.Namespace) -> None:
-    world = read_world(HERE / "data" / "train")
+    world = read_world(HERE / "data" / "train").of_style(options.style)
     encode = make_encoder(options.start)
-    folder = HERE / "build" / "base"
+    folder = options.build
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
     if options.start:
@@ -335,7 +340,7 @@ def load_state(path: Path, **parts) -> dict:
 
 def export(options: argparse.Namespace) -> None:
     """Write the averaged weights in fp16 as a diffusers folder that loads without a dtype argument."""
-    build, out = HERE / "build" / "base", options.out
+    build, out = options.build, options.out
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     text_encoder, unet, vae = make_text_encoder(tokenizer), make_unet(options.width), make_vae()
     averaged = torch.load(build / "unet.pt", weights_only=True)["average"]
@@ -390,6 +395,8 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
+    parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")
+    parser.add_argument("--build", type=Path, default=HERE / "build" / "base", help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=HERE / "base")
     options = parser.parse_args()
     options.minutes = options.minutes or MINUTES.get(options.part)

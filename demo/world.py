@@ -42,6 +42,12 @@ class World:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def of_style(self, style: str | None) -> World:
+        """Its pictures in one style; None keeps all."""
+        kept = [i for i, each in enumerate(self.styles) if style in (None, each)]
+        lists = (self.captions, self.styles, self.concepts, self.backgrounds)
+        return World(self.rgba[kept], *([values[i] for i in kept] for values in lists))
+
 
 def read_world(*folders: Path) -> World:
     """Read every shard of the folders in order; raises FileNotFoundError naming a folder without shards."""

@@ -24,19 +24,10 @@ from ipa.evaluation.scoring import score
 log = logging.getLogger(__name__)
 
 # what changes no picture, or is told by the folder, and so stays out of a label
-UNNAMED = (
-    "benchmark",
-    "out",
-    "label",
-    "device",
-    "generate",
-    "name",
-    "paths",
-    "metrics",
-    "hydra",
-    "method",
-    "num_seeds",
-)
+UNNAMED = {
+    *("benchmark", "out", "label", "device", "generate", "name", "num_seeds"),
+    *("paths", "metrics", "hydra", "method", "sweep"),
+}
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -123,14 +114,14 @@ def name_of(method: DictConfig) -> str:
 def label_of(cfg: DictConfig) -> str:
     """The method, and what of the command line makes its pictures others: ip_adapter-simple_global-scale0.5."""
     hydra: Any = HydraConfig.get()
-    parts = [hydra.runtime.choices.method]
+    adapters, others = [], []
     for override in hydra.overrides.task:
         key, _, value = override.lstrip("+~").partition("=")
         if key == "adapter":
-            parts.append(name_of_adapter(Path(value)))
+            adapters.append(name_of_adapter(Path(value)))
         elif key.partition(".")[0].partition("@")[0] not in UNNAMED or key.startswith("method."):
-            parts.append(f"{key.rpartition('.')[2]}{value}")
-    return "-".join(parts).replace("/", "_")
+            others.append(f"{key.rpartition('.')[2]}{value}")
+    return "-".join([hydra.runtime.choices.method, *adapters, *others]).replace("/", "_")
 
 
 def name_of_adapter(path: Path) -> str:

@@ -164,7 +164,8 @@ class DreamSimNetwork(PictureNetwork):
             raise MissingNetwork("DreamSim needs its package: pip install dreamsim, or leave it out") from error
         if kind not in dreamsim_weights:
             raise ValueError(f"DreamSim kind={kind}: one of {', '.join(dreamsim_weights)}")
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
         hub = torch.hub.get_dir()
         try:
             network, _ = dreamsim(device="cpu", cache_dir=str(folder), dreamsim_type=kind)

@@ -4,7 +4,7 @@
 
 It works on pixels and samples by its own ancestral sampler, whose every step draws noise: here from the picture's own
 seed. The steps asked for are the decoder's; super-resolution has seven, the last by a network of its own. The text
-stays empty. Weights in kakaobrain/karlo-v1-alpha-image-variations.
+stays empty. On a CPU it runs in float32 only. Weights in kakaobrain/karlo-v1-alpha-image-variations.
 
     method = OpenUnCLIP.from_pretrained()
 """

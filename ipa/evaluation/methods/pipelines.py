@@ -21,7 +21,6 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 from transformers import PreTrainedTokenizerBase
 
 from ipa.encoders.image_encoder import brief
@@ -96,7 +95,7 @@ class LatentPipelineMethod(PipelineMethod):
 
 
 def pictures(prompts: Sequence[Prompt]) -> list[Image.Image]:
-    return [to_pil_image(prompt.image_3HW) for prompt in prompts]
+    return [Image.fromarray(prompt.image_3HW.permute(1, 2, 0).numpy(force=True)) for prompt in prompts]
 
 
 def make_generators(prompts: Sequence[Prompt]) -> list[torch.Generator]:

@@ -31,6 +31,7 @@ from ipa.evaluation.methods.pipelines import LatentPipelineMethod, Source, load_
 from ipa.evaluation.methods.prompt_tokens import count_parameters
 
 HUB_ID = "shi-labs/versatile-diffusion"
+DUAL: Any = VersatileDiffusionDualGuidedPipeline  # its types are those of a placeholder
 GREY = Image.new("RGB", (512, 512), (128, 128, 128))
 
 
@@ -56,7 +57,7 @@ class Versatile(LatentPipelineMethod):
         return self.call(prompts, sampling, image=pictures(prompts), negative_prompt=[GREY] * len(prompts))
 
 
-class DualGuidedPipeline(VersatileDiffusionDualGuidedPipeline):
+class DualGuidedPipeline(DUAL):
     """The public pipeline with a grey that is grey."""
 
     def _encode_image_prompt(
@@ -95,14 +96,11 @@ class VersatileDual(LatentPipelineMethod):
         return [module for module in self.unet.modules() if isinstance(module, DualTransformer2DModel)]
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
-        texts = [prompt.text for prompt in prompts]
-        weight = self.text_weight
-        return self.call(prompts, sampling, prompt=texts, image=pictures(prompts), text_to_image_strength=weight)
+        inputs = {"prompt": [prompt.text for prompt in prompts], "image": pictures(prompts)}
+        return self.call(prompts, sampling, **inputs, text_to_image_strength=self.text_weight)
 
 
-def leave_out_mask(
-    layer: Any, inputs: tuple[Any, ...], given: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def leave_out_mask(layer: Any, inputs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The arguments of a dual layer without the mask that it does not know; there never is one here."""
     assert given.get("encoder_attention_mask") is None
     return inputs, {name: value for name, value in given.items() if name != "encoder_attention_mask"}

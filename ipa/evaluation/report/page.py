@@ -129,7 +129,8 @@ def row_cells(row: Row, shown: Sequence[tuple[int, Column]]) -> Iterator[Html]:
         cell = row.cells[place]
         if column.title == "system":
             label = element("code", row.system.label)
-            yield element("th", cell.text, label, scope="row", data_column=place, data_order=cell.order)
+            note = [element("span", row.note, class_="note")] if row.note and not noted else []
+            yield element("th", cell.text, label, *note, scope="row", data_column=place, data_order=cell.order)
         elif place not in noted:
             yield table_cell(place, cell, column)
         elif place == noted[0]:
@@ -217,12 +218,13 @@ def extreme_sections(evaluation: Evaluation, shown: Shown, thumbnails: Thumbnail
     if system is None or not best:
         return Html()
     why = "the one of highest CLIP-I" if shown.system is None else "as asked for"
+    num_shots = 1 + min(evaluation.num_seeds, NUM_SHOWN_SEEDS)
     name = element("code", system.label)
     words = [f"{kind_of(system.name).title} ", name, f" ({why}), by CLIP-I; framed: the image prompt."]
     parts = [element("p", *words, class_="soft")]
     for title, items in (("Nearest to their prompts", best), ("Farthest from their prompts", worst)):
         cards = [card(system, item, thumbnails) for item in items]
-        parts += [element("h3", title), element("div", *cards, class_="cards")]
+        parts += [element("h3", title), element("div", *cards, class_="cards", style=f"--n: {num_shots}")]
     return join(parts)
 
 

@@ -48,8 +48,9 @@ def beside(title: str, *rows: PaperRow) -> Kind:
 
 KINDS = {
     "open_unclip": whole("Open unCLIP", 893, 0.608, 0.858),
-    "kandinsky": whole("Kandinsky 2.1", 1229, 0.599, 0.855),
-    "versatile_diffusion": whole("Versatile Diffusion", 860, 0.587, 0.830),
+    "kandinsky21": whole("Kandinsky 2.1", 1229, 0.599, 0.855),
+    "versatile": whole("Versatile Diffusion", 860, 0.587, 0.830),
+    "versatile_dual": Kind("Versatile Diffusion, dual guided", False, False),  # the paper shows its image variations
     "sd_image_variations": whole("SD Image Variations", 860, 0.548, 0.760),
     "sd_unclip": whole("SD unCLIP", 870, 0.584, 0.810),
     "uni_controlnet": beside("Uni-ControlNet (global)", PaperRow("Uni-ControlNet (global control)", 47, 0.506, 0.736)),

@@ -81,9 +81,10 @@ circle { fill: var(--c); stroke: var(--card); stroke-width: 2; }
 .none { display: grid; place-items: center; color: var(--soft); font-size: 12px; }
 .shots th, .shots td, .shots .words { width: calc(var(--shot) + 12px); }
 .words { display: block; color: var(--soft); overflow-wrap: anywhere; margin-top: 3px; }
-.shots, .cards { --shot: 128px; }
-.many { --shot: 104px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 286px), 1fr)); gap: 14px; }
+.shots { --shot: 128px; }
+.cards, .many { --shot: 104px; }
+.cards { display: grid; gap: 14px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--n) * (var(--shot) + 6px) + 28px)), 1fr)); }
 .card { margin: 0; padding: 10px; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
 .card .row { display: flex; flex-wrap: wrap; gap: 6px; }
 .card .row > :first-child { outline: 2px solid var(--soft); outline-offset: 1px; margin: 0 4px 0 3px; }
@@ -93,7 +94,7 @@ summary { cursor: pointer; padding: 8px 14px; font-weight: 600; }
 details .about { margin: 0; padding: 4px 14px 14px; }
 @media (max-width: 640px) {
   main { padding: 14px 14px 48px; } h1 { font-size: 24px; }
-  .shots, .cards, .many { --shot: 92px; }
+  .shots, .cards, .many { --shot: 92px; } .chart text { font-size: 19px; }
   .scores th:first-child { min-width: 120px; max-width: 140px; }
   .about { grid-template-columns: 1fr; gap: 0; } .about dd { margin-bottom: 8px; } }
 """

@@ -13,7 +13,7 @@ from ipa.evaluation.report.paper import kind_of
 from ipa.evaluation.report.reading import Evaluation, Score, System
 
 AXES_OF_SWEEPS = ("scale", "guidance", "num_steps")
-METRICS_OF_SWEEPS = ("clip_i", "clip_t", "clip_score")
+METRICS_OF_SWEEPS = ("clip_i", "clip_t")
 # a run may differ in these and be of the same sweep
 NO_DIFFERENCE = ("versions", "device", "seconds", "batch_size", "metrics", "num_seeds")
 # what follows from other differences and so need not be told

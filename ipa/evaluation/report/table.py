@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ipa.evaluation.report.headings import AXES, PROMPTS, Heading, heading, plain_number, sorted_metrics
+from ipa.evaluation.report.headings import AXES, Heading, heading, plain_number, sorted_metrics
 from ipa.evaluation.report.paper import is_papers_benchmark, is_papers_protocol, kind_of, paper_row
 from ipa.evaluation.report.reading import COMPLETE, Evaluation, Score, System
 
@@ -94,7 +94,7 @@ def setting_columns(systems: Sequence[System]) -> Iterator[Column]:
         if len({each.sampling.get(axis) for each in systems if each.sampling}) > 1:
             yield Column(title, partial(setting, axis=axis), is_number=True)
     if len({each.prompt for each in systems if each.prompt}) > 1:
-        yield Column("text", lambda system: text(PROMPTS.get(system.prompt or "", system.prompt or "")))
+        yield Column("text", lambda system: text(system.prompt or ""), "what text the systems got")
 
 
 def metric_columns(evaluation: Evaluation) -> Iterator[Column]:
@@ -204,8 +204,8 @@ def summary(evaluation: Evaluation) -> str:
     ran = len(evaluation.systems) - skipped
     told = f"{made}; {ran} run{'s' * (ran != 1)}" + (f", {skipped} skipped" if skipped else "")
     return (
-        f"{told}. In brackets: 95 % confidence intervals over the image prompts. Bold: a column's best figure; where "
-        "intervals overlap the order is open."
+        f"{told}. With a figure stands its 95 % confidence interval over the image prompts. "
+        "Bold: a column's best figure; where intervals overlap the order is open."
     )
 
 

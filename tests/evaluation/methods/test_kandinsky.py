@@ -119,6 +119,7 @@ def test_it_keeps_what_every_method_promises() -> None:
     method = make_method()
     parts.check_promises(method)
     parts.check_without_guidance(method)
+    made.check_half_precision(method)
 
 
 def test_embeddings_are_those_of_the_priors_interpolation() -> None:

@@ -42,6 +42,7 @@ def test_it_keeps_what_every_method_promises(noise_level: int) -> None:
     assert method.pipeline.scheduler.config.prediction_type == "v_prediction"
     parts.check_promises(method)
     parts.check_without_guidance(method)
+    made.check_half_precision(method)
 
 
 def test_the_embedding_is_noised_with_other_numbers_than_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:

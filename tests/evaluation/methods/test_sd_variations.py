@@ -31,6 +31,7 @@ def test_it_keeps_what_every_method_promises() -> None:
     method = make_method()
     parts.check_promises(method)
     parts.check_without_guidance(method)
+    made.check_half_precision(method)
 
 
 def test_it_samples_with_ddim_on_the_checkpoints_schedule_and_clips_no_latents() -> None:

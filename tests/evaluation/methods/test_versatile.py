@@ -78,12 +78,14 @@ def test_image_variation_keeps_what_every_method_promises() -> None:
     method = make_method()
     parts.check_promises(method)
     parts.check_without_guidance(method)
+    made.check_half_precision(method)
 
 
 def test_dual_guidance_keeps_what_every_method_promises() -> None:
     method = make_dual()
     parts.check_promises(method)
     parts.check_without_guidance(method)
+    made.check_half_precision(method)
 
 
 def test_without_text_dual_guidance_is_image_variation() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_prompt_tokens as parts
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection
@@ -47,6 +48,14 @@ def save_parts(folder: Path, **made: Any) -> Path:
     for name, part in made.items():
         part.save_pretrained(folder / name)
     return folder
+
+
+def check_half_precision(method: Any) -> None:
+    """Hardly another picture; the method stays in half precision."""
+    prompts = parts.make_prompts()
+    pixels = method.generate(prompts, parts.FAST)
+    half = method.to(torch.float16).generate(prompts, parts.FAST)
+    assert half.dtype == torch.float32 and (half - pixels).abs().mean() < 0.01
 
 
 def check_loaded(method: nn.Module, *made: Any) -> None:
