@@ -118,7 +118,8 @@ def label_of(cfg: DictConfig) -> str:
     for override in hydra.overrides.task:
         key, _, value = override.lstrip("+~").partition("=")
         if key == "adapter":
-            adapters.append(name_of_adapter(Path(value)))
+            if cfg.method.get("adapter") == cfg.adapter:  # other systems do not read it
+                adapters.append(name_of_adapter(Path(value)))
         elif key.partition(".")[0].partition("@")[0] not in UNNAMED or key.startswith("method."):
             others.append(f"{key.rpartition('.')[2]}{value}")
     return "-".join([hydra.runtime.choices.method, *adapters, *others]).replace("/", "_")

@@ -26,11 +26,14 @@ class ClipScorer(PictureNetwork):
     def from_pretrained(cls, name: str, pretrained: str | None = None) -> Self:
         """``name`` as open_clip has it: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
 
-        Raises MissingNetwork, an OSError, when the weights cannot be had.
+        Raises MissingNetwork, an OSError, when folder or weights cannot be had.
         """
         import open_clip
 
-        name = resolve_name(name)
+        try:
+            name = resolve_name(name)
+        except FileNotFoundError as error:  # which takes it for the adapter's encoder
+            raise MissingNetwork(str(error).replace("encoder.name", "judge.name", 1)) from error
         options: dict[str, Any] = {"pretrained": pretrained, "precision": "fp32"}
         try:
             clip = open_clip.create_model(name, **options, require_pretrained=True, weights_only=True)

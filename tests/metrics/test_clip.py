@@ -89,7 +89,9 @@ def test_one_scorer_is_shared_per_name(clip_name: str) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no open_clip_config\.json in"):
+    with pytest.raises(
+        MissingNetwork, match=rf"judge\.name=local-dir:{tmp_path}: there is no open_clip_config\.json in"
+    ):
         ClipScorer.from_pretrained(f"local-dir:{tmp_path}")
 
 

@@ -4,7 +4,7 @@
 
 It works on pixels and samples by its own ancestral sampler, whose every step draws noise: here from the picture's own
 seed. The steps asked for are the decoder's; super-resolution has seven, the last by a network of its own. The text
-stays empty. On a CPU it runs in float32 only. Weights in kakaobrain/karlo-v1-alpha-image-variations.
+stays empty. Weights in kakaobrain/karlo-v1-alpha-image-variations.
 
     method = OpenUnCLIP.from_pretrained()
 """
@@ -53,11 +53,7 @@ class OpenUnCLIP(PipelineMethod):
         return count_parameters(self.pipeline.decoder) + count_parameters(self.pipeline.text_proj)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
-        if sampling.image_size_px not in (None, self.image_size_px):
-            raise ValueError(
-                f"{self.name} makes pictures of {self.image_size_px} px, not of {sampling.image_size_px}: leave the "
-                "size out"
-            )
+        self.check_possible(sampling)
         images_BHW3 = self.pipeline(
             image=pictures(prompts),
             generator=make_generators(prompts),
@@ -67,3 +63,11 @@ class OpenUnCLIP(PipelineMethod):
             output_type="np",
         ).images
         return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1
+
+    def check_possible(self, sampling: Sampling) -> None:
+        """Raises ValueError for another size, and for half precision on a CPU: torch enlarges no such ones there."""
+        size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
+        if size_px not in (None, self.image_size_px):
+            raise ValueError(f"{self.name} makes pictures of {self.image_size_px} px, not of {size_px}: leave it out")
+        if self.pipeline.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"method.dtype={str(dtype).removeprefix('torch.')}: on a CPU {self.name} needs float32")

@@ -33,7 +33,7 @@ def choose_system(evaluation: Evaluation, label: str | None) -> System | None:
 
     Raises ValueError for a label that is not there or has no CLIP-I.
     """
-    scored = [system for system in evaluation.systems if system.per_item.get(CLIP_I)]
+    scored = [system for system in evaluation.systems if system.per_item.get(CLIP_I) and CLIP_I in system.scores]
     if label is None:
         return max(scored, key=lambda system: system.scores[CLIP_I].value, default=None)
     system = evaluation.system(label)

@@ -134,7 +134,10 @@ def trained(system: System) -> Cell:
 def metric(system: System, name: str, best: float | None) -> Cell:
     score = system.scores.get(name)
     if score is None:
-        return Cell(NOTHING, why=system.missing.get(name) or note_on(system) or "not scored yet")
+        return Cell(
+            NOTHING,
+            why=system.missing.get(name) or note_on(system) or "not scored yet, or asked for in other runs only",
+        )
     value = f"{score.value:.{heading(name).digits}f}"
     return Cell(value, score.value, interval_of(score, heading(name)), is_best=score.value == best)
 
@@ -173,7 +176,7 @@ def best_value(systems: Sequence[System], name: str) -> float | None:
 
 def note_on(system: System) -> str:
     if system.status == COMPLETE:
-        return "" if system.scores else "not scored yet"
+        return "" if system.scores or system.missing else "not scored yet"
     if system.reason:
         return f"{system.status}: {system.reason}"
     return f"{system.status}: {system.num_pictures} of {system.num_planned} pictures are there"

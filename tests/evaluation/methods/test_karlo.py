@@ -14,7 +14,6 @@ from ipa.evaluation.methods.pipelines import read_classes
 EMBEDDING_WIDTH = tiny.CONTEXT_WIDTH  # as wide as the text states
 CROSS_WIDTH = 20
 TextProjection = read_classes(UnCLIPImageVariationPipeline)["text_proj"]
-# sizes of the published decoder, as diffusers' script that converted it has them
 DECODER = {
     "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
     "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
@@ -24,6 +23,7 @@ DECODER = {
     "in_channels": 3,
     "out_channels": 6,
 }
+# sizes of the published decoder, as diffusers' script that converted it has them
 FULL = {
     "sample_size": 64,
     "layers_per_block": 3,
@@ -98,8 +98,13 @@ def test_the_decoder_is_as_large_as_in_the_paper() -> None:
 def test_pictures_have_one_size() -> None:
     method = make_method()
     method.generate(parts.make_prompts(), replace(parts.FAST, image_size_px=16))
-    with pytest.raises(ValueError, match=r"open_unclip makes pictures of 16 px, not of 32: leave the size out"):
+    with pytest.raises(ValueError, match=r"open_unclip makes pictures of 16 px, not of 32: leave it out"):
         method.generate(parts.make_prompts(), replace(parts.FAST, image_size_px=32))
+
+
+def test_half_precision_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.dtype=float16: on a CPU open_unclip needs float32"):
+        make_method().to(torch.float16).generate(parts.make_prompts(), parts.FAST)
 
 
 def test_folders_are_read(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""The table: Table 1's columns, intervals, what is missing and why, and the paper's figures where they compare."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_folder import scored, write_demo, write_items, write_run, write_skipped
+
+from ipa.evaluation.report.files import comma_separated, results
+from ipa.evaluation.report.markdown import markdown
+from ipa.evaluation.report.paper import KINDS, kind_of, paper_row
+from ipa.evaluation.report.reading import Evaluation, read_evaluation
+from ipa.evaluation.report.table import make_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rows_of(evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Label → column → what stands there, of the table in markdown."""
+    lines = [line for line in markdown(evaluation, make_table(evaluation)).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|")] for line in lines]
+    return {row[rows[0].index("run")]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def test_figures_stand_with_their_intervals_and_the_best_is_bold(tmp_path: Path) -> None:
+    rows = rows_of(read_evaluation(write_demo(tmp_path)))
+
+    assert rows["mine-0.5"]["CLIP-I ↑"] == "0.125 (0.115 – 0.135)"
+    assert rows["mine-1.0"]["CLIP-I ↑"] == "**0.250** (0.240 – 0.260)"
+    assert rows["mine-1.0"]["KID ↓"] == "**0.0200** (± 0.0010)"
+    assert rows["mine-1.0"]["trained"] == "22.3 M" and rows["mine-1.0"]["λ"] == "1"
+    assert "guidance" not in rows["mine-1.0"], "it is the same for all"
+
+
+def test_systems_without_scores_stay_with_the_reason(tmp_path: Path) -> None:
+    rows = rows_of(read_evaluation(write_demo(tmp_path)))
+
+    assert rows["sd_unclip"]["note"] == "skipped: download it / from <there> and give path=FOLDER"
+    assert rows["sd_unclip"]["trained"] == "870 M (paper)" and rows["sd_unclip"]["CLIP-I ↑"] == "–"
+    assert rows["style"]["note"] == "unfinished: 1 of 12 pictures are there"
+    assert (rows["style"]["custom models"], rows["sd_unclip"]["custom models"]) == ("✓", "✗")
+
+
+def test_missing_metrics_say_why_and_where(tmp_path: Path) -> None:
+    write_items(tmp_path, ["a"])
+    write_run(tmp_path, "one", scored(0.5, fid="get Inception", dreamsim="pip install dreamsim"), ["a_0"])
+    write_run(tmp_path, "two", scored(0.6, fid="get Inception"), ["a_0"])
+    evaluation = read_evaluation(tmp_path)
+
+    text = markdown(evaluation, make_table(evaluation))
+
+    assert "* **FID**: get Inception\n" in text
+    assert "* **DreamSim**: pip install dreamsim (one)\n" in text
+
+
+def papers_figures(folder: Path, items: int, seeds: int, name: str = "coco2017", **run: Any) -> Sequence[str]:
+    write_items(folder, [f"{number:012d}" for number in range(items)], seeds, name)
+    write_run(folder, "mine", scored(0.81), **run)
+    row = rows_of(read_evaluation(folder))["mine"]
+    return [row.get("CLIP-T, paper", "no column"), row.get("CLIP-I, paper", "no column")]
+
+
+def test_the_papers_figures_stand_beside_ours_on_its_benchmark(tmp_path: Path) -> None:
+    assert papers_figures(tmp_path, 5000, 4) == ["0.588", "0.828"]
+
+
+def test_an_adapter_of_another_size_has_no_row_in_the_paper(tmp_path: Path) -> None:
+    """Columns that are empty are left out."""
+    assert papers_figures(tmp_path, 5000, 4, method={"trained": 351_285_248}) == ["no column"] * 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"items": 100}, {"seeds": 2}, {"name": "demo"}, {"sampling": {"scale": 0.0}}, {"prompt": "caption"}],
+    ids=str,
+)
+def test_the_papers_figures_do_not_stand_beside_another_question(tmp_path: Path, other: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"items": 5000, "seeds": 4, **other}
+
+    assert papers_figures(tmp_path, **asked) == ["no column"] * 2
+
+
+def test_the_fine_grained_adapter_has_its_own_row() -> None:
+    row = paper_row("IP-Adapter", 49_087_488)
+
+    assert row is not None and (row.clip_score, row.clip_i) == (0.579, 0.835)
+    assert paper_row("seecoder", 294_000_000) is None
+
+
+def test_every_method_has_a_title_and_a_place() -> None:
+    methods = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+
+    assert methods and set(methods) <= set(KINDS)
+    assert kind_of("IP-Adapter") is kind_of("ip_adapter")
+
+
+def test_json_has_everything_but_single_items(tmp_path: Path) -> None:
+    content = json.loads(json.dumps(results(read_evaluation(write_demo(tmp_path)))))
+
+    last = content["systems"][-1]
+    assert (content["benchmark"]["name"], content["num_items"], content["num_seeds"]) == ("demo", 6, 2)
+    assert last["label"] == "mine-1.0" and last["metrics"]["clip_i"]["value"] == 0.25
+    assert last["settings"]["metrics"]["clip"]["prefix"] == "A photo depicts "
+    assert set(last["sha256"]) == {"manifest.json", "scores.json", "pictures"}
+    assert "per_item" not in json.dumps(content)
+
+
+def test_csv_has_a_row_for_every_system(tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    write_skipped(tmp_path, "open_unclip", 'say "please", twice')
+
+    rows = list(csv.DictReader(io.StringIO(comma_separated(read_evaluation(tmp_path)))))
+
+    assert [row["label"] for row in rows][:2] == ["open_unclip", "sd_unclip"] and len(rows) == 6
+    assert rows[0]["reason"] == 'say "please", twice' and rows[0]["clip_i"] == ""
+    assert (rows[-1]["clip_i"], rows[-1]["clip_i_low"], rows[-1]["scale"]) == ("0.25", "0.24", "1.0")
