@@ -109,7 +109,8 @@ def test_what_does_not_change_pictures_does_not_part_a_curve(tmp_path: Path) -> 
     write_items(tmp_path, ["a"])
     for scale, device in ((0.0, "cpu"), (1.0, "gpu")):
         run = {"device": device, "seconds": 9.5 + scale, "batch_size": int(4 + scale)}
-        write_run(tmp_path, device, scored(scale), sampling={"scale": scale}, **run)
+        guidance = 2 if scale else 2.0  # as a command line and a file have it
+        write_run(tmp_path, device, scored(scale), sampling={"scale": scale, "guidance": guidance}, **run)
 
     assert len(find_charts(read_evaluation(tmp_path))[0].series[0].points) == 2
 

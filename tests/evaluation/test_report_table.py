@@ -29,9 +29,9 @@ def rows_of(evaluation: Evaluation) -> dict[str, dict[str, str]]:
 def test_figures_stand_with_their_intervals_and_the_best_is_bold(tmp_path: Path) -> None:
     rows = rows_of(read_evaluation(write_demo(tmp_path)))
 
-    assert rows["mine-0.5"]["CLIP-I ↑"] == "0.125 (0.115 – 0.135)"
-    assert rows["mine-1.0"]["CLIP-I ↑"] == "**0.250** (0.240 – 0.260)"
-    assert rows["mine-1.0"]["KID ↓"] == "**0.0200** (± 0.0010)"
+    assert rows["mine-0.5"]["CLIP-I ↑"] == "0.125 [0.115, 0.135]"
+    assert rows["mine-1.0"]["CLIP-I ↑"] == "**0.250** [0.240, 0.260]"
+    assert rows["mine-1.0"]["KID ↓"] == "**0.0200** ± 0.0010"
     assert rows["mine-1.0"]["trained"] == "22.3 M" and rows["mine-1.0"]["λ"] == "1"
     assert "guidance" not in rows["mine-1.0"], "it is the same for all"
 

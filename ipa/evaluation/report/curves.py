@@ -112,7 +112,7 @@ def draw_series(chart: Chart, series: Series, place: int, frame: Frame) -> Html:
 def told_value(metric: str, score: Score) -> str:
     digits = heading(metric).digits
     low, high = bounds(score)
-    interval = f" ({low:.{digits}f} – {high:.{digits}f})" if low < high else ""
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else ""
     return f"{score.value:.{digits}f}{interval}"
 
 

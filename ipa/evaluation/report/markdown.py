@@ -29,7 +29,7 @@ def markdown_table(table: Table) -> str:
 def markdown_cell(cell: Cell) -> str:
     words = escaped(cell.text)
     value = f"**{words}**" if cell.is_best else words
-    return f"{value} ({cell.interval})" if cell.interval else value
+    return f"{value} {cell.interval}" if cell.interval else value
 
 
 def escaped(words: str) -> str:

@@ -26,6 +26,7 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; }
 a { color: var(--s0); text-underline-offset: 3px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   -webkit-overflow-scrolling: touch; }
+.scroll:has(.shots) { width: fit-content; max-width: 100%; }
 table { border-collapse: separate; border-spacing: 0; }
 .scores { width: 100%; font-variant-numeric: tabular-nums; }
 .scores th, .scores td { padding: 7px 8px; text-align: left; vertical-align: top;

@@ -62,9 +62,9 @@ def sweeps(systems: Sequence[System], axis: str) -> list[list[System]]:
 
 
 def identity(system: System) -> dict[str, Any]:
-    """Dotted name → value of all that makes a run's pictures."""
+    """Dotted name → value of all that makes a run's pictures; 2 and 2.0 are the same guidance."""
     kept = {name: value for name, value in system.settings.items() if name not in NO_DIFFERENCE}
-    return dict(flattened(kept))
+    return {name: float(value) if type(value) is int else value for name, value in flattened(kept)}
 
 
 def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

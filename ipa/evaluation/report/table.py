@@ -128,7 +128,7 @@ def trained(system: System) -> Cell:
     if counted is not None:
         return Cell(f"{counted / 1e6:.1f} M" if counted >= 1e6 else f"{counted:,}", counted)
     row = paper_row(system.name, None)
-    return Cell(f"{row.trained} M", row.trained * 1e6, "paper") if row else Cell("")
+    return Cell(f"{row.trained} M", row.trained * 1e6, "(paper)") if row else Cell("")
 
 
 def metric(system: System, name: str, best: float | None) -> Cell:
@@ -136,7 +136,7 @@ def metric(system: System, name: str, best: float | None) -> Cell:
     if score is None:
         return Cell(
             NOTHING,
-            why=system.missing.get(name) or note_on(system) or "not scored yet, or asked for in other runs only",
+            why=system.missing.get(name) or note_on(system) or "not asked for in this run",
         )
     value = f"{score.value:.{heading(name).digits}f}"
     return Cell(value, score.value, interval_of(score, heading(name)), is_best=score.value == best)
@@ -144,7 +144,7 @@ def metric(system: System, name: str, best: float | None) -> Cell:
 
 def interval_of(score: Score, about: Heading) -> str:
     if score.low is not None and score.high is not None:
-        return f"{score.low:.{about.digits}f} – {score.high:.{about.digits}f}"
+        return f"[{score.low:.{about.digits}f}, {score.high:.{about.digits}f}]"
     return f"± {score.deviation:.{about.digits}f}" if score.deviation is not None else ""
 
 
