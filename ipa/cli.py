@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from ipa import launcher
 
 VERSION_BASE = "1.3"
 FAILED, WRONG_USAGE = 1, 2  # exit codes
+HELP_WIDTH = 100
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +226,15 @@ def _names_no_group(override: str) -> bool:
 
 def _options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def list_choices(group: str) -> str:
+    """What a group offers, for the help: ``${choices:recipe}`` → "recipe: demo, sd15, …", wrapped."""
+    words = f"{group}: {', '.join(_options(group))}"
+    return textwrap.fill(words, HELP_WIDTH, subsequent_indent=" " * 8)
+
+
+OmegaConf.register_new_resolver("choices", list_choices, replace=True)
 
 
 def _each_value(override: str) -> list[str]:

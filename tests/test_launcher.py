@@ -75,6 +75,8 @@ class SweepCommand:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # a shell's background job, as the tests may be one, hears no Ctrl-C, nor do its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, body: str, *arguments: str, **environment: str) -> tuple[int, str]:

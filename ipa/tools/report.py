@@ -2,10 +2,12 @@
 
     python -m ipa.tools.report runs/evaluation/demo
     python -m ipa.tools.report folder=runs/evaluation/coco2017 rows=20 system=ip_adapter
+    python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # also to this project of wandb
 
 Reads a benchmark's folder as `python evaluate.py` writes it and puts results.json, results.csv, table.md and
 report.html there. Systems that were skipped or are not finished are in it with the reason. Run it again as often as
-you like.
+you like. With wandb=PROJECT the table and the pictures of the grid go there as one run named after the folder: offline,
+into FOLDER/wandb, unless you are logged in.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Options:
     system: str | None = None  # label of the system whose best and worst are shown; null: that of the highest CLIP-I
     thumbnail_px: int = 160  # longest edge of the pictures in the page
     limit_mb: float = 8.0  # what they may take; rows beyond are left out
+    wandb: str | None = None  # project of wandb that gets the tables too; null: none
 
 
 def report(options: Any) -> Path:
@@ -42,7 +45,21 @@ def report(options: Any) -> Path:
         if options[name] < least:
             raise ValueError(f"{name}={options[name]}: at least {least}")
     shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px, options.limit_mb)
-    return write_report(Path(options.folder), shown)
+    page = write_report(Path(options.folder), shown)
+    if options.wandb is not None:
+        show(Path(options.folder), options.wandb, shown)
+    return page
+
+
+def show(folder: Path, project: str, shown: Any) -> None:
+    """The report as a run of this project of wandb; one folder is one run, however often it is told."""
+    from ipa.evaluation.report.dashboard import log_report
+    from ipa.evaluation.report.reading import read_evaluation
+    from ipa.training.loggers import make_wandb
+
+    log_report(
+        make_wandb(folder, project, folder.resolve().name, job_type="evaluation"), read_evaluation(folder), shown
+    )
 
 
 def main() -> None:

@@ -188,6 +188,8 @@ def start(world: World, tmp_path: Path) -> Command:
             "HOME": str(tmp_path),
             "PYTHONPATH": str(ROOT),
             "PYTHONIOENCODING": "utf-8",
+            # under a limit on file sizes Python would leave half a compiled module in the libraries
+            "PYTHONDONTWRITEBYTECODE": "1",
             **environment,
         }
         return subprocess.Popen(
