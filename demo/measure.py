@@ -1,12 +1,13 @@
 """Measure the demo world: the figures of demo/README.md, and the picture grids.
 
     python demo/measure.py clip               # probes and retrieval of encoder and judge
+    python demo/measure.py clip --models DIR  # the same of those in DIR, figures in DIR/figures.json
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
     python demo/measure.py adapter RUN        # image prompt alone, 100 held-out pictures, three seeds
     python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
-Each prints its figures and keeps them in demo/figures.json.
+Each prints its figures and keeps them in demo/figures.json unless said otherwise.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from world import COLOURS, HERE, World, compose, draw_backgrounds, read_world
 
 sys.path.insert(0, str(HERE.parent))
 
+from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.prompt_scores import PromptScores, caption_ranks
+from ipa.metrics.clip_scores import ClipCosines, caption_ranks
 from ipa.types import Features, to_uint8
 
 FIGURES = HERE / "figures.json"
@@ -35,13 +37,13 @@ IMAGES = HERE.parent / "docs" / "images"
 COUNT = 100
 
 
-def keep(name: str, figures: dict[str, Any]) -> None:
+def keep(name: str, figures: dict[str, Any], path: Path = FIGURES) -> None:
     """Print the figures and merge them into the file of all figures."""
     figures = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
     print(name, json.dumps(figures, indent=2))
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    known = json.loads(path.read_text()) if path.exists() else {}
     known[name] = figures
-    FIGURES.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
 def measure_clip(options: argparse.Namespace) -> None:
@@ -51,16 +53,17 @@ def measure_clip(options: argparse.Namespace) -> None:
     an untrained net of the same shape is the yardstick.
     """
     train, heldout = read_world(HERE / "data" / "train"), read_world(HERE / "build" / "data" / "judge")
-    for name in ("encoder", "judge"):
-        trained = ClipScorer.from_pretrained(f"local-dir:{HERE / name}")
+    for name in options.names:
+        folder = options.models / name
+        trained = ClipScorer.from_pretrained(f"local-dir:{folder}")
         torch.manual_seed(0)
-        untrained = ClipScorer.from_pretrained(f"local-dir:{HERE / name}")
+        untrained = ClipScorer.from_pretrained(f"local-dir:{folder}")
         untrained.clip.load_state_dict(make_model(RECIPES[name], clip_tokenizer()).state_dict())
         figures = {f"{k}, trained": v for k, v in probe(trained, train, heldout).items()}
         figures |= {f"{k}, untrained": v for k, v in probe(untrained, train, heldout).items()}
         figures |= {f"training concepts, {k}": v for k, v in text_retrieval(trained, train).items()}
         figures |= {f"held-out concepts, {k}": v for k, v in text_retrieval(trained, heldout).items()}
-        keep(name, figures)
+        keep(name, figures, options.models / FIGURES.name)
 
 
 def probe(scorer: ClipScorer, train: World, heldout: World) -> dict[str, float]:
@@ -198,10 +201,10 @@ def measure_adapter(options: argparse.Namespace) -> None:
         how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=scale)
         for seed in (0, 1, 2):
             pixels = generate(model, features, [""] * COUNT, range(1000 * seed, 1000 * seed + COUNT), how)
-            metric = PromptScores(judge, sync_on_compute=False)
-            metric.update(pixels, prompts, captions)
-            for name, value in metric.compute().items():
-                figures.setdefault(f"scale {scale:g}, {name}", []).append(round(float(value), 4))
+            for metric in (ClipCosines(judge), BorderColour()):
+                metric.update(pixels, prompts, [[caption] for caption in captions])
+                for name, value in metric.compute().items():
+                    figures.setdefault(f"scale {scale:g}, {name}", []).append(round(float(value), 4))
     keep("adapter", figures)
 
 
@@ -231,6 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("clip", "vae", "base", "adapter", "curves"))
     parser.add_argument("run", type=Path, nargs="?", help="run folder of the adapter")
+    parser.add_argument("--models", type=Path, default=HERE, help="folder of encoder/ and judge/ (default: demo)")
+    parser.add_argument("--names", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="which clip measures")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
     options = parser.parse_args()
