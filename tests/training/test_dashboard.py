@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, world: World, home: Path) -
         return run_training(folder, *world.overrides(), "image_prompt_check.every_n_steps=1", "seed=7", "group=ours")
     finally:
         wandb.finish()
+        wandb.teardown()  # ends the process that writes: on a busy machine it may still have something to write
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, _offline: None) -> Path:
     logger.experiment.summary["gone"] = 1
     del logger.experiment.summary["gone"]
     wandb.finish()
+    wandb.teardown()  # ends the process that writes
     return folder
 
 
@@ -146,6 +147,7 @@ def test_a_resumed_run_is_another_file_with_the_same_id(tmp_path: Path) -> None:
         for step in steps:
             logger.log_metrics({"loss": 1 / step}, step=step)
         wandb.finish()
+        wandb.teardown()  # ends the process that writes: on a busy machine it may still have something to write
         # wandb names folders by the second; these names make room for the next, and their order is not that of time
         latest = (tmp_path / "wandb/latest-run").resolve()
         latest.rename(latest.with_name(f"offline-run-{9 - steps.start}"))
