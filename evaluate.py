@@ -4,6 +4,8 @@ python evaluate.py adapter=demo/adapters/decoupled_global.safetensors        the
 python evaluate.py -m 'method=glob(*)' benchmark=coco2017                    the paper's table
 """
 
+import sys
+
 from omegaconf import DictConfig
 
 from ipa.cli import command, quiet_libraries
@@ -14,7 +16,11 @@ def main(cfg: DictConfig) -> None:
     from ipa.evaluation.run import evaluate  # imports torch, so only when there is something to evaluate
 
     quiet_libraries()
-    evaluate(cfg)
+    try:
+        evaluate(cfg)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)  # as shells say it
 
 
 if __name__ == "__main__":

@@ -36,8 +36,13 @@ class ShardBenchmark:
     @cached_property
     def records(self) -> dict[str, Record]:
         slots = Order([self.source], seed=0).in_file_order()
-        records = [slot.record for slot in islice(slots, self.limit)]
-        return {record.key: record for record in records}
+        found: dict[str, Record] = {}
+        for slot in islice(slots, self.limit):
+            if found.setdefault(slot.record.key, slot.record) is not slot.record:
+                raise ValueError(
+                    f"benchmark={self.name}: two samples have the key {slot.record.key}, which names pictures"
+                )
+        return found
 
     def items(self) -> Sequence[Item]:
         return [Item(key, tuple(text for text, _ in record.captions)) for key, record in self.records.items()]
@@ -61,7 +66,7 @@ class FolderBenchmark:
         """Raises FileNotFoundError, and ValueError for two pictures of one name."""
         if not self.folder.is_dir():
             raise FileNotFoundError(f"benchmark.folder={self.folder}: no such folder")
-        found = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in PICTURES)
+        found = sorted(path for path in self.folder.iterdir() if is_picture(path))
         if not found:
             raise FileNotFoundError(f"benchmark.folder={self.folder}: no pictures there ({', '.join(PICTURES)})")
         paths = {path.stem: path for path in found[: self.limit]}
@@ -71,7 +76,7 @@ class FolderBenchmark:
 
     @property
     def fingerprint(self) -> str:
-        return f"{digest(*(part for name, path in self.paths.items() for part in (name, path.stat().st_size))):016x}"
+        return fingerprint_of(list(self.paths.values()))
 
     def items(self) -> Sequence[Item]:
         return [Item(name, captions_beside(path)) for name, path in self.paths.items()]
@@ -88,8 +93,8 @@ class CocoBenchmark:
 
     @property
     def settings(self) -> dict[str, Any]:
-        files = ",".join(name for name, _ in self.entries.values())
-        return {"kind": "coco", "limit": self.limit, "fingerprint": f"{digest(files):016x}"}
+        files = [self.images / name for name, _ in self.entries.values()]
+        return {"kind": "coco", "limit": self.limit, "fingerprint": fingerprint_of(files)}
 
     @cached_property
     def entries(self) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -100,7 +105,7 @@ class CocoBenchmark:
                 "annotations_trainval2017.zip, its pictures in val2017.zip (cocodataset.org)"
             )
         try:
-            content = json.loads(self.annotations.read_text())
+            content = json.loads(self.annotations.read_bytes())
             captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
             for annotation in content["annotations"]:
                 captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
@@ -128,7 +133,20 @@ def pixels(picture: Opened) -> Tensor:
     return picture.pixels_3HW.contiguous()
 
 
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")  # macOS puts ._NAME beside files
+
+
+def fingerprint_of(files: Sequence[Path]) -> str:
+    """Of names and sizes: a resized copy of the same pictures is another one."""
+    return f"{digest(*(part for path in files for part in (path.stem, path.stat().st_size))):016x}"
+
+
 def captions_beside(path: Path) -> tuple[str, ...]:
+    """Raises ValueError for a file that is not UTF-8."""
     file = path.with_suffix(".txt")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"benchmark.folder: {file} is not UTF-8 ({error.reason} at byte {error.start})") from error
     return tuple(line.strip() for line in lines if line.strip())

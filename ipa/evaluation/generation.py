@@ -32,11 +32,23 @@ from ipa.types import to_uint8
 
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 THUMBNAIL_PX = 256
+COMPLETE, UNFINISHED, SKIPPED = "complete", "unfinished", "skipped"
 
 
 def write_json(path: Path, content: Any) -> None:
     written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda beside: beside.write_text(written))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not what evaluate.py writes."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # broken JSON, or bytes that are no text
+        raise ValueError(f"{path} is not JSON ({error}): remove it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where an object is expected: remove it")
+    return content
 
 
 def write_picture(path: Path, pixels_3HW: Tensor) -> None:
@@ -61,8 +73,11 @@ def write_items(folder: Path, benchmark: Benchmark, items: Sequence[Item], num_s
         ],
     }
     path = folder / "items.json"
-    if path.is_file() and json.loads(path.read_text()) != asked:
-        raise ValueError(f"{folder} holds an evaluation of other items or numbers of seeds: say out=ANOTHER_FOLDER")
+    before = read_json(path) if path.is_file() else asked
+    if differ := [name.replace("_", " ") for name in asked if before.get(name) != asked[name]]:
+        raise ValueError(
+            f"{folder} holds an evaluation of another question ({', '.join(differ)}): say out=ANOTHER_FOLDER"
+        )
     for item in items:
         thumbnail = folder / "references" / f"{item.id}.png"
         if not thumbnail.is_file():
@@ -70,12 +85,24 @@ def write_items(folder: Path, benchmark: Benchmark, items: Sequence[Item], num_s
     write_json(path, asked)
 
 
+def identity(benchmark: Benchmark) -> dict[str, Any]:
+    """What a manifest says of its benchmark, so that a folder that was moved to another's is noticed."""
+    return {"name": benchmark.name, "fingerprint": benchmark.settings.get("fingerprint")}
+
+
 def manifest(
-    label: str, method: Method, sampling: Sampling, tasks: Sequence[Task], batch_size: int, **settings: Any
+    label: str,
+    benchmark: Benchmark,
+    method: Method,
+    sampling: Sampling,
+    tasks: Sequence[Task],
+    batch_size: int,
+    **settings: Any,
 ) -> dict[str, Any]:
     """All that decides what the pictures look like, and what made them."""
     return {
         "label": label,
+        "benchmark": identity(benchmark),
         "method": {
             "name": method.name,
             "source": method.source,
@@ -85,11 +112,15 @@ def manifest(
         "sampling": asdict(sampling),
         **settings,
         "batch_size": batch_size,
-        "pictures": [
-            {"item": task.item.id, "number": task.number, "seed": task.seed, "text": task.text, "file": task.file}
-            for task in tasks
-        ],
+        "pictures": listed(tasks),
     }
+
+
+def listed(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    return [
+        {"item": task.item.id, "number": task.number, "seed": task.seed, "text": task.text, "file": task.file}
+        for task in tasks
+    ]
 
 
 def write_thumbnail(path: Path, image_3HW: Tensor) -> None:
@@ -103,16 +134,42 @@ OF_THE_RUN = ("status", "versions", "device", "seconds", "reason")
 
 
 def begin(folder: Path, asked: dict[str, Any]) -> None:
-    """Write the manifest; raises ValueError when the folder holds pictures of other settings."""
+    """Write the manifest, or leave that of a run that is complete.
+
+    Raises ValueError when the folder holds pictures of other settings, or such that nothing is known of.
+    """
     path = folder / "manifest.json"
-    if path.is_file():
-        before = {name: value for name, value in json.loads(path.read_text()).items() if name not in OF_THE_RUN}
-        now = json.loads(json.dumps(asked))
-        differ = sorted(name for name in now if before.get(name) != now[name])
-        if before and before.get("pictures") is not None and differ:
-            told = ", ".join(f"{name}: {brief(before.get(name))}, now {brief(now[name])}" for name in differ)
-            raise ValueError(f"{folder} holds pictures of other settings ({told}): say label=ANOTHER or remove it")
-    write_json(path, {**asked, "status": "unfinished", "versions": versions()})
+    before = read_json(path) if path.is_file() else {}
+    if "pictures" in before:
+        refuse_mix(folder, before, json.loads(json.dumps(asked)))
+    elif any((folder / "pictures").glob("**/*.png")):
+        raise ValueError(
+            f"{folder} holds pictures without a manifest of how they were made: say label=ANOTHER or remove it"
+        )
+    if before.get("status") != COMPLETE or not all((folder / each["file"]).is_file() for each in asked["pictures"]):
+        spent = {"seconds": before["seconds"]} if "seconds" in before else {}
+        write_json(path, {**asked, "status": UNFINISHED, "versions": versions(), **spent})
+
+
+def refuse_mix(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError that names the settings of ``now`` in which the folder's manifest differs."""
+    if differ := sorted(name for name in now if before.get(name) != now[name]):
+        told = ", ".join(f"{name}: {brief(before.get(name))}, now {brief(now[name])}" for name in differ)
+        raise ValueError(f"{folder} holds pictures of other settings ({told}): say label=ANOTHER or remove it")
+
+
+def check_made(folder: Path, benchmark: Benchmark, tasks: Sequence[Task]) -> None:
+    """For scores alone: raises ValueError unless all these pictures of this benchmark are there."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"generate=false, but {folder} has no pictures yet: say label=, or let them be made")
+    refuse_mix(folder, read_json(path), {"benchmark": identity(benchmark), "pictures": listed(tasks)})
+    missing = [task.file for task in tasks if not (folder / task.file).is_file()]
+    if missing:
+        raise ValueError(
+            f"generate=false, but {len(missing)} of {len(tasks)} pictures are not in {folder} ({missing[0]} …): let "
+            "them be made, or remove the folder"
+        )
 
 
 def brief(value: Any) -> str:
@@ -145,11 +202,23 @@ def generate(
     with tqdm(total=total, unit=" pictures", desc=folder.name, disable=not total) as bar:
         for batch in mine:
             prompts = [Prompt(read(task.item), task.text, task.seed) for task in batch]
-            for task, pixels_3HW in zip(batch, to_uint8(method.generate(prompts, sampling)), strict=True):
+            pixels_B3HW = method.generate(prompts, sampling)
+            check_finite(pixels_B3HW, folder.name)
+            for task, pixels_3HW in zip(batch, to_uint8(pixels_B3HW), strict=True):
                 write_picture(folder / task.file, pixels_3HW)
             made += len(batch)
             bar.update(len(batch))
     return made
+
+
+def check_finite(pixels_B3HW: Tensor, label: str) -> None:
+    """Raises ValueError for what a network in half precision gives when it overflows, and a PNG would show as black."""
+    broken = int((~pixels_B3HW.isfinite().flatten(1).all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"{label}: {broken} of {len(pixels_B3HW)} pictures of a batch are not finite numbers. If the system runs "
+            "in half precision say method.dtype=float32"
+        )
 
 
 def is_done(folder: Path, batch: Sequence[Task]) -> bool:
@@ -161,18 +230,20 @@ def finish(folder: Path, tasks: Sequence[Task], seconds: float, device: str) -> 
     if not is_done(folder, tasks):
         return False
     path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    seconds += content.get("seconds", 0.0)
-    write_json(path, {**content, "status": "complete", "device": device, "seconds": round(seconds, 1)})
+    content = read_json(path)
+    if content["status"] != COMPLETE:
+        seconds += content.get("seconds", 0.0)
+        write_json(path, {**content, "status": COMPLETE, "device": device, "seconds": round(seconds, 1)})
     return True
 
 
-def skip(folder: Path, label: str, name: str, reason: str) -> None:
-    """Note why a system could not be run, so that the report's row says it; pictures that are there stay."""
-    if not (folder / "pictures").is_dir():
-        write_json(
-            folder / "manifest.json", {"label": label, "method": {"name": name}, "status": "skipped", "reason": reason}
-        )
+def skip(folder: Path, label: str, name: str, reason: str) -> bool:
+    """Note why a system could not be run, so that the report's row says it; False where pictures are, which stay."""
+    if (folder / "pictures").is_dir():
+        return False
+    told = {"label": label, "method": {"name": name}, "status": SKIPPED, "reason": reason}
+    write_json(folder / "manifest.json", told)
+    return True
 
 
 def pictures_hash(folder: Path, tasks: Sequence[Task]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -65,6 +66,8 @@ def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[
         raise ValueError(f"prompt={prompt}: one of {', '.join(PROMPTS)}")
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds}: at least 1")
+    if strange := [item.id for item in items if not names_a_file(item.id)]:
+        raise ValueError(f"{len(strange)} items have ids that cannot name files ({strange[0]!r} …)")
     if prompt == "caption" and (without := [item.id for item in items if not item.captions]):
         raise ValueError(f"prompt=caption, but {len(without)} items have none ({without[0]} …): say prompt=empty")
     return [
@@ -72,6 +75,11 @@ def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[
         for item in items
         for number in range(num_seeds)
     ]
+
+
+def names_a_file(name: str) -> bool:
+    """Whether ``name`` with an ending is a file below a folder, whatever a tar archive calls its samples."""
+    return bool(name) and "\0" not in name and not {"/", "..", "."} & set(PurePosixPath(name).parts)
 
 
 def seed_of(seed: int, item: Item, number: int) -> int:

@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ipa.evaluation.generation import pictures_hash, read_pictures, write_json
+from ipa.evaluation.generation import pictures_hash, read_json, read_pictures, write_json
 from ipa.evaluation.items import Item, Task
 from ipa.metrics.bootstrap import confidence_interval
 from ipa.metrics.picture_metric import ItemMetric
 from ipa.types import to_unit_range
 
 BATCH = 50
+# metrics by their configuration's name: what they were made with, which numbers they gave, or why they gave none
+BY_CONFIGURATION = ("settings", "made", "missing")
+
+
+class TooFew(ValueError):
+    """What a metric says of pictures that it cannot be told of, such as a distance between sets of one."""
 
 
 def score(
@@ -34,7 +40,8 @@ def score(
 ) -> dict[str, Any]:
     """Scores of the pictures in ``folder``, kept in ``scores.json``: what is there for these very pictures stays.
 
-    ``metrics`` make a metric by the name of its configuration; one whose network cannot be had is noted as missing.
+    ``metrics`` make a metric by the name of its configuration, ``settings`` say with what networks and options. One
+    whose network cannot be had, or that cannot be had of so few pictures, is noted as missing.
     """
     path, digest = folder / "scores.json", pictures_hash(folder, tasks)
     asked = {name: json.loads(json.dumps(settings.get(name))) for name in metrics}
@@ -42,14 +49,16 @@ def score(
     for name, make in metrics.items():
         if scores["settings"].get(name) == asked[name] and name not in scores["missing"]:
             continue
+        forget(scores, name)
         try:
             metric = make().to(device)
-        except OSError as error:
+            found = numbers_of(metric, measured(metric, folder, tasks, read, name), tasks)
+        except (OSError, TooFew) as error:
             scores["missing"][name] = " ".join(str(error).split())
             continue
-        scores["missing"].pop(name, None)
-        scores["settings"][name] = asked[name]
-        add(scores, metric, measured(metric, folder, tasks, read, name), tasks)
+        scores["settings"][name], scores["made"][name] = asked[name], list(found["metrics"])
+        for part, values in found.items():
+            scores[part].update(values)
         write_json(path, scores)
     write_json(path, scores)
     return scores
@@ -57,11 +66,18 @@ def score(
 
 def known_scores(path: Path, digest: str) -> dict[str, Any]:
     """What ``path`` holds of the pictures with this hash."""
-    empty: dict[str, Any] = {"pictures": digest, "settings": {}, "metrics": {}, "per_item": {}, "missing": {}}
-    if not path.is_file():
-        return empty
-    found = json.loads(path.read_text())
-    return found if found["pictures"] == digest else empty
+    empty: dict[str, Any] = {name: {} for name in (*BY_CONFIGURATION, "metrics", "per_item")}
+    found = read_json(path) if path.is_file() else {}
+    return {"pictures": digest, **empty, **(found if found.get("pictures") == digest else {})}
+
+
+def forget(scores: dict[str, Any], name: str) -> None:
+    """Drop the numbers of a metric that was made with other settings."""
+    for number in scores["made"].get(name, []):
+        scores["metrics"].pop(number, None)
+        scores["per_item"].pop(number, None)
+    for part in BY_CONFIGURATION:
+        scores[part].pop(name, None)
 
 
 def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Callable[[Item], Tensor], name: str) -> Any:
@@ -71,9 +87,10 @@ def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Callable[[I
     for batch, pictures_B3HW in tqdm(
         read_pictures(folder, tasks, BATCH), total=math.ceil(len(tasks) / BATCH), desc=f"{folder.name}: {name}"
     ):
+        prompts = {item: to_unit_range(read(item)) for item in {task.item for task in batch}}  # once for all its seeds
         metric.update(
             to_unit_range(pictures_B3HW),
-            [to_unit_range(read(task.item)) for task in batch],
+            [prompts[task.item] for task in batch],
             [list(task.item.captions) for task in batch] if captioned else None,
             torch.arange(number, number + len(batch)),
         )
@@ -81,18 +98,23 @@ def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Callable[[I
     return metric
 
 
-def add(scores: dict[str, Any], metric: Any, filled: Any, tasks: Sequence[Task]) -> None:
-    """Note a metric's numbers; intervals are over items, the seeds of one belonging together."""
+def numbers_of(metric: Any, filled: Any, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """A metric's numbers; intervals are over items, the seeds of one belonging together. Raises ``TooFew``."""
     items = [task.item.id for task in tasks]
-    values = filled.compute()
+    try:
+        values = filled.compute()
+    except ValueError as error:
+        raise TooFew(str(error)) from error
     each = filled.per_item() if isinstance(metric, ItemMetric) else {}
+    found: dict[str, dict[str, Any]] = {"metrics": {}, "per_item": {}}
     for name, value in values.items():
         entry: dict[str, Any] = {"value": float(value), "higher_is_better": metric.higher.get(name)}
         if name in each:
             interval = confidence_interval(each[name], items)
             entry |= {"low": float(interval.low), "high": float(interval.high)}
-            scores["per_item"][name] = means(each[name], items)
-        scores["metrics"][name] = entry
+            found["per_item"][name] = means(each[name], items)
+        found["metrics"][name] = entry
+    return found
 
 
 def means(values_B: Tensor, items: Sequence[str]) -> dict[str, float]:

@@ -57,9 +57,8 @@ def show(folder: Path, project: str, shown: Any) -> None:
     from ipa.evaluation.report.reading import read_evaluation
     from ipa.training.loggers import make_wandb
 
-    log_report(
-        make_wandb(folder, project, folder.resolve().name, job_type="evaluation"), read_evaluation(folder), shown
-    )
+    logger = make_wandb(folder, project, folder.resolve().name, job_type="evaluation")
+    log_report(logger, read_evaluation(folder), shown)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ def test_seeds_depend_on_the_item_alone() -> None:
         (ITEMS, 1, "captoin", "prompt=captoin: one of empty, caption"),
         (ITEMS, 0, "empty", "num_seeds=0"),
         ([*ITEMS, Item("c", ())], 1, "caption", r"1 items have none \(c"),
+        ([Item("../c", ()), Item("a/b", ())], 1, "empty", r"1 items have ids that cannot name files \('\.\./c'"),
     ],
 )
 def test_impossible_plans_are_refused(items, seeds, prompt, complaint) -> None:
@@ -70,6 +71,25 @@ def test_shards_give_their_good_samples(tmp_path: Path) -> None:
     assert benchmark.read(benchmark.items()[0]).shape == (3, 8, 10)
 
 
+def test_samples_of_one_key_are_told(tmp_path: Path) -> None:
+    shards = [write_tar(tmp_path / f"{number}.tar", good("a", f"thing {number}")) for number in range(2)]
+    with pytest.raises(ValueError, match="two samples have the key a"):
+        ShardBenchmark("mine", shards).items()
+    assert len(ShardBenchmark("mine", shards, limit=1).items()) == 1
+
+
+def test_files_that_are_no_captions_or_pictures(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"left by macOS")
+    (tmp_path / "a.txt").write_bytes("\ufeffein Café\n".encode())
+    benchmark = FolderBenchmark("folder", str(tmp_path))
+    assert benchmark.items() == [Item("a", ("ein Café",)), Item("b", ())]
+    (tmp_path / "b.txt").write_bytes("Café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8 \(.* at byte 3\)"):
+        benchmark.items()
+
+
 def coco(folder: Path) -> tuple[Path, Path]:
     """Three pictures, the second with two captions, the third missing."""
     folder.joinpath("val2017").mkdir()
@@ -91,6 +111,13 @@ def test_coco_gives_pictures_by_id_with_all_captions(tmp_path: Path) -> None:
         ("000000000009", ("a cat", "the cat")),
     ]
     assert benchmark.read(items[0]).shape == (3, 5, 6)
+
+
+def test_a_resized_copy_of_coco_is_another_benchmark(tmp_path: Path) -> None:
+    images, annotations = coco(tmp_path)
+    whole = CocoBenchmark("coco2017", str(images), str(annotations), limit=2).settings
+    Image.new("RGB", (60, 50), "teal").save(images / "000000000007.jpg")
+    assert CocoBenchmark("coco2017", str(images), str(annotations), limit=2).settings != whole
 
 
 def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:

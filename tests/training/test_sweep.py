@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from conftest import Command, column, saved_configuration
 from wandb_records import read_offline_runs
 
@@ -13,6 +14,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "checkpoints" in path.parts}
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_where_it_stopped(start: Command, tmp_path: Path) -> None:
     """One job fails, the other ends; the second command leaves the finished one and makes up for the other."""
     first, second = (tmp_path / "runs/x" / name for name in ("seed1", "seed2"))

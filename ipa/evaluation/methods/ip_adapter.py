@@ -14,6 +14,15 @@ from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
 from ipa.export.loading import load_model
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
+from ipa.types import Features
+
+KEYS = {
+    "base.path": "method.base",
+    "base.config": "method.base_config",
+    "encoder.path": "method.encoder",
+    "encoder.name": "method.encoder",
+    "encoder.pretrained": "method.encoder_weights",
+}
 
 
 class IPAdapterMethod:
@@ -37,7 +46,7 @@ class IPAdapterMethod:
     ) -> Self:
         """An adapter file; base and encoder are those of its metadata unless given.
 
-        Raises ``MissingWeights`` when there is no such file, else as ``load_model`` does.
+        Raises ``MissingWeights`` for what is neither here nor to be had, ValueError for parts that do not fit.
         """
         if adapter is None or not Path(adapter).is_file():
             what = "no adapter is given" if adapter is None else f"adapter={adapter}: no such file"
@@ -45,7 +54,10 @@ class IPAdapterMethod:
                 f"{what}. Give adapter=FILE: a run's adapter.safetensors, one of demo/adapters/, or a published one "
                 "(huggingface.co/h94/IP-Adapter) with method.base= and method.encoder="
             )
-        return cls(load_model(Path(adapter), base, encoder, encoder_weights, base_config, dtype), adapter)
+        try:
+            return cls(load_model(Path(adapter), base, encoder, encoder_weights, base_config, dtype), adapter)
+        except OSError as error:
+            raise MissingWeights(renamed(str(error))) from error
 
     @property
     def trained(self) -> int:
@@ -57,8 +69,6 @@ class IPAdapterMethod:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
-        edge, fit = self.model.encoder.image_size_px, self.model.reference_fit
-        references_B3HW = torch.stack([fit_reference(whole(prompt.image_3HW), edge, fit) for prompt in prompts])
         options = SamplingOptions(
             num_steps=sampling.num_steps,
             guidance=sampling.guidance,
@@ -66,9 +76,21 @@ class IPAdapterMethod:
             image_size_px=sampling.image_size_px,
             batch_size=len(prompts),
         )
-        features = self.model.encode_reference(references_B3HW.to(self.model.device))
         texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]
-        return generate(self.model, features, texts, seeds, options)
+        return generate(self.model, self.encode(prompts), texts, seeds, options)
+
+    def encode(self, prompts: Sequence[Prompt]) -> Features:
+        """What the adapter's head reads of the pictures."""
+        edge, fit = self.model.encoder.image_size_px, self.model.reference_fit
+        references_B3HW = torch.stack([fit_reference(whole(prompt.image_3HW), edge, fit) for prompt in prompts])
+        return self.model.encode_reference(references_B3HW.to(self.model.device))
+
+
+def renamed(message: str) -> str:
+    """What loading complains of, with the keys that its parts have here."""
+    for theirs, ours in KEYS.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 def whole(image_3HW: Tensor) -> Opened:

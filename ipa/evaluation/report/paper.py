@@ -63,6 +63,7 @@ KINDS = {
         PaperRow("IP-Adapter", 22, 0.588, 0.828),
         PaperRow("IP-Adapter, fine-grained", 49, 0.579, 0.835),
     ),
+    "ip_adapter_control": beside("IP-Adapter with ControlNet"),
 }
 
 

@@ -21,7 +21,7 @@ from ipa.evaluation.report.paper import rank
 ITEMS, MANIFEST, SCORES = "items.json", "manifest.json", "scores.json"
 COMPLETE = "complete"
 # what a manifest has besides settings
-NO_SETTINGS = ("label", "status", "reason", "pictures")
+NO_SETTINGS = ("label", "benchmark", "status", "reason", "pictures")
 DEVIATION = "_std"  # ending of a value that is another's deviation
 
 
@@ -123,10 +123,12 @@ def read_evaluation(folder: Path) -> Evaluation:
     content = read_json(path)
     items = [read_item(each, path) for each in need(content, "items", list, path)]
     known = {item.id for item in items}
-    systems = sorted((read_system(each.parent, known) for each in folder.glob(f"*/{MANIFEST}")), key=order_of)
-    if not systems:
+    benchmark = need(content, "benchmark", dict, path)
+    found = [read_system(each.parent, known, benchmark) for each in folder.glob(f"*/{MANIFEST}")]
+    if not found:
         raise FileNotFoundError(f"folder={folder}: items, but no system yet. python evaluate.py method=… adds one.")
-    return Evaluation(need(content, "benchmark", dict, path), need(content, "num_seeds", int, path), items, systems)
+    systems = sorted(found, key=order_of)
+    return Evaluation(benchmark, need(content, "num_seeds", int, path), items, systems)
 
 
 def check_folder(folder: Path) -> None:
@@ -153,8 +155,8 @@ def read_item(content: Any, path: Path) -> Item:
     return Item(need(content, "id", str, path), content.get("captions") or [], reference)
 
 
-def read_system(folder: Path, known: set[str]) -> System:
-    """``known`` are the benchmark's items; raises ValueError for pictures of others."""
+def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> System:
+    """``known`` are the benchmark's items; raises ValueError for pictures of others, or of another benchmark."""
     path = folder / MANIFEST
     content = read_json(path)
     status = need(content, "status", str, path)
@@ -165,6 +167,7 @@ def read_system(folder: Path, known: set[str]) -> System:
         item, number = need(each, "item", str, path), need(each, "number", int, path)
         pictures.setdefault(item, {})[number] = folder / need(each, "file", str, path)
     check_items({need(each, "item", str, path) for each in planned} - known, path)
+    check_benchmark(content.get("benchmark") or {}, benchmark, path)
     settings = {name: value for name, value in content.items() if name not in NO_SETTINGS}
     scores = read_scores(folder / SCORES) if status == COMPLETE else {}
     hashes = {**hashes_of(folder), **scores.pop("hashes", {})}
@@ -178,6 +181,17 @@ def check_items(foreign: set[str], path: Path) -> None:
         raise ValueError(
             f"{path}: {len(foreign)} of its items ({min(foreign)} …) are not in {path.parents[1] / ITEMS}: they are of "
             "another benchmark, or of other settings. A folder holds one benchmark; move it to one of its own."
+        )
+
+
+def check_benchmark(said: Mapping[str, Any], benchmark: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError where a manifest says another name or fingerprint: items of two can be named alike."""
+    ours = {"name": benchmark.get("name"), "fingerprint": (benchmark.get("settings") or {}).get("fingerprint")}
+    differ = [f"{name} {said[name]}, not {ours[name]}" for name in ours if said.get(name, ours[name]) != ours[name]]
+    if differ:
+        raise ValueError(
+            f"{path}: its pictures are of another benchmark ({', '.join(differ)}). A folder holds one benchmark; move "
+            "it to one of its own."
         )
 
 

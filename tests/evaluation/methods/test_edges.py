@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipa.evaluation.methods.edges import Canny, blur, connected, gradient, gray
+
+
+def picture(level_HW: Tensor) -> Tensor:
+    return level_HW.to(torch.uint8).expand(3, -1, -1)
+
+
+def step(jump: int) -> Tensor:
+    """A step down the middle of 12 × 12 pixels."""
+    return picture(jump * (torch.arange(12) >= 6).expand(12, 12))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_step_gives_a_line_one_pixel_wide(turned: bool) -> None:
+    image_3HW = step(90)
+    edges_HW = Canny()(image_3HW.mT if turned else image_3HW)
+
+    expected_HW = (torch.arange(12) == 6).float().expand(12, 12)
+    assert torch.equal(edges_HW.T if turned else edges_HW, expected_HW)
+
+
+def test_a_disc_gives_a_thin_closed_ring() -> None:
+    y_HW, x_HW = torch.meshgrid(torch.arange(40) - 20, torch.arange(40) - 20, indexing="ij")
+    radius_HW = torch.sqrt(x_HW**2.0 + y_HW**2)
+    edges_HW = Canny(blur_px=1)(picture(200 * (radius_HW < 12)))
+
+    assert (radius_HW[edges_HW > 0] - 12).abs().max() < 1.5
+    assert 0.8 * 2 * math.pi * 12 < edges_HW.sum() < 1.5 * 2 * math.pi * 12
+    outside = torch.zeros(40, 40, dtype=torch.bool)
+    outside[0, 0] = True
+    for _ in range(80):  # what is reached over sides alone, which no closed line lets through
+        outside |= (outside.roll(1, 0) | outside.roll(-1, 0) | outside.roll(1, 1) | outside.roll(-1, 1)) & (
+            edges_HW == 0
+        )
+    assert not outside[20, 20]
+
+
+def test_plain_pictures_have_no_edges() -> None:
+    assert not Canny(low=0, high=0)(torch.full((3, 9, 7), 130, dtype=torch.uint8)).any()
+
+
+def test_thresholds_are_in_opencvs_units() -> None:
+    """A step of ``n`` levels has a Sobel sum of 4 n."""
+    assert Canny(high=200, low=0)(step(51)).any() and not Canny(high=208, low=0)(step(51)).any()
+
+
+def test_weak_edges_stay_where_strong_ones_lead_to_them() -> None:
+    weak_HW = torch.tensor([[1, 0, 0, 0, 1], [0, 1, 0, 0, 1], [0, 0, 1, 0, 0]]).bool()
+    strong_HW = torch.zeros_like(weak_HW)
+    strong_HW[0, 0] = True
+
+    found_HW = connected(strong_HW, weak_HW)
+    assert found_HW.int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+    assert not connected(torch.zeros_like(weak_HW), weak_HW).any()
+
+
+def test_the_four_directions_are_told_apart() -> None:
+    y_HW, x_HW = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    for direction, slope_HW in enumerate([x_HW, x_HW + y_HW, y_HW, y_HW - x_HW]):
+        for sign in (1, -1):
+            size_HW, found_HW = gradient(sign * slope_HW)
+            assert (found_HW[1:-1, 1:-1] == direction).all() and (size_HW[1:-1, 1:-1] >= 8).all()
+
+
+def test_blurring_keeps_the_mean_and_weakens_edges() -> None:
+    point_HW = torch.zeros(21, 21)
+    point_HW[10, 10] = 1
+    soft_HW = blur(point_HW, 2)
+    assert soft_HW.shape == point_HW.shape and soft_HW.sum() == pytest.approx(1)
+    assert float((soft_HW.sum(0) * (torch.arange(21) - 10) ** 2).sum()) == pytest.approx(4, rel=0.1)
+    assert torch.equal(blur(point_HW, 0), point_HW)
+    assert Canny(low=100, high=200)(step(60)).any() and not Canny(low=100, high=200, blur_px=3)(step(60)).any()
+
+
+def test_gray_is_as_bright_as_the_eye_sees_it() -> None:
+    assert gray(torch.tensor([255, 255, 255], dtype=torch.uint8)[:, None, None]).item() == pytest.approx(255)
+
+
+@pytest.mark.parametrize("wrong", [{"low": 300.0}, {"low": -1.0}, {"high": math.nan}, {"blur_px": -1.0}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"method\.edge_"):
+        Canny(**wrong)

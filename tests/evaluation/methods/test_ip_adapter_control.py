@@ -1,0 +1,137 @@
+"""An adapter with a ControlNet: the adapter's pictures at weight 0, the text alone for the ControlNet."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_prompt_tokens as parts
+import tiny_sdxl
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor
+
+from ipa.evaluation.methods.edges import Canny
+from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
+from ipa.evaluation.methods.ip_adapter_control import IPAdapterControl
+from ipa.evaluation.methods.method import MissingWeights, Sampling
+
+FAMILIES = {"sd15": tiny.make_family, "sdxl": tiny_sdxl.make_family}
+FAST = replace(parts.FAST, num_steps=1)
+
+
+def make_controlnet(family: Any) -> ControlNetModel:
+    """Its zero convolutions moved, since those of a fresh one give nothing."""
+    controlnet = ControlNetModel.from_unet(family.unet, conditioning_embedding_out_channels=(4, 8))
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            if not parameter.any():
+                parameter.normal_()
+    return controlnet
+
+
+def make_method(weight: float = 1.0, kind: str = "decoupled", family: str = "sd15") -> IPAdapterControl:
+    model = tiny.shake(tiny.make_model(kind=kind, family=FAMILIES[family]()))
+    model.adapter.install()
+    return IPAdapterControl(model, make_controlnet(model.family), control_weight=weight)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("decoupled", "sd15"), ("simple", "sd15"), ("simple", "sdxl")])
+def test_pictures_are_finite_repeatable_and_hear_everything(kind: str, family: str) -> None:
+    method, prompts = make_method(kind=kind, family=family), parts.make_prompts()
+    pixels = method.generate(prompts, FAST)
+
+    assert pixels.shape == (3, 3, tiny.IMAGE_PX, tiny.IMAGE_PX) and pixels.dtype == torch.float32
+    assert pixels.isfinite().all() and pixels.abs().max() <= 1
+    assert torch.equal(pixels, method.generate(prompts, FAST))
+    for others in (
+        [parts.other_image(prompt) for prompt in prompts],
+        [replace(prompt, text="blue z") for prompt in prompts],
+        [replace(prompt, seed=prompt.seed + 9) for prompt in prompts],
+    ):
+        assert parts.differs(pixels, method.generate(others, FAST))
+    torch.testing.assert_close(method.generate(prompts[1:], FAST), pixels[1:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "guidance"),
+    [("decoupled", "sd15", 3.0), ("simple", "sd15", 3.0), ("simple", "sd15", 1.0), ("decoupled", "sdxl", 3.0)],
+)
+def test_without_weight_the_adapter_is_alone(kind: str, family: str, guidance: float) -> None:
+    method, prompts = make_method(0.0, kind, family), parts.make_prompts()
+    sampling = Sampling(num_steps=2, guidance=guidance, scale=0.7)
+    alone = IPAdapterMethod(method.model).generate(prompts, sampling)
+
+    torch.testing.assert_close(method.generate(prompts, sampling), alone, atol=1e-5, rtol=0)
+    method.control_weight = 1.0
+    assert parts.differs(method.generate(prompts, sampling), alone)
+
+
+def test_without_scale_the_structure_is_still_told() -> None:
+    method, prompts = make_method(), parts.make_prompts()
+    silent = replace(FAST, scale=0.0)
+    pixels = method.generate(prompts, silent)
+
+    assert parts.differs(pixels, method.generate(prompts, FAST))
+    assert parts.differs(pixels, method.generate([parts.other_image(prompt) for prompt in prompts], silent))
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "simple"])
+def test_the_controlnet_gets_the_text_alone(kind: str) -> None:
+    method, heard, read = make_method(kind=kind), [], []
+
+    def note(into: list[Tensor]) -> Any:
+        return lambda module, arguments, given: into.append(given["encoder_hidden_states"])
+
+    method.controlnet.down_blocks[0].attentions[0].register_forward_pre_hook(note(heard), with_kwargs=True)
+    method.model.family.unet.register_forward_pre_hook(note(read), with_kwargs=True)
+    method.generate(parts.make_prompts(), FAST)
+
+    behind = {"decoupled": 0, "simple": method.model.head.num_tokens}[kind]
+    assert [states.shape[1] for states in heard] == [tiny.TEXT_LENGTH] * len(heard)
+    assert [states.shape[1] for states in read] == [tiny.TEXT_LENGTH + behind]
+    assert not method.controlnet._forward_pre_hooks
+
+
+def test_the_control_is_the_edges_of_the_middle_square() -> None:
+    method, prompts = make_method(), parts.make_prompts()
+    controls_B3HW = method.controls(prompts, 32)
+
+    assert controls_B3HW.shape == (3, 3, 32, 32)
+    assert set(controls_B3HW.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(method.controls(prompts, 16)[2, 0], Canny()(prompts[2].image_3HW))
+
+
+def test_controlnets_of_another_kind_are_refused() -> None:
+    model = tiny.make_model()
+    with pytest.raises(ValueError, match=rf"method\.controlnet: it reads text that is {tiny_sdxl.CONTEXT_WIDTH} wide"):
+        IPAdapterControl(model, make_controlnet(tiny_sdxl.make_family()))
+    pooled = make_controlnet(model.family)
+    pooled.register_to_config(global_pool_conditions=True)
+    with pytest.raises(ValueError, match=r"it tells no structure: give one .*control_v11p_sd15_canny"):
+        IPAdapterControl(model, pooled)
+
+
+def test_files_are_read(adapter: Path, tmp_path: Path) -> None:
+    alone = IPAdapterMethod.from_pretrained(str(adapter))
+    made = make_controlnet(alone.model.family)
+    made.save_pretrained(tmp_path)
+    method = IPAdapterControl.from_pretrained(str(adapter), controlnet=str(tmp_path), control_weight=0.0, edge_low=50)
+
+    loaded = method.controlnet.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
+    assert method.trained == alone.trained and method.edges == Canny(low=50) and method.to("cpu") is method
+    assert method.source == f"{adapter} with {tmp_path}"
+    prompts = parts.make_prompts()
+    pixels = method.generate(prompts, FAST)
+    torch.testing.assert_close(pixels, alone.generate(prompts, FAST), atol=1e-5, rtol=0)
+
+
+def test_missing_weights_are_told(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = parts.check_missing(IPAdapterControl.from_pretrained, "controlnet", monkeypatch, adapter=str(adapter))
+    assert "hf download lllyasviel/control_v11p_sd15_canny --local-dir FOLDER" in told
+    with pytest.raises(MissingWeights, match="no adapter is given"):
+        IPAdapterControl.from_pretrained(None)
+    with pytest.raises(ValueError, match=r"edge_low=300 method\.edge_high=200"):
+        IPAdapterControl.from_pretrained(str(adapter), edge_low=300, edge_high=200)

@@ -1,0 +1,92 @@
+"""`python -m ipa.tools.report FOLDER wandb=PROJECT`: what the report says there, and that nothing is said unasked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import wandb
+from PIL import Image
+from report_folder import write_demo
+from wandb.proto import wandb_internal_pb2 as pb
+
+from ipa.evaluation.report.dashboard import picture_rows, score_rows
+from ipa.evaluation.report.page import Shown
+from ipa.evaluation.report.reading import read_evaluation
+from ipa.evaluation.report.table import make_table
+from ipa.tools.report import main
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+from wandb_records import WandbRun, read_offline_runs, records
+
+HOME_OF_WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "WANDB_MODE", "NETRC")
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that was reported twice, by a user who is not logged in; only to be read."""
+    folder = write_demo(tmp_path_factory.mktemp("evaluation") / "demo")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in HOME_OF_WANDB:
+            patch.setenv(name, "")  # so that it is put back even if it was not there
+            patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for _ in range(2):
+            patch.setattr(sys, "argv", ["report", str(folder), "wandb=mine", "rows=3", "thumbnail_px=16"])
+            main()
+        wandb.teardown()  # which waits until all is written, as the end of a process does
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(evaluation: Path) -> list[WandbRun]:
+    return read_offline_runs(evaluation)
+
+
+def test_a_folder_is_one_run_of_its_name(runs: list[WandbRun]) -> None:
+    assert {(run.name, run.project, run.job_type) for run in runs} == {("demo", "mine", "evaluation")}
+    assert len(runs) == 2 and len({run.id for run in runs}) == 1 and all(run.finished for run in runs)
+    assert runs[0].config["benchmark"]["name"] == "demo"
+
+
+def test_scores_are_those_of_the_table(evaluation: Path, runs: list[WandbRun]) -> None:
+    columns, rows = runs[0].table("scores")
+    assert (columns, rows) == score_rows(make_table(read_evaluation(evaluation)))
+
+    found = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [row["run"] for row in found] == ["sd_unclip", "style", "mine-0", "mine-0.5", "mine-1.0"]
+    assert [row["CLIP-I ↑"] for row in found] == [None, None, 0, 0.125, 0.25]
+    assert found[-1]["CLIP-I ↑ interval"] == "[0.240, 0.260]"
+    assert found[0]["note"].startswith("skipped: download it") and found[-1]["note"] == ""
+
+
+def table_files(folder: Path, name: str) -> dict[str, Path]:
+    """A table with pictures is uploaded as an artifact: its files, where wandb keeps them until then."""
+    [path, *_] = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    artifacts = [record.artifact for record in map(pb.Record.FromString, records(path)) if record.HasField("artifact")]
+    [found] = [artifact for artifact in artifacts if artifact.name.endswith(f"-{name}")]
+    return {entry.path: Path(entry.local_path) for entry in found.manifest.contents}
+
+
+def test_pictures_are_those_of_the_grid(evaluation: Path) -> None:
+    files = table_files(evaluation, "pictures")
+    content = json.loads(files["pictures.table.json"].read_text())
+    columns, rows = content["columns"], content["data"]
+
+    assert columns == ["item", "caption", "image prompt", "style", "mine-0", "mine-0.5", "mine-1.0"]
+    shown = Shown(rows=3, thumbnail_px=16)
+    assert [row[0] for row in rows] == [row[0] for row in picture_rows(read_evaluation(evaluation), shown)[1]]
+    assert len(rows) == 3 and rows[0][1] == f"<{rows[0][0]}> & more"
+    for item, _, prompt, style, *others in rows:
+        assert (style is None) == (item != "item0")  # it is not finished
+        for cell in (prompt, *others):
+            assert Image.open(files[cell["path"]]).size == (16, 11)
+
+
+def test_nothing_is_told_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_demo(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    main()
+    assert not (folder / "wandb").exists()
