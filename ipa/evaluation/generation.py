@@ -234,6 +234,8 @@ def finish(folder: Path, tasks: Sequence[Task], seconds: float, device: str) -> 
     if content["status"] != COMPLETE:
         seconds += content.get("seconds", 0.0)
         write_json(path, {**content, "status": COMPLETE, "device": device, "seconds": round(seconds, 1)})
+        for torn in folder.rglob(".*.tmp"):  # what a process that was killed had begun to write
+            torn.unlink(missing_ok=True)
     return True
 
 

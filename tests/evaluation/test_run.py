@@ -132,8 +132,9 @@ def test_a_complete_run_stays_as_it_is(run: Run) -> None:
     run("label=x", "+metric@metrics.border=border")
     assert path.read_bytes() == before
 
-    (out / "x/pictures/picture1_0.png").unlink()
+    (out / "x/pictures/picture1_0.png").rename(out / "x/pictures/.picture1_0.png.4711.tmp")  # as a kill leaves it
     run("label=x")
+    assert sorted(pictures(out / "x")) == sorted(Path(each["file"]).name for each in read(path)["pictures"])
     assert read(path)["seconds"] >= 1000 and read(path)["device"] != "another"
 
 
