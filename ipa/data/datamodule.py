@@ -185,17 +185,30 @@ class StreamDataModule(LightningDataModule):
         self.position.lanes = dict.fromkeys(range(self.lanes.number), begin)
         log.warning("the data go on with a new pass (%d): %s", epoch, why)
 
+    def own_part(self) -> tuple[dict[int, LanePlace], Counter[str]]:
+        """What this rank adds to a checkpoint: where it thinks that the lanes stand, and what it rejected."""
+        return self.position.lanes, self.rejects
+
+    def all_rejects(self) -> Counter[str]:
+        """What all ranks rejected, by reason: to be called by all of them."""
+        return sum((rejects for _, rejects in gather(self.own_part())), Counter[str]())
+
     def state_dict(self) -> dict[str, Any]:
-        """The place of every lane, gathered from all ranks: to be called by all of them."""
-        parts = gather((self.position.lanes, self.rejects))
-        lanes = {lane: place for known, _ in parts for lane, place in known.items()}
+        """The place of every lane, gathered from all ranks: to be called by all of them.
+
+        After a resume each rank knows the places of the others' lanes, too, but as they were: the furthest counts.
+        """
+        parts = gather(self.own_part())
+        lanes: dict[int, LanePlace] = {}
+        for known, _ in parts:
+            lanes |= {lane: max(place, lanes.get(lane, place), key=reached) for lane, place in known.items()}
         return {
             "step": self.position.step,
             "lanes": {lane: [place.choices, [list(each) for each in place.sources]] for lane, place in lanes.items()},
             "grid": None if self.lanes is None else [self.lanes.ranks, self.lanes.workers],
             "readers": self.readers and list(self.readers),
             "order": self.fingerprint(),
-            "rejects": [dict(rejects) for _, rejects in parts],
+            "rejects": dict(sum((rejects for _, rejects in parts), Counter[str]())),
         }
 
     def fingerprint(self) -> str:
@@ -209,11 +222,10 @@ class StreamDataModule(LightningDataModule):
         Another number of ranks or workers changes nothing in what is seen, as long as the lanes can be shared among
         them. With another seed, window or list of shards the saved place means nothing: training begins a new pass.
         """
-        rank = self.share().rank
         self.lanes = state["grid"] and Lanes(*state["grid"])
         self.readers = state["readers"] and tuple(state["readers"])
         self.position = Position(state["step"], {lane: to_place(*place) for lane, place in state["lanes"].items()})
-        self.rejects = Counter(state["rejects"][rank] if rank < len(state["rejects"]) else {})
+        self.rejects = Counter(state["rejects"] if self.share().rank == 0 else {})
         if state["order"] != self.fingerprint():
             self.lanes = self.lanes or Lanes()
             self.begin_new_pass("the checkpoint was made with other shards, seed, captions, filters or window")
@@ -324,6 +336,11 @@ def choose_sources(
     if without:
         raise ValueError(f"say where the shards are: {' '.join(f'data.known.{name}.shards=…' for name in without)}")
     return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
+
+
+def reached(place: LanePlace) -> tuple[list[int], int]:
+    """Orders the places of one lane: by the passes of its sources, since a new pass begins the choices anew."""
+    return [source.epoch for source in place.sources], place.choices
 
 
 def to_place(choices: int, sources: Sequence[Sequence[int]]) -> LanePlace:

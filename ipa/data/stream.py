@@ -111,10 +111,14 @@ class TrainStream(IterableDataset[Batch]):
         slot = ahead[place]
         address = self.order.address(slot)
         counted, tried = reasons(slot.record.rejects), dict[tuple[str, str, int], Counter[str]]()
+        unread = {source.name for source in self.order.sources}
+        begun: dict[str, int] = {}
         for i in count(place):
             candidate = ahead[i]
-            if candidate.epoch - slot.epoch >= 2 * self.lanes.number:
-                # in so many passes a lane reads as many shards as there are, twice over
+            # in so many passes a lane reads as many shards as a source has, twice over
+            if candidate.epoch - begun.setdefault(candidate.source, candidate.epoch) >= 2 * self.lanes.number:
+                unread.discard(candidate.source)
+            if not unread:
                 raise no_good_samples(sum(tried.values(), Counter[str]()), self.order.num_shards)
             try:
                 return self.preparation.sample(candidate.record, address, slot.target), counted

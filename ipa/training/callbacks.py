@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,22 @@ class Throughput(L.Callback):
 
 
 class DataPosition(L.Callback):
-    """Tells the datamodule which batch was consumed, so that a checkpoint holds the place to go on from."""
+    """Tells the datamodule which batch was consumed, so that a checkpoint holds the place to go on from.
+
+    ``rejects`` counts by reason what all ranks skipped up to the last log step, which the last step is.
+    """
+
+    def __init__(self) -> None:
+        self.rejects: Counter[str] = Counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         datamodule.consumed(batch)
-        if datamodule.rejects and is_due(trainer, batch_idx, trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            counts = {f"data/rejected/{reason}": float(n) for reason, n in datamodule.rejects.items()}
+        if is_due(trainer, batch_idx, trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            self.rejects = datamodule.all_rejects()
+            counts = {f"data/rejected/{reason}": float(n) for reason, n in self.rejects.items()}
             pl_module.log_dict(counts, rank_zero_only=True)
 
 

@@ -26,7 +26,7 @@ from ipa.data.rejects import NoGoodSamples
 from ipa.export.loading import load_into
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
-from ipa.training.callbacks import Throughput
+from ipa.training.callbacks import DataPosition, Throughput
 from ipa.training.checkpointing import AtomicCheckpointIO, Checkpoints
 from ipa.training.loggers import log_configuration
 from ipa.training.module import AdapterTraining
@@ -212,12 +212,13 @@ def report(
     throughput = next((c for c in callbacks if isinstance(c, Throughput)), None)
     previews = next((c for c in callbacks if isinstance(c, Previews)), None)
     checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
+    data = next((c for c in callbacks if isinstance(c, DataPosition)), None)
     speed = throughput and round(throughput.mean_samples_per_s, 1)
     summary: dict[str, Any] = {
         "parameters trained": model.count_trainable(),
         "steps": trainer.global_step,
         "samples per second": speed if speed and math.isfinite(speed) else None,
-        "samples rejected": sum(datamodule.rejects.values()),
+        "samples rejected": sum(data.rejects.values()) if data else None,
         "best checkpoint": str(checkpoints.best_path) if checkpoints and checkpoints.best_path else None,
         "last preview": str(previews.last) if previews and previews.last else None,
         "adapter": str(folder / "adapter.safetensors"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.draws import DropRates
-from ipa.data.lanes import Lanes
+from ipa.data.lanes import Lanes, Share
 from ipa.data.rejects import NoGoodSamples
 from ipa.data.shards import NoShards
 from ipa.data.transforms import Background
@@ -94,6 +94,32 @@ def test_a_run_that_begins_has_a_lane_for_every_worker_and_keeps_it(clean_shards
     assert resumed.lanes == Lanes(1, workers)
 
 
+def test_a_second_checkpoint_of_several_ranks_keeps_what_each_of_them_read(clean_shards, monkeypatch) -> None:
+    """After a resume every rank knows all lanes' places, those of the others' lanes as they were."""
+    saved = {
+        "step": 4,
+        "lanes": {lane: [8, [[0, 0, 0, 4]]] for lane in range(2)},
+        "grid": [2, 1],
+        "readers": [2, 1],
+        "order": make(clean_shards).fingerprint(),
+        "rejects": {"broken picture": 5},
+    }
+    ranks = [make(clean_shards, lanes=None) for _ in range(2)]
+    for rank, data in enumerate(ranks):
+        monkeypatch.setattr(data, "share", lambda rank=rank: Share(rank, 2))
+        data.load_state_dict(saved)
+        data.position.step = 6
+        data.position.lanes[rank] = LanePlace(10, (SourcePlace(0, 0, 0, 6),))
+        data.rejects["no caption"] += 1
+    parts = [data.own_part() for data in ranks]
+    monkeypatch.setattr("ipa.data.datamodule.gather", lambda part: parts)
+
+    state = ranks[0].state_dict()
+
+    assert state["lanes"] == {lane: [10, [[0, 0, 0, 6]]] for lane in range(2)}
+    assert state["rejects"] == {"broken picture": 5, "no caption": 2}  # whatever the number of ranks before and after
+
+
 def test_other_readers_are_told(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
     stopped, resumed = make(clean_shards, num_workers=3, lanes=None), make(clean_shards, num_workers=2, lanes=None)
     take(stopped, 1)
@@ -105,7 +131,7 @@ def test_other_readers_are_told(clean_shards: list[str], caplog: pytest.LogCaptu
 
 def test_lanes_that_a_step_cannot_be_shared_among_begin_a_new_pass(clean_shards, caplog) -> None:
     order = make(clean_shards).fingerprint()
-    state = {"grid": [2, 1], "readers": [2, 1], "step": 5, "rejects": [{}, {}], "order": order}
+    state = {"grid": [2, 1], "readers": [2, 1], "step": 5, "rejects": {}, "order": order}
     state["lanes"] = {lane: [20, [[1, 0, 0, 3]]] for lane in range(2)}
     data = make(clean_shards, batch_size=3, lanes=None)
     data.load_state_dict(state)

@@ -15,7 +15,7 @@ from test_stream import keys, rows, train, train_rows
 from ipa.data.lanes import Lane, Lanes, Share
 from ipa.data.order import Order
 from ipa.data.records import Record
-from ipa.data.rejects import Rejected
+from ipa.data.rejects import NoGoodSamples, Rejected
 from ipa.data.samples import Preparation
 from ipa.data.sources import Source
 from ipa.data.stream import TrainStream
@@ -140,6 +140,25 @@ def test_sources_are_mixed_by_their_weights(many_shards, preparation) -> None:
     merged = Position(position.step, {**steps[29][0].position.lanes, **position.lanes})
     rest = train(order, preparation, 5, 10, workers=2, lanes=Lanes(1, 2), start=merged)
     assert [rows(b) for [b] in rest] == [rows(b) for [b] in steps[31:41]]
+
+
+def test_a_broken_picture_of_a_large_source_is_replaced_though_the_small_one_is_many_passes_ahead(
+    many_shards, tmp_path, preparation
+) -> None:
+    """Passes of several sources are no measure of each other."""
+    broken = [("x.txt", b"a thing"), ("x.png", b"?")]
+    little = write_tar(tmp_path / "little.tar", good("only"))
+    much = Source.of("much", shards=write_tar(tmp_path / "much.tar", [*good("first"), *broken, *good("second")]))
+    order = Order([much, Source.of("little", shards=little, weight=20.0)], seed=0, window=9)
+    steps = train(order, preparation, 4, 60)
+    assert {key for [batch] in steps for key in batch.keys} == {"only", "first", "second"}
+
+
+def test_nothing_good_in_any_source_is_an_error(tmp_path, preparation) -> None:
+    broken = [("x.txt", b"a thing"), ("x.png", b"?")]
+    sources = [Source.of(name, shards=write_tar(tmp_path / f"{name}.tar", broken)) for name in ("one", "other")]
+    with pytest.raises(NoGoodSamples, match=r"whole pass over 2 shards \(broken picture: 2\)"):
+        train(Order(sources, seed=0), preparation, 2, 1)
 
 
 def test_a_sample_of_two_sources_draws_apart(many_shards, preparation) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ipa.data.datamodule import ShardDataModule
 from ipa.types import Batch
 
-STEPS, STOP = 12, 5
+STEPS, STOPS = 12, (5, 9)
 
 
 class Writer(LightningModule):
@@ -39,8 +39,8 @@ class Writer(LightningModule):
 class Consume(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch: Batch, index: int) -> None:
         trainer.datamodule.consumed(batch)
-        if trainer.global_step == STOP:
-            trainer.save_checkpoint(Path(module.folder) / "stop.ckpt")
+        if trainer.global_step in STOPS:
+            trainer.save_checkpoint(Path(module.folder) / f"{trainer.global_step}.ckpt")
 
 
 def run(
@@ -66,13 +66,15 @@ def test_two_ranks_stop_and_one_goes_on(tmp_path: Path) -> None:
     shards = [write_tar(tmp_path / f"{s}.tar", [m for i in range(9) for m in good(f"{s}{i:04d}")]) for s in range(8)]
 
     both = run(tmp_path / "both", shards, ranks=2, workers=2)
-    checkpoint = tmp_path / "both" / "stop.ckpt"
+    checkpoint = tmp_path / "both" / "5.ckpt"
     alone = run(tmp_path / "alone", shards, 1, 0, lanes={"ranks": 2, "workers": 2})
     rest = run(tmp_path / "rest", shards, 1, 3, checkpoint)
     again = run(tmp_path / "again", shards, 2, 1, checkpoint)
+    third = run(tmp_path / "third", shards, 2, 2, tmp_path / "again" / "9.ckpt")
 
     assert len(both) == STEPS and all(len(step) == 4 for step in both)
     assert alone == both
-    assert rest == again == both[STOP:]
+    assert rest == again == both[5:]
+    assert third == both[9:]
     keys = [row[0] for step in both for row in step]
     assert len(set(keys)) == len(keys)  # 48 of the 72 samples of a pass
