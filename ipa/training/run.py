@@ -28,6 +28,7 @@ from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, Throughput
 from ipa.training.checkpointing import AtomicCheckpointIO, Checkpoints
+from ipa.training.configuration import settle_configuration
 from ipa.training.loggers import log_configuration
 from ipa.training.module import AdapterTraining
 from ipa.training.parts import build_model, check_parts
@@ -37,14 +38,12 @@ log = logging.getLogger(__name__)
 
 PAPER_BATCH = 64  # samples in a step (Ye et al. 2023, section 4.1)
 
-# how far to go and how to get there, which a run that goes on may be asked anew
-MAY_CHANGE = ("trainer.max_steps", "schedule.num_training_steps", "data.num_workers", "logger", "paths", "group")
-
 
 def train(cfg: DictConfig) -> None:
     """Run one training; raises ValueError or OSError with a message for the user."""
     folder = Path(cfg.paths.run)
-    cfg = settle_configuration(cfg, folder)
+    begins = last_checkpoint(folder) is None
+    cfg = settle_configuration(cfg, folder, goes_on=not begins)
     if is_finished(folder, cfg.trainer.max_steps):
         log.info("%s is finished; a larger trainer.max_steps= lets it go on. It reached:\n\n%s", folder, told(folder))
         return
@@ -53,7 +52,6 @@ def train(cfg: DictConfig) -> None:
         keep_freed_memory()
     # what can be refused without the weights of base and encoder is refused before them
     datamodule: Any = instantiate(cfg.data)
-    begins = last_checkpoint(folder) is None
     check_parts(cfg, begins)
     callbacks = list(instantiate(cfg.callbacks).values())
     trainer = make_trainer(cfg, folder, callbacks)
@@ -137,57 +135,6 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, 2_000_000_000)
         mallopt(top_pad, 100_000_000)
-
-
-def settle_configuration(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Save the resolved configuration; for a run that goes on the saved one wins, and the differences are told.
-
-    What is in ``MAY_CHANGE`` changes nothing of the steps already made and is taken as asked.
-    """
-    asked: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    path = folder / "config.yaml"
-    if last_checkpoint(folder) is None:
-        write_atomically(path, lambda beside: OmegaConf.save(asked, beside))
-        return asked
-    saved: Any = OmegaConf.load(path)
-    log.info("%s has a checkpoint: this run goes on from there with its saved configuration", folder)
-    saved = moved(saved, saved.paths.run, asked.paths.run)
-    for name in MAY_CHANGE:
-        if OmegaConf.select(asked, name) is not None:  # there may be no schedule
-            OmegaConf.update(saved, name, OmegaConf.select(asked, name), merge=False)
-    for name, (before, now) in differences(saved, asked).items():
-        log.warning("%s stays %s; you asked for %s, which needs a run of its own (another name=)", name, before, now)
-    write_atomically(path, lambda beside: OmegaConf.save(saved, beside))
-    return saved
-
-
-def moved(cfg: Any, before: str, now: str) -> Any:
-    """The configuration with the run folder's old place replaced, for a folder that was moved."""
-
-    def move(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {name: move(child) for name, child in node.items()}
-        inside = isinstance(node, str) and (node == before or node.startswith(f"{before}/"))
-        return now + node[len(before) :] if inside else node
-
-    return OmegaConf.create(move(OmegaConf.to_container(cfg)))
-
-
-def differences(saved: Any, asked: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted name → (saved value, asked value) where two configurations differ."""
-    before, now = flatten(OmegaConf.to_container(saved)), flatten(OmegaConf.to_container(asked))
-    names = sorted(before.keys() | now.keys())
-    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
-
-
-def flatten(node: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {path: node}
-    return {
-        name: value
-        for key, child in node.items()
-        for name, value in flatten(child, f"{path}.{key}".lstrip(".")).items()
-    }
 
 
 def last_checkpoint(folder: Path) -> Path | None:
