@@ -175,7 +175,7 @@ class SourceOrder:
             for slot in self.one_pass(shards, begin, rejects):
                 empty = False
                 yield slot
-            tried = tried | set(shards) if empty and begin.shard == begin.record == 0 else set()
+            tried = tried | set(shards) if empty and begin == SourcePlace(epoch) else set()
             if tried.issuperset(self.source.shards):
                 raise no_good_samples(Counter(reject.reason for reject in rejects), len(self.source.shards))
 

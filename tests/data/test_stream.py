@@ -134,9 +134,13 @@ def test_batches_hold_what_they_promise(clean_shards, make_order, preparation) -
     assert batch.position == Position(1, {0: LanePlace(5, (SourcePlace(0, 0, 0, 5),))}) and batch.rejects == {}
 
 
+@pytest.mark.parametrize("window", [6, 80])  # several in a pass of 20 samples, or one
 @pytest.mark.parametrize("steps_before", [1, 4, 5, 7])
-def test_going_on_from_a_position_continues_the_sequence(clean_shards, make_order, preparation, steps_before) -> None:
-    stream = TrainStream(make_order(clean_shards), preparation, 4)
+def test_going_on_from_a_position_continues_the_sequence(
+    clean_shards, make_order, preparation, steps_before, window
+) -> None:
+    """Step 5 is the last of a pass."""
+    stream = TrainStream(make_order(clean_shards, window=window), preparation, 4)
     whole = list(islice(stream, 10))
     stream.begin_at(whole[steps_before - 1].position)
     assert [rows(batch) for batch in islice(stream, 10 - steps_before)] == [rows(b) for b in whole[steps_before:]]
