@@ -39,9 +39,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
         write(beside)
         with suppress(OSError):  # some file systems have no permissions
             beside.chmod(mode)  # safetensors makes files that only their owner can read
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        force_to_disk(beside)
         os.replace(beside, path)
+        force_to_disk(path.parent)  # the new name, too
     except Exception as error:
         raise OSError(
             f"could not write {path} ({type(error).__name__}: {error}). The file that was there before is unharmed; "
@@ -50,6 +50,20 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def force_to_disk(path: Path) -> None:
+    """A file, or the names in a folder where the system lets a folder be opened."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def mode_of_new(path: Path) -> int:

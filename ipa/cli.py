@@ -23,11 +23,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,9 +39,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from ipa import launcher
+from ipa.identity import run_name
+from ipa.secrets import complain_of_typed, guard_logs, hide, typed_secrets
 
 VERSION_BASE = "1.3"
 FAILED, WRONG_USAGE = 1, 2  # exit codes
+MOST_BYTES, MOST_NODES = 1 << 20, 100_000  # of a configuration file
 HELP_WIDTH = 100
 
 log = logging.getLogger(__name__)
@@ -79,8 +84,10 @@ class _Command:
 
     def run(self) -> None:
         sweep = launcher.register(dict(os.environ))
+        refuse_pickles()
         with _full_error("1"):  # Hydra passes exceptions on instead of printing them
             try:
+                self._refuse_typed_secrets()
                 self._refuse_bad_sweep()
                 hydra.main(self.config_dir, self.config_name, VERSION_BASE)(self._as_hydra_task())()
             except Exception as error:
@@ -91,6 +98,16 @@ class _Command:
         sweep.tell()
         if sweep.failed:
             sys.exit(FAILED)
+
+    def _refuse_typed_secrets(self) -> None:
+        """Before Hydra makes the folder of the run, and writes the options into it as they were typed."""
+        args = get_args_parser().parse_args(sys.argv[1:])
+        for folder in filter(None, (args.config_dir, args.config_path)):
+            check_configurations(Path(folder))
+        names = [name for override in args.overrides for name in _typed_in(override)]
+        names += typed_secrets(_composed(args, self.config_dir, self.config_name))
+        if complaint := complain_of_typed(names):
+            raise _WrongUsage(complaint)
 
     def _refuse_bad_sweep(self) -> None:
         """Look at the overrides before Hydra does, which makes the folder of a sweep first."""
@@ -103,6 +120,7 @@ class _Command:
         @functools.wraps(self.task)  # Hydra names the job after the file of the wrapped function
         def task(cfg: DictConfig) -> Any:
             self.reached_task = True
+            guard_logs()
             self.show_everything |= HydraConfig.get().runtime.choices.get("debug") is not None
             with _full_error(self.full_error):  # as the user left it, also for child processes
                 return self.task(cfg)
@@ -113,15 +131,16 @@ class _Command:
         log.debug("Where the error on the console came from:", exc_info=error)
         message = explain_failure(error) if self.reached_task else self._explain_usage(error)
         if message is None:
-            traceback.print_exception(error.with_traceback(self._below_task(error.__traceback__)))
+            trace = self._below_task(error.__traceback__)
+            print(hide("".join(traceback.format_exception(error.with_traceback(trace)))), file=sys.stderr, end="")
             print("\nHYDRA_FULL_ERROR=1 shows Hydra's frames as well.", file=sys.stderr)
         else:
-            print(f"\n{message}", file=sys.stderr)
+            print(f"\n{hide(message)}", file=sys.stderr)
 
     def _explain_usage(self, error: Exception) -> str | None:
         if isinstance(error, _WrongUsage):
             complaints = [str(error)]
-        elif isinstance(error, HydraException | OmegaConfBaseException | ValueError):
+        elif isinstance(error, HydraException | OmegaConfBaseException | ValueError | yaml.YAMLError):
             complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name) or [_hydra_message(error)]
         else:
             return None
@@ -135,6 +154,63 @@ class _Command:
         while part is not None and part.tb_frame.f_code is not self.task.__code__:
             part = part.tb_next
         return part or trace
+
+
+def refuse_pickles() -> None:
+    """Have torch read tensors and plain containers alone, whatever a library asks it for: no pickled code runs."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+
+
+def _typed_in(override: str) -> list[str]:
+    """The option of an override that holds a secret as it is, also in what Hydra would not understand."""
+    name, _, value = override.partition("=")
+    return [name] if list(typed_secrets(value, name, name.rpartition(".")[2])) else []
+
+
+def _composed(args: Any, config_dir: str, config_name: str) -> Any:
+    """The configuration of one run, not resolved; empty where Hydra will have to say why there is none."""
+    config_dir = os.path.abspath(args.config_path or config_dir)
+    with hydra.initialize_config_dir(config_dir, version_base=VERSION_BASE):
+        overrides = [value for each in args.overrides for value in (_each_value(each)[:1] if args.multirun else [each])]
+        if args.config_dir:
+            overrides.append(f"hydra.searchpath=[{os.path.abspath(args.config_dir)}]")
+        try:
+            return OmegaConf.to_container(hydra.compose(args.config_name or config_name, overrides), resolve=False)
+        except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
+            return {}
+
+
+def check_configurations(folder: Path) -> None:
+    """Refuse files that a few lines make grow beyond all bounds, as aliases of aliases do; raises _WrongUsage."""
+    for path in sorted(folder.rglob("*.yaml")):
+        text = path.read_bytes()
+        if len(text) > MOST_BYTES or expanded(text) > MOST_NODES:
+            raise _WrongUsage(f"{path} is no configuration: it would grow to more than {MOST_NODES:,} values")
+
+
+def expanded(text: bytes) -> int:
+    """How many values the aliases of a YAML file make of it; 0 for what is none, of which Hydra tells."""
+    counted: dict[int, int] = {}
+
+    def count(node: Any) -> int:
+        if id(node) not in counted:
+            counted[id(node)] = MOST_NODES + 1  # while it is counted: what holds itself has no end
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            counted[id(node)] = 1 + sum(count(each) for child in inside for each in _nodes(child))
+        return counted[id(node)]
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        return count(root) if root is not None else 0
+    except RecursionError:
+        return MOST_NODES + 1
+    except (yaml.YAMLError, ValueError):
+        return 0
+
+
+def _nodes(child: Any) -> tuple[Any, ...]:
+    return child if isinstance(child, tuple) else (child,)
 
 
 def _how_it_was_started() -> str:
@@ -162,7 +238,8 @@ def explain_failure(error: Exception) -> str | None:
     """The words for an error that the user can mend, None for a bug, whose traceback is wanted.
 
     The user's are: what the system refuses (files, disk, network), a value that is missing or refers to nothing, a
-    ``ValueError`` raised by our code itself, and arguments in the configuration that a constructor does not take.
+    ``ValueError`` raised by our code itself or by a constructor that the configuration names, and arguments that such
+    a one does not take.
     """
     cause: BaseException = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -172,6 +249,9 @@ def explain_failure(error: Exception) -> str | None:
     if isinstance(cause, ValueError) and _raised_in(cause.__traceback__, "ipa"):
         return str(cause)
     if isinstance(error, InstantiationException) and _raised_in(cause.__traceback__, "hydra"):
+        return str(error)
+    refused = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
+    if isinstance(error, InstantiationException) and refused and not _raised_in(cause.__traceback__, "ipa"):
         return str(error)
     return None
 
@@ -203,7 +283,7 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
                 try:
                     hydra.compose(config_name, [*accepted, single])
                     fitting.append(single)
-                except (HydraException, OmegaConfBaseException, ValueError) as error:
+                except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
                     near = _nearest_overrides(single, config_name, accepted)
                     question = f"\nDid you mean {' or '.join(near)}?" if near else ""
                     complaints.append(_hydra_message(error) + question)
@@ -215,6 +295,8 @@ def _hydra_message(error: Exception) -> str:
     message = str(error).split("\nConfig search path:")[0]  # paths of Hydra's own, no help here
     if isinstance(error.__cause__, OmegaConfBaseException):
         message = f"{message}\n{str(error.__cause__).splitlines()[0]}"
+    if isinstance(error, InterpolationResolutionError):  # what our own resolver said, without OmegaConf's frame
+        message = message.partition(" raised while resolving interpolation: ")[2].split("\n    full_key:")[0] or message
     return message.strip()
 
 
@@ -235,6 +317,7 @@ def list_choices(group: str) -> str:
 
 
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
+OmegaConf.register_new_resolver("run_name", lambda: run_name(os.environ, datetime.now()), use_cache=True, replace=True)
 
 
 def _each_value(override: str) -> list[str]:
@@ -290,6 +373,7 @@ NOISE = (
     "have no `validation_step`",
     r"Found \d+ module\(s\) in eval mode",
     "LeafSpec",
+    "The `srun` command is available on your system but is not used",
 )
 
 
@@ -300,6 +384,7 @@ def quiet_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=f".*{message}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
@@ -214,5 +215,7 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def hash_tensor(tensor: Tensor) -> bytes:
+    """Of a tensor that is shared out among ranks, this rank's part."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     numbers: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(numbers).digest()

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RANKS = {
     "types": 0,
+    "secrets": 0,
+    "identity": 0,
     "data": 1,
     "encoders": 2,
     "families": 2,
@@ -29,7 +31,7 @@ RANKS = {
     "evaluation": 10,
 }
 PARTS = {"data", "encoders", "families", "adapter", "objective"}
-STARTERS = {"tools", "cli", "launcher"}
+STARTERS = {"tools", "cli", "launcher", "slurm"}
 
 
 def imported_modules(source: str, module: str) -> Iterator[str]:

@@ -252,6 +252,7 @@ def test_large_recipes_are_the_papers(recipe: str, size_px: int) -> None:
         "_partial_": True,
         "lr": 1e-4,
         "weight_decay": 0.01,
+        "fused": True,  # the same step, in one kernel
     }
     assert (cfg.schedule.name, cfg.schedule.num_warmup_steps, cfg.scale_lr) == ("constant_with_warmup", 0, None)
     assert {name: rate for name, rate in cfg.data.drops.items() if name != "_target_"} == {

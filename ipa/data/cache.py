@@ -33,7 +33,7 @@ from ipa.data.draws import DropRates, draw, uniform
 from ipa.data.members import Member, read_members
 from ipa.data.records import Record
 from ipa.data.rejects import BROKEN_TAR, Rejected
-from ipa.data.shards import expand_shards, shard_name
+from ipa.data.shards import TRUSTED, expand_shards, shard_name
 from ipa.data.sources import read_weight
 from ipa.types import Batch, Features, Position, Posterior
 
@@ -51,6 +51,8 @@ NAMES = {
     "size_6": torch.int32,  # as in ``TextCondition``
 }
 DTYPES = {"F16": np.float16, "U8": np.uint8, "I32": np.int32}
+
+MOST_SAMPLES = 10_000_000  # of a shard
 
 BROKEN_MEMBER = "broken cached sample"
 OTHER_BUCKET = "cached for another aspect-ratio bucket"
@@ -78,7 +80,7 @@ class Header:
         try:
             entries = json.loads(member.content) if (member.key, member.extension) == HEADER else {}
             kind, version = entries.pop("format", None), entries.pop("version", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise WrongCache(f"{shard}: its {'.'.join(HEADER)} is damaged: {error}") from error
         if kind != FORMAT:
             raise WrongCache(
@@ -87,7 +89,12 @@ class Header:
             )
         if version != VERSION:
             raise WrongCache(f"{shard} was written in version {version} of the format, not {VERSION}: make it again")
-        return cls(**entries)
+        try:
+            header = cls(**entries)
+            check_entries(header)
+        except (TypeError, ValueError) as error:
+            raise WrongCache(f"{shard}: its {'.'.join(HEADER)} is damaged: {error}") from error
+        return header
 
     @classmethod
     def of_shard(cls, shard: str) -> Header:
@@ -104,6 +111,25 @@ class Header:
         mine, others = flat(asdict(self)), flat(asdict(other))
         names = sorted(mine.keys() | others.keys())
         return [f"{n}: {mine.get(n)}, here {others.get(n)}" for n in names if mine.get(n) != others.get(n)]
+
+
+def check_entries(header: Header) -> None:
+    """Raise ValueError for a header that says too little, or what is none of it."""
+    if not isinstance(header.source, str):
+        raise ValueError(f"source: {header.source}")
+    for part in ("fingerprints", "choices", "sizes"):
+        if not isinstance(getattr(header, part), dict):
+            raise ValueError(f"{part}: {getattr(header, part)}")
+    buckets = header.choices.get("buckets") or []
+    if not isinstance(buckets, list) or not all(is_size(size) for size in buckets):
+        raise ValueError(f"buckets: {buckets}")
+    kept, latent = header.sizes.get("kept", []), header.sizes.get("latent_shape", [])
+    if not set(map(str, kept)) <= {"pooled", "reference"} or not all(isinstance(side, int) for side in latent):
+        raise ValueError(f"sizes: {header.sizes}")
+
+
+def is_size(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
 def flat(entries: Mapping[str, Any]) -> dict[str, str]:
@@ -160,7 +186,7 @@ def entries_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
         begin = 8 + int.from_bytes(data[:8], "little")
         entries = json.loads(data[8:begin])
         return json.loads(entries.pop("__metadata__")["sample"]), entries, begin
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Rejected(BROKEN_MEMBER, repr(error)) from error
 
 
@@ -174,7 +200,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             dtype: Any = np.dtype(DTYPES[entry["dtype"]])
             count = (end - start) // dtype.itemsize
             arrays[name] = np.frombuffer(data, dtype, count, begin + start).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise Rejected(BROKEN_MEMBER, repr(error)) from error
     return about, arrays
 
@@ -189,9 +215,15 @@ class CacheSource:
     header: Header
 
     @classmethod
-    def of(cls, shards: str | Sequence[str], weight: float = 1.0, option: str = "data") -> CacheSource:
+    def of(
+        cls,
+        shards: str | Sequence[str],
+        weight: float = 1.0,
+        option: str = "data",
+        schemes: Sequence[str] = TRUSTED,
+    ) -> CacheSource:
         """Reads a header in every folder; raises NoShards, ``WrongCache``, ValueError for a weight."""
-        found = expand_shards(shards)
+        found = expand_shards(shards, schemes)
         by_folder = {os.path.dirname(shard): shard for shard in reversed(found)}
         first, *others = reversed(by_folder.values())
         header = Header.of_shard(first)
@@ -206,12 +238,16 @@ class CacheSource:
         """
         name, samples, seen = shard_name(shard), 0, Counter[str]()
         closing: dict[str, Any] = {}
-        for number, member in enumerate(read_members(shard)):
+        begun = False
+        for member in read_members(shard):
             if member.broken:
                 yield member.broken
                 return
-            if number == 0:
+            if member.refused:
+                yield member.refused
+            elif not begun:
                 check_same(Header.read(member, shard), self.header, shard)
+                begun = True
             elif (member.key, member.extension) == CLOSING:
                 closing = read_closing(member)
             else:
@@ -240,12 +276,15 @@ def read_record(member: Member, shard: str) -> Record | Rejected:
     try:
         if member.extension == REJECTED:
             entry = json.loads(member.content)
-            broken = Rejected(entry["reason"])
-            return Record(member.key, shard, entry["index"], b"", (), measured=to_size(entry["size"]), broken=broken)
+            broken = Rejected(str(entry["reason"]))
+            return Record(member.key, shard, number(entry["index"]), b"", (), (), to_size(entry["size"]), [], broken)
         about, _, _ = entries_of(member.content)
-        captions = tuple((text, chance) for text, chance in about["captions"])
-        return Record(member.key, shard, about["index"], member.content, captions, measured=to_size(about["size"]))
-    except (Rejected, ValueError, KeyError, TypeError) as error:
+        captions = tuple((str(text), float(chance)) for text, chance in about["captions"])
+        if not captions:
+            raise ValueError("no caption")
+        size = to_size(about["size"])
+        return Record(member.key, shard, number(about["index"]), member.content, captions, measured=size)
+    except (Rejected, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Rejected(BROKEN_MEMBER, f"{member.key}: {error}")
 
 
@@ -253,13 +292,26 @@ def read_closing(member: Member) -> dict[str, Any]:
     """Empty if it cannot be read."""
     try:
         closing = json.loads(member.content)
-        return {"samples": int(closing["samples"]), "rejects": dict(closing["rejects"])}
-    except (ValueError, KeyError, TypeError):
+        rejects = {str(reason): number(times) for reason, times in closing["rejects"].items()}
+        return {"samples": number(closing["samples"]), "rejects": rejects}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def to_size(size: Sequence[int] | None) -> tuple[int, int] | None:
-    return None if size is None else (size[0], size[1])
+def number(value: Any) -> int:
+    """A count or an index; raises ValueError for what is none, or beyond what a shard holds."""
+    if type(value) is not int or not 0 <= value <= MOST_SAMPLES:
+        raise ValueError(f"{value} is no number of samples")
+    return value
+
+
+def to_size(size: Any) -> tuple[int, int] | None:
+    """Raises ValueError for what is no size."""
+    if size is None:
+        return None
+    if not is_size(list(size)):
+        raise ValueError(f"{size} is no size")
+    return size[0], size[1]
 
 
 @dataclass
@@ -278,17 +330,46 @@ class CachedPreparation:
     """Cached records → samples → batches, with the draws that ``Preparation`` makes."""
 
     drops: DropRates = field(default_factory=DropRates)
+    sizes: Mapping[str, Any] | None = None  # the header's, which every sample is to have; None: any
 
     def sample(self, record: Record, address: Address, target: tuple[int, int] | None = None) -> CachedSample:
         """Raises ``Rejected`` for what was not usable when the cache was made, and for another ``target`` than then."""
         if record.broken:
             raise Rejected(record.broken.reason)  # a new one: each raise adds to an exception's traceback
         about, arrays = unpack(record.picture)
-        if target != to_size(about["target"]):
-            raise Rejected(OTHER_BUCKET, f"{record.key}: {about['target']}, not {target}")
+        try:
+            made_for = to_size(about["target"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Rejected(BROKEN_MEMBER, repr(error)) from error
+        if target != made_for:
+            raise Rejected(OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
+        self.check(arrays, len(record.captions), made_for)
         text = record.caption(uniform(address, "caption"))
         chosen = [known for known, _ in record.captions].index(text)
         return CachedSample(arrays, text, arrays.pop("ids_MNL")[chosen], record, address)
+
+    def check(self, arrays: Mapping[str, NDArray[Any]], captions: int, target: tuple[int, int] | None) -> None:
+        """Whether these are all arrays of a sample, in the shapes that they have in the whole cache; ``Rejected``."""
+        needed = {"mean_CHW", "logvar_CHW", "ids_MNL", "size_6"}
+        wrong = [
+            name for name, array in arrays.items() if name not in NAMES or array.ndim != len(name.partition("_")[2])
+        ]
+        if "size_6" in wrong and arrays["size_6"].shape == (6,):
+            wrong.remove("size_6")
+        if wrong or not needed <= arrays.keys() or arrays["ids_MNL"].shape[0] != captions:
+            raise Rejected(BROKEN_MEMBER, f"arrays {', '.join(arrays)}")
+        if arrays["mean_CHW"].shape != arrays["logvar_CHW"].shape or not self.fits(arrays, target):
+            raise Rejected(BROKEN_MEMBER, f"arrays of {[array.shape for array in arrays.values()]}")
+
+    def fits(self, arrays: Mapping[str, NDArray[Any]], target: tuple[int, int] | None) -> bool:
+        """Whether the shapes are those that the header tells; of buckets only what does not depend on them."""
+        if self.sizes is None:
+            return True
+        edge, kept = self.sizes["reference_size_px"], self.sizes["kept"]
+        shape = tuple(self.sizes["latent_shape"])
+        latents = arrays["mean_CHW"].shape == shape if target is None else arrays["mean_CHW"].shape[:1] == shape[:1]
+        reference = arrays["reference_3HW"].shape == (3, edge, edge) if "reference" in kept else True
+        return latents and reference and ("pooled" not in kept or "pooled_E" in arrays)
 
     def batch(self, samples: Sequence[CachedSample], rejects: Counter[str], position: Position | None = None) -> Batch:
         """Samples of one size, stacked, with their draws."""

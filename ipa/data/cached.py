@@ -18,6 +18,7 @@ from ipa.data.draws import NO_DROPS, DropRates
 from ipa.data.order import Order
 from ipa.data.records import Layout
 from ipa.data.samples import Preparation
+from ipa.data.shards import TRUSTED
 from ipa.data.sources import Source
 from ipa.data.transforms import Background
 
@@ -56,11 +57,13 @@ class CachedDataModule(StreamDataModule):
         val_limit: int | None = None,
         num_workers: int = 2,
         lanes: Mapping[str, int | None] | None = None,
+        schemes: Sequence[str] = TRUSTED,
     ) -> None:
         refuse_random(crop, augment, background)
-        sources = open_caches(train, caches or {})
+        sources = open_caches(train, caches or {}, schemes)
         self.header = sources[0].header
-        held_out = None if val is None else Source.of("val", shards=val, captions=captions, reference=reference)
+        layout = {"captions": captions, "reference": reference, "schemes": schemes}
+        held_out = None if val is None else Source.of("val", shards=val, **layout)
         super().__init__(
             Order(sources, seed, window),
             None if held_out is None else Order([held_out], seed),
@@ -87,12 +90,12 @@ class CachedDataModule(StreamDataModule):
         self.insist("sizes", sizes | {"latent_shape": list(latent_shape)})
         if self.bucket_sizes is not None:
             self.insist("choices", {"buckets": bucket_list(Buckets.of(self.bucket_sizes, image_size_px))})
-        if (buckets := self.header.choices["buckets"]) is not None:
+        if (buckets := self.header.choices.get("buckets")) is not None:
             self.train_order.buckets = FixedBuckets(tuple((width, height) for width, height in buckets))
 
     def check_model(self, model: Any) -> None:
         """Refuse to train with other frozen parts than the cache was made with; raises ``WrongCache``."""
-        kept, uses = self.header.sizes["kept"], model.head.uses
+        kept, uses = self.header.sizes.get("kept", []), model.head.uses
         needed = {"pooled": {"pooled", "reference"}, "patches": {"reference"}}[uses]
         if not needed.intersection(kept):
             raise WrongCache(
@@ -118,7 +121,7 @@ class CachedDataModule(StreamDataModule):
         return f"the cache of {self.train_order.sources[0].shards[0]}"
 
     def train_preparation(self) -> CachedPreparation:
-        return CachedPreparation(self.drops)
+        return CachedPreparation(self.drops, self.header.sizes)
 
     def val_preparation(self) -> Preparation:
         return Preparation(
@@ -132,7 +135,9 @@ class CachedDataModule(StreamDataModule):
         )
 
 
-def open_caches(train: Shards | None, caches: Mapping[str, Mapping[str, Any]]) -> list[CacheSource]:
+def open_caches(
+    train: Shards | None, caches: Mapping[str, Mapping[str, Any]], schemes: Sequence[str] = TRUSTED
+) -> list[CacheSource]:
     """The sources that are asked for, all made alike; raises ``WrongCache`` when they are not, ValueError for none."""
     if (train is None) == (not caches):
         raise ValueError(
@@ -140,8 +145,10 @@ def open_caches(train: Shards | None, caches: Mapping[str, Mapping[str, Any]]) -
             "+data.caches.NAME.shards=SHARDS for each of several sources"
         )
     if train is not None:
-        return [CacheSource.of(train)]
-    sources = [CacheSource.of(**values, option=f"data.caches.{name}") for name, values in caches.items()]
+        return [CacheSource.of(train, schemes=schemes)]
+    sources = [
+        CacheSource.of(**values, option=f"data.caches.{name}", schemes=schemes) for name, values in caches.items()
+    ]
     for name, source in zip(caches, sources, strict=True):
         if source.name != name:
             raise WrongCache(f"data.caches.{name} was made from {source.name}: call it so, since draws depend on it")

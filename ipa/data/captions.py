@@ -99,7 +99,7 @@ def read_texts(fields: Fields, key: str) -> list[str]:
     if key not in fields.members:
         raise Rejected(NO_CAPTION)
     try:
-        return usable([fields.members[key].decode()])
+        return usable([fields.text(key)])
     except UnicodeDecodeError as error:
         raise Rejected(NOT_UTF8, str(error)) from error
 

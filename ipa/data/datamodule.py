@@ -19,12 +19,14 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from ipa.data import workers
 from ipa.data.augment import Augmentation
 from ipa.data.buckets import Buckets
 from ipa.data.draws import NO_DROPS, DropRates
 from ipa.data.lanes import Lanes, Share
 from ipa.data.order import Order
 from ipa.data.samples import Preparation, Prepares
+from ipa.data.shards import TRUSTED
 from ipa.data.sources import Source
 from ipa.data.stream import AuditStream, TrainStream, ValStream
 from ipa.data.transforms import Background
@@ -99,11 +101,12 @@ class StreamDataModule(LightningDataModule):
         stream = TrainStream(self.train_order, self.train_preparation(), self.batch_size, self.share(), self.lanes)
         return TrainLoader(stream, lambda: self.position, **self.loader_options())
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """No loader at all without validation shards."""
+    def val_dataloader(self, share: Share | None = None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """This process's ``share``, its part among the ranks if not given; no loader at all without such shards."""
         if self.val_order is None:
             return []
-        stream = ValStream(self.val_order, self.val_preparation(), self.val_batch_size, self.val_limit, self.share())
+        preparation, share = self.val_preparation(), share or self.share()
+        stream = ValStream(self.val_order, preparation, self.val_batch_size, self.val_limit, share)
         return DataLoader(stream, **self.loader_options())
 
     def audit_dataloader(self) -> DataLoader[Batch]:
@@ -123,6 +126,7 @@ class StreamDataModule(LightningDataModule):
             "batch_size": None,  # the streams make the batches
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": workers.begin if self.num_workers > 0 else None,
             "pin_memory": torch.cuda.is_available(),
         }
 
@@ -208,8 +212,13 @@ class StreamDataModule(LightningDataModule):
             "grid": None if self.lanes is None else [self.lanes.ranks, self.lanes.workers],
             "readers": self.readers and list(self.readers),
             "order": self.fingerprint(),
+            "step_samples": self.step_samples(),
             "rejects": dict(sum((rejects for _, rejects in parts), Counter[str]())),
         }
+
+    def step_samples(self) -> int:
+        """Of one optimizer step, over all ranks."""
+        return self.batch_size * self.share().world * (self.trainer.accumulate_grad_batches if self.trainer else 1)
 
     def fingerprint(self) -> str:
         """With aspect-ratio buckets a window's arrangement depends on the samples of a step, too."""
@@ -226,6 +235,9 @@ class StreamDataModule(LightningDataModule):
         self.readers = state["readers"] and tuple(state["readers"])
         self.position = Position(state["step"], {lane: to_place(*place) for lane, place in state["lanes"].items()})
         self.rejects = Counter(state["rejects"] if self.share().rank == 0 else {})
+        if state["step_samples"] != self.step_samples():
+            before, now = state["step_samples"], self.step_samples()
+            log.warning("a step had %d samples, now it has %d; global_batch_size=%d keeps it", before, now, before)
         if state["order"] != self.fingerprint():
             self.lanes = self.lanes or Lanes()
             self.begin_new_pass("the checkpoint was made with other shards, seed, captions, filters or window")
@@ -267,10 +279,13 @@ class ShardDataModule(StreamDataModule):
         val_limit: int | None = None,
         num_workers: int = 2,
         lanes: Mapping[str, int | None] | None = None,
+        schemes: Sequence[str] = TRUSTED,
     ) -> None:
         shards = choose_sources(train, sources, known or {}, captions=captions, filters=filters, reference=reference)
-        train_order = Order([Source.of(name, **values) for name, values in shards.items()], seed, window)
-        held_out = None if val is None else Source.of("val", shards=val, captions=captions, reference=reference)
+        read = [Source.of(name, **values, schemes=schemes) for name, values in shards.items()]
+        train_order = Order(read, seed, window)
+        layout = {"captions": captions, "reference": reference, "schemes": schemes}
+        held_out = None if val is None else Source.of("val", shards=val, **layout)
         super().__init__(
             train_order,
             None if held_out is None else Order([held_out], seed),
@@ -332,6 +347,8 @@ def choose_sources(
             f"data.sources={list(names)}: give one or several of {', '.join(known) or 'none'}, each once; add another "
             "with +source@data.known.NAME=plain"
         )
+    if own := [name for name in names if "schemes" in known[name]]:
+        raise ValueError(f"data.known.{own[0]}.schemes: data.schemes is for all sources")
     without = [name for name in names if not known[name].get("shards")]
     if without:
         raise ValueError(f"say where the shards are: {' '.join(f'data.known.{name}.shards=…' for name in without)}")

@@ -21,7 +21,7 @@ class DropRates:
 
     def __post_init__(self) -> None:
         rates = (self.text, self.image, self.both)
-        if min(rates) < 0 or sum(rates) > 1:
+        if not all(isinstance(rate, int | float) for rate in rates) or not (min(rates) >= 0 and sum(rates) <= 1):
             raise ValueError(f"drop rates must be at least 0 and sum to at most 1, not {self}")
 
     def drops(self, u: float) -> tuple[bool, bool]:

@@ -4,6 +4,10 @@ WebDataset opens the shard (local files, URLs, pipes) and splits the names. Walk
 damaged header in the middle Python's tarfile, and so WebDataset's own stage, stops as if the file had ended there; and
 it copies all that it reads from a stream. Plain headers are read directly, all others (long names, PAX, the end,
 damage) are left to tarfile.
+
+Nothing is unpacked to disk. Links, devices, pipes and names with ``..`` or from the root have no place in a shard: they
+are told as refused, and so is what is larger than any picture, of which no byte is kept. A compressed archive that
+would grow beyond all measure counts as broken where it does.
 """
 
 from __future__ import annotations
@@ -19,11 +23,16 @@ from typing import IO, Any, NamedTuple, cast
 
 from webdataset.tariterators import base_plus_ext
 
-from ipa.data.rejects import BROKEN_TAR, Rejected
+from ipa.data.rejects import BROKEN_TAR, TOO_LARGE, UNSAFE_MEMBER, Rejected
 from ipa.data.shards import open_shard
+from ipa.secrets import hide
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 24
+LARGEST = 1 << 29  # bytes of a member: 100 megapixels without compression are 300 MB at most
+INFLATES, GRATIS = 200, 1 << 26  # bytes out of each that was read, and bytes that are never asked about
+XZ_MEMORY = 1 << 28
+ROOTED = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 REGULAR, EXTENDED = ord(tarfile.REGTYPE), ord(tarfile.XHDTYPE)
 BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -34,26 +43,30 @@ IDLE_RECORDS = re.compile(rb"(?:[1-9]\d* (?:[acm]time|[ug]id|[ug]name)=[^\n]*\n)
 COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Callable[[Any], Any]], ...] = (
     (re.compile(rb"\x1f\x8b\x08"), gzip.open),
     (re.compile(rb"BZh[1-9]1AY&SY"), bz2.open),
-    (re.compile(rb"\xfd7zXZ|\x5d\0\0\x80"), lzma.open),
+    (re.compile(rb"\xfd7zXZ|\x5d\0\0\x80"), lambda file: Unxz(file)),
 )
 
 
 class Member(NamedTuple):
-    """A file in the archive, or where the archive breaks (``broken``, and no key)."""
+    """A file in the archive; without a key, what is not taken out (``refused``), or where it breaks (``broken``)."""
 
     key: str = ""
     extension: str = ""
     content: bytes = b""
     broken: Rejected | None = None
+    refused: Rejected | None = None
 
 
 def read_members(shard: str) -> Iterator[Member]:
-    """All regular files with a key, extensions in lower case; a break of the archive comes last."""
+    """All regular files with a key, extensions in lower case, and what is refused; a break of the archive is last."""
     file: IO[bytes] | None = None
     try:
         file = open_shard(shard)
         stream = getattr(file, "stream", file)  # WebDataset's pipes drop what they read last from a program that failed
         for name, content in walk(uncompressed(Forward(stream))):
+            if isinstance(content, Rejected):
+                yield Member(refused=content)
+                continue
             key, extension = base_plus_ext(name)
             if key:
                 yield Member(key, extension.lower(), content)
@@ -61,7 +74,7 @@ def read_members(shard: str) -> Iterator[Member]:
             pass
         file.close()
     except BREAKS as error:
-        yield Member(broken=Rejected(BROKEN_TAR, f"{shard}: {error}{closed(file)}"))
+        yield Member(broken=Rejected(BROKEN_TAR, hide(f"{shard}: {error}{closed(file)}")))
     finally:
         closed(file)  # a program fails when it is left in the middle, which is no break
 
@@ -104,6 +117,13 @@ class Forward:
             missing -= len(part)
         return b"".join(parts)
 
+    def skip(self, size: int) -> int:
+        """Read so many bytes and keep none; fewer only at the end of the file."""
+        skipped = 0
+        while skipped < size and (data := self.read(min(CHUNK, size - skipped))):
+            skipped += len(data)
+        return skipped
+
     def back(self, data: bytes) -> None:
         self.pending = data + self.pending
         self.position -= len(data)
@@ -117,24 +137,81 @@ def uncompressed(file: Forward) -> Forward:
     begin = file.read(BLOCK)
     file.back(begin)
     opens = [opener for magic, opener in COMPRESSIONS if magic.match(begin)]
-    return Forward(opens[0](file)) if opens else file
+    return Forward(cast(IO[bytes], Inflating(opens[0](file), file))) if opens else file
 
 
-def walk(file: Forward) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each regular file; raises one of ``BREAKS`` where the archive is damaged or cut off."""
+class Inflating:
+    """What a compressed archive holds; a bomb is an error before it is large."""
+
+    def __init__(self, content: Any, archive: Forward) -> None:
+        self.content, self.archive, self.given = content, archive, 0
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self.content.read(size)
+        self.given += len(data)
+        if self.given > GRATIS + INFLATES * self.archive.tell():
+            raise tarfile.ReadError(f"it grows to more than {INFLATES} times its size after {self.given:,} bytes")
+        return data
+
+
+class Unxz:
+    """xz with a limit of memory, which a header may set to gigabytes and Python's own reader does not ask about."""
+
+    def __init__(self, file: Forward) -> None:
+        self.file = file
+        self.decoder = self.new()
+
+    def new(self) -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=XZ_MEMORY)
+
+    def read(self, size: int) -> bytes:
+        while size:
+            if self.decoder.eof:
+                rest = self.decoder.unused_data.lstrip(b"\0") or self.file.read(BLOCK)
+                if not rest.strip(b"\0"):
+                    return b""
+                self.decoder = self.new()
+            else:
+                rest = self.file.read(1 << 16) if self.decoder.needs_input else b""
+                if self.decoder.needs_input and not rest:
+                    raise EOFError("the compressed archive is cut off")
+            if data := self.decoder.decompress(rest, size):
+                return data
+        return b""
+
+
+def walk(file: Forward) -> Iterator[tuple[str, bytes | Rejected]]:
+    """Name and content of each regular file, or why it is not taken.
+
+    Raises one of ``BREAKS`` where the archive is damaged or cut off.
+    """
     archive = Archive(file)
     header = file.read(BLOCK)
     while entry := archive.entry(header):
-        content = file.read(entry.size)
-        if len(content) < entry.size:
+        refused = refusal(entry)
+        content = b"" if refused else file.read(entry.size)
+        if len(content) < entry.size and (not refused or file.skip(entry.size) < entry.size):
             raise cut_off(file)
-        if entry.regular:
+        if refused:
+            yield entry.name, refused
+        elif entry.regular:
             yield entry.name, content
         padding = -entry.size % BLOCK
         header = file.read(padding + BLOCK)
         if len(header) < padding:
             raise cut_off(file)
         header = header[padding:]
+
+
+def refusal(entry: Entry) -> Rejected | None:
+    """Why a member is not taken out of its archive, if it is not."""
+    if entry.special:
+        return Rejected(UNSAFE_MEMBER, f"{entry.name}: a link, a device or a pipe")
+    if ROOTED.match(entry.name) or (".." in entry.name and ".." in re.split(r"[/\\]", entry.name)):
+        return Rejected(UNSAFE_MEMBER, f"{entry.name}: a place outside the archive's folder")
+    if entry.size > LARGEST:
+        return Rejected(TOO_LARGE, f"{entry.name}: {entry.size:,} bytes")
+    return None
 
 
 def cut_off(file: Forward) -> tarfile.ReadError:
@@ -147,6 +224,7 @@ class Entry(NamedTuple):
     name: str
     size: int
     regular: bool = True
+    special: bool = False  # neither a file nor a folder
 
 
 class Archive:
@@ -178,11 +256,14 @@ class Archive:
             info = StrictTarInfo.fromtarfile(cast(tarfile.TarFile, self))
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return None
+        except RecursionError as error:  # a header before a header, thousands of times
+            raise tarfile.ReadError(f"headers without end at byte {self.fileobj.tell()}") from error
         if info.issparse():
             raise tarfile.ReadError(f"{info.name} is a sparse file, which is not read, at byte {self.fileobj.tell()}")
         if info.isreg():
             return Entry(info.name, info.size)
-        return Entry(info.name, self.offset - self.fileobj.tell(), regular=False)
+        special = not info.isdir()
+        return Entry(info.name, self.offset - self.fileobj.tell(), regular=False, special=special)
 
 
 class StrictTarInfo(tarfile.TarInfo):

@@ -87,11 +87,13 @@ def read_shard(shard: str, layout: MakesRecords) -> Iterator[Record | Rejected]:
     """
     name, seen = shard_name(shard), set[str]()
     held: Record | Rejected | None = None
-    groups = groupby(read_members(shard), key=attrgetter("key", "broken"))
+    refused: list[Rejected] = []
+    groups = groupby(taken(read_members(shard), refused), key=attrgetter("key", "broken"))
     for index, ((key, broken), members) in enumerate(groups):
         if held is not None and not (broken and isinstance(held, Rejected)):
             yield held
         if broken:
+            yield from refused
             yield broken
             return
         contents, doubled = collect(members)
@@ -99,8 +101,20 @@ def read_shard(shard: str, layout: MakesRecords) -> Iterator[Record | Rejected]:
             yield Rejected(DUPLICATE_KEY, key)
         held = Rejected(DUPLICATE_KEY, key) if key in seen else try_record(layout, key, name, index, contents)
         seen.add(key)
+        yield from refused
+        refused.clear()
     if held is not None:
         yield held
+    yield from refused
+
+
+def taken(members: Iterable[Member], refused: list[Rejected]) -> Iterator[Member]:
+    """The members that belong to samples; the reasons of the others are laid aside, as they may lie between these."""
+    for member in members:
+        if member.refused is None:
+            yield member
+        else:
+            refused.append(member.refused)
 
 
 def collect(members: Iterable[Member]) -> tuple[dict[str, bytes], bool]:

@@ -14,6 +14,8 @@ NOT_UTF8 = "caption is not UTF-8"
 NO_REFERENCE = "no reference"
 BROKEN_METADATA = "broken metadata"
 DUPLICATE_KEY = "duplicate key"
+UNSAFE_MEMBER = "unsafe member"  # a link, a device, or a name that would leave the folder that it is unpacked in
+TOO_LARGE = "too large a member"
 
 
 def filtered(name: str) -> str:

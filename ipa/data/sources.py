@@ -18,7 +18,7 @@ from ipa.data.captions import Captions, is_extension, is_weight
 from ipa.data.filters import as_list, read_filters
 from ipa.data.records import Layout, Record, read_shard
 from ipa.data.rejects import Rejected
-from ipa.data.shards import expand_shards, shard_name
+from ipa.data.shards import TRUSTED, expand_shards, shard_name
 
 OPTIONS = ("shards", "weight", "captions", "reference", "filters")
 
@@ -43,6 +43,7 @@ class Source:
         reference: str | Sequence[str] | None = None,
         filters: Mapping[str, Any] | None = None,
         option: str = "data",
+        schemes: Sequence[str] = TRUSTED,
         **unknown: Any,
     ) -> Source:
         """From YAML: see ``expand_shards``, ``captions`` and ``filters``; ``reference``: extensions of other pictures.
@@ -56,7 +57,8 @@ class Source:
             read_references(reference, f"{option}.reference"),
             read_filters(filters, f"{option}.filters"),
         )
-        return cls(name, expand_shards(shards), read_weight(weight, f"{option}.weight"), layout)
+        found = expand_shards(shards, schemes, f"{option.partition('.')[0]}.schemes")
+        return cls(name, found, read_weight(weight, f"{option}.weight"), layout)
 
     def read(self, shard: str) -> Iterator[Record | Rejected]:
         """The samples of one of the shards, in file order."""

@@ -17,8 +17,6 @@ at 43.7 to 53.7.
 
 from __future__ import annotations
 
-import functools
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,13 +31,11 @@ from torch import Tensor
 
 from ipa.data.addresses import Address
 from ipa.data.draws import uniform
-from ipa.data.fields import TURNED
+from ipa.data.fields import TURNED, open_header
 from ipa.data.rejects import BROKEN_PICTURE, TOO_MANY_PIXELS, Rejected
 
 Size = tuple[int, int]
 
-# what the web has; PIL knows more formats, but runs Ghostscript for one of them
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 SCALABLE = ("JPEG", "MPO")
 # modes of more than 8 bits, and what white may be in them
 WHITES: dict[str, tuple[int, ...]] = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
@@ -129,7 +125,7 @@ def open_picture(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of odd metadata and of sizes that max_pixels decides on
-            picture = Image.open(io.BytesIO(data), formats=known_formats())
+            picture = open_header(data)
             if picture.width * picture.height > max_pixels:
                 raise Rejected(TOO_MANY_PIXELS, f"{picture.width} x {picture.height}")
             if min(picture.size) < 1:
@@ -141,12 +137,6 @@ def open_picture(
         raise
     except Exception as error:  # a decoder on damaged bytes raises nearly anything
         raise Rejected(BROKEN_PICTURE, repr(error)) from error
-
-
-@functools.cache
-def known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def read_picture(path: Path, option: str = "image") -> Opened:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ipa.data.addresses import digest
 from ipa.data.order import Order
 from ipa.data.records import Record
+from ipa.data.shards import TRUSTED
 from ipa.data.sources import Source
 from ipa.data.transforms import Opened, open_picture, read_picture
 from ipa.evaluation.items import Item
@@ -25,9 +26,16 @@ MAX_PIXELS = 100_000_000
 class ShardBenchmark:
     """The first ``limit`` good samples of WebDataset shards, in file order."""
 
-    def __init__(self, name: str, shards: Any, limit: int | None = None, captions: Any = "txt") -> None:
+    def __init__(
+        self,
+        name: str,
+        shards: Any,
+        limit: int | None = None,
+        captions: Any = "txt",
+        schemes: Sequence[str] = TRUSTED,
+    ) -> None:
         self.name, self.limit = name, limit
-        self.source = Source.of(name, shards=shards, captions=captions, option="benchmark")
+        self.source = Source.of(name, shards=shards, captions=captions, option="benchmark", schemes=schemes)
 
     @property
     def settings(self) -> dict[str, Any]:

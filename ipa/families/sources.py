@@ -19,6 +19,7 @@ from ipa.types import BaseWidths
 
 TITLES = {"stable_diffusion": "Stable Diffusion 1.x or 2.x", "sdxl": "Stable Diffusion XL"}
 ADVICE = {"stable_diffusion": "base=sd15 or base=sd21 (recipe=sd15)", "sdxl": "base=sdxl (recipe=sdxl)"}
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # stable_diffusion: diffusers' safety checker
 UNET = "model.diffusion_model."
 # the published order, which is also that of find_hosts
 SECTIONS = {"input_blocks": 0, "output_blocks": 1, "middle_block": 2}
@@ -109,12 +110,23 @@ def kind_of_pipeline(path: str, key: str) -> str | None:
     """The kind of a diffusers folder or hub id; None for what no family here reads."""
     check_pipeline_folder(path, key)
     index = read_config(DiffusionPipeline, path, key)
+    check_libraries(index, path, key)
     if "unet" not in index or index.get("text_encoder", [None])[0] is None:  # the refiner has its second one only
         return None
     config = read_unet_config(path, key)
     if config.get("in_channels", 4) != config.get("out_channels", 4) or config.get("class_embed_type"):
         return None
     return {None: "stable_diffusion", "text_time": "sdxl"}.get(config.get("addition_embed_type"))
+
+
+def check_libraries(index: dict[str, Any], path: str, key: str) -> None:
+    """Refuse parts from elsewhere than the two libraries, since importing a module runs it; raises ValueError."""
+    for name, value in index.items():
+        if isinstance(value, list) and value and value[0] not in LIBRARIES:
+            raise ValueError(
+                f"{key}={path} says that its {name} comes from {value[0]}, which would run code that is neither "
+                "diffusers' nor transformers'"
+            )
 
 
 def read_unet_config(path: str, key: str = "base.path") -> dict[str, Any]:

@@ -26,6 +26,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from ipa.cli import quiet_libraries
 from ipa.tools.options import run_tool
 
+CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf"
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
 PROMPTED, ALONE = "scale 1", "scale 0"
 # score → heading and decimals
@@ -63,14 +64,16 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        config = OmegaConf.load(self.folder / "config.yaml")
-        assert isinstance(config, DictConfig)
-        return config
+        """Data of unknown origin: it may only call what this checkout's configurations name."""
+        from ipa.training.configuration import read_saved
+
+        return OmegaConf.create(read_saved(self.folder / "config.yaml", CONFIGURATIONS))
 
 
 def read_runs(sweep: Path) -> list[Run]:
     """The finished runs in a sweep's folder, by variant and seed; raises FileNotFoundError without any."""
     from ipa.checkpoint import read_metadata
+    from ipa.training.configuration import read_plain
 
     runs, unfinished = [], []
     for folder in sorted(path.parent for path in sweep.glob("*/config.yaml")):
@@ -79,7 +82,7 @@ def read_runs(sweep: Path) -> list[Run]:
             continue
         metadata = read_metadata(folder / "adapter.safetensors")
         summary = json.loads((folder / "summary.json").read_text())
-        seed = OmegaConf.load(folder / "config.yaml").seed
+        seed = read_plain(folder / "config.yaml")["seed"]
         runs.append(Run(folder, f"{metadata['kind']}_{metadata['head']}", seed, summary))
     if unfinished:
         raise ValueError(

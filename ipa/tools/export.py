@@ -2,7 +2,7 @@
 
     python -m ipa.tools.export adapter=FILE                                    # what it is, and who can read it
     python -m ipa.tools.export adapter=plus.bin out=plus.safetensors dtype=bfloat16
-    python -m ipa.tools.export adapter=runs/…/checkpoints/last.ckpt out=raw.safetensors weights=raw
+    python -m ipa.tools.export adapter=runs/…/checkpoints/step_00000600.ckpt out=raw.safetensors weights=raw
 
 ``adapter`` is an adapter file (.safetensors or .bin), a training checkpoint (.ckpt) or a run folder, which stands for
 its last checkpoint. The ending of ``out`` says the form: .bin, the published pickle, has no room for metadata.
@@ -105,10 +105,10 @@ def convert(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
 def read(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Published names and metadata, of whichever of the three ``path`` is."""
     from ipa.checkpoint import load_adapter
+    from ipa.training.checkpointing import newest_whole
 
     if path.is_dir():
-        checkpoint = path / "checkpoints" / "last.ckpt"
-        path = checkpoint if checkpoint.is_file() else path / "adapter.safetensors"
+        path = newest_whole(path / "checkpoints") or path / "adapter.safetensors"
     if path.suffix == ".ckpt":
         return read_checkpoint(path, weights)
     if weights is not None:
@@ -121,15 +121,14 @@ def read_checkpoint(path: Path, weights: str | None) -> tuple[dict[str, Any], di
     import torch
 
     from ipa.export.published import to_published
+    from ipa.training.checkpointing import read_checkpoint as read_whole
 
     if not path.is_file():
         raise FileNotFoundError(f"adapter={path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state, metadata = checkpoint["state_dict"], dict(checkpoint["adapter_metadata"])
-    except Exception as error:  # torch has many kinds for what it refuses
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"adapter={path} is not a checkpoint of a training ({reason})") from error
+    checkpoint = read_whole(path)
+    state, metadata = checkpoint["state_dict"], checkpoint.get("adapter_metadata")
+    if metadata is None or not holds(state, torch.Tensor) or not holds(metadata, str):
+        raise ValueError(f"{path} is not a checkpoint of an adapter's training")
     averaged = any(name.startswith(WEIGHTS["average"]) for name in state)
     if weights == "average" and not averaged:
         raise ValueError(f"weights=average: the training of {path} kept no average; leave it out")
@@ -137,6 +136,11 @@ def read_checkpoint(path: Path, weights: str | None) -> tuple[dict[str, Any], di
     chosen = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     chosen.pop("count", None)  # of the steps that the average has taken in
     return to_published(chosen, torch.float32), metadata
+
+
+def holds(content: Any, kind: type) -> bool:
+    """Whether this is a table of such things by their names."""
+    return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in content.items())
 
 
 def describe(source: str, file: Any, tensors: dict[str, Any], metadata: dict[str, str]) -> str:

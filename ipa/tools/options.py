@@ -23,6 +23,9 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ipa.cli import refuse_pickles
+from ipa.secrets import hide
+
 
 def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
     """Words → options; raises ValueError that names what is misspelt, wrong, doubled or missing."""
@@ -91,9 +94,10 @@ def run_tool(
             default = "(needed)" if field.default is MISSING else field.default
             print(f"    {field.name}={'' if default in (None, NO_DEFAULT) else default}")
         return
+    refuse_pickles()
     try:
         written = do(read_options(arguments, kind, positional))
     except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+        sys.exit(hide(f"{name}: {error}"))
     if written is not None:
         print(f"wrote {written}")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ipa.training.strategies import like, local
+
 COUNT = "count"
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -31,17 +33,23 @@ class WeightAverage:
         # a list and not the module: a copy of an adapter would copy the whole base, which its hosts belong to
         self.watched = nn.ParameterList(module.parameters())
         self.averaged = AveragedModel(self.watched, multi_avg_fn=self.move)
+        self.kept: Tensor | float = 1.0  # 0 while a step that was left out goes by
 
     @torch.no_grad()
     def move(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        averaged, current = local(averaged), local(current)
         weight = 1 - torch.clamp(torch.as_tensor((1 + count) / (10 + count)), max=self.decay)
+        weight = weight * self.kept
         steps: Any = torch._foreach_sub(current, averaged)
         torch._foreach_mul_(steps, weight.to(averaged[0]))
         torch._foreach_add_(averaged, steps)
 
-    def update(self) -> None:
-        """Take in the weights of one more step."""
+    def update(self, left_out: Tensor | None = None) -> None:
+        """Take in the weights of one more step; where ``left_out`` is 1, on the device, nothing changes."""
+        self.kept = 1.0 if left_out is None else 1 - left_out
         self.averaged.to(self.watched[0].device).update_parameters(self.watched)
+        if left_out is not None:
+            self.averaged.n_averaged -= left_out.long()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -62,14 +70,14 @@ class WeightAverage:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the module's own names, and how many steps they have taken in."""
+        """The averaged weights under the module's own names, shared out as it is, and how many steps they took in."""
         weights = dict(zip(self.names, self.averaged.module.parameters(), strict=True))
         return {name: weight.detach() for name, weight in weights.items()} | {COUNT: self.averaged.n_averaged}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, parameter in zip(self.names, self.averaged.module.parameters(), strict=True):
-            parameter.copy_(state[name])
+            parameter.copy_(like(state[name], parameter))
         self.averaged.n_averaged.copy_(state[COUNT])
 
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: throughput, the guard of the frozen weights, the adapter file, the data position."""
+"""What happens around the steps: throughput, the adapter file, the data position."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from ipa.checkpoint import save_adapter
 from ipa.export.published import to_published, with_metadata
 from ipa.training.checkpointing import check_finite, is_due
+from ipa.training.strategies import whole
 
 
 class Throughput(L.Callback):
@@ -76,35 +77,6 @@ class DataPosition(L.Callback):
             pl_module.log_dict(counts, rank_zero_only=True)
 
 
-class FrozenGuard(L.Callback):
-    """Hashes the frozen weights before and after training; raises RuntimeError if they changed."""
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.before = pl_module.model.frozen_hash()
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if pl_module.model.frozen_hash() != self.before:
-            raise RuntimeError("the frozen weights changed during training; the adapter file is not to be trusted")
-
-
-class LossGuard(L.Callback):
-    """Stops on a loss that is not finite, before the weights take it in; nothing is repaired in silence."""
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.batch = batch
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
-        if not torch.isfinite(loss).all():
-            step, shards = trainer.global_step + 1, ", ".join(sorted(set(self.batch.shards)))
-            raise ValueError(
-                f"the loss of step {step} is {loss.item()}, so training stopped there. The samples of the step: shards "
-                f"{shards}; keys {', '.join(self.batch.keys)}. If they are sound, try a smaller optimizer.lr or "
-                "trainer.gradient_clip_val=1; the same command goes on from the last checkpoint, if there is one."
-            )
-
-
 class ExportAdapter(L.Callback):
     """Writes the adapter file at every ``every_n_steps`` and at the last step, for the readers of ``layout``.
 
@@ -118,13 +90,15 @@ class ExportAdapter(L.Callback):
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_due(trainer, batch_idx, self.every_n_steps) and trainer.is_global_zero:
+        if is_due(trainer, batch_idx, self.every_n_steps):
             with pl_module.product():
                 self.write(pl_module, self.path)
             if pl_module.average is not None:
                 self.write(pl_module, self.path.with_stem(f"{self.path.stem}_raw"))
 
     def write(self, pl_module: Any, path: Path) -> None:
-        tensors = to_published(pl_module.model.trainable.state_dict(), self.dtype)
+        """Called by all ranks, which put the weights together; the first writes."""
+        tensors = to_published(whole(pl_module.model.trainable.state_dict()), self.dtype)
         check_finite(tensors, pl_module.global_step)
-        save_adapter(path, tensors, with_metadata(tensors, pl_module.describe()))
+        if pl_module.global_rank == 0:
+            save_adapter(path, tensors, with_metadata(tensors, pl_module.describe()))

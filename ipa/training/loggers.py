@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import netrc
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ipa.checkpoint import write_atomically
-
-# names of what is nobody else's business; caption_key and tokens are none
-SECRET = re.compile(r"(^|_)(api_?key|password|secret|(access|auth)_?(key|token))$", re.IGNORECASE)
-CREDENTIALS = re.compile(r"://[^/@\s]+@")
+from ipa.secrets import without_secrets
 
 
 class ContinuedWriter(ExperimentWriter):
     """Lightning's writer, but with one row per step, and what an earlier part of the run wrote is continued."""
 
     NAME_METRICS_FILE = "log.csv"
+    written: int | None = None  # the step of the last row of an earlier part of the run
 
     def _check_log_dir_exists(self) -> None:
         """Lightning would delete the file here."""
@@ -44,12 +41,24 @@ class ContinuedWriter(ExperimentWriter):
                 rows = [row for row in reader if row["step"].isdecimal() and int(row["step"]) <= step]
                 self.metrics_keys = list(reader.fieldnames or [])
             self._write(rows)
+            self.written = int(rows[-1]["step"]) if rows else None
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        if step is not None and step == self.written:
+            self._add_to_last_row(metrics_dict)
+            return
         super().log_metrics(metrics_dict, step)
         if len(self.metrics) > 1 and self.metrics[-2]["step"] == self.metrics[-1]["step"]:
             last = self.metrics.pop()
             self.metrics[-1].update(last)
+
+    def _add_to_last_row(self, values: dict[str, float]) -> None:
+        """What an earlier part of the run did not come to, as its last preview, belongs into the row that it wrote."""
+        with open(self.metrics_file_path, newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        self.metrics_keys = sorted({*self.metrics_keys, *values})  # as Lightning's writer keeps them
+        rows[-1].update(values)
+        self._write(rows)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with open(self.metrics_file_path, newline="") as file:
@@ -89,7 +98,7 @@ class RunCSV(CSVLogger):
 class ContinuedLog(L.Callback):
     """Lets ``log.csv`` go on at the step where training goes on: a kill may come long after the last checkpoint."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_ready(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RunCSV) and trainer.is_global_zero:
                 logger.experiment.continue_after(trainer.global_step)
@@ -146,17 +155,6 @@ def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
     elif isinstance(logger, TensorBoardLogger):
         text = OmegaConf.to_yaml(OmegaConf.create(public))
         logger.experiment.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
-
-
-def without_secrets(node: Any) -> Any:
-    """A configuration with `…` for what is called a key or password, and for what stands in an address before the @."""
-    if isinstance(node, dict):
-        return {
-            name: "…" if SECRET.search(str(name)) and child else without_secrets(child) for name, child in node.items()
-        }
-    if isinstance(node, list):
-        return [without_secrets(child) for child in node]
-    return CREDENTIALS.sub("://…@", node) if isinstance(node, str) else node
 
 
 def logged_in() -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ipa.model import IPAdapterModel
 from ipa.training.average import WeightAverage
+from ipa.training.strategies import like, mean_over_ranks, shard, whole
 from ipa.types import Batch
 
 TRAINABLE, AVERAGE = "trainable.", "average."
@@ -42,14 +43,30 @@ class AdapterTraining(L.LightningModule):
         self.average = None if ema_decay is None else WeightAverage(model.trainable, ema_decay)
         self.metadata = metadata or {}
         self.strict_loading = False
+        # 1 on the device while FiniteGuard keeps a step from the weights
+        self.left_out: Tensor | None = None
         model.adapter.install()
+
+    def configure_model(self) -> None:
+        """Share the weights out among the ranks, for a strategy that does; Lightning calls it before all else."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.shares_base)  # type: ignore[attr-defined]
+            if self.average is not None:
+                self.average = WeightAverage(self.model.trainable, self.average.decay)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         errors = self.model.errors(batch)
-        self.log("train/loss", errors.loss, prog_bar=True, batch_size=len(batch))
+        loss = mean_over_ranks(errors.loss) if self.will_log(batch_idx) else errors.loss  # waits for the other ranks
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         # loggers take this for the row's step: the number of steps done, as files and checkpoints count them
         self.log("step", float(self.global_step + 1), batch_size=len(batch))
         return {"loss": errors.loss, "errors": errors}
+
+    def will_log(self, batch_idx: int) -> bool:
+        """Whether the step that this batch ends is one that loggers hear of."""
+        trainer: Any = self.trainer
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        return ends_step and (self.global_step + 1) % trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model.trainable.parameters())
@@ -62,7 +79,7 @@ class AdapterTraining(L.LightningModule):
         """One step, and the average takes it in before any callback looks at it."""
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
-            self.average.update()
+            self.average.update(self.left_out)
 
     def product(self) -> AbstractContextManager[None]:
         """While inside, the model has the weights that the adapter file gets: the average's, if there is one."""
@@ -76,14 +93,18 @@ class AdapterTraining(L.LightningModule):
         checkpoint["adapter_metadata"] = self.describe()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Whole plain tensors, so it is to be called by all ranks."""
         state: dict[str, Any] = prefixed(self.model.trainable.state_dict(), TRAINABLE)
-        return state if self.average is None else state | prefixed(self.average.state_dict(), AVERAGE)
+        return whole(state if self.average is None else state | prefixed(self.average.state_dict(), AVERAGE))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the trainable set, which must be there whole; ``strict`` is about the frozen rest, which never is."""
         if self.average is not None:
             self.average.load_state_dict(part(state_dict, AVERAGE))
-        return self.model.trainable.load_state_dict(part(state_dict, TRAINABLE), strict=True, assign=assign)
+        own = dict(self.model.trainable.named_parameters())
+        saved = part(state_dict, TRAINABLE)
+        weights = {name: like(value, own[name]) if name in own else value for name, value in saved.items()}
+        return self.model.trainable.load_state_dict(weights, strict=True, assign=assign)
 
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,24 +7,29 @@ Loss says little about an adapter; these pictures do. Rows are held-out image pr
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ipa.checkpoint import write_atomically
+from ipa.data.lanes import Share
 from ipa.data.transforms import cover, fit_reference, read_picture
 from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipCosines
 from ipa.metrics.pixels import fit_square
 from ipa.model import IPAdapterModel
-from ipa.sampling import SamplingOptions, generate
-from ipa.training.checkpointing import is_due
+from ipa.sampling import SamplingOptions, generate, rows
+from ipa.training.checkpointing import falls_on, is_due
 from ipa.training.loggers import log_now, log_picture
+from ipa.training.stopping import Stopped
 from ipa.types import Features, to_uint8, to_unit_range
 
 log = logging.getLogger(__name__)
@@ -41,8 +46,11 @@ class HeldOutPrompts:
 
     @classmethod
     def from_datamodule(cls, datamodule: Any, count: int) -> HeldOutPrompts | None:
-        """The first ``count`` validation samples, fewer if there are fewer; None without validation data."""
-        loader = datamodule.val_dataloader()
+        """The first ``count`` validation samples, fewer if there are fewer; None without validation data.
+
+        Every rank has them all: who makes which picture is another question.
+        """
+        loader = datamodule.val_dataloader(Share())
         if isinstance(loader, list):
             return None
         images, references, captions = [], [], []
@@ -85,7 +93,9 @@ class HeldOutPrompts:
 
 
 def pictures_in(folder: str | Path) -> list[Path]:
-    """By name; raises FileNotFoundError when there are none."""
+    """By name; raises FileNotFoundError when there are none, ValueError for what names no folder."""
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"preview.images={folder}: give one folder")
     paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURES)
     if not paths:
         raise FileNotFoundError(f"preview.images={folder}: no pictures there ({', '.join(PICTURES)})")
@@ -98,23 +108,84 @@ def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64)
     return Features(*(None if found[0] is None else torch.cat(found) for found in fields))
 
 
+@dataclass
+class Column:
+    """What is asked for: one picture per prompt, all with the same ``text``, seeds ``seed``, ``seed + 1`` …"""
+
+    prompts: HeldOutPrompts
+    options: SamplingOptions
+    seed: int
+    text: str = ""
+
+    def batches(self) -> list[range]:
+        """A fixed partition, whoever makes which: processors round differently at other sizes."""
+        size = self.options.batch_size
+        return [range(start, min(start + size, len(self.prompts))) for start in range(0, len(self.prompts), size)]
+
+    def generate(self, model: IPAdapterModel, features: Features, batch: range) -> Tensor:
+        chosen, seeds = rows(features, torch.tensor(batch)), [self.seed + number for number in batch]
+        pixels = generate(model, chosen, [self.text] * len(batch), seeds, self.options)
+        return pixels.contiguous()  # as it is after a journey, or a scorer would round differently
+
+
+def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[Tensor]:
+    """The pictures of every column, pixels_B3HW: to be called by all ranks, which share the work; the first gets them.
+
+    Batch i, counted through all columns, is made by rank i % world. In the last turn a rank for which none is left
+    makes the first once more, since with shared weights every rank takes part in every pass. Other ranks than the first
+    return an empty list.
+    """
+    features = [encode(model, column.prompts) for column in columns]
+    work = [(column, batch) for column in range(len(columns)) for batch in columns[column].batches()]
+    rank, world = rank_and_world()
+    made = {}
+    for first in range(0, len(work), world):
+        column, batch = work[first + rank if first + rank < len(work) else 0]
+        made[first + rank] = columns[column].generate(model, features[column], batch)
+    pieces = bring_to_first(made, [len(batch) for _, batch in work], model.device)
+    if rank != 0:
+        return []
+    found: list[list[Tensor]] = [[] for _ in columns]
+    for piece, (column, _) in zip(pieces, work, strict=True):
+        found[column].append(piece)
+    return [torch.cat(column) for column in found]
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def bring_to_first(made: dict[int, Tensor], lengths: list[int], device: torch.device) -> list[Tensor]:
+    """Piece i, so long, from rank i % world to the first, one after the other; other ranks return an empty list."""
+    rank, world = rank_and_world()
+    pieces = []
+    for number, length in enumerate(lengths):
+        owner = number % world
+        if rank == owner == 0:
+            pieces.append(made[number])
+        elif rank == 0:
+            piece = made[0].new_empty(length, *made[0].shape[1:], device=device)
+            distributed.recv(piece, owner)
+            pieces.append(piece.cpu())
+        elif rank == owner:
+            distributed.send(made[number].to(device), 0)
+    return pieces
+
+
 def generate_from(
-    model: IPAdapterModel, prompts: HeldOutPrompts, options: SamplingOptions, seed: int, texts: list[str] | None = None
+    model: IPAdapterModel, prompts: HeldOutPrompts, options: SamplingOptions, seed: int, text: str = ""
 ) -> Tensor:
-    """One picture per prompt, empty text unless ``texts`` are given; seeds ``seed``, ``seed + 1`` …"""
-    texts = texts or [""] * len(prompts)
-    return generate(model, encode(model, prompts), texts, range(seed, seed + len(prompts)), options)
+    """One picture per prompt, see ``Column``; for a process that has no others beside it."""
+    return generate_columns(model, [Column(prompts, options, seed, text)])[0]
 
 
-def score_prompts(
-    model: IPAdapterModel, scorer: ClipScorer, prompts: HeldOutPrompts, options: SamplingOptions, seed: int
-) -> dict[str, float]:
-    """Generate from every prompt with the empty text, and score: see ``ClipCosines`` and ``BorderColour``."""
+def score_pictures(scorer: ClipScorer, prompts: HeldOutPrompts, pixels_B3HW: Tensor) -> dict[str, float]:
+    """Scores of the pictures that were made from the prompts: see ``ClipCosines`` and ``BorderColour``."""
     captions = [[caption] for caption in prompts.captions] if any(prompts.captions) else None
-    pixels, references = generate_from(model, prompts, options, seed), to_unit_range(prompts.images_B3HW)
+    references = to_unit_range(prompts.images_B3HW)
     scores: dict[str, float] = {}
     for metric in (ClipCosines(scorer, sync_on_compute=False), BorderColour(sync_on_compute=False)):
-        metric.update(pixels, references, captions)
+        metric.update(pixels_B3HW, references, captions)
         scores |= {name: float(value) for name, value in metric.compute().items()}
     return scores
 
@@ -139,7 +210,8 @@ class Previews(L.Callback):
     """At every ``every_n_steps`` and at the last step: a grid in ``folder``, and scores over ``num_scored`` prompts.
 
     Prompts are the pictures in ``images``, or the held-out shards'. ``text`` is what the last column asks for. Without
-    a scorer there are pictures only.
+    a scorer there are pictures only. A run that goes on from such a step makes its preview first: a kill may have come
+    before it, since the checkpoint is written first. What is done within ``interruptible`` may be left for then.
     """
 
     def __init__(
@@ -163,6 +235,7 @@ class Previews(L.Callback):
         self.text, self.images, self.seed, self.scorer = text, images, seed, scorer
         self.prompts: HeldOutPrompts | None = None
         self.last: Path | None = None
+        self.interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -170,34 +243,53 @@ class Previews(L.Callback):
         if self.prompts is None and trainer.is_global_zero:
             log.info("no previews: give preview.images=FOLDER, pictures to prompt with, or data.val=SHARDS")
 
+    def on_ready(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step > 0 and falls_on(trainer.global_step, trainer.max_steps, self.every_n_steps):
+            self.preview(trainer, pl_module)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_due(trainer, batch_idx, self.every_n_steps) and trainer.is_global_zero and self.prompts is not None:
-            with pl_module.product():
-                self.preview(trainer, pl_module)
+        if is_due(trainer, batch_idx, self.every_n_steps):
+            self.preview(trainer, pl_module)
 
     def preview(self, trainer: L.Trainer, pl_module: Any) -> None:
-        model, step, prompts = pl_module.model, trainer.global_step, self.prompts
-        assert prompts is not None
-        grid = self.draw(model, prompts.head(self.num_prompts))
+        """To be called by all ranks, which share the work."""
+        if self.prompts is None:
+            return
+        try:
+            with self.interruptible():
+                with pl_module.product():
+                    pictures = generate_columns(pl_module.model, self.columns(self.prompts))
+                if trainer.is_global_zero:
+                    self.show(trainer, self.prompts, pictures)
+        except Stopped:
+            log.info("the preview of step %d is left for when the run goes on", trainer.global_step)
+
+    def columns(self, prompts: HeldOutPrompts) -> list[Column]:
+        """The grid's, and the scored pictures if there is a scorer."""
+        shown = prompts.head(self.num_prompts)
+        columns = [Column(shown, self.options.with_scale(scale), self.seed) for scale in SCALES]
+        columns += [Column(shown, self.options, self.seed, self.text)] if self.text else []
+        return columns + ([Column(self.scored(prompts), self.options, self.seed)] if self.scorer is not None else [])
+
+    def scored(self, prompts: HeldOutPrompts) -> HeldOutPrompts:
+        return prompts.head(self.num_scored)
+
+    def show(self, trainer: L.Trainer, prompts: HeldOutPrompts, pictures: list[Tensor]) -> None:
+        step = trainer.global_step
+        if self.scorer is not None:
+            scores = score_pictures(self.scorer, self.scored(prompts), pictures.pop())
+            self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})
+        grid = self.draw(prompts.head(self.num_prompts), pictures)
         self.last = self.folder / f"step_{step:06d}.png"
         write_atomically(self.last, lambda beside: grid.save(beside, format="PNG"))
         for logger in trainer.loggers:
             log_picture(logger, "preview/grid", grid, step)
-        if self.scorer is not None:
-            scores = score_prompts(model, self.scorer, prompts.head(self.num_scored), self.options, self.seed)
-            self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})
 
     def tell(self, trainer: L.Trainer, scores: dict[str, float]) -> None:
         """To the loggers, and to the callbacks that want to know the best step."""
         log_now(trainer, scores)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
 
-    def draw(self, model: IPAdapterModel, prompts: HeldOutPrompts) -> Image.Image:
-        columns, titles = [to_unit_range(prompts.images_B3HW)], ["prompt"]
-        for scale in SCALES:
-            columns.append(generate_from(model, prompts, self.options.with_scale(scale), self.seed))
-            titles.append(f"scale {scale:g}")
-        if self.text:
-            columns.append(generate_from(model, prompts, self.options, self.seed, [self.text] * len(prompts)))
-            titles.append(f"+ {self.text}")
-        return draw_grid(columns, titles)
+    def draw(self, prompts: HeldOutPrompts, pictures: list[Tensor]) -> Image.Image:
+        titles = ["prompt", *(f"scale {scale:g}" for scale in SCALES), *([f"+ {self.text}"] if self.text else [])]
+        return draw_grid([to_unit_range(prompts.images_B3HW), *pictures], titles)

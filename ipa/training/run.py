@@ -1,8 +1,8 @@
 """`python train.py`: build the parts from the configuration, fit, and say what came out.
 
 A run lives in one folder: ``config.yaml`` (resolved), ``log.csv``, ``previews/``, ``checkpoints/``,
-``adapter.safetensors``, ``summary.json``. The same command with the same ``name`` goes on from
-``checkpoints/last.ckpt``; with a larger ``trainer.max_steps`` it goes on beyond the end.
+``adapter.safetensors``, ``summary.json``. The same command with the same ``name`` goes on from the newest whole
+checkpoint; with a larger ``trainer.max_steps`` it goes on beyond the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ipa.checkpoint import write_atomically
@@ -27,22 +30,41 @@ from ipa.export.loading import load_into
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, Throughput
-from ipa.training.checkpointing import AtomicCheckpointIO, Checkpoints
+from ipa.training.checkpointing import (
+    BackgroundCheckpointIO,
+    Checkpoints,
+    checkpoints_in,
+    newest_whole,
+    read_checkpoint,
+)
 from ipa.training.configuration import settle_configuration
+from ipa.training.guards import FiniteGuard
 from ipa.training.loggers import log_configuration
+from ipa.training.memory import explain_memory
 from ipa.training.module import AdapterTraining
 from ipa.training.parts import build_model, check_parts
-from ipa.training.previews import HeldOutPrompts, Previews, score_prompts
+from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
+from ipa.training.stopping import Signals, StopOnSignal, launcher_of
 
 log = logging.getLogger(__name__)
 
 PAPER_BATCH = 64  # samples in a step (Ye et al. 2023, section 4.1)
 
+Scores = dict[str, dict[str, float]]
+
 
 def train(cfg: DictConfig) -> None:
-    """Run one training; raises ValueError or OSError with a message for the user."""
+    """Run one training; raises ValueError or OSError with a message for the user, Stopped after a signal."""
+    if getattr(rank_zero_only, "rank", 0):  # the first process tells; the others tell what goes wrong
+        logging.getLogger("ipa").setLevel(logging.ERROR)
+    with Signals(cfg.stop.grace_s).listening() as signals:
+        train_until_stopped(cfg, signals)
+
+
+def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     folder = Path(cfg.paths.run)
-    begins = last_checkpoint(folder) is None
+    start = where_to_start(folder / "checkpoints", cfg.resume)
+    begins = start is None or start.parent != folder / "checkpoints"
     cfg = settle_configuration(cfg, folder, goes_on=not begins)
     if is_finished(folder, cfg.trainer.max_steps):
         log.info("%s is finished; a larger trainer.max_steps= lets it go on. It reached:\n\n%s", folder, told(folder))
@@ -54,12 +76,16 @@ def train(cfg: DictConfig) -> None:
     datamodule: Any = instantiate(cfg.data)
     check_parts(cfg, begins)
     callbacks = list(instantiate(cfg.callbacks).values())
-    trainer = make_trainer(cfg, folder, callbacks)
+    stop = StopOnSignal(signals)
+    trainer = make_trainer(cfg, folder, [*callbacks, stop])
+    signals.launcher = launcher_of(trainer)
+    for previews in (callback for callback in callbacks if isinstance(callback, Previews)):
+        previews.interruptible = signals.obeying
     datamodule.batch_size = batch_size_of_each(cfg, trainer)
     optimizer = scaled_optimizer(cfg, samples_per_step(datamodule.batch_size, trainer))
     L.seed_everything(cfg.seed, verbose=False)
     model = build_model(cfg)
-    if cfg.adapter.init_from and begins:
+    if cfg.adapter.init_from and start is None:
         load_into(model, Path(cfg.adapter.init_from))
     datamodule.fit_to(
         image_size_px=cfg.image_size_px or model.family.image_size_px,
@@ -73,22 +99,41 @@ def train(cfg: DictConfig) -> None:
         log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     log.info("training %s parameters in %s", f"{model.count_trainable():,}", folder)
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=last_checkpoint(folder))
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start)
     except (NoGoodSamples, WrongCache) as error:  # a data worker's comes with the worker's traceback as its text
         raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
+    except (RuntimeError, MemoryError) as error:
+        explain_memory(error, cfg, trainer, datamodule)
+        raise
+    if stop.end is not None:
+        raise stop.end
+    model.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    with module.product():
+        scores = final_scores(cfg, model, datamodule)
     if trainer.is_global_zero:
-        with module.product():
-            report(cfg, folder, model, datamodule, trainer, callbacks)
+        report(cfg, folder, model, scores, trainer, callbacks)
 
 
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> Any:
-    return instantiate(
+    trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
         logger=list(instantiate(cfg.logger).values()),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[BackgroundCheckpointIO()],
         default_root_dir=folder,
     )
+    check_launcher(trainer.world_size)
+    return trainer
+
+
+def check_launcher(world_size: int) -> None:
+    """Raise ValueError for a sweep whose jobs share this process, where Lightning would start the sweep once more."""
+    if world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:  # the jobs of our own launchers are single runs
+        launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+        raise ValueError(
+            f"hydra/launcher={launcher} runs all jobs of a sweep in one process, and cannot use {world_size} devices. "
+            "Give hydra/launcher=processes, or submitit_slurm on a cluster"
+        )
 
 
 def scaled_optimizer(cfg: DictConfig, step_samples: int) -> DictConfig:
@@ -137,15 +182,30 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 100_000_000)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    path = folder / "checkpoints" / "last.ckpt"
-    return path if path.is_file() else None
+def where_to_start(folder: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from; None to begin. Raises ValueError where that would lose something, or is a bad file.
+
+    ``resume`` is auto, never, or a file that is taken until the run has checkpoints of its own.
+    """
+    there = checkpoints_in(folder)
+    if resume == "never" and there:
+        raise ValueError(f"resume=never, but {folder} has checkpoints: give another name=, or leave resume=auto")
+    newest = newest_whole(folder)
+    if newest is None and there:
+        raise ValueError(
+            f"none of the {len(there)} checkpoints in {folder} is whole, see above; to begin anew, move them away"
+        )
+    if newest is not None or resume in ("auto", "never"):
+        return newest
+    read_checkpoint(Path(resume))
+    return Path(resume)
 
 
 def is_finished(folder: Path, max_steps: int) -> bool:
     """Whether the run reached this many steps, its summary included."""
     path = folder / "summary.json"
-    return last_checkpoint(folder) is not None and path.is_file() and json.loads(path.read_text())["steps"] >= max_steps
+    has_steps = bool(checkpoints_in(folder / "checkpoints")) and path.is_file()
+    return has_steps and json.loads(path.read_text())["steps"] >= max_steps
 
 
 def told(folder: Path) -> str:
@@ -153,42 +213,53 @@ def told(folder: Path) -> str:
 
 
 def report(
-    cfg: DictConfig, folder: Path, model: IPAdapterModel, datamodule: Any, trainer: L.Trainer, callbacks: list[Any]
+    cfg: DictConfig, folder: Path, model: IPAdapterModel, scores: Scores, trainer: L.Trainer, callbacks: list[Any]
 ) -> None:
     """Print and save what the run reached, and what to try next."""
     throughput = next((c for c in callbacks if isinstance(c, Throughput)), None)
     previews = next((c for c in callbacks if isinstance(c, Previews)), None)
     checkpoints = next((c for c in callbacks if isinstance(c, Checkpoints)), None)
     data = next((c for c in callbacks if isinstance(c, DataPosition)), None)
+    guard = next((c for c in callbacks if isinstance(c, FiniteGuard)), None)
     speed = throughput and round(throughput.mean_samples_per_s, 1)
     summary: dict[str, Any] = {
         "parameters trained": model.count_trainable(),
         "steps": trainer.global_step,
         "samples per second": speed if speed and math.isfinite(speed) else None,
         "samples rejected": sum(data.rejects.values()) if data else None,
+        "steps skipped": guard.skipped if guard and guard.skips else None,
         "best checkpoint": str(checkpoints.best_path) if checkpoints and checkpoints.best_path else None,
         "last preview": str(previews.last) if previews and previews.last else None,
         "adapter": str(folder / "adapter.safetensors"),
     }
     if cfg.scoring is not None and cfg.scoring.scorer is not None:
-        summary["scores"] = final_scores(cfg, model, datamodule)
+        summary["scores"] = scores
     write_atomically(folder / "summary.json", lambda beside: beside.write_text(json.dumps(summary, indent=2) + "\n"))
     log.info("\n%s", describe(summary))
     if cfg.next_command:
         log.info("\nNext: %s", cfg.next_command.replace("RUN", str(folder)))
 
 
-def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> dict[str, dict[str, float]]:
-    """Scores over the held-out prompts with the empty text: without the image (λ = 0) and with it (λ = 1)."""
+def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> Scores:
+    """Scores over the held-out prompts with the empty text: without the image (λ = 0) and with it (λ = 1).
+
+    To be called by all ranks, which share the work; the first gets them.
+    """
+    if cfg.scoring is None or cfg.scoring.scorer is None:
+        return {}
     prompts = HeldOutPrompts.find(datamodule, cfg.preview.images, cfg.scoring.num_prompts)
     if prompts is None:
         return {}
     options: SamplingOptions = instantiate(cfg.scoring.options)
-    scorer = instantiate(cfg.scoring.scorer)
     log.info("scoring %d held-out image prompts, without and with the image …", len(prompts))
+    columns = [Column(prompts, options.with_scale(scale), cfg.scoring.seed) for scale in (0.0, 1.0)]
+    pictures = generate_columns(model, columns)
+    if not pictures:
+        return {}  # the first rank has them
+    scorer = instantiate(cfg.scoring.scorer)
     return {
-        f"scale {scale:g}": score_prompts(model, scorer, prompts, options.with_scale(scale), cfg.scoring.seed)
-        for scale in (0.0, 1.0)
+        f"scale {column.options.scale:g}": score_pictures(scorer, prompts, pixels)
+        for column, pixels in zip(columns, pictures, strict=True)
     }
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa.model import Errors, IPAdapterModel
 from ipa.training.checkpointing import is_due
 from ipa.training.loggers import log_now
+from ipa.training.strategies import mean_over_ranks, sum_over_ranks, total_norm
 from ipa.types import Batch
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ class TimestepBuckets(L.Callback):
         self.sums.index_add_(1, bucket_B, torch.stack([error_B, torch.ones_like(error_B)]))
 
     def take(self) -> dict[str, float]:
-        """The means since the last call."""
+        """The means over all ranks since the last call: to be called by all of them."""
         assert self.sums is not None
-        totals, counts = self.sums.tolist()
+        totals, counts = sum_over_ranks(self.sums).tolist()
         self.sums = None
         borders = [round(i / self.num_buckets, 3) for i in range(self.num_buckets + 1)]
         return {
@@ -64,7 +65,7 @@ class StepSize(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [p.grad for p in pl_module.model.trainable.parameters() if p.grad is not None]
-            pl_module.log("train/grad_norm", nn.utils.get_total_norm(gradients))
+            pl_module.log("train/grad_norm", total_norm(gradients))
             pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
 
 
@@ -122,10 +123,10 @@ class ImagePromptGuard(L.Callback):
 
 @torch.no_grad()
 def compare_images(model: IPAdapterModel, batch: Batch) -> tuple[float, float]:
-    """Mean error with each sample's own reference, and with its neighbour's; nothing dropped."""
+    """Mean error of all ranks' samples with their own reference, and with their neighbour's; nothing dropped."""
     own = batch.keep_all()
     means = torch.stack([model.errors(each).error_B.mean() for each in (own, own.with_neighbours_image())])
-    return tuple(means.tolist())
+    return tuple(mean_over_ranks(means).tolist())
 
 
 class ParameterTable(L.Callback):

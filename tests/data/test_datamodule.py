@@ -100,6 +100,7 @@ def test_a_second_checkpoint_of_several_ranks_keeps_what_each_of_them_read(clean
         "step": 4,
         "lanes": {lane: [8, [[0, 0, 0, 4]]] for lane in range(2)},
         "grid": [2, 1],
+        "step_samples": 8,
         "readers": [2, 1],
         "order": make(clean_shards).fingerprint(),
         "rejects": {"broken picture": 5},
@@ -129,9 +130,20 @@ def test_other_readers_are_told(clean_shards: list[str], caplog: pytest.LogCaptu
     assert "read by 1 ranks × 3 workers, now by 1 × 2: the samples and their order stay the same" in caplog.text
 
 
+def test_another_number_of_samples_in_a_step_is_told(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    stopped = make(clean_shards, batch_size=4)
+    take(stopped, 1)
+
+    make(clean_shards, batch_size=4).load_state_dict(stopped.state_dict())
+    assert not caplog.records
+    make(clean_shards, batch_size=2).load_state_dict(stopped.state_dict())
+
+    assert "a step had 4 samples, now it has 2; global_batch_size=4 keeps it" in caplog.text
+
+
 def test_lanes_that_a_step_cannot_be_shared_among_begin_a_new_pass(clean_shards, caplog) -> None:
     order = make(clean_shards).fingerprint()
-    state = {"grid": [2, 1], "readers": [2, 1], "step": 5, "rejects": {}, "order": order}
+    state = {"grid": [2, 1], "readers": [2, 1], "step": 5, "rejects": {}, "order": order, "step_samples": 3}
     state["lanes"] = {lane: [20, [[1, 0, 0, 3]]] for lane in range(2)}
     data = make(clean_shards, batch_size=3, lanes=None)
     data.load_state_dict(state)

@@ -47,11 +47,12 @@ def written_by_webdataset() -> bytes:
 
 
 def ours(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
-    """What is found, and whether it ends in a break."""
+    """What is found and not refused, and whether it ends in a break."""
     found = []
     try:
         for name, content in walk(uncompressed(Forward(io.BytesIO(data)))):
-            found.append((name, content))
+            if isinstance(content, bytes):
+                found.append((name, content))
     except BREAKS:
         return found, True
     return found, False

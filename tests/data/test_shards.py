@@ -48,7 +48,7 @@ def test_relative_to_the_working_directory(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("start", ["s3://bucket/", "https://host/", "pipe:cat /nowhere/"])
 def test_what_is_elsewhere_is_passed_through(start: str) -> None:
-    assert expand_shards(start + "{0..1}.tar") == [start + "0.tar", start + "1.tar"]
+    assert expand_shards(start + "{0..1}.tar", ["https", "s3", "pipe"]) == [start + "0.tar", start + "1.tar"]
 
 
 def test_an_unknown_scheme_is_named_before_training() -> None:
@@ -64,7 +64,7 @@ def test_what_is_elsewhere_is_not_listed(spec: str) -> None:
 
 def test_a_shell_may_use_its_own_patterns() -> None:
     command = "pipe:awk '{print}' /data/x*/{0..1}.tar"
-    assert expand_shards(command) == [command.replace("{0..1}", n) for n in "01"]
+    assert expand_shards(command, ["pipe"]) == [command.replace("{0..1}", n) for n in "01"]
 
 
 def test_a_folder_may_be_named_like_a_pattern(folder: Path) -> None:

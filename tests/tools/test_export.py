@@ -11,6 +11,7 @@ import torch
 from ipa.checkpoint import load_adapter, save_adapter
 from ipa.export.published import to_published, with_metadata
 from ipa.tools.export import main
+from ipa.training.sealed import write_sealed
 
 Export = Callable[..., str]
 # the sizes that other readers take for granted
@@ -87,11 +88,11 @@ def write_checkpoint(path: Path, averaged: bool) -> dict[str, torch.Tensor]:
         state |= {f"average.{name}": value + 1 for name, value in raw.items()} | {"average.count": torch.tensor(3)}
     checkpoint = {"state_dict": state, "adapter_metadata": {**model.describe(), "step": "3"}, "optimizer_states": []}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, path)
+    write_sealed(path, {"global_step": 3, **checkpoint})
     return to_published(raw, torch.float32)
 
 
-@pytest.mark.parametrize("source", ["checkpoints/last.ckpt", ""], ids=["checkpoint", "run folder"])
+@pytest.mark.parametrize("source", ["checkpoints/step_3.ckpt", ""], ids=["checkpoint", "run folder"])
 @pytest.mark.parametrize(
     ("averaged", "options", "above"),
     [
@@ -106,7 +107,7 @@ def write_checkpoint(path: Path, averaged: bool) -> dict[str, torch.Tensor]:
 def test_a_training_checkpoint_is_exported(
     export: Export, tmp_path: Path, averaged: bool, options: dict[str, str], above: int, source: str
 ) -> None:
-    raw = write_checkpoint(tmp_path / "run/checkpoints/last.ckpt", averaged)
+    raw = write_checkpoint(tmp_path / "run/checkpoints/step_3.ckpt", averaged)
     write(tmp_path / "run/adapter.safetensors", "fine_grained")  # which the folder does not stand for then
 
     export(adapter=tmp_path / "run" / source, out=tmp_path / "a.safetensors", dtype="float32", **options)
@@ -117,9 +118,9 @@ def test_a_training_checkpoint_is_exported(
 
 
 def test_an_average_that_was_not_kept_is_not_replaced_in_silence(export: Export, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "last.ckpt", averaged=False)
+    write_checkpoint(tmp_path / "step_3.ckpt", averaged=False)
 
-    assert "last.ckpt kept no average" in export(adapter=tmp_path / "last.ckpt", weights="average")
+    assert "step_3.ckpt kept no average" in export(adapter=tmp_path / "step_3.ckpt", weights="average")
 
 
 def test_a_run_folder_without_checkpoint_stands_for_its_adapter(export: Export, tmp_path: Path) -> None:

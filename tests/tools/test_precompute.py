@@ -425,9 +425,9 @@ def test_a_shard_that_breaks_off_on_its_way_here_is_not_kept(
 ) -> None:
     pipes = [f"data.train='pipe:head -c {size} {shards / '00000.tar'}'" for size in (15_000, 1_000_000)]
     with pytest.raises(OSError, match=r"1 shards broke off while .* \(pipe:head -c 15000.*tries them again"):
-        run(tmp_path / "out", *parts, pipes[0])
+        run(tmp_path / "out", *parts, pipes[0], "data.schemes=[pipe,file]")
     assert not list((tmp_path / "out").glob("*.tar"))
-    run(tmp_path / "out", *parts, pipes[1])
+    run(tmp_path / "out", *parts, pipes[1], "data.schemes=[pipe,file]")
 
     assert (tmp_path / "out/00000.tar").read_bytes() == (made / "00000.tar").read_bytes()
 

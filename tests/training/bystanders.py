@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import numpy as np
+import torch
 
 
 class StopBefore(L.Callback):
@@ -58,3 +63,62 @@ class Ledger(L.Callback):
         line = {"step": trainer.global_step, "keys": batch.keys, "loss": outputs["loss"].item().hex()}
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class Dice(L.Callback):
+    """Writes what the global random generators give after every step into ``file``."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        draws = (torch.rand(1).item(), np.random.rand(), random.random())
+        with self.file.open("a") as file:
+            file.write(f"{draws}\n")
+
+
+def dice(file: Path) -> list[str]:
+    return [f"+callbacks.dice._target_={__name__}.Dice", f"+callbacks.dice.file={file}"]
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal once, at one of the moments that a training has, while the file ``flag`` is there."""
+
+    def __init__(self, moment: str, step: int, number: int, flag: str) -> None:
+        self.moment, self.step, self.number, self.flag = moment, step, number, Path(flag)
+
+    def at(self, moment: str, step: int) -> None:
+        if (moment, step) == (self.moment, self.step) and self.flag.exists():
+            self.flag.unlink()
+            os.kill(os.getpid(), self.number)
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self.at("setup", 0)
+        pl_module.model.family.unet.register_forward_pre_hook(lambda *_: self.in_denoiser(trainer))
+        source = trainer.datamodule.train_order.sources[0]
+        read = source.read
+        object.__setattr__(source, "read", lambda shard: self.slow(trainer, read(shard)))
+
+    def in_denoiser(self, trainer: L.Trainer) -> None:
+        kind = "step" if torch.is_grad_enabled() else "preview"
+        self.at(kind, trainer.global_step + (kind == "step"))
+
+    def slow(self, trainer: L.Trainer, records: Any) -> Any:
+        """The records, which take long at that moment."""
+        if self.moment == "data" and trainer.global_step >= self.step:
+            self.at("data", self.step)
+            time.sleep(0.01)
+        yield from records
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.at("start", trainer.global_step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.at("end", trainer.global_step)
+
+
+def signal_at(moment: str, step: int, number: int, flag: Path) -> list[str]:
+    """The overrides for a run that gets a signal once, and the flag that they need."""
+    flag.touch()
+    values = {"_target_": f"{__name__}.SignalAt", "moment": moment, "step": step, "number": number, "flag": flag}
+    return [f"+callbacks.signal.{name}={value}" for name, value in values.items()]

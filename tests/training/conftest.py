@@ -17,13 +17,13 @@ from typing import Any
 import hydra
 import pytest
 import tiny
-import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image, ImageDraw
 
 from ipa.cli import quiet_libraries
+from ipa.training.checkpointing import checkpoints_in, read_checkpoint
 from ipa.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,13 +113,17 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, clip_name: str) -> World:
-    folder = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"), str(base_folder), clip_name)
+
+
+def make_world(folder: Path, base: str, encoder: str) -> World:
+    """Shards and a judge in ``folder``."""
     for shard in range(2):
         numbers = range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2)
         write_shard(folder / "train" / f"{shard:05d}.tar", samples(numbers))
     write_shard(folder / "heldout" / "00000.tar", samples(range(100, 100 + HELDOUT)))
     judge = tiny.save_clip(folder / "judge", seed=1)
-    return World(str(base_folder), clip_name, judge, str(folder / "train"), str(folder / "heldout"))
+    return World(base, encoder, judge, str(folder / "train"), str(folder / "heldout"))
 
 
 def compose(folder: Path, *overrides: str) -> DictConfig:
@@ -216,9 +220,14 @@ def column(folder: Path, name: str) -> dict[int, str]:
     return {int(row["step"]): row[name] for row in rows(folder) if row.get(name)}
 
 
+def last_checkpoint(folder: Path) -> Path:
+    """The newest of a run."""
+    return checkpoints_in(folder / "checkpoints")[0]
+
+
 def checkpoint(folder: Path) -> dict[str, Any]:
-    """The last one of a run."""
-    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    """The content of the newest of a run."""
+    return read_checkpoint(last_checkpoint(folder))
 
 
 def saved_configuration(folder: Path) -> DictConfig:

@@ -16,7 +16,7 @@ from PIL import Image
 from wandb_records import WandbRun, read_offline_runs
 
 from ipa.cli import explain_failure
-from ipa.training.loggers import without_secrets
+from ipa.secrets import without_secrets
 
 WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "NETRC", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 CURVES = ("train/loss", "image_prompt/gap", "train/lr", "train/grad_norm", "train/samples_per_s")

@@ -16,6 +16,8 @@ from bystanders import stopping
 from conftest import EVERYTHING, EXPERIMENTS, Command, Run, checkpoint, column, rows, saved_configuration
 from safetensors.torch import load_file
 
+from ipa.training.checkpointing import checkpoints_in
+
 SIX = ("trainer.max_steps=6", "scoring=null", "image_prompt_check.every_n_steps=2")
 
 
@@ -171,18 +173,17 @@ def test_run_survives_kills_at_any_moment(start: Command, train_in: Run, tmp_pat
     few = ("preview.num_prompts=1", "preview.num_scored=1", "scoring=null")
     many = ("trainer.max_steps=100", "preview.every_n_steps=1", *few)
     folder, draw = tmp_path / "runs/decoupled_global/x", random.Random()
-    last = folder / "checkpoints/last.ckpt"
     kills = 0
     for _ in range(5):
         process = start("~logger.wandb", *many)
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        while process.poll() is None and not (last.exists() and last.stat().st_mtime_ns > before):
+        before = checkpoints_in(folder / "checkpoints")[:1]
+        while process.poll() is None and checkpoints_in(folder / "checkpoints")[:1] == before:
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 1))
         kills += process.poll() is None
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        saved = torch.load(last, weights_only=True)  # the file is whole, and so is the log up to it
+        saved = checkpoint(folder)  # the file is whole, and so is the log up to it
         assert set(column(folder, "train/loss")) >= set(range(1, saved["global_step"]))
     process = start("~logger.wandb", *many)
     output, _ = process.communicate(timeout=300)

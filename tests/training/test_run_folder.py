@@ -8,12 +8,14 @@ import lightning as L
 import pytest
 import tiny
 import torch
-from conftest import HELDOUT, Run, World, column, rows, saved_configuration
+from conftest import HELDOUT, Run, World, checkpoint, column, rows, saved_configuration
 from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from ipa.training.checkpointing import read_checkpoint
 
 BRANCHES = range(1, 2 * len(tiny.HIDDEN), 2)
 PUBLISHED = {
@@ -29,21 +31,15 @@ PUBLISHED = {
 }
 
 
-def checkpoint(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
 def test_run_folder_holds_everything_and_nothing_else(finished: Path) -> None:
     found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
-    best = {name for name in found if name.startswith("checkpoints/step_")}
-
-    assert len(best) == 1
-    assert found - best == {
+    assert found == {
         "config.yaml",
         "log.csv",
         "summary.json",
         "adapter.safetensors",
-        "checkpoints/last.ckpt",
+        "checkpoints/step_00000002.ckpt",
+        "checkpoints/step_00000004.ckpt",
         "previews/step_000002.png",
         "previews/step_000004.png",
     }
@@ -74,7 +70,7 @@ def test_preview_is_a_grid_of_rows_and_columns(finished: Path) -> None:
 
 
 def test_checkpoint_holds_the_trainable_set_alone(finished: Path) -> None:
-    saved = checkpoint(finished / "checkpoints/last.ckpt")
+    saved = checkpoint(finished)
     shapes = sorted(tuple(tensor.shape) for tensor in saved["state_dict"].values())
     moments = [state["exp_avg"] for state in saved["optimizer_states"][0]["state"].values()]
 
@@ -87,9 +83,9 @@ def test_checkpoint_holds_the_trainable_set_alone(finished: Path) -> None:
 def test_best_checkpoint_has_the_best_score(finished: Path) -> None:
     scores = {step: float(score) for step, score in column(finished, "preview/clip_i").items()}
     best = max(scores, key=scores.__getitem__)
-    path = finished / f"checkpoints/step_{best:06d}.ckpt"
+    path = finished / f"checkpoints/step_{best:08d}.ckpt"
 
-    assert checkpoint(path)["global_step"] == best
+    assert read_checkpoint(path)["global_step"] == best
     assert json.loads((finished / "summary.json").read_text())["best checkpoint"] == str(path)
 
 
@@ -106,7 +102,7 @@ def test_adapter_file_has_the_published_layout(finished: Path, world: World) -> 
 
 def test_adapter_file_holds_the_trained_weights(finished: Path) -> None:
     exported = load_file(finished / "adapter.safetensors")
-    trained = checkpoint(finished / "checkpoints/last.ckpt")["state_dict"]
+    trained = checkpoint(finished)["state_dict"]
 
     assert torch.equal(exported["image_proj.proj.weight"], trained["trainable.image_proj.proj.weight"].half())
     last = f"ip_adapter.{BRANCHES[-1]}.to_v_ip.weight"
@@ -142,7 +138,7 @@ def test_last_step_counts_even_off_the_beat(train_in: Run, tmp_path: Path) -> No
     folder = train_in(tmp_path / "odd", "trainer.max_steps=3", "trainer.log_every_n_steps=10", "scoring=null")
 
     assert sorted(path.name for path in (folder / "previews").iterdir()) == ["step_000002.png", "step_000003.png"]
-    assert checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 3
+    assert checkpoint(folder)["global_step"] == 3
     with safe_open(folder / "adapter.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "3"
     assert list(column(folder, "preview/clip_i")) == [2, 3]
@@ -155,7 +151,7 @@ def test_without_held_out_pictures_or_judge_the_rest_is_there(
 ) -> None:
     folder = train_in(tmp_path / "bare", "trainer.max_steps=2", *missing)
 
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000002.ckpt"]
     assert (folder / "adapter.safetensors").is_file()
     assert (folder / "previews").is_dir() == (missing == ["judge=null"])
     assert not json.loads((folder / "summary.json").read_text()).get("scores")
@@ -178,8 +174,8 @@ def test_epsilon_base_trains_with_its_own_target(train_in: Run, tmp_path: Path, 
     losses = column(folder, "train/loss")
     assert list(losses) == [1, 2, 3, 4]
     assert losses[1] != column(finished, "train/loss")[1]
-    before = checkpoint(finished / "checkpoints/last.ckpt")["state_dict"]
-    after = checkpoint(folder / "checkpoints/last.ckpt")["state_dict"]
+    before = checkpoint(finished)["state_dict"]
+    after = checkpoint(folder)["state_dict"]
     assert not torch.equal(before["trainable.image_proj.proj.weight"], after["trainable.image_proj.proj.weight"])
 
 

@@ -19,7 +19,7 @@ from ipa.checkpoint import read_metadata
 from ipa.export.adapter_file import identify_file
 from ipa.export.loading import load_model
 from ipa.export.published import publish_name
-from ipa.training.previews import HeldOutPrompts, Previews, generate_from, score_prompts
+from ipa.training.previews import HeldOutPrompts, Previews, generate_columns, generate_from, score_pictures
 
 FILES = ("adapter.safetensors", "adapter_raw.safetensors")
 
@@ -86,7 +86,8 @@ def test_previews_show_the_average(folder: Path) -> None:
     cfg = saved_configuration(folder)
     previews = Previews(folder, 0, instantiate(cfg.sampling), text=cfg.preview.text, seed=cfg.seed)
     shown, prompts = Image.open(folder / "previews/step_000006.png"), held_out(folder).head(3)
-    drawn = [previews.draw(load_model(folder / name), prompts) for name in FILES]
+    columns = previews.columns(prompts)
+    drawn = [previews.draw(prompts, generate_columns(load_model(folder / name), columns)) for name in FILES]
     average, raw = ((pixels(grid) - pixels(shown)).abs().mean().item() for grid in drawn)
 
     assert average < 0.1
@@ -99,7 +100,8 @@ def test_final_scores_are_the_averages(folder: Path) -> None:
     options, prompts = instantiate(cfg.scoring.options), held_out(folder).head(cfg.scoring.num_prompts)
 
     def scored(name: str) -> dict[str, Any]:
-        return score_prompts(load_model(folder / name), instantiate(cfg.judge), prompts, options, cfg.scoring.seed)
+        pictures = generate_from(load_model(folder / name), prompts, options, cfg.scoring.seed)
+        return score_pictures(instantiate(cfg.judge), prompts, pictures)
 
     average, raw = (abs(scored(name)["border_lab"] - told["border_lab"]) for name in FILES)
     assert average < 0.1 * raw

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ipa.data.fields import picture_size
+from ipa.data.fields import open_header, picture_size
 from ipa.data.rejects import BROKEN_PICTURE, Rejected
 from ipa.tools.packing.folders import Stamp, ending
 
@@ -106,7 +106,7 @@ class Picture:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata, and of sizes that training decides on
-                return encoded(resized(Image.open(io.BytesIO(self.data)), size_px / min(self.size)))
+                return encoded(resized(open_header(self.data), size_px / min(self.size)))
         except Exception as error:  # a decoder on damaged bytes raises nearly anything
             raise Rejected(NOT_SHRUNK, repr(error)) from error
 
