@@ -13,10 +13,10 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation evaluate test test-slow bench-data lint format type lock demo-world clean
+.PHONY: help venv train ablation evaluate test test-slow test-cluster bench-data lint format type lock demo-world clean
 
 help: ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## the environment .venv with the pinned dependencies, needs only Python 3.11 or newer
 
@@ -51,6 +51,10 @@ test: $(READY) ## the tests, minutes
 test-slow: $(READY) ## the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
+# Real daemons and nodes of namespaces; without slurm-wlm and munge, or without root, those tests say so and are skipped.
+test-cluster: $(READY) ## a real Slurm and two nodes on this machine; minutes, as root, with slurm-wlm and munge
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "slow or not slow" $(ARGS)
+
 bench-data: $(READY) ## how fast samples come, beside a plain dataset; minutes, nothing else should run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)
 
@@ -66,7 +70,7 @@ type: $(READY) ## check the types
 	$(BIN)/mypy
 
 lock: $(READY) ## compile requirements.txt from pyproject.toml, for all platforms and Python versions
-	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra demo --extra dev --output-file requirements.txt \
+	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra demo --extra dev --extra slurm --output-file requirements.txt \
 		--universal --python-version 3.11 --no-header --annotation-style line $(ARGS)
 
 demo-world: $(READY) ## make the demo world again, data and models; hours on a CPU, resumable

@@ -1,4 +1,4 @@
-"""A sweep's jobs, every one in a process of its own: Hydra's launcher ``processes``.
+"""A sweep's jobs, every one in a process of its own: Hydra's launcher ``processes``, and what all launchers share.
 
     python train.py -m experiment=decoupled_global seed=1,2 name=study
     python train.py -m experiment=decoupled_global seed=1,2 name=study hydra.launcher.jobs=2     two at a time
@@ -26,10 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, SimpleNamespace
 from typing import IO, ClassVar
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -54,11 +55,12 @@ class Job:
     command: list[str]
     log: Path
     exit_code: int | None = None  # of a job that ended; below zero a signal
+    unfinished: str = "not started"  # what it is while there is no exit code
 
     def outcome(self) -> str:
         """In words, and where to look when it went wrong."""
         if self.exit_code is None:
-            return "not started"
+            return self.unfinished
         if self.exit_code == 0:
             return "done"
         if self.exit_code > 0:
@@ -83,7 +85,6 @@ class Sweep:
 
     def run(self, jobs: Sequence[Job], at_a_time: int) -> None:
         """Returns when all jobs have ended; after a signal no further one is started."""
-        self.jobs += jobs
         environment = shared_fairly(self.environment, at_a_time)
         with self._signals_passed_on(), ThreadPoolExecutor(at_a_time) as threads:
             list(threads.map(lambda job: self._run(job, environment, prefixed=at_a_time > 1), jobs))
@@ -164,43 +165,51 @@ def shared_fairly(environment: Mapping[str, str], at_a_time: int) -> Mapping[str
     return {"OMP_NUM_THREADS": str(max(1, cores // at_a_time)), "PYTHONUNBUFFERED": "1", **environment}
 
 
-class ProcessLauncher(Launcher):
-    """What Hydra makes of ``hydra/launcher=processes``; ``sweep`` outlives it, since sweepers may launch in batches."""
+class SweepLauncher(Launcher):
+    """Plans a sweep's jobs: their names, folders and command lines. How they are run, a subclass says."""
 
-    __module__ = "hydra_plugins.ipa"  # Hydra refuses plug-ins from elsewhere; see `register`
-    sweep: ClassVar[Sweep]
+    sweep: ClassVar[Sweep]  # outlives the launcher, since sweepers may launch in batches
 
-    def __init__(self, jobs: int) -> None:
-        self.at_a_time = jobs
+    def __init__(self) -> None:
         self.config = DictConfig({})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        if not isinstance(self.at_a_time, int) or self.at_a_time < 1:
-            raise ValueError(f"hydra.launcher.jobs={self.at_a_time}: give the number of jobs at a time, 1 or more.")
+        self.check()
         self.loader = hydra_context.config_loader
         self.config = config
+
+    def check(self) -> None:
+        """Raise ValueError if the launcher's options cannot be."""
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run them to their end, and note each one's exit code."""
+        raise NotImplementedError
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """A job that failed is no failure here, or the sweeper would leave the rest undone; the sweep tells it."""
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.sweep.name = OmegaConf.select(self.config, "name")
-        at_a_time = min(self.at_a_time, len(job_overrides))
-        jobs = self.plan(job_overrides, initial_job_idx, at_a_time)
-        log.info("Launching %d jobs in %s, %d at a time", len(jobs), self.config.hydra.sweep.dir, at_a_time)
-        self.sweep.run(jobs, at_a_time)
+        jobs = self.plan(job_overrides, initial_job_idx)
+        log.info("Launching %d jobs in %s%s", len(jobs), self.config.hydra.sweep.dir, self.manner(len(jobs)))
+        self.sweep.jobs += jobs
+        self.run(jobs)
         if self.sweep.stopped_by is not None:
             self.sweep.tell()
             sys.exit(KILLED_BY_SIGNAL + self.sweep.stopped_by)
         return [JobReturn(job.overrides, status=JobStatus.COMPLETED, _return_value=job.exit_code) for job in jobs]
 
-    def plan(self, job_overrides: Sequence[Sequence[str]], first: int, at_a_time: int) -> list[Job]:
+    def manner(self, num_jobs: int) -> str:
+        """The end of the sentence that announces them."""
+        return ""
+
+    def plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """The jobs with their folders and commands; raises ValueError if two would share a folder."""
         jobs: list[Job] = []
         outer = HydraConfig.instance().cfg
         names = self._names(job_overrides, first)
         try:
             for number, (name, overrides) in enumerate(zip(names, job_overrides, strict=True), first):
-                jobs.append(self._job(number, name, overrides, at_a_time))
+                jobs.append(self._job(number, name, overrides))
         finally:
             HydraConfig.instance().cfg = outer
         folders = Counter(job.folder for job in [*self.sweep.jobs, *jobs])
@@ -238,7 +247,7 @@ class ProcessLauncher(Launcher):
     def _is_choice(self, key: str) -> bool:
         return key == "name" or bool(self.loader.get_group_options(key.partition("@")[0]))
 
-    def _job(self, number: int, name: str, overrides: Sequence[str], at_a_time: int) -> Job:
+    def _job(self, number: int, name: str, overrides: Sequence[str]) -> Job:
         config = self.loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = name, number
@@ -249,9 +258,7 @@ class ProcessLauncher(Launcher):
         place = {"hydra.run.dir": str(folder), **self._identity(config, subdir, given)}
         command = [*this_command(), *self._hydra_overrides(), *given]
         command += [f"{key}={quoted(value)}" for key, value in place.items()]
-        # one job at a time writes straight to the console, and Hydra's log of it has to do
-        log_name = "console.log" if at_a_time > 1 else f"{config.hydra.job.name}.log"
-        return Job(number, subdir, overrides, folder, command, folder / log_name)
+        return Job(number, subdir, overrides, folder, command, folder / f"{config.hydra.job.name}.log")
 
     def _identity(self, config: DictConfig, subdir: str, given: Sequence[str]) -> dict[str, str]:
         """The job's name and the sweep's, for a command that has such options and a user who did not say otherwise."""
@@ -264,6 +271,30 @@ class ProcessLauncher(Launcher):
         given = self.config.hydra.overrides.hydra
         decided = {"hydra.run.dir", "hydra.mode"}
         return ["hydra.mode=RUN", *(override for override in given if key_and_value(override)[0] not in decided)]
+
+
+class ProcessLauncher(SweepLauncher):
+    """What Hydra makes of ``hydra/launcher=processes``: jobs on this machine, so many at a time."""
+
+    __module__ = "hydra_plugins.ipa"  # Hydra refuses plug-ins from elsewhere; see `register`
+
+    def __init__(self, jobs: int) -> None:
+        super().__init__()
+        self.at_a_time = jobs
+
+    def check(self) -> None:
+        if not isinstance(self.at_a_time, int) or self.at_a_time < 1:
+            raise ValueError(f"hydra.launcher.jobs={self.at_a_time}: give the number of jobs at a time, 1 or more.")
+
+    def manner(self, num_jobs: int) -> str:
+        return f", {min(self.at_a_time, num_jobs)} at a time"
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        at_a_time = min(self.at_a_time, len(jobs))
+        if at_a_time > 1:  # one at a time writes straight to the console, and Hydra's log of it has to do
+            for job in jobs:
+                job.log = job.folder / "console.log"
+        self.sweep.run(jobs, at_a_time)
 
 
 def this_command() -> list[str]:
@@ -297,9 +328,15 @@ def file_name(value: str) -> str:
 
 
 def register(environment: Mapping[str, str]) -> Sweep:
-    """Make the launcher known to Hydra for one command, whose jobs get these variables; returns what it will run."""
-    ProcessLauncher.sweep = sweep = Sweep(environment)
-    Plugins.instance().register(ProcessLauncher)  # looks for plug-ins that are installed, so before the next line
+    """Make the launchers known to Hydra for one command, whose jobs get these variables; returns what they will run."""
+    from ipa.slurm import SlurmLauncher  # which stands on this module
+
+    SweepLauncher.sweep = sweep = Sweep(environment)
+    plugins = Plugins.instance()  # looks for plug-ins that are installed, so before the fake package is made
+    plugins.register(ProcessLauncher)
+    plugins.register(SlurmLauncher)
+    # Hydra's own launcher for submitit, where it is installed, would have its schema put over our YAML of that name
+    ConfigStore.instance().repo.get("hydra", {}).get("launcher", {}).pop("submitit_slurm.yaml", None)
     package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
-    package.__dict__["ipa"] = sys.modules[__name__]
+    package.__dict__["ipa"] = SimpleNamespace(ProcessLauncher=ProcessLauncher, SlurmLauncher=SlurmLauncher)
     return sweep

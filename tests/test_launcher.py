@@ -227,7 +227,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
         launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=config)
         overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
         (batch,) = BasicSweeper.split_arguments(overrides, None)
-        return [job.name for job in launcher.plan(batch, 0, 1)]
+        return [job.name for job in launcher.plan(batch, 0)]
 
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield names
@@ -243,7 +243,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
         (["trainer.precision=bf16-mixed,32-true"], ["precision_bf16-mixed", "precision32-true"]),
         (["data.train=/a/b,'../c d'"], ["train_a_b", "train_c_d"]),
         (["data.train=[a,b],[c]"], ["train_a_b", "train_c"]),
-        (["+trainer.num_nodes=1,2"], ["num_nodes1", "num_nodes2"]),
+        (["+trainer.overfit_batches=1,2"], ["overfit_batches1", "overfit_batches2"]),
         (["data.train=/a,a,b"], ["0", "1", "train_b"]),
         ([f"data.train={'a' * 200},b"], ["0", "train_b"]),
         (["optimizer.lr=0.1"], ["0"]),

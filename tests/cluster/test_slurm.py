@@ -1,0 +1,89 @@
+"""Training under a real Slurm, with the very script that docs/cluster.md gives to its readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from slurm import Slurm, wait_until
+from trainings import (
+    EVERY_STEPS,
+    PATIENCE_S,
+    STEPS,
+    TinyRuns,
+    assert_same_outcome,
+    newest_step,
+    steps_made,
+    wait_for_step,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "docs/cluster/train.sbatch"
+TORCHRUN = ROOT / "docs/cluster/torchrun.sbatch"
+# what a cluster without GPUs needs to be told otherwise than the scripts do
+NO_GPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--mem=0"]
+ONE_NODE = ["--nodes=1", "--ntasks-per-node=2"]
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
+
+
+def output(job: int, tiny_runs: TinyRuns) -> str:
+    return (tiny_runs.folder / f"slurm-{job}.out").read_text()
+
+
+def submit(slurm: Slurm, tiny_runs: TinyRuns, *options: str, script: Path = TRAIN) -> tuple[int, Path]:
+    """The job, and the folder of its run."""
+    log = f"--output={tiny_runs.folder}/slurm-%j.out"
+    job = slurm.submit(Path(script), log, *NO_GPUS, *options, cwd=ROOT, arguments=tiny_runs.overrides)
+    return job, tiny_runs.run_folder(job)
+
+
+@pytest.mark.slow
+def test_slurm_answers(slurm: Slurm) -> None:
+    assert len(slurm.run("srun", "-n", "2", "hostname").split()) == 2
+    nodes = slurm.run("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME $SLURM_NODEID $SLURM_NNODES")
+    assert sorted(nodes.splitlines()) == ["one 0 2", "two 1 2"]
+
+
+@pytest.mark.slow
+def test_disturbed_run_ends_as_if_nothing_had_been(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+    """Stopped three times, the job waits and goes on with its own run; the other has a node for each of its tasks."""
+    job, run = submit(slurm, tiny_runs, *ONE_NODE)
+    for times, disturb in enumerate([slurm.requeue, slurm.warn, lambda job: slurm.preempt()], 1):
+        wait_for_step(run, times * STEPS // 5)
+        disturb(job)
+        wait_until(lambda: slurm.state(job) == "PENDING", f"job {job} pending", PATIENCE_S)
+        assert times * STEPS // 5 <= newest_step(run) < STEPS, output(job, tiny_runs)
+
+    assert slurm.wait_for_end(job, PATIENCE_S) == "COMPLETED", output(job, tiny_runs)
+    assert slurm.field(job, "Restarts") == "3"
+    whole, undisturbed = submit(slurm, tiny_runs, *TWO_NODES)
+    assert slurm.wait_for_end(whole, PATIENCE_S) == "COMPLETED", output(whole, tiny_runs)
+    assert steps_made(run) == steps_made(undisturbed) == STEPS
+    assert_same_outcome(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_torchrun_on_every_node_obeys_as_well(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+    """Its workers are told, write their checkpoint, and the job goes on under the same name."""
+    job, run = submit(slurm, tiny_runs, *TWO_NODES, "--export=ALL,GPUS_PER_NODE=1", script=TORCHRUN)
+    for times, disturb in enumerate([slurm.warn, lambda job: slurm.preempt()], 1):
+        wait_for_step(run, times * STEPS // 5)
+        disturb(job)
+        wait_until(lambda: slurm.state(job) == "PENDING", f"job {job} pending", PATIENCE_S)
+        assert times * STEPS // 5 <= newest_step(run) < STEPS, output(job, tiny_runs)
+
+    assert slurm.wait_for_end(job, PATIENCE_S) == "COMPLETED", output(job, tiny_runs)
+    assert slurm.field(job, "Restarts") == "2"
+    assert steps_made(run) == STEPS
+
+
+@pytest.mark.slow
+def test_cancelled_run_stays_cancelled(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+    job, run = submit(slurm, tiny_runs, *ONE_NODE)
+    wait_for_step(run, EVERY_STEPS)
+    slurm.run("scancel", str(job))
+
+    assert slurm.wait_for_end(job, PATIENCE_S) == "CANCELLED"
+    wait_until(lambda: not slurm.run("squeue", "--noheader", f"--jobs={job}"), f"job {job} gone", PATIENCE_S)
+    assert slurm.state(job) == "CANCELLED" and slurm.field(job, "Restarts") == "0"
+    assert newest_step(run) < STEPS, output(job, tiny_runs)
