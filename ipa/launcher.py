@@ -63,6 +63,8 @@ class Job:
             return self.unfinished
         if self.exit_code == 0:
             return "done"
+        if self.exit_code - KILLED_BY_SIGNAL in signal.valid_signals():
+            return f"stopped by {signal.Signals(self.exit_code - KILLED_BY_SIGNAL).name}, see {self.log}"
         if self.exit_code > 0:
             return f"failed with exit code {self.exit_code}, see {self.log}"
         return f"ended by {signal.Signals(-self.exit_code).name}, see {self.log}"
@@ -105,7 +107,7 @@ class Sweep:
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's is not
         before = {number: signal.signal(number, self._pass_on) for number in heard}
         try:

@@ -48,7 +48,7 @@ SECOND_FAILS = "assert cfg.seed != 2, 'seed two is bad'"
 MEET = "me = Path(cfg.paths.run); (me / 'here').touch(); [wait_for(me.parent / f'seed{n}' / 'here') for n in (1, 2)]"
 COUNT_SIGNALS = """
     heard = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
     print("ready", flush=True)
     while not heard:
@@ -151,7 +151,7 @@ def test_variables_of_the_user_win() -> None:
     assert shared_fairly({"HOME": "/"}, 1) == {"HOME": "/"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_ends_the_jobs_and_the_sweep(sweep: SweepCommand, number: signal.Signals) -> None:
     process = sweep.start(COUNT_SIGNALS, "seed=1,2,3", "name=study", "hydra.launcher.jobs=2")
     assert process.stdout is not None
@@ -176,6 +176,14 @@ def test_killed_job_is_told_by_the_signals_name(sweep: SweepCommand) -> None:
 
     assert code == 1
     assert "seed1  ended by SIGKILL" in output
+
+
+def test_a_job_that_was_asked_to_stop_is_told_so(sweep: SweepCommand) -> None:
+    code, output = sweep.run("sys.exit({1: 128 + signal.SIGTERM, 2: 255}[cfg.seed])", "seed=1,2", "name=study")
+
+    assert code == 1
+    assert "seed1  stopped by SIGTERM, see runs/study/seed1/job.log" in output
+    assert "seed2  failed with exit code 255" in output
 
 
 def test_hydras_own_launcher_on_demand(sweep: SweepCommand, tmp_path: Path) -> None:

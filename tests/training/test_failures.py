@@ -220,6 +220,24 @@ def test_full_disk_leaves_the_last_checkpoint(start: Command, half_done: Path) -
     assert sorted(path.name for path in (half_done / "checkpoints").iterdir()) == ["step_00000002.ckpt"]
 
 
+def test_a_run_goes_on_when_its_full_disk_has_room_again(train_in: Run, small_disk: Path, finished: Path) -> None:
+    """A file system that is really full: the run says so, its last checkpoint is whole, and it ends as ever."""
+    folder = train_in(small_disk / "x", "trainer.max_steps=2", "scoring=null")
+    last, filler = last_checkpoint(folder), small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+
+    with pytest.raises(OSError, match=r"step_00000004\.ckpt needs .* MB are free there.*same command then goes on"):
+        train_in(folder)
+
+    assert read_checkpoint(last)["global_step"] == 2 and last_checkpoint(folder) == last
+    filler.unlink()
+    train_in(folder)
+    assert column(folder, "train/loss") == column(finished, "train/loss")
+    adapters = (load_file(each / "adapter.safetensors") for each in (folder, finished))
+    for one, other in zip(*(each.items() for each in adapters), strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+
+
 @pytest.mark.slow
 def test_full_disk_leaves_the_last_adapter(start: Command, half_done: Path) -> None:
     adapter = half_done / "adapter.safetensors"

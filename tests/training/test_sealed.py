@@ -3,8 +3,6 @@
 import errno
 import os
 import random
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,18 +86,6 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(OSError, match=r"step_1\.ckpt needs .* MB are free .*paths\.runs=FOLDER") as error:
         check_space(tmp_path / "checkpoints", 1 << 60, tmp_path / "checkpoints/step_1.ckpt")
     assert error.value.errno == errno.ENOSPC
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    answer = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
-    if answer.returncode:
-        pytest.skip(f"no file system can be mounted here: {answer.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("looks_first", [True, False])
