@@ -32,8 +32,8 @@ class ContinuedWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Lightning would delete the file here."""
 
-    def continue_after(self, step: int) -> None:
-        """Drop the rows of later steps, which are run again."""
+    def continue_after(self, step: int, row: dict[str, float]) -> None:
+        """Drop the rows of later steps, which are run again; ``row`` is this step's, if it should be missing."""
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="") as file:
@@ -42,6 +42,10 @@ class ContinuedWriter(ExperimentWriter):
                 self.metrics_keys = list(reader.fieldnames or [])
             self._write(rows)
             self.written = int(rows[-1]["step"]) if rows else None
+            if row and self.written != step:
+                self.log_metrics(row, step)
+                self.save()
+                self.written = step
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         if step is not None and step == self.written:
@@ -96,12 +100,38 @@ class RunCSV(CSVLogger):
 
 
 class ContinuedLog(L.Callback):
-    """Lets ``log.csv`` go on at the step where training goes on: a kill may come long after the last checkpoint."""
+    """Lets ``log.csv`` go on at the step where training goes on.
+
+    A kill may come long after the last checkpoint, or between the checkpoint and the row of its step, which Lightning
+    writes after all callbacks. So the checkpoint has that row, too.
+    """
+
+    def __init__(self) -> None:
+        self.row: dict[str, float] = {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["log_row"] = row_to_come(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.row = checkpoint["log_row"]
 
     def on_ready(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RunCSV) and trainer.is_global_zero:
-                logger.experiment.continue_after(trainer.global_step)
+                logger.experiment.continue_after(trainer.global_step, self.row)
+
+
+def row_to_come(trainer: Any) -> dict[str, float]:
+    """What `log.csv` gets of the step that was just made; nothing where the step is not logged."""
+    if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+        return {}
+    told = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items() if name != "step"}
+    for logger in trainer.loggers:
+        if isinstance(logger, RunCSV) and trainer.is_global_zero and logger.experiment.metrics:
+            held = logger.experiment.metrics[-1]
+            told |= held if held["step"] == trainer.global_step else {}
+    told.pop("step", None)
+    return told
 
 
 def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> WandbLogger:

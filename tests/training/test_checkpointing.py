@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bystanders import dice
-from conftest import Run, checkpoint, column, last_checkpoint
+from conftest import Run, checkpoint, column, last_checkpoint, rows
 from test_resume import SIX, assert_same_run
 
 from ipa.training.checkpointing import (
@@ -161,6 +161,19 @@ def test_a_run_starts_from_the_checkpoint_of_another(train_in: Run, tmp_path: Pa
     assert checkpoint(second)["global_step"] == 6
     for name, tensor in checkpoint(whole)["state_dict"].items():
         assert torch.equal(checkpoint(second)["state_dict"][name], tensor)
+
+
+def test_the_row_of_a_checkpoints_step_is_not_lost(train_in: Run, tmp_path: Path, whole: Path) -> None:
+    """A kill may come when the checkpoint is on disk and its row in the log is not."""
+    folder = train_in(tmp_path / "x", *SIX, "trainer.max_steps=4")
+    lines = (folder / "log.csv").read_text().splitlines(keepends=True)
+    (folder / "log.csv").write_text("".join(lines[:-1]))
+
+    train_in(folder, *SIX)
+
+    assert_same_run(folder, whole)
+    known = [name for name in rows(whole)[3] if not name.endswith("samples_per_s")]
+    assert [rows(folder)[3].get(name) for name in known] == [rows(whole)[3][name] for name in known]
 
 
 def test_a_killed_process_leaves_nothing_begun(train_in: Run, tmp_path: Path, finished: Path) -> None:
