@@ -59,7 +59,7 @@ class SlurmLauncher(SweepLauncher):
         try:
             import submitit  # noqa: F401
         except ImportError as error:
-            raise ValueError("hydra/launcher=submitit_slurm needs submitit: pip install 'ipa[slurm]'") from error
+            raise ValueError("hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'") from error
         if absent := [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]:
             raise ValueError(
                 f"hydra/launcher=submitit_slurm: this machine has no {' and no '.join(absent)}. Start the sweep where "

@@ -127,7 +127,7 @@ class InceptionNetwork(PictureNetwork):
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
             raise MissingNetwork(
-                "FID and KID need the package torch-fidelity: pip install 'ipa[fid]', or leave the two out"
+                "FID and KID need the package torch-fidelity: pip install -e '.[fid]', or leave the two out"
             ) from error
         file = download(fidelity.URL_INCEPTION_V3, cls.FILE) if path is None else Path(path)
         if not file.is_file():

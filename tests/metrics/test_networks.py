@@ -75,7 +75,7 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for package in ("torch_fidelity", "dreamsim"):
         monkeypatch.setitem(sys.modules, package, None)
 
-    with pytest.raises(MissingNetwork, match=r"torch-fidelity: pip install 'ipa\[fid\]'"):
+    with pytest.raises(MissingNetwork, match=r"torch-fidelity: pip install -e '.\[fid\]'"):
         InceptionNetwork.from_pretrained()
     with pytest.raises(MissingNetwork, match="pip install dreamsim"):
         DreamSimNetwork.from_pretrained(tmp_path)

@@ -134,7 +134,7 @@ def test_tensorboard_that_is_missing_is_told(world: World, tmp_path: Path) -> No
         run_training(tmp_path / "x", *world.overrides(), "logger=tensorboard")
 
     assert explain_failure(caught.value) == (
-        "logger=tensorboard needs the package tensorboard: pip install 'ipa[tensorboard]'"
+        "logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'"
     )
 
 
