@@ -25,7 +25,8 @@ TOLD = [
     for pattern in (
         r"://([^/@\s:]*:[^/@\s]+)@",
         r"https?://([^/@\s]+)@",
-        rf"(?:^|[?&;\s'\"-])[\w.-]*{NAMES}=([^&#\s'\"]+)",
+        # from where a word begins, since a long line of dashes would be begun at each of them
+        rf"(?<![\w.-])(?:^|(?<=[?&;\s'\"])|[\w.]*-)[\w.-]*{NAMES}=([^&#\s'\"]+)",
         r"[?&](?:sig|key|auth)=([^&#\s'\"]+)",
         r"authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?([^\s'\"]+)",
     )

@@ -87,6 +87,12 @@ def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None
         assert hide(text) == shown
 
 
+def test_a_long_line_is_looked_through_at_once() -> None:
+    for text in ("-" * 100_000, "a-" * 50_000, "a.b" * 30_000):
+        assert hide(text) == text
+        assert hide(f"{text}token=abc") == f"{text}token={HIDDEN}"
+
+
 def test_only_the_secret_stays_as_it_was_written() -> None:
     written = {
         "a": "${oc.env:HOME}",
