@@ -13,6 +13,7 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class StreamDataModule(LightningDataModule):
     """Orders of samples → loaders, and the place that training has reached.
 
     ``batch_size`` is per device. ``lanes`` says for how many ``ranks`` and ``workers`` (data workers of each) the
-    training order is dealt out; what is null there is taken from the run that begins. ``rejects`` counts what
-    ``consumed`` batches skipped, by reason (this rank's part).
+    training order is dealt out; what is null there is taken from the run that begins. For ``grace_s`` after a signal
+    batches may still be wanted. ``rejects`` counts what ``consumed`` batches skipped, by reason (this rank's part).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class StreamDataModule(LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.val_limit = val_limit
         self.num_workers = num_workers
+        self.grace_s = 25.0
         self.asked_lanes = dict(lanes or {})
         self.lanes: Lanes | None = None
         self.readers: tuple[int, int] | None = None
@@ -126,7 +128,7 @@ class StreamDataModule(LightningDataModule):
             "batch_size": None,  # the streams make the batches
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": workers.begin if self.num_workers > 0 else None,
+            "worker_init_fn": partial(workers.begin, grace_s=self.grace_s) if self.num_workers > 0 else None,
             "pin_memory": torch.cuda.is_available(),
         }
 
@@ -189,22 +191,17 @@ class StreamDataModule(LightningDataModule):
         self.position.lanes = dict.fromkeys(range(self.lanes.number), begin)
         log.warning("the data go on with a new pass (%d): %s", epoch, why)
 
-    def own_part(self) -> tuple[dict[int, LanePlace], Counter[str]]:
-        """What this rank adds to a checkpoint: where it thinks that the lanes stand, and what it rejected."""
-        return self.position.lanes, self.rejects
-
     def all_rejects(self) -> Counter[str]:
         """What all ranks rejected, by reason: to be called by all of them."""
-        return sum((rejects for _, rejects in gather(self.own_part())), Counter[str]())
+        return sum(gather(self.rejects), Counter[str]())
 
     def state_dict(self) -> dict[str, Any]:
         """The place of every lane, gathered from all ranks: to be called by all of them.
 
         After a resume each rank knows the places of the others' lanes, too, but as they were: the furthest counts.
         """
-        parts = gather(self.own_part())
         lanes: dict[int, LanePlace] = {}
-        for known, _ in parts:
+        for known in gather(self.position.lanes):
             lanes |= {lane: max(place, lanes.get(lane, place), key=reached) for lane, place in known.items()}
         return {
             "step": self.position.step,
@@ -213,7 +210,7 @@ class StreamDataModule(LightningDataModule):
             "readers": self.readers and list(self.readers),
             "order": self.fingerprint(),
             "step_samples": self.step_samples(),
-            "rejects": dict(sum((rejects for _, rejects in parts), Counter[str]())),
+            "rejects": dict(self.all_rejects()),
         }
 
     def step_samples(self) -> int:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from torch.utils.data import get_worker_info
 
-log = logging.getLogger(__name__)
+from ipa.data.addresses import Item
 
-Item = TypeVar("Item")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,8 @@ class Preparation:
     """What becomes of a record: edge of target and reference, size of the latents (C, H, W), drops, background.
 
     Pictures of more than ``max_pixels`` are rejected before they are decoded; ``headroom`` is that of ``open_picture``.
-    ``crop`` says where a target is cut from
-    its picture; the reference is cut by itself, as the encoder is used to it (``reference_fit``), and ``augment``
-    changes it and it alone.
+    ``crop`` says where a target is cut from its picture; the reference is cut by itself, as the encoder is used to it
+    (``reference_fit``), and ``augment`` changes it and it alone.
     """
 
     image_size_px: int
