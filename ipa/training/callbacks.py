@@ -47,7 +47,7 @@ class Throughput(L.Callback):
             self.seconds += time.perf_counter() - self.started
             self.started = math.nan
         if logs:
-            pl_module.log("train/samples_per_s", self.samples / self.seconds, prog_bar=True, rank_zero_only=True)
+            pl_module.log("train/samples_per_s", self.samples / self.seconds, rank_zero_only=True)
             self.total_samples += self.samples
             self.total_seconds += self.seconds
             self.samples, self.seconds = 0, 0.0

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,9 +58,10 @@ class AdapterTraining(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         errors = self.model.errors(batch)
         loss = mean_over_ranks(errors.loss) if self.will_log(batch_idx) else errors.loss  # waits for the other ranks
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
-        # loggers take this for the row's step: the number of steps done, as files and checkpoints count them
-        self.log("step", float(self.global_step + 1), batch_size=len(batch))
+        self.log("train/loss", loss, batch_size=len(batch))
+        # loggers take this for the row's step: the number of steps done, as files and checkpoints count them; a tensor,
+        # since Lightning would copy a number to the device and wait for it
+        self.log("step", torch.tensor(self.global_step + 1.0), batch_size=len(batch))
         return {"loss": errors.loss, "errors": errors}
 
     def will_log(self, batch_idx: int) -> bool:

@@ -16,6 +16,7 @@ from ipa.training.checkpointing import is_due
 log = logging.getLogger(__name__)
 
 MOST_LINES, LEAST_PAUSE_S = 100, 10.0
+SHOWN = {"train/loss": "loss", "train/samples_per_s": "samples/s"}  # what is logged, and what it is called here
 
 
 class Progress(ProgressBar):
@@ -70,9 +71,6 @@ class Progress(ProgressBar):
 
 
 def describe(trainer: L.Trainer) -> str:
-    """`loss 0.0123  samples/s 45.6`: what is logged for the bar."""
-    values = {name.rpartition("/")[2]: value for name, value in trainer.progress_bar_metrics.items()}
-    words = [
-        f"{name.replace('_per_', '/')} {value:.4g}" for name, value in values.items() if isinstance(value, int | float)
-    ]
-    return "  ".join(words)
+    """`loss 0.0123  samples/s 45.6`; nothing is logged with ``prog_bar``, which Lightning fetches at every step."""
+    values = trainer.callback_metrics
+    return "  ".join(f"{word} {float(values[name]):.4g}" for name, word in SHOWN.items() if name in values)
