@@ -3,7 +3,8 @@
     python demo/make_base.py unet                  # text encoder and UNet, together
     python demo/make_base.py vae                   # may run at the same time
     python demo/make_base.py export                # writes demo/base/
-    python demo/make_base.py unet --start FOLDER   # goes on from finished weights; so does `export`, with their VAE
+    python demo/make_base.py unet --start FOLDER   # goes on from finished weights; `export` takes the rest from there
+    python demo/make_base.py vae --start FOLDER    # its decoder only, for squared errors: the latents stay as they are
 
 A custom model, demo/base fine-tuned on one style (docs/reuse.md):
 
@@ -239,9 +240,13 @@ def set_learning_rate(
 
 def train_vae(options: argparse.Namespace) -> None:
     world = read_world(HERE / "build" / "data" / "all")
-    pca = load_pca()
+    encode = make_encoder(options.start)
     folder = options.build
     vae = make_vae()
+    if options.start:
+        vae.load_state_dict(load_file(options.start / "vae" / "diffusion_pytorch_model.safetensors"))
+        for encodes in (vae.encoder, vae.quant_conv):
+            encodes.requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, fused=True)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     state = load_state(folder / "vae.pt", vae=vae, optimizer=optimizer, average=average)
@@ -254,21 +259,26 @@ def train_vae(options: argparse.Namespace) -> None:
         pixels = compose(world.rgba[chosen], draw_backgrounds(options.batch, generator))
         if torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
-        target = pca.encode(pixels)
+        target = encode(pixels)
+        noisy = target + POSTERIOR_STD * torch.randn(target.shape, generator=generator)
         with autocast():
-            latents = vae.encode(pixels).latent_dist.mean
-            noisy = target + POSTERIOR_STD * torch.randn(target.shape, generator=generator)
             decoded = vae.decode(noisy).sample
-        fit = (latents.float() - target).square().mean()
         colour = (decoded.float() - pixels).abs().mean()
         edges = sum((difference(decoded.float(), d) - difference(pixels, d)).abs().mean() for d in (-1, -2))
-        (fit + colour + edges).backward()
+        if options.start:
+            squared = (decoded.float() - pixels).square().mean()
+            losses = {"pixel_mse": 20 * squared, "colour_l1": colour, "edge_l1": edges}
+        else:
+            with autocast():
+                latents = vae.encode(pixels).latent_dist.mean
+            losses = {"latent_mse": (latents.float() - target).square().mean(), "colour_l1": colour, "edge_l1": edges}
+        sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(vae)
         step += 1
-        progress.log(step, latent_mse=fit, colour_l1=colour, edge_l1=edges)
+        progress.log(step, **losses)
         if clock.time_to_save() or clock.share >= 1:
             save_state(folder / "vae.pt", step, clock, vae=vae, optimizer=optimizer, average=average)
 
@@ -343,10 +353,14 @@ def export(options: argparse.Namespace) -> None:
     build, out = options.build, options.out
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     text_encoder, unet, vae = make_text_encoder(tokenizer), make_unet(options.width), make_vae()
-    averaged = torch.load(build / "unet.pt", weights_only=True)["average"]
-    text_encoder.load_state_dict(taken(averaged, "module.text."))
-    unet.load_state_dict(taken(averaged, "module.unet."))
-    if options.start:
+    if options.start and not (build / "unet.pt").exists():
+        text_encoder.load_state_dict(load_file(options.start / "text_encoder" / "model.safetensors"))
+        unet.load_state_dict(load_file(options.start / "unet" / "diffusion_pytorch_model.safetensors"))
+    else:
+        averaged = torch.load(build / "unet.pt", weights_only=True)["average"]
+        text_encoder.load_state_dict(taken(averaged, "module.text."))
+        unet.load_state_dict(taken(averaged, "module.unet."))
+    if options.start and not (build / "vae.pt").exists():
         vae.load_state_dict(load_file(options.start / "vae" / "diffusion_pytorch_model.safetensors"))
     else:
         vae.load_state_dict(taken(torch.load(build / "vae.pt", weights_only=True)["average"], "module."))
