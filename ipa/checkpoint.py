@@ -8,6 +8,7 @@ The state that resumes a training (optimizer, step, data position) is Lightning'
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -24,6 +25,7 @@ from torch import Tensor
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
 OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
+NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_RUN_FOLDER) -> None:
@@ -53,17 +55,16 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
 
 
 def force_to_disk(path: Path) -> None:
-    """A file, or the names in a folder where the system lets a folder be opened."""
+    """A file, or the names in a folder where the system lets a folder be opened and forced; mounted buckets do not."""
     try:
         file = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NOT_FOR_FOLDERS):
+            raise
 
 
 def mode_of_new(path: Path) -> int:

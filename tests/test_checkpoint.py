@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipa.checkpoint import load_adapter, read_metadata, read_shapes, save_adapter, write_atomically
+from ipa.checkpoint import force_to_disk, load_adapter, read_metadata, read_shapes, save_adapter, write_atomically
 
 TENSORS = {
     "image_proj.proj.weight": torch.arange(24, dtype=torch.float16).reshape(8, 3).T,  # not contiguous
@@ -248,6 +248,14 @@ def test_another_ending_is_refused(tmp_path: Path) -> None:
             use(tmp_path / "adapter.pt")
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that cannot be forced to disk")
+def test_a_folder_that_cannot_be_forced_to_disk_is_no_error() -> None:
+    """As a mounted bucket, so that a file which is in its place already would be called not written."""
+    force_to_disk(Path("/proc"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        force_to_disk(Path("/proc/self/stat"))
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from ipa.data.datamodule import gather
 from ipa.training.sealed import BrokenFile, check_seal, read_sealed, write_sealed
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -120,14 +121,18 @@ class Checkpoints(L.Callback):
         return self.folder / self.best["name"] if self.best["name"] else None
 
     def on_ready(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.saved_step = trainer.global_step if checkpoints_in(self.folder) else -1
+        """Raises ValueError where the ranks would go on from different steps."""
+        steps, found = zip(*gather((trainer.global_step, bool(checkpoints_in(self.folder)))), strict=True)
+        check_same(steps, self.folder)
+        self.saved_step = trainer.global_step if found[0] else -1
         if self.best_path is not None and not self.best_path.is_file():
             self.best = {"name": "", "score": None}  # of another run, whose checkpoint this one began from
         if trainer.is_global_zero:
             remove_unfinished(self.folder)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self.take_score(trainer)
+        if trainer.global_step == self.saved_step:
+            self.take_score(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         writer(trainer).check()
@@ -223,6 +228,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not (isinstance(content, dict) and {"state_dict", "global_step"} <= content.keys()):
         raise ValueError(f"{path} is not a checkpoint of a training")
     return content
+
+
+def check_same(steps: Sequence[int], folder: Path) -> None:
+    """Raise ValueError unless all ranks begin at the same step."""
+    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"the processes see different checkpoints in {folder}: rank 0 goes on from step {steps[0]}, rank {other} "
+            f"from step {steps[other]}. All machines need the same folder: give paths.runs=FOLDER on a disk that they "
+            "share; where they do share it, it may show new files late, so start again"
+        )
 
 
 def prune(folder: Path, step: int, keep_last: int, best: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -115,7 +116,9 @@ def take(found: Any, wanted: Any, name: str) -> None:
         OmegaConf.update(found, name, OmegaConf.select(wanted, name), merge=False)
 
 
+@rank_zero_only
 def save(path: Path, content: Mapping[str, Any]) -> None:
+    """By the first process: those of several machines may have one number, and would write beside under one name."""
     write_atomically(path, lambda beside: OmegaConf.save(OmegaConf.create(dict(content)), beside))
 
 

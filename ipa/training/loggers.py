@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import logging
 import netrc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -22,6 +24,8 @@ from PIL import Image
 from ipa.checkpoint import write_atomically
 from ipa.secrets import without_secrets
 
+log = logging.getLogger(__name__)
+
 
 class ContinuedWriter(ExperimentWriter):
     """Lightning's writer, but with one row per step, and what an earlier part of the run wrote is continued."""
@@ -36,10 +40,8 @@ class ContinuedWriter(ExperimentWriter):
         """Drop the rows of later steps, which are run again; ``row`` is this step's, if it should be missing."""
         path = Path(self.metrics_file_path)
         if path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row in reader if row["step"].isdecimal() and int(row["step"]) <= step]
-                self.metrics_keys = list(reader.fieldnames or [])
+            self.metrics_keys, found = read_rows(path)
+            rows = [row for row in found if int(row["step"]) <= step]
             self._write(rows)
             self.written = int(rows[-1]["step"]) if rows else None
             if row and self.written != step:
@@ -77,6 +79,17 @@ class ContinuedWriter(ExperimentWriter):
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows; what a full disk tore off in the middle is none. Raises ValueError for another file."""
+    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    reader = csv.DictReader(whole.split("\n"))
+    rows = [row for row in reader if (row.get("step") or "").isdecimal() and None not in row]
+    names = list(reader.fieldnames or [])
+    if names and "step" not in names:
+        raise ValueError(f"{path} is damaged: it has no column step. Move it away, and the same command goes on")
+    return names, rows
 
 
 class RunCSV(CSVLogger):
@@ -134,6 +147,33 @@ def row_to_come(trainer: Any) -> dict[str, float]:
     return told
 
 
+class RunWandb(WandbLogger):
+    """wandb's logger, for a run that outlives wandb's service: a signal to all processes of a job ends that first."""
+
+    lost = False
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self.attempt(super().log_metrics, *args, **kwargs)
+
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        self.attempt(super().log_image, *args, **kwargs)
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        self.attempt(super().log_table, *args, **kwargs)
+
+    def attempt(self, tell: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """What it misses is in log.csv and previews/; told once."""
+        import wandb
+
+        if self.lost:
+            return
+        try:
+            tell(*args, **kwargs)
+        except (ConnectionError, wandb.Error) as error:
+            self.lost = True
+            log.warning("wandb's service has ended (%s): its record of this run stops here, log.csv goes on", error)
+
+
 def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> WandbLogger:
     """A wandb run in ``folder``; it goes to the network only for a user who is logged in and did not say otherwise.
 
@@ -150,7 +190,7 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path(folder).resolve() / "wandb" / kind.lower()))
     run_id = uuid5(NAMESPACE_URL, Path(folder).resolve().as_uri()).hex
     options = {"id": run_id, "resume": "allow", **options}
-    logger = WandbLogger(name=name, project=project, save_dir=str(folder), offline=offline, **options)
+    logger = RunWandb(name=name, project=project, save_dir=str(folder), offline=offline, **options)
     logger._wandb_init.pop("anonymous", None)  # wandb warns of an option that Lightning always passes
     return logger
 
@@ -160,7 +200,7 @@ def make_tensorboard(folder: str | Path) -> TensorBoardLogger:
     try:
         return TensorBoardLogger(Path(folder), name="", version="tensorboard")
     except ModuleNotFoundError as error:
-        raise ValueError("logger=tensorboard needs the package tensorboard: pip install 'ipa[tensorboard]'") from error
+        raise ValueError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
 
 
 def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:

@@ -20,10 +20,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ipa.checkpoint import write_atomically
+from ipa.checkpoint import brief, write_atomically
 from ipa.data.cache import WrongCache
 from ipa.data.rejects import NoGoodSamples
 from ipa.export.loading import load_into
@@ -66,8 +67,8 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     start = where_to_start(folder / "checkpoints", cfg.resume)
     begins = start is None or start.parent != folder / "checkpoints"
     cfg = settle_configuration(cfg, folder, goes_on=not begins)
-    if is_finished(folder, cfg.trainer.max_steps):
-        log.info("%s is finished; a larger trainer.max_steps= lets it go on. It reached:\n\n%s", folder, told(folder))
+    if (reached := what_it_reached(folder, cfg.trainer.max_steps)) is not None:
+        log.info("%s is finished; a larger trainer.max_steps= lets it go on. It reached:\n\n%s", folder, reached)
         return
     torch.set_float32_matmul_precision("high")
     if cfg.trainer.accelerator == "cpu":
@@ -82,6 +83,7 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     for previews in (callback for callback in callbacks if isinstance(callback, Previews)):
         previews.interruptible = signals.obeying
     datamodule.batch_size = batch_size_of_each(cfg, trainer)
+    datamodule.grace_s = cfg.stop.grace_s
     optimizer = scaled_optimizer(cfg, samples_per_step(datamodule.batch_size, trainer))
     L.seed_everything(cfg.seed, verbose=False)
     model = build_model(cfg)
@@ -108,13 +110,27 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     if stop.end is not None:
         raise stop.end
     model.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    with module.product():
+    with signals.obeying(), module.product():
         scores = final_scores(cfg, model, datamodule)
     if trainer.is_global_zero:
         report(cfg, folder, model, scores, trainer, callbacks)
 
 
+def check_devices(cfg: DictConfig) -> None:
+    """Raise ValueError for devices that are not there, or none."""
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not (
+        CUDAAccelerator.is_available() or MPSAccelerator.is_available()
+    ):
+        raise ValueError(
+            f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU here: see whether nvidia-smi lists "
+            "one and torch.version.cuda fits its driver; or give trainer.accelerator=cpu trainer.precision=32-true"
+        )
+    if cfg.trainer.devices in (0, "0"):
+        raise ValueError("trainer.devices=0: give the number of processes of each machine, 1 or more, or auto for GPUs")
+
+
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> Any:
+    check_devices(cfg)
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -197,19 +213,25 @@ def where_to_start(folder: Path, resume: str) -> Path | None:
         )
     if newest is not None or resume in ("auto", "never"):
         return newest
+    if not Path(resume).is_file():
+        raise ValueError(
+            f"resume={resume}: no such checkpoint. Give auto, never, or a file as runs/…/checkpoints/step_00000600.ckpt"
+        )
     read_checkpoint(Path(resume))
     return Path(resume)
 
 
-def is_finished(folder: Path, max_steps: int) -> bool:
-    """Whether the run reached this many steps, its summary included."""
+def what_it_reached(folder: Path, max_steps: int) -> str | None:
+    """The summary of a run that made this many steps; None for one that did not, or has no summary that can be read."""
     path = folder / "summary.json"
-    has_steps = bool(checkpoints_in(folder / "checkpoints")) and path.is_file()
-    return has_steps and json.loads(path.read_text())["steps"] >= max_steps
-
-
-def told(folder: Path) -> str:
-    return describe(json.loads((folder / "summary.json").read_text()))
+    if not (checkpoints_in(folder / "checkpoints") and path.is_file()):
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return describe(summary) if summary["steps"] >= max_steps else None
+    except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError) as error:
+        log.warning("%s is damaged (%s), so it is made again", path, brief(error))
+        return None
 
 
 def report(

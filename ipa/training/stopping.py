@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -93,10 +93,13 @@ class Signals:
         self.timer.daemon = True
         self.timer.start()
         if self.obey:
-            if self.launcher is not None:
-                self.launcher.kill(signal.SIGTERM)  # the other ranks, which would wait for this one
-            raise Stopped(number)
+            self.end(number)
         log.info("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+
+    def end(self, number: int) -> NoReturn:
+        if self.launcher is not None:
+            self.launcher.kill(signal.SIGTERM)  # the other ranks, which would wait for this one
+        raise Stopped(number)
 
     @contextmanager
     def obeying(self) -> Iterator[None]:
@@ -104,7 +107,7 @@ class Signals:
         before, self.obey = self.obey, True
         try:
             if self.number is not None:
-                raise Stopped(self.number)
+                self.end(self.number)
             yield
         finally:
             self.obey = before
@@ -173,11 +176,14 @@ class StopOnSignal(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if ends_step(trainer, batch_idx):
             if number := self.agreed(trainer):
-                self.save(trainer, pl_module, number)
-                self.end = Stopped(number, exit_code_of(trainer))
+                self.stop(trainer, pl_module, number)
                 trainer.should_stop = True  # when the step's values are logged
             else:
                 self.wait_for_data(trainer)
+
+    def stop(self, trainer: L.Trainer, pl_module: Any, number: int) -> None:
+        self.save(trainer, pl_module, number)
+        self.end = Stopped(number, exit_code_of(trainer))
 
     def wait_for_data(self, trainer: L.Trainer) -> None:
         """One process can be stopped while it waits; several have to agree on a step, so they wait for the next."""
@@ -213,8 +219,11 @@ class StopOnSignal(Checkpoint):
             self.save(trainer, pl_module, exception.number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        while self.flags:
-            self.flags.popleft().arrived()
+        """The flags of the last steps tell of a signal for which there was no step left."""
+        number = max((flag.read() for flag in self.flags), default=0)
+        self.flags.clear()
+        if number and self.end is None:
+            self.stop(trainer, pl_module, number)
         self.between_steps = False
         self.signals.obey = True
 

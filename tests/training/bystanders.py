@@ -1,4 +1,4 @@
-"""Callbacks that stand by in a real run: one that stops it, and one that remembers what went through it."""
+"""Callbacks that stand by in a real run: some stop it, others remember what went through it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import lightning as L
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class StopBefore(L.Callback):
@@ -122,3 +123,52 @@ def signal_at(moment: str, step: int, number: int, flag: Path) -> list[str]:
     flag.touch()
     values = {"_target_": f"{__name__}.SignalAt", "moment": moment, "step": step, "number": number, "flag": flag}
     return [f"+callbacks.signal.{name}={value}" for name, value in values.items()]
+
+
+class CountsFetches(TorchDispatchMode):
+    """Counts every value of a tensor that becomes a number of Python, for which a GPU is waited for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class FetchesOfSteps(L.Callback):
+    """Writes into ``file`` how many values were fetched in each step, waiting for its data included."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.mode: CountsFetches | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.end_step()
+        self.mode = CountsFetches()
+        self.mode.__enter__()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.end_step()
+
+    def end_step(self) -> None:
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            with self.file.open("a") as file:
+                file.write(f"{self.mode.number}\n")
+        self.mode = None
+
+
+def fetches(file: Path) -> list[str]:
+    return [f"+callbacks.fetches._target_={__name__}.FetchesOfSteps", f"+callbacks.fetches.file={file}"]
+
+
+def train_of_ranks(rank: int, folders: list[Path], overrides: list[list[str]]) -> None:
+    """Each rank with a folder and options of its own; how it ended is written beside its folder."""
+    from conftest import run_training
+
+    end: BaseException | None = None
+    try:
+        run_training(folders[rank], *overrides[rank])
+    except (SystemExit, ValueError) as error:
+        end = error
+    folders[rank].with_name(f"end_{rank}").write_text(f"{type(end).__name__}: {end}")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bystanders import dice
-from conftest import Run, checkpoint, column, last_checkpoint, rows
+from bystanders import dice, train_of_ranks
+from conftest import Run, World, checkpoint, column, last_checkpoint, rows
+from ranks import WORLD, together
 from test_resume import SIX, assert_same_run
 
 from ipa.training.checkpointing import (
@@ -18,6 +19,7 @@ from ipa.training.checkpointing import (
     prune,
     read_checkpoint,
 )
+from ipa.training.loggers import ContinuedWriter
 from ipa.training.run import where_to_start
 from ipa.training.sealed import write_sealed
 
@@ -119,8 +121,10 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
 
 def test_a_file_to_start_from_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
     (good,) = write(tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match=rf"no\.ckpt: no such checkpoint; there: {good.name}"):
+    with pytest.raises(ValueError, match=r"resume=.*no\.ckpt: no such checkpoint. Give auto, never, or a file"):
         where_to_start(tmp_path / "run", str(tmp_path / "no.ckpt"))
+    with pytest.raises(FileNotFoundError, match=rf"no\.ckpt: no such checkpoint; there: {good.name}"):
+        read_checkpoint(tmp_path / "no.ckpt")
     write_sealed(tmp_path / "thing.ckpt", {"weight": torch.zeros(1)})
     for path in (tmp_path / "thing.ckpt", tmp_path / "torn.ckpt"):
         path.exists() or path.write_bytes(b"PK")
@@ -174,6 +178,40 @@ def test_the_row_of_a_checkpoints_step_is_not_lost(train_in: Run, tmp_path: Path
     assert_same_run(folder, whole)
     known = [name for name in rows(whole)[3] if not name.endswith("samples_per_s")]
     assert [rows(folder)[3].get(name) for name in known] == [rows(whole)[3][name] for name in known]
+
+
+def test_a_log_whose_last_row_was_torn_anywhere_is_gone_on_with(tmp_path: Path) -> None:
+    """A full disk takes a part of what is written."""
+    path, row = tmp_path / "log.csv", {"a": 12.0, "z": 12.5}
+    whole = b"a,step,z\r\n11.0,11,11.5\r\n12.0,12,12.5\r\n"
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+
+        ContinuedWriter(str(tmp_path)).continue_after(12, row)
+
+        lines = path.read_bytes().splitlines(keepends=True)
+        assert [lines[0], lines[-1]] == [b"a,step,z\r\n", b"12.0,12,12.5\r\n"]
+        assert (b"11.0,11,11.5\r\n" in lines) == (length >= whole.index(b"\n12.0"))
+    path.write_bytes(b"\0" * 50 + whole[10:])
+    with pytest.raises(ValueError, match=r"log\.csv is damaged: it has no column step\. Move it away"):
+        ContinuedWriter(str(tmp_path)).continue_after(12, row)
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_checkpoints_are_refused(train_in: Run, world: World, tmp_path: Path) -> None:
+    """The run's folder is on the disk of one machine, and its ranks would go on alone."""
+    ranks = ("trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={WORLD}", "trainer.precision=32-true")
+    quiet = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=0")
+    common = [*world.overrides(), "~logger.wandb", *ranks, *quiet, "trainer.max_steps=4"]
+    folders = [tmp_path / "x", tmp_path / "y"]
+    train_in(folders[0], *quiet, "trainer.max_steps=2")
+
+    together(train_of_ranks, folders, [common] * WORLD)
+
+    for rank, folder in enumerate(folders):
+        end = (tmp_path / f"end_{rank}").read_text()
+        assert f"see different checkpoints in {folder}" in end
+        assert "rank 0 goes on from step 2, rank 1 from step 0. All machines need the same folder" in end
 
 
 def test_a_killed_process_leaves_nothing_begun(train_in: Run, tmp_path: Path, finished: Path) -> None:

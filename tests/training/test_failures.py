@@ -45,6 +45,7 @@ BEFORE_WEIGHTS = [
     (["base.path=PLACE/sdxl"], ["PLACE/sdxl is a Stable Diffusion XL pipeline", "base=sdxl"]),
     (["adapter.init_from=PLACE/no.safetensors"], ["PLACE/no.safetensors", "no such file"]),
     (["preview.images=PLACE/empty"], ["preview.images=PLACE/empty", "no pictures there"]),
+    (["trainer.devices=0"], ["trainer.devices=0", "1 or more"]),
     (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
     (["ema.decay=1"], ["ema.decay=1", "below 1"]),
     (

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from bystanders import stopping
-from conftest import EVERYTHING, EXPERIMENTS, Command, Run, checkpoint, column, rows, saved_configuration
+from conftest import EVERYTHING, EXPERIMENTS, Command, Run, checkpoint, column, compose, rows, saved_configuration
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import load_file
 
 from ipa.training.checkpointing import checkpoints_in
+from ipa.training.configuration import settle_configuration
 
 SIX = ("trainer.max_steps=6", "scoring=null", "image_prompt_check.every_n_steps=2")
 
@@ -153,6 +155,27 @@ def test_run_that_ended_while_it_was_scored_is_scored_again(train_in: Run, tmp_p
     assert summaries[0]["scores"] == summaries[1]["scores"]
     assert summaries[0]["steps"] == 4
     assert rows(folder) == rows(finished)
+
+
+@pytest.mark.parametrize("damaged", ["", '{"steps": 4, "adap', '{"steps": null}', "[4]", '{"steps": 9, "scores": [1]}'])
+def test_a_damaged_summary_is_made_again(
+    train_in: Run, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "x"))
+    (folder / "summary.json").write_text(damaged)
+
+    train_in(folder, "scoring=null")
+
+    assert f"{folder}/summary.json is damaged" in caplog.text
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+
+
+def test_one_process_of_all_saves_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose(tmp_path)
+    for rank in (1, 0):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        settle_configuration(cfg, tmp_path, goes_on=False)
+        assert (tmp_path / "config.yaml").exists() == (rank == 0)
 
 
 def test_run_that_failed_before_its_first_checkpoint_begins_anew(train_in: Run, tmp_path: Path, finished: Path) -> None:

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from bystanders import signal_at
-from conftest import Command, Run, checkpoint, column
+from bystanders import fetches, signal_at, train_of_ranks
+from conftest import Command, Run, World, checkpoint, column
 from lightning import Trainer
+from ranks import WORLD, together
 from test_resume import assert_same_run
 
+from ipa.data import workers
 from ipa.training.checkpointing import checkpoints_in
 from ipa.training.stopping import Signals, Stopped, replace_handlers, requeue
 
@@ -81,6 +84,43 @@ def test_with_accumulation_it_stops_after_a_whole_step(train_in: Run, tmp_path: 
     train_in(tmp_path / "x", *overrides)
 
     assert_same_run(tmp_path / "x", whole)
+
+
+@pytest.mark.slow
+def test_several_ranks_stop_for_a_signal_that_one_hears_in_its_last_step(world: World, tmp_path: Path) -> None:
+    """No further step is there to agree in, and pictures to be made and scored that the others would wait for."""
+    ranks = ("trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={WORLD}", "trainer.precision=32-true")
+    quiet = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=0", "trainer.max_steps=3")
+    common = [*world.overrides(), "~logger.wandb", *ranks, *quiet]
+    hears = signal_at("step", 3, signal.SIGTERM, tmp_path / "flag")
+
+    together(train_of_ranks, [tmp_path / "x"] * WORLD, [common, [*common, *hears]])
+
+    assert [(tmp_path / f"end_{rank}").read_text() for rank in range(WORLD)] == ["Stopped: 143"] * WORLD
+    assert checkpoint(tmp_path / "x")["global_step"] == 3
+
+
+def test_no_step_waits_for_the_device_but_those_that_are_logged(train_in: Run, tmp_path: Path) -> None:
+    quiet = ("image_prompt_check.every_n_steps=0", "preview.every_n_steps=0", "scoring=null", "data.num_workers=1")
+
+    train_in(tmp_path / "x", "trainer.max_steps=8", "trainer.log_every_n_steps=4", *quiet, *fetches(tmp_path / "n"))
+
+    fetched = [int(line) for line in (tmp_path / "n").read_text().splitlines()]
+    assert [number > 0 for number in fetched] == [False, False, False, True] * 2
+
+
+def test_a_data_worker_outlives_the_grace_of_its_process() -> None:
+    heard = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in heard}
+    try:
+        workers.begin(0, grace_s=1000)
+        for number in heard:
+            signal.raise_signal(number)
+        left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert left_s > 1000
 
 
 def run_alone(script: str, *numbers: int, pause_s: float = 0.3) -> int:
@@ -211,3 +251,23 @@ def test_real_processes_stop_in_time(start: Command, tmp_path: Path, ranks: int,
 def last_rank(processes: list[psutil.Process]) -> list[psutil.Process]:
     """The second of two ranks, or the only one; its data workers come after it."""
     return [each for each in processes if each.environ().get("LOCAL_RANK") == "1"][:1] or processes[:1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_ends_wandbs_service_and_the_run_stops_as_ever(start: Command, tmp_path: Path) -> None:
+    """As Slurm sends it to all processes of a job; the service is gone before the last values are logged."""
+    process, folder = start(*LONG, WANDB_MODE="offline"), tmp_path / "runs/decoupled_global/x"
+    wait_for_steps(process, folder)
+    processes = with_all_children(process)
+    services = [each for each in processes if "wandb" in each.name()]
+    assert services
+
+    for each in [*services, *processes]:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+
+    assert process.returncode == 128 + signal.SIGTERM, output
+    step = checkpoint(folder)["global_step"]
+    assert f"SIGTERM: stopped after step {step} of 3000" in output
+    assert list(column(folder, "train/loss")) == list(range(1, step + 1))
