@@ -53,7 +53,7 @@ class Probe(L.Callback):
     def state(self, trainer: L.Trainer, pl_module: Any) -> list[torch.Tensor]:
         values = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
         average = pl_module.average
-        averaged = [] if average is None else [*average.averaged.module.parameters(), average.averaged.n_averaged]
+        averaged = [] if average is None else [*average.averaged, average.count]
         tensors = [*pl_module.model.trainable.parameters(), *values, *averaged]
         return [getattr(tensor, "to_local", lambda t=tensor: t)().detach().clone() for tensor in tensors]
 

@@ -124,7 +124,7 @@ def test_nothing_of_the_base_is_copied(model: IPAdapterModel) -> None:
     average, _ = average_over(model, 0.9, 2)
 
     assert before > 0 and layers() == before
-    assert sum(parameter.numel() for parameter in average.averaged.parameters()) == model.count_trainable()
+    assert sum(weight.numel() for weight in average.averaged) == model.count_trainable()
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
