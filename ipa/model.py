@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from ipa.data.transforms import fit_named
 from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, to_unit_range
 
 HASHING_THREADS = 4
+MOST_SHAPES = 64  # of the compiled blocks' inputs: widths × resolutions × aspect ratios
 
 
 @dataclass
@@ -58,6 +59,7 @@ class IPAdapterModel(nn.Module):
         super().__init__()
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
+        self.is_compiled = False
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
@@ -84,6 +86,21 @@ class IPAdapterModel(nn.Module):
             return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
         self.family.checkpoint_gradients(run_again)
+
+    def compile_blocks(self) -> None:
+        """Let torch compile the denoiser's blocks at their first call, for every shape that they get.
+
+        More shapes than torch keeps are an error and not run uncompiled; see ``eagerly`` for those that come seldom.
+        """
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+        self.family.compile_blocks()
+        self.is_compiled = True
+
+    def eagerly(self) -> AbstractContextManager[Any]:
+        """While inside, the blocks run as they were written: pictures have other shapes than steps, and no gradients."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def count_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.trainable.parameters())

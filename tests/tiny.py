@@ -104,7 +104,14 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
         for host in family.hosts():
             host.attention.to_v.weight.mul_(4)
             host.attention.to_out[0].weight.mul_(4)
+    lay_out(family)
     return family
+
+
+def lay_out(family: Any) -> None:
+    """As ``from_pretrained`` does, so that a family and the one that was loaded from its files round alike."""
+    for part in (family.unet, family.vae):
+        part.to(memory_format=torch.channels_last)
 
 
 def make_pipeline(family: StableDiffusion, **parts: Any) -> StableDiffusionPipeline:

@@ -75,6 +75,7 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
         source="tiny",
     )
     make_loud(family)
+    tiny.lay_out(family)
     return family
 
 
@@ -101,6 +102,7 @@ def make_family_2_1() -> StableDiffusion:
         source="tiny",
     )
     make_loud(family)
+    tiny.lay_out(family)
     return family
 
 

@@ -53,12 +53,18 @@ class LatentDiffusion(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(
-        cls, path: str, dtype: str = "float32", vae_dtype: str | None = None, config: str | None = None
+        cls,
+        path: str,
+        dtype: str = "float32",
+        vae_dtype: str | None = None,
+        config: str | None = None,
+        channels_last: bool = True,
     ) -> Self:
         """Load a diffusers folder, a hub id, or one ``.safetensors`` file in the original layout.
 
         Weights come in ``dtype`` (torch's name), the VAE's in ``vae_dtype`` if that is given. ``config`` is the folder
         or hub id of a diffusers pipeline whose layout a single file has; None asks the hub, folders do not need it.
+        ``channels_last`` lays the convolutions' weights out as their kernels read them, which changes roundings.
 
         Raises ValueError for a base of another family and OSError for one that cannot be read; of the first kind
         nothing but configuration and headers is read.
@@ -70,6 +76,9 @@ class LatentDiffusion(nn.Module, ABC):
         else:
             pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **cls.absent)
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
+        if channels_last:
+            for name in ("unet", "vae"):
+                parts[name].to(memory_format=torch.channels_last)
         return cls(**parts, source=path)
 
     @classmethod
@@ -129,6 +138,10 @@ class LatentDiffusion(nn.Module, ABC):
         It must set up around a block again, when it recomputes it, whatever was set up around the first call.
         """
         self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=function)
+
+    def compile_blocks(self) -> None:
+        """Let torch compile what the UNet repeats, its transformer blocks: seconds, where all of it takes minutes."""
+        self.unet.compile_repeated_blocks(fullgraph=True)
 
     @torch.no_grad()
     def encode_pixels(self, pixels_B3HW: Tensor) -> Posterior:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "trainer.accumulate_grad_batches",
     "data.num_workers",
     "gradient_checkpointing",
+    "compile",
     "checkpoint.keep_last",
     "callbacks.checkpoints.keep_last",
     "resume",

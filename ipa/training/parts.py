@@ -56,4 +56,6 @@ def build_model(cfg: DictConfig) -> IPAdapterModel:
     model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
     if cfg.gradient_checkpointing:
         model.checkpoint_gradients()
+    if cfg.compile:
+        model.compile_blocks()
     return model

@@ -141,7 +141,8 @@ def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[T
     made = {}
     for first in range(0, len(work), world):
         column, batch = work[first + rank if first + rank < len(work) else 0]
-        made[first + rank] = columns[column].generate(model, features[column], batch)
+        with model.eagerly():
+            made[first + rank] = columns[column].generate(model, features[column], batch)
     pieces = bring_to_first(made, [len(batch) for _, batch in work], model.device)
     if rank != 0:
         return []

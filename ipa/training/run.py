@@ -41,11 +41,12 @@ from ipa.training.checkpointing import (
 from ipa.training.configuration import settle_configuration
 from ipa.training.guards import FiniteGuard
 from ipa.training.loggers import log_configuration
-from ipa.training.memory import explain_memory
+from ipa.training.memory import causes, explain_memory
 from ipa.training.module import AdapterTraining
 from ipa.training.parts import build_model, check_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
+from ipa.training.strategies import AdapterFSDP
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     except (NoGoodSamples, WrongCache) as error:  # a data worker's comes with the worker's traceback as its text
         raise type(error)(str(error).strip().rpartition(f"{type(error).__name__}: ")[2]) from error
     except (RuntimeError, MemoryError) as error:
+        explain_compiler(error)
         explain_memory(error, cfg, trainer, datamodule)
         raise
     if stop.end is not None:
@@ -138,8 +140,25 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> 
         plugins=[BackgroundCheckpointIO()],
         default_root_dir=folder,
     )
+    check_compile(cfg, trainer.strategy)
     check_launcher(trainer.world_size)
     return trainer
+
+
+def check_compile(cfg: DictConfig, strategy: Any) -> None:
+    """Raise ValueError where the blocks cannot be compiled whole: FSDP puts their weights together as they are called."""
+    if cfg.compile and isinstance(strategy, AdapterFSDP):
+        raise ValueError("compile=true cannot be had with trainer=fsdp or zero2: give one of them, or trainer=ddp")
+
+
+def explain_compiler(error: BaseException) -> None:
+    """Raise ValueError if torch found no compiler for ``compile=true``; return otherwise."""
+    kinds = {type(cause).__name__ for cause in causes(error)}
+    if kinds & {"InvalidCxxCompiler", "TritonMissing"}:
+        raise ValueError(
+            "compile=true needs a compiler: g++ for the CPU (or name one with CXX=…), Triton for a GPU, which comes with "
+            "torch on Linux. Install it, or leave compile=false"
+        ) from error
 
 
 def check_launcher(world_size: int) -> None:

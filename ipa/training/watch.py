@@ -90,7 +90,7 @@ class ImagePromptGuard(L.Callback):
     ) -> None:
         if not is_due(trainer, batch_idx, self.every_n_steps) or len(batch) < 2:
             return
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), pl_module.model.eagerly():
             own, other = compare_images(pl_module.model, batch)
         values = {"own": own, "other": other, "gap": (other - own) / own}
         log_now(trainer, {f"image_prompt/{name}": value for name, value in values.items()})

@@ -6,9 +6,11 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from ipa.families.sources import check_pipeline_folder
 from ipa.families.stable_diffusion import StableDiffusion, read_widths
+from ipa.model import hash_weights
 from ipa.types import to_uint8, to_unit_range
 
 
@@ -138,3 +140,17 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
 
 def test_a_hub_id_is_not_taken_for_a_folder() -> None:
     check_pipeline_folder("stable-diffusion-v1-5/stable-diffusion-v1-5")
+
+
+def test_convolutions_are_laid_out_for_their_kernels_and_mean_the_same(base_folder: Path) -> None:
+    laid_out = StableDiffusion.from_pretrained(str(base_folder))
+    plain = StableDiffusion.from_pretrained(str(base_folder), channels_last=False)
+    kernels = [m.weight for part in (laid_out.unet, laid_out.vae) for m in part.modules() if isinstance(m, nn.Conv2d)]
+    latents, t_B = torch.randn(2, 4, 8, 8), torch.tensor([7, 500])
+    text = plain.encode_text(["cat", "a dog"])
+
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert plain.unet.conv_in.weight.is_contiguous() and not laid_out.unet.conv_in.weight.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(laid_out.denoise(latents, t_B, text), plain.denoise(latents, t_B, text))
+    assert hash_weights(laid_out) == hash_weights(plain)

@@ -1,0 +1,62 @@
+"""`compile=true`: the same training, compiled; previews, checks and a resume in between change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bystanders import stopping
+from conftest import Run, checkpoint, column, compose
+from test_resume import SIX, assert_same_run
+from torch._inductor.exc import InvalidCxxCompiler
+
+from ipa.training.run import check_compile, explain_compiler
+from ipa.training.strategies import AdapterDDP, AdapterFSDP, AdapterZeRO2
+
+BUSY = (*SIX, "preview.every_n_steps=2", "preview.num_prompts=2", "preview.num_scored=2")
+
+
+@pytest.mark.parametrize("strategy", [AdapterFSDP, AdapterZeRO2])
+def test_it_is_refused_where_weights_come_and_go(tmp_path: Path, strategy: type[AdapterFSDP]) -> None:
+    cfg = compose(tmp_path, "compile=true")
+    with pytest.raises(ValueError, match=r"compile=true cannot be had with trainer=fsdp"):
+        check_compile(cfg, strategy())
+    check_compile(cfg, AdapterDDP())
+    check_compile(compose(tmp_path), strategy())
+
+
+def test_a_compiler_that_is_missing_is_told() -> None:
+    error = RuntimeError("backend failed")
+    error.__cause__ = InvalidCxxCompiler()
+    with pytest.raises(ValueError, match=r"compile=true needs a compiler: g\+\+"):
+        explain_compiler(error)
+    explain_compiler(RuntimeError("something else"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("gradient_checkpointing=true",)], ids=["plain", "checkpointing"])
+def test_it_survives_previews_and_a_resume(train_in: Run, tmp_path: Path, more: tuple[str, ...]) -> None:
+    eager = train_in(tmp_path / "eager", *BUSY, *more)
+    torch._dynamo.reset()
+    whole = train_in(tmp_path / "whole", *BUSY, *more, "compile=true")
+    torch._dynamo.reset()
+    compiled = (*BUSY, *more, "compile=true", *stopping(4, tmp_path / "stop"))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train_in(tmp_path / "x", *compiled)
+    train_in(tmp_path / "x", *compiled)
+
+    assert_same_run(tmp_path / "x", whole)
+    for folder in (whole, tmp_path / "x"):
+        assert list(column(folder, "preview/clip_i")) == list(column(eager, "preview/clip_i"))
+    torch.testing.assert_close(checkpoint(whole)["state_dict"], checkpoint(eager)["state_dict"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_is_the_blocks_that_run_compiled(train_in: Run, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train_in(tmp_path / "x", *SIX, "compile=true")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
