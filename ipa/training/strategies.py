@@ -230,6 +230,7 @@ def shard(model: IPAdapterModel, mesh: DeviceMesh, base: bool = True) -> None:
     travels in float32, the base in its own type.
     """
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": base}
+    model.family.to(memory_format=torch.contiguous_format)  # fully_shard takes no other layout
     for parameter in model.trainable.to(mesh.device_type).parameters():
         distributed.broadcast(parameter.detach(), 0)
     for block in [*(frozen_blocks(model) if base else ()), *trained_parts(model)]:
