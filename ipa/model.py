@@ -99,7 +99,7 @@ class IPAdapterModel(nn.Module):
         self.is_compiled = True
 
     def eagerly(self) -> AbstractContextManager[Any]:
-        """While inside, the blocks run as they were written: pictures have other shapes than steps, and no gradients."""
+        """While inside, the blocks run as they were written: pictures have other shapes than steps, no gradients."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def count_trainable(self) -> int:

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import ipa.cli  # noqa: F401  (registers what the configuration interpolates)
 from ipa.export.layouts import check_layout
 from ipa.training.parts import read_widths
 from ipa.types import EncoderWidths

@@ -146,7 +146,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> 
 
 
 def check_compile(cfg: DictConfig, strategy: Any) -> None:
-    """Raise ValueError where the blocks cannot be compiled whole: FSDP puts their weights together as they are called."""
+    """Raise ValueError where blocks cannot be compiled whole: FSDP puts their weights together as they are called."""
     if cfg.compile and isinstance(strategy, AdapterFSDP):
         raise ValueError("compile=true cannot be had with trainer=fsdp or zero2: give one of them, or trainer=ddp")
 
@@ -156,8 +156,8 @@ def explain_compiler(error: BaseException) -> None:
     kinds = {type(cause).__name__ for cause in causes(error)}
     if kinds & {"InvalidCxxCompiler", "TritonMissing"}:
         raise ValueError(
-            "compile=true needs a compiler: g++ for the CPU (or name one with CXX=…), Triton for a GPU, which comes with "
-            "torch on Linux. Install it, or leave compile=false"
+            "compile=true needs a compiler: g++ for the CPU (or name one with CXX=…), Triton for a GPU, which comes "
+            "with torch on Linux. Install it, or leave compile=false"
         ) from error
 
 

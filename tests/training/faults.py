@@ -76,7 +76,8 @@ class Mover(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 1:
             weight = next(pl_module.model.family.unet.parameters())
-            weight.data.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
+            first = (0,) * weight.ndim
+            weight.data[first] = torch.nextafter(weight.data[first], torch.tensor(9.0))
 
 
 class Greedy(L.Callback):
