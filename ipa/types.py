@@ -15,13 +15,15 @@ diffusers' (1 means none). λ, the weight of the image prompt, is called ``scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -192,13 +194,26 @@ def to_uint8(pixels_B3HW: Tensor) -> Tensor:
 
 @dataclass
 class ImagePrompt:
-    """Image tokens for one call of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1).
+    """Image tokens for calls of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1).
 
-    A scalar may lie on the CPU whatever the device of the tokens.
+    A scalar may lie on the CPU whatever the device of the tokens. What branches make of the tokens is kept as long as
+    the prompt lives, so neither tokens nor branches may change between calls without gradients that see one prompt.
     """
 
     tokens_BTD: Tensor
     scale: Tensor
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives: made at the first call with ``key``, and at every call where gradients are recorded.
+
+        Compiled code makes it every time, too, since what it keeps would have to be guarded.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 class Channel:
@@ -244,7 +259,10 @@ class Host(Protocol):
     name: str
 
     def make_branch(self) -> nn.Module:
-        """A new trainable branch for this place; called with (query, tokens_BTD, time embedding or None, scale)."""
+        """A new trainable branch for this place; called with (query, tokens_BTD, time embedding or None, scale, once).
+
+        ``once`` is the prompt's, which keeps what a branch makes of the tokens alone.
+        """
         ...
 
     def plug(self, branch: nn.Module, channel: Channel) -> None:

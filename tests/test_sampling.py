@@ -35,7 +35,7 @@ def installed(model: IPAdapterModel) -> IPAdapterModel:
 def record_tokens(model: IPAdapterModel) -> list[Tensor]:
     """The image tokens that the last layer's branch reads, call by call."""
     seen: list[Tensor] = []
-    model.adapter.branches[-1].to_k_ip.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.adapter.branches[-1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
     return seen
 
 
@@ -92,6 +92,27 @@ def test_the_unconditional_half_gets_the_tokens_of_no_image(installed: IPAdapter
     assert len(seen) == OPTIONS.num_steps
     for call in seen:
         torch.testing.assert_close(call, torch.cat([blank, tokens]))
+
+
+def test_keys_and_values_of_a_prompt_are_made_once(installed: IPAdapterModel, features: Features) -> None:
+    made: list[Tensor] = []
+    for branch in installed.adapter.branches:
+        branch.to_k_ip.register_forward_hook(lambda module, inputs, output: made.append(output))
+    generate(installed, features, TEXTS, SEEDS, OPTIONS)
+    assert len(made) == len(installed.adapter.branches)
+    generate(installed, features, TEXTS, SEEDS, OPTIONS)
+    assert len(made) == 2 * len(installed.adapter.branches)
+
+
+def test_pictures_are_those_of_weights_that_changed_between_two_calls(
+    installed: IPAdapterModel, features: Features
+) -> None:
+    first = generate(installed, features, TEXTS, SEEDS, OPTIONS)
+    with torch.no_grad():
+        for branch in installed.adapter.branches:
+            branch.to_v_ip.weight.mul_(2)
+
+    assert (generate(installed, features, TEXTS, SEEDS, OPTIONS) - first).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])

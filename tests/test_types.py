@@ -64,6 +64,20 @@ def cached_batch() -> Batch:
     )
 
 
+def test_a_prompt_keeps_what_was_made_of_it_where_no_gradients_are_recorded() -> None:
+    prompt, made = ImagePrompt(torch.randn(1, 4, 8), torch.ones(())), []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    assert [prompt.once("a", make) for _ in range(2)] == [0, 1]
+    with torch.no_grad():
+        assert [prompt.once(key, make) for key in "aabab"] == [2, 2, 3, 2, 3]
+        assert replace(prompt, scale=torch.zeros(())).once("a", make) == 4
+    assert prompt.once("a", make) == 5
+
+
 def test_a_batch_is_mapped_in_all_its_tensors_and_nothing_else() -> None:
     batch, seen = cached_batch(), list[Tensor]()
     mapped = batch.map(lambda x: seen.append(x) or x.to("meta"))

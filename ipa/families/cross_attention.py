@@ -9,6 +9,7 @@ Letters here: Q queries (latent cells), M heads, d head width; the rest as in ``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ipa.types import Channel
+
+Once = Callable[[Hashable, Callable[[], Any]], Any]
+
+
+def every_time(key: Hashable, make: Callable[[], Any]) -> Any:
+    """``ImagePrompt.once`` for tokens without a prompt: keeps nothing."""
+    return make()
 
 
 class CrossAttentionBranch(nn.Module):
@@ -34,12 +42,19 @@ class CrossAttentionBranch(nn.Module):
             self.to_k_ip.weight.copy_(attention.to_k.weight)
             self.to_v_ip.weight.copy_(attention.to_v.weight)
 
-    def forward(self, query_BMQd: Tensor, tokens_BTD: Tensor, time: Tensor | None, scale: Tensor) -> Tensor:
+    def forward(
+        self, query_BMQd: Tensor, tokens_BTD: Tensor, time: Tensor | None, scale: Tensor, once: Once = every_time
+    ) -> Tensor:
         """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family."""
-        key_BMTd = split_heads(self.to_k_ip(tokens_BTD), self.heads).to(query_BMQd.dtype)
-        value_BMTd = split_heads(self.to_v_ip(tokens_BTD), self.heads).to(query_BMQd.dtype)
+        dtype = query_BMQd.dtype
+        key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
         attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd)
         return scale.to(attended.dtype) * join_heads(attended)
+
+    def project(self, tokens_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K′ and V′, both B × M × T × d."""
+        key, value = self.to_k_ip(tokens_BTD), self.to_v_ip(tokens_BTD)
+        return split_heads(key, self.heads).to(dtype), split_heads(value, self.heads).to(dtype)
 
 
 class CrossAttentionHost:
@@ -89,7 +104,7 @@ class BranchProcessor:
         assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
         text_BQd = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
-        attended = text_BQd + self.branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale)
+        attended = text_BQd + self.branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale, prompt.once)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states

@@ -103,6 +103,39 @@ def test_a_place_takes_one_branch_also_from_another_host(attention: Attention) -
             other.plug(host.make_branch(), Channel())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_of_a_prompt_changes_no_bit(attention: Attention, dtype: torch.dtype) -> None:
+    host, channel = CrossAttentionHost("a layer", attention.to(dtype)), Channel()
+    host.plug(host.make_branch(), channel)
+    states, text = torch.randn(3, 2, 9, 8, dtype=dtype), torch.randn(2, 5, 16, dtype=dtype)
+    tokens, scale = torch.randn(2, 4, 16), torch.tensor(0.7)
+    with torch.no_grad(), channel.carrying(ImagePrompt(tokens, scale)):
+        kept = [attention(each, text) for each in states]
+    with torch.no_grad():
+        for each, out in zip(states, kept, strict=True):
+            with channel.carrying(ImagePrompt(tokens, scale)):
+                assert torch.equal(attention(each, text), out)
+
+
+def test_a_prompt_that_gradients_are_recorded_of_is_read_anew(attention: Attention) -> None:
+    host, channel = CrossAttentionHost("a layer", attention), Channel()
+    branch = host.make_branch()
+    host.plug(branch, channel)
+    states, text = torch.randn(2, 9, 8), torch.randn(2, 5, 16)
+    tokens = torch.randn(2, 4, 16, requires_grad=True)
+    with channel.carrying(ImagePrompt(tokens, torch.ones(()))):
+        with torch.no_grad():
+            before = attention(states, text)
+        attention(states, text).sum().backward()
+        with torch.no_grad():
+            branch.to_v_ip.weight.add_(1)
+        changed = attention(states, text)
+
+    assert tokens.grad is not None and tokens.grad.abs().sum() > 0
+    assert branch.to_k_ip.weight.grad is not None and branch.to_v_ip.weight.grad is not None
+    assert not torch.equal(changed, before)
+
+
 def test_unplugging_what_is_not_plugged_changes_nothing(attention: Attention) -> None:
     found = attention.processor
     CrossAttentionHost("a layer", attention).unplug()
