@@ -13,7 +13,7 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation evaluate test test-slow test-cluster bench-data lint format type lock demo-world clean
+.PHONY: help venv train ablation evaluate test test-slow test-cluster bench bench-data lint format type lock demo-world clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ test-slow: $(READY) ## the tests that take longer
 # Real daemons and nodes of namespaces; without slurm-wlm and munge, or without root, those tests say so and are skipped.
 test-cluster: $(READY) ## a real Slurm and two nodes on this machine; minutes, as root, with slurm-wlm and munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "slow or not slow" $(ARGS)
+
+bench: $(READY) ## our speed beside the public script's and diffusers'; minutes, nothing else should run
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/sample.py
+	$(BIN)/python benchmarks/step.py --each $(ARGS)
 
 bench-data: $(READY) ## how fast samples come, beside a plain dataset; minutes, nothing else should run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)

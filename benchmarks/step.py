@@ -1,0 +1,236 @@
+"""Our training step against a reference step written from the public tutorial's description (reference.py).
+
+    python benchmarks/step.py                                # the demo world, minutes on two CPU cores
+    python benchmarks/step.py --size sd15 --image-px 256 --batch 2 --rounds 5        # full size with random weights
+    python benchmarks/step.py --size sd15 --batch 8 16 32 64 128 --compile           # on a GPU
+    python benchmarks/step.py --each                         # what each way to be faster gives by itself
+
+The ways take turns in one process, on the same random batch; of the reference there are two, in fp32 and under bf16
+autocast, and the faster one counts. FLOPs are counted by torch, once, without computing anything. Nothing else should
+run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import models
+import torch
+from measuring import Spread, save, table, take_turns, times_faster
+from reference import ReferenceStep
+from torch.utils.flop_counter import FlopCounterMode
+
+from ipa.model import IPAdapterModel
+from ipa.training.average import WeightAverage
+from ipa.types import Batch
+
+REFERENCES = {"reference, fp32": None, "reference, bf16 autocast": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How our step works. ``half``: frozen weights in bf16, once, and bf16 autocast."""
+
+    cached: bool = False
+    half: bool = False
+    channels_last: bool = True
+    compiled: bool = False
+    fused: bool = True
+    checkpointing: bool = False
+
+
+# what the recipes say: the demo world is small, where bf16 costs more than it gives
+SETTINGS = {"demo": Setting(), "sd15": Setting(half=True), "sdxl": Setting(half=True)}
+PLAIN = Setting(channels_last=False, fused=False)
+EACH = {
+    "encoders' work from a cache": {"cached": True},
+    "frozen weights in bf16, once": {"half": True},
+    "convolutions channels-last": {"channels_last": True},
+    "transformer blocks compiled": {"compiled": True},
+    "AdamW in one kernel": {"fused": True},
+    "gradient checkpointing (for memory)": {"checkpointing": True},
+}
+
+
+class OurStep:
+    """What a step of `train.py` computes: errors, gradients, optimizer, and the average that the demo recipe keeps."""
+
+    def __init__(self, model: IPAdapterModel, setting: Setting, average: bool) -> None:
+        self.model, self.setting = model, setting
+        frozen = (model.family, model.encoder)
+        for part in frozen if setting.half else ():
+            part.to(torch.bfloat16)
+        layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+        for part in (model.family.unet, model.family.vae):
+            part.to(memory_format=layout)
+        if setting.checkpointing:
+            model.checkpoint_gradients()
+        if setting.compiled:
+            model.compile_blocks()
+        model.adapter.install()
+        weights = list(model.trainable.parameters())
+        self.optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=1e-2, fused=setting.fused)
+        self.average = WeightAverage(model.trainable, 0.98) if average else None
+
+    def __call__(self, batch: Batch) -> None:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.setting.half):
+            loss = self.model.errors(batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+
+
+def make(size: str, device: torch.device) -> IPAdapterModel:
+    torch.manual_seed(0)
+    with device:
+        return models.MAKERS[size]().to(device)
+
+
+def own(model: IPAdapterModel) -> IPAdapterModel:
+    """A model with frozen parts of its own, whose layout and type can be changed."""
+    model.adapter.remove()
+    return copy.deepcopy(model)
+
+
+def compare(size: str, batch: int, image_px: int, rounds: int, device: torch.device, compiles: bool) -> dict[str, Any]:
+    """Both references, ours online and cached: seconds of every round, and the ratios to the faster reference."""
+    model = make(size, device)
+    online = models.make_batch(model, batch, image_px, cached=False)
+    cached = models.make_batch(model, batch, image_px, cached=True)
+    flops = {"online": count(model, online), "cached": count(model, cached)}
+    setting = SETTINGS[size]
+    average = size == "demo"
+    step = OurStep(own(model), setting, average)
+    compiled = OurStep(own(model), replace(setting, compiled=True), average) if compiles else None
+    reference = ReferenceStep(model)
+    ways: dict[str, Callable[[], object]] = {
+        name: partial(reference, online, autocast) for name, autocast in REFERENCES.items()
+    }
+    ways |= {"online": partial(step, online), "cached": partial(step, cached)}
+    if compiled is not None:
+        ways |= {"online, compiled": partial(compiled, online), "cached, compiled": partial(compiled, cached)}
+    seconds = take_turns(ways, rounds)
+    return {
+        "size": size,
+        "batch": batch,
+        "image_px": image_px,
+        "setting": asdict(setting),
+        "tflop_per_sample": {name: number / batch / 1e12 for name, number in flops.items()},
+        "seconds": seconds,
+    }
+
+
+def count(model: IPAdapterModel, batch: Batch) -> int:
+    """FLOPs that a step needs, by torch's counter, one sample computed and scaled."""
+    model.adapter.install()
+    with FlopCounterMode(display=False) as counter:
+        model.errors(batch).loss.backward()
+    model.adapter.remove()
+    for parameter in model.trainable.parameters():
+        parameter.grad = None
+    return counter.get_total_flops()
+
+
+def each(size: str, batch: int, image_px: int, rounds: int, device: torch.device) -> dict[str, Spread]:
+    """Way to be faster → how many times as fast a plain step of ours gets with it alone."""
+    found = {}
+    model = make(size, device)
+    for name, change in EACH.items():
+        settings = {"plain": PLAIN, "changed": replace(PLAIN, **change)}  # type: ignore[arg-type]
+        ways = {}
+        for which, setting in settings.items():
+            step = OurStep(own(model), setting, average=size == "demo")
+            ways[which] = partial(step, models.make_batch(model, batch, image_px, setting.cached))
+        found[name] = times_faster(take_turns(ways, rounds, warm_up=3), "changed", than="plain")
+        del ways, step
+        gc.collect()
+        print(f"{name}: {found[name].median:.2f} ×")
+    return found
+
+
+def in_markdown(found: Mapping[str, Any]) -> str:
+    parts = [describe(result) for result in found["results"]]
+    if found["each"]:
+        rows = [
+            [name, f"{s['median']:.2f} ×", f"{s['lowest']:.2f} – {s['highest']:.2f}"]
+            for name, s in found["each"]["ratios"].items()
+        ]
+        about = found["each"]
+        title = f"### Each alone, {about['size']}, batch {about['batch']}, {about['image_px']} px"
+        parts.append(f"{title}\n\n" + table(["against a plain step of ours in fp32", "", "lowest – highest"], rows))
+    return "\n\n".join(parts)
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    seconds, batch = result["seconds"], result["batch"]
+    best = faster_reference(seconds)
+    rows = []
+    for name in seconds:
+        ratio = times_faster(seconds, name, than=best)
+        rate = batch / Spread.of(seconds[name]).median
+        rows.append([name, f"{rate:,.2f}", f"{ratio.median:.2f}", f"{ratio.lowest:.2f} – {ratio.highest:.2f}"])
+    tflop = result["tflop_per_sample"]
+    allowed = tflop["online"] / tflop["cached"]
+    reached = times_faster(seconds, "cached", than=best).median / allowed
+    return (
+        f"### {result['size']}, batch {batch}, {result['image_px']} px\n\n"
+        + table(["step", "samples/s", f"× {best}", "lowest – highest"], rows)
+        + f"\n\nCounted: {tflop['online']:.5g} TFLOP a sample online, {tflop['cached']:.5g} cached, {allowed:.2f} × "
+        f"less; the cached step is {100 * reached:.0f} % of that faster."
+    )
+
+
+def faster_reference(seconds: Mapping[str, list[float]]) -> str:
+    return min(REFERENCES, key=lambda name: Spread.of(seconds[name]).median)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=tuple(models.MAKERS), default=["demo"])
+    parser.add_argument("--batch", nargs="+", type=int, help="default: 32 in the demo world, else 2, on a GPU 8 to 128")
+    parser.add_argument("--image-px", type=int, help="default: what the base was made for")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--each", action="store_true", help="also measure each way to be faster alone, at the first size"
+    )
+    parser.add_argument("--compile", action="store_true", help="also our step with the transformer blocks compiled")
+    parser.add_argument("--name", default="step", help="of the files that are written")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    found: dict[str, Any] = {"results": [], "each": {}}
+    for size in options.size:
+        image_px = options.image_px or models.IMAGE_PX[size]
+        for batch in options.batch or batches(size, device):
+            found["results"].append(compare(size, batch, image_px, options.rounds, device, options.compile))
+            print(describe(found["results"][-1]))
+            gc.collect()
+    if options.each:
+        size = options.size[0]
+        batch, image_px = (options.batch or batches(size, device))[0], options.image_px or models.IMAGE_PX[size]
+        ratios = each(size, batch, image_px, options.rounds, device)
+        found["each"] = {
+            "size": size,
+            "batch": batch,
+            "image_px": image_px,
+            "ratios": {name: asdict(spread) for name, spread in ratios.items()},
+        }
+    save(options.name, found, in_markdown(found))
+
+
+def batches(size: str, device: torch.device) -> list[int]:
+    if size == "demo":
+        return [32]
+    return [8, 16, 32, 64, 128] if device.type == "cuda" else [2]
+
+
+if __name__ == "__main__":
+    main()
