@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,9 +87,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save(name: str, found: Mapping[str, Any], markdown: str) -> None:
-    """Write ``benchmarks/NAME.json`` and ``NAME.md``, both with date and environment, and print the second."""
-    found = {"date": time.strftime("%Y-%m-%d"), "environment": environment(), **found}
-    text = f"Made by `python benchmarks/{name}.py`, {found['date']}, {found['environment']}.\n\n{markdown}\n"
+    """Write ``benchmarks/NAME.json`` and ``NAME.md``, with command, date and environment, and print the second."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    found = {"command": command, "date": time.strftime("%Y-%m-%d"), "environment": environment(), **found}
+    text = f"Made by `{command}`, {found['date']}, {found['environment']}.\n\n{markdown}\n"
     (HERE / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     (HERE / f"{name}.md").write_text(text)
     print(text)
