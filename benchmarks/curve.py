@@ -28,6 +28,7 @@ FP32, AUTOCAST, FAST = "plain fp32", "plain, bf16 autocast", "all on"
 WINDOW = 25  # steps, over which a curve is smoothed: single losses swing with their noise levels
 PLAIN = {"base.channels_last": False, "optimizer.fused": False, "data.background": "null"}
 HALF = {"trainer.precision": "bf16-mixed"}
+HALVED = {"base.dtype": "bfloat16", "encoder.dtype": "bfloat16"}
 
 
 def make_ways(cache: Path) -> dict[str, dict[str, Any]]:
@@ -40,7 +41,8 @@ def make_ways(cache: Path) -> dict[str, dict[str, Any]]:
             "data.train": cache,
             "data.val": "demo/data/heldout",
             **lanes,
-            **halved,
+            **HALF,
+            **HALVED,
             "compile": True,
         },
     }
