@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ipa.adapter.heads import GlobalHead, ResamplerHead
@@ -75,6 +76,34 @@ MAKERS = {"demo": make_demo, "sd15": make_sd15, "sdxl": make_sdxl}
 IMAGE_PX = {"demo": 64, "sd15": 512, "sdxl": 1024}
 
 
+def make_hollow(
+    size: str,
+    fake: FakeTensorMode,
+    device: str = "cpu",
+    head: str = "global",
+    prepare: Callable[[IPAdapterModel], object] = lambda model: None,
+) -> IPAdapterModel:
+    """A model as if on this device, whose weights take no memory: to be used inside ``fake``.
+
+    ``prepare`` may change types and layouts, which fake weights do not let anybody do later.
+    """
+    with torch.device("meta"):
+        model = MAKERS[size](head)
+    prepare(model)
+    with fake:
+        for module in model.modules():
+            hollow(module._parameters, device)
+            hollow(module._buffers, device)
+    return model
+
+
+def hollow(tensors: dict[str, Any], device: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            empty = torch.empty_like(tensor, device=device)
+            tensors[name] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
 def make_vae(scaling_factor: float, size_px: int) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -96,7 +125,7 @@ def make_tokenizer() -> CLIPTokenizer:
 def make_vit_h() -> OpenClipEncoder:
     import open_clip
 
-    clip: Any = open_clip.create_model("ViT-H-14", load_weights=False)
+    clip: Any = open_clip.create_model("ViT-H-14", load_weights=False, device=torch.get_default_device())
     clip.visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(clip)
     clip.visual.output_dim = 1024
     return OpenClipEncoder(clip.visual, "random")

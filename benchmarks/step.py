@@ -24,10 +24,10 @@ import models
 import torch
 from measuring import Spread, save, table, take_turns, times_faster
 from reference import ReferenceStep
-from torch.utils.flop_counter import FlopCounterMode
 
 from ipa.model import IPAdapterModel
 from ipa.training.average import WeightAverage
+from ipa.training.flops import count_flops
 from ipa.types import Batch
 
 REFERENCES = {"reference, fp32": None, "reference, bf16 autocast": torch.bfloat16}
@@ -35,10 +35,14 @@ REFERENCES = {"reference, fp32": None, "reference, bf16 autocast": torch.bfloat1
 
 @dataclass(frozen=True)
 class Setting:
-    """How our step works. ``half``: frozen weights in bf16, once, and bf16 autocast."""
+    """How our step works. ``half``: frozen weights in bf16, once, and bf16 autocast; ``half_encoders``: VAE and image
+    encoder in bf16, and the rest as it is.
+    """
 
     cached: bool = False
     half: bool = False
+    autocast: bool = False  # which comes with ``half`` anyway
+    half_encoders: bool = False
     channels_last: bool = True
     compiled: bool = False
     fused: bool = True
@@ -51,6 +55,7 @@ PLAIN = Setting(channels_last=False, fused=False)
 EACH = {
     "encoders' work from a cache": {"cached": True},
     "frozen weights in bf16, once": {"half": True},
+    "VAE and image encoder alone in bf16": {"half_encoders": True},
     "convolutions channels-last": {"channels_last": True},
     "transformer blocks compiled": {"compiled": True},
     "AdamW in one kernel": {"fused": True},
@@ -62,13 +67,8 @@ class OurStep:
     """What a step of `train.py` computes: errors, gradients, optimizer, and the average that the demo recipe keeps."""
 
     def __init__(self, model: IPAdapterModel, setting: Setting, average: bool) -> None:
+        """``model`` as ``prepare`` leaves it."""
         self.model, self.setting = model, setting
-        frozen = (model.family, model.encoder)
-        for part in frozen if setting.half else ():
-            part.to(torch.bfloat16)
-        layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-        for part in (model.family.unet, model.family.vae):
-            part.to(memory_format=layout)
         if setting.checkpointing:
             model.checkpoint_gradients()
         if setting.compiled:
@@ -79,13 +79,25 @@ class OurStep:
         self.average = WeightAverage(model.trainable, 0.98) if average else None
 
     def __call__(self, batch: Batch) -> None:
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.setting.half):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.setting.half or self.setting.autocast):
             loss = self.model.errors(batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
+
+
+def prepare(model: IPAdapterModel, setting: Setting) -> IPAdapterModel:
+    """Type and layout of the frozen parts, which are changed in place."""
+    frozen = {True: (model.family, model.encoder), False: ()}[setting.half]
+    encoders = (model.family.vae, model.encoder) if setting.half_encoders else ()
+    for part in (*frozen, *encoders):
+        part.to(torch.bfloat16)
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    for part in (model.family.unet, model.family.vae):
+        part.to(memory_format=layout)
+    return model
 
 
 def make(size: str, device: torch.device) -> IPAdapterModel:
@@ -108,14 +120,18 @@ def compare(size: str, batch: int, image_px: int, rounds: int, device: torch.dev
     flops = {"online": count(model, online), "cached": count(model, cached)}
     setting = SETTINGS[size]
     average = size == "demo"
-    step = OurStep(own(model), setting, average)
-    compiled = OurStep(own(model), replace(setting, compiled=True), average) if compiles else None
+    step = OurStep(prepare(own(model), setting), setting, average)
     reference = ReferenceStep(model)
     ways: dict[str, Callable[[], object]] = {
         name: partial(reference, online, autocast) for name, autocast in REFERENCES.items()
     }
     ways |= {"online": partial(step, online), "cached": partial(step, cached)}
-    if compiled is not None:
+    if not setting.half:
+        halved = replace(setting, half_encoders=True)
+        ways["online, encoders in bf16"] = partial(OurStep(prepare(own(model), halved), halved, average), online)
+    if compiles:
+        changed = replace(setting, compiled=True)
+        compiled = OurStep(prepare(own(model), changed), changed, average)
         ways |= {"online, compiled": partial(compiled, online), "cached, compiled": partial(compiled, cached)}
     seconds = take_turns(ways, rounds)
     return {
@@ -129,14 +145,12 @@ def compare(size: str, batch: int, image_px: int, rounds: int, device: torch.dev
 
 
 def count(model: IPAdapterModel, batch: Batch) -> int:
-    """FLOPs that a step needs, by torch's counter, one sample computed and scaled."""
+    """FLOPs that a step on this batch needs."""
     model.adapter.install()
-    with FlopCounterMode(display=False) as counter:
-        model.errors(batch).loss.backward()
+    flops = count_flops(model, batch)
     model.adapter.remove()
-    for parameter in model.trainable.parameters():
-        parameter.grad = None
-    return counter.get_total_flops()
+    assert flops is not None  # which it is of weights that are shared out
+    return flops
 
 
 def each(size: str, batch: int, image_px: int, rounds: int, device: torch.device) -> dict[str, Spread]:
@@ -147,7 +161,7 @@ def each(size: str, batch: int, image_px: int, rounds: int, device: torch.device
         settings = {"plain": PLAIN, "changed": replace(PLAIN, **change)}  # type: ignore[arg-type]
         ways = {}
         for which, setting in settings.items():
-            step = OurStep(own(model), setting, average=size == "demo")
+            step = OurStep(prepare(own(model), setting), setting, average=size == "demo")
             ways[which] = partial(step, models.make_batch(model, batch, image_px, setting.cached))
         found[name] = times_faster(take_turns(ways, rounds, warm_up=3), "changed", than="plain")
         del ways, step

@@ -7,7 +7,7 @@ L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,6 +60,9 @@ class IPAdapterModel(nn.Module):
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
         self.is_compiled = False
+        self.recomputes = True  # blocks on the way back, where they are asked to
+        # names the parts of a step, for a trace or for a clock
+        self.part: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
@@ -82,6 +85,8 @@ class IPAdapterModel(nn.Module):
         """
 
         def run_again(module: nn.Module, *inputs: Any) -> Any:
+            if not self.recomputes:
+                return module(*inputs)
             contexts = lambda: (nullcontext(), self.adapter.again())  # noqa: E731
             return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -164,14 +169,18 @@ class IPAdapterModel(nn.Module):
     def errors(self, batch: Batch) -> Errors:
         """Squared error of each sample under the drops, noise and times that the batch carries."""
         draws = batch.draws
-        x0_BCHW = self.posterior_of(batch).sample(draws.posterior_noise_BCHW)
+        with self.part("VAE"):
+            x0_BCHW = self.posterior_of(batch).sample(draws.posterior_noise_BCHW)
         tokens_BTD = self._training_tokens(batch)
-        text = self.text_of(batch)
+        with self.part("text encoder"):
+            text = self.text_of(batch)
         kind, alphas = self.family.prediction_type, self.family.alphas_cumprod
         t_B = objective.to_timesteps(draws.time_B, len(alphas))
         noisy = objective.add_noise(x0_BCHW, draws.noise_BCHW, alphas, t_B)
         target = objective.make_target(kind, x0_BCHW, draws.noise_BCHW, alphas, t_B)
-        error_B = objective.squared_error(self.predict(noisy, t_B, text, tokens_BTD, scale=1.0), target)
+        with self.part("denoiser"):
+            prediction = self.predict(noisy, t_B, text, tokens_BTD, scale=1.0)
+        error_B = objective.squared_error(prediction, target)
         weight_B = objective.loss_weight(kind, alphas, t_B, self.min_snr_gamma)
         return Errors(error_B, weight_B, draws.time_B)
 
@@ -197,12 +206,14 @@ class IPAdapterModel(nn.Module):
         return self.family.encode_ids(objective.replace_rows(ids_BNL.to(self.device), drop_B, empty_1NL), batch.size_B6)
 
     def _training_tokens(self, batch: Batch) -> Tensor:
-        features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B
-        kept = Features(
-            replace(features.pooled_BE, drop_B, empty.pooled_BE),
-            replace(features.patches_BPF, drop_B, empty.patches_BPF),
-        )
-        return self.image_tokens(kept)
+        with self.part("image encoder"):
+            features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B
+        with self.part("image tokens"):
+            kept = Features(
+                replace(features.pooled_BE, drop_B, empty.pooled_BE),
+                replace(features.patches_BPF, drop_B, empty.patches_BPF),
+            )
+            return self.image_tokens(kept)
 
 
 def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:

@@ -158,11 +158,12 @@ class Batch:
 
     def with_neighbours_image(self) -> Batch:
         """The same batch with each sample prompted by the picture of the one before it."""
-        rolled: dict[str, Any] = {
-            "reference_B3HW": None if self.reference_B3HW is None else self.reference_B3HW.roll(1, 0),
-            "features": None if self.features is None else self.features.map(lambda x: x.roll(1, 0)),
+        before = [(row or len(self)) - 1 for row in range(len(self))]  # roll() refuses half precision under autocast
+        moved: dict[str, Any] = {
+            "reference_B3HW": None if self.reference_B3HW is None else self.reference_B3HW[before],
+            "features": None if self.features is None else self.features.map(lambda x: x[before]),
         }
-        return replace(self, **rolled)
+        return replace(self, **moved)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with ``function`` applied to every tensor."""

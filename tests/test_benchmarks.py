@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from itertools import accumulate
 from pathlib import Path
+from statistics import median
 
 import pytest
 import tiny
 import tiny_sdxl
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from ipa.types import Batch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import curve
+import loop
+import memory
 import sample
 import startup
 
@@ -72,3 +81,76 @@ def test_startup_is_told() -> None:
 
     assert "6.00 | 5.00 – 7.00" in told and "| help | 0.50 |" in told
     assert "| scipy | 2 | 0.50 | `torchmetrics` | no |" in told and "tqdm" not in told
+
+
+def standing(step: memory.OurStep, batch: Batch) -> int:
+    """Bytes of what a step finds: weights, the optimizer's state, the batch."""
+    tensors: list[Tensor] = [*step.model.parameters(), *step.model.buffers()]
+    tensors += [value for state in step.optimizer.state.values() for value in state.values()]
+    batch.map(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def real_peak(step: memory.OurStep, batch: Batch) -> int:
+    """Bytes that torch's CPU allocator gives out at most in a step, over what it had given out before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(batch)
+    events = profiled.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("setting", [memory.Setting(), memory.Setting(cached=True, checkpointing=True)])
+def test_estimated_memory_is_what_is_allocated(setting: memory.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 on the CPU, where both can be had; on tiny parts blocks of 512 bytes make some percent."""
+    monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
+    step = memory.OurStep(memory.prepare(tiny.make_model(), setting), setting, average=False)
+    batch = memory.models.make_batch(step.model, 16, tiny.IMAGE_PX, setting.cached)
+    step(batch)
+    estimated = memory.estimate("tiny", setting, batch=16, image_px=tiny.IMAGE_PX)
+
+    assert estimated - standing(step, batch) == pytest.approx(real_peak(step, batch), rel=0.08)
+
+
+def test_memory_grows_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
+    sizes = {batch: memory.estimate("tiny", memory.HALF, batch, tiny.IMAGE_PX) for batch in (4, 8, 24)}
+
+    assert memory.peak_at({batch: sizes[batch] for batch in (4, 8)}, 24) == pytest.approx(sizes[24], rel=0.02)
+
+
+def test_what_fits_a_card_leaves_the_reserve() -> None:
+    """Beyond four samples something else is largest, and each takes more."""
+    found = {1: 5 * memory.GIB, 4: 6 * memory.GIB, 16: 18 * memory.GIB}
+
+    assert [memory.largest_batch(found, card) for card in (4, 6.9, 8, 16)] == [0, 2, 4, 12]
+    assert memory.usable(8) == 0.95 * 7 * memory.GIB
+
+
+def test_steps_with_previews_are_told_from_those_between() -> None:
+    seconds = [9.0] * (loop.WARM_UP - 1) + [0.1] * 4 + [5.0] + [0.1] * 5  # of steps 2 to 20; the fifteenth has previews
+    between, own = loop.sort_steps(seconds, every=15)
+
+    assert own == [5.0] and between == [0.1] * 9
+
+
+def test_a_loop_is_compared_with_the_plain_one_of_its_round() -> None:
+    ways = {loop.PLAIN: {"between_s": [0.1, 0.2], "own_s": []}, "other": {"between_s": [0.1, 0.3], "own_s": [4.0]}}
+    told = loop.in_markdown({"rounds": 2, "steps": 20, "ways": ways})
+
+    assert loop.ratio(ways, "other").median == pytest.approx(median([1.0, 1.5]))
+    assert "| other | 200.0 | 1.250 | 1.000 – 1.500 | 4000 |" in told
+
+
+def test_every_shard_of_many_is_one_of_the_demo_worlds(tmp_path: Path) -> None:
+    folder = loop.link_shards(tmp_path / "shards", 10)
+    targets = [path.resolve() for path in sorted(folder.iterdir())]
+
+    assert len(targets) == 10 and set(targets) == set(loop.DATA.glob("*.tar"))
+
+
+def test_curves_are_compared_after_smoothing() -> None:
+    plain = [0.5] * 60
+    found = curve.distance([0.5 + (0.01 if step % 2 else -0.01) for step in range(60)], plain)
+
+    assert found["mean"] == pytest.approx(0) and found["largest"] == pytest.approx(0.01 / curve.WINDOW)
+    assert curve.distance([0.6] * 60, plain)["rms"] == pytest.approx(0.1)

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "gradient_checkpointing",
     "compile",
+    "profile",
     "checkpoint.keep_last",
     "callbacks.checkpoints.keep_last",
     "resume",

@@ -45,6 +45,7 @@ from ipa.training.memory import causes, explain_memory
 from ipa.training.module import AdapterTraining
 from ipa.training.parts import build_model, check_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
+from ipa.training.profiling import StepClock, StepProfile
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
 from ipa.training.strategies import AdapterFSDP
 
@@ -79,7 +80,8 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     check_parts(cfg, begins)
     callbacks = list(instantiate(cfg.callbacks).values())
     stop = StopOnSignal(signals)
-    trainer = make_trainer(cfg, folder, [*callbacks, stop])
+    clock = StepClock()
+    trainer = make_trainer(cfg, folder, [*callbacks, stop, *profiles(cfg, folder, clock)], clock)
     signals.launcher = launcher_of(trainer)
     for previews in (callback for callback in callbacks if isinstance(callback, Previews)):
         previews.interruptible = signals.obeying
@@ -131,13 +133,18 @@ def check_devices(cfg: DictConfig) -> None:
         raise ValueError("trainer.devices=0: give the number of processes of each machine, 1 or more, or auto for GPUs")
 
 
-def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback]) -> Any:
+def profiles(cfg: DictConfig, folder: Path, clock: StepClock) -> list[L.Callback]:
+    return [StepProfile(folder / "profile", clock)] if cfg.profile else []
+
+
+def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback], clock: StepClock) -> Any:
     check_devices(cfg)
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
         logger=list(instantiate(cfg.logger).values()),
         plugins=[BackgroundCheckpointIO()],
+        profiler=clock,
         default_root_dir=folder,
     )
     check_compile(cfg, trainer.strategy)

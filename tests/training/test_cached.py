@@ -23,10 +23,16 @@ def features(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     return out
 
 
-@pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained", "simple_global"])
-def test_it_trains_previews_and_scores(experiment: str, features: Path, train_in: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("experiment", "precision"),
+    [("decoupled_global", "bf16-mixed"), ("decoupled_fine_grained", "32-true"), ("simple_global", "32-true")],
+)
+def test_it_trains_previews_and_scores(
+    experiment: str, precision: str, features: Path, train_in: Run, tmp_path: Path
+) -> None:
     overrides = [
         f"experiment={experiment}",
+        f"trainer.precision={precision}",
         "data=cache",
         f"data.train={features}",
         "image_prompt_check.every_n_steps=2",

@@ -1,0 +1,197 @@
+"""How much memory a training step takes, and which settings fit which card.
+
+    python benchmarks/memory.py                   # SD 1.5 at 512 px and SDXL at 1024 px, minutes on one CPU core
+    python benchmarks/memory.py --size sd15 --image-px 768
+
+On a GPU the peak is measured. Elsewhere it is estimated: the real step runs on fake tensors, which have shapes and
+storages and no content, and the bytes of all storages that are alive are added up, in blocks of 512 bytes as CUDA's
+allocator gives them. Norms compute in fp32 under autocast, as they do on CUDA and not on the CPU; attention is torch's
+flash kernel, which keeps no matrix of weights. Left out are the workspaces of cuDNN and cuBLAS and what the allocator
+cannot use for want of adjacency: a card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+import models
+import torch
+import torch.nn.functional as F
+from measuring import save, table
+from step import OurStep, Setting, prepare
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
+
+GIB = 1 << 30
+BLOCK = 512  # bytes
+CARDS_GIB = (8, 12, 16, 24, 80)
+RESERVE_GIB, FRAGMENTED = 1.0, 0.05  # CUDA's context, a driver's desktop; share of what the allocator holds
+# whose peaks are found, and between and beyond which they grow with the batch: what is largest may change, as the VAE's
+# activations take over from the denoiser's
+BATCHES = (1, 4, 16)
+STEPS = 2  # the second has the optimizer's state from the start
+HALF = Setting(half=True)
+SETTINGS = {
+    "online": HALF,
+    "online, checkpointing": replace(HALF, checkpointing=True),
+    "cached": replace(HALF, cached=True),
+    "cached, checkpointing": replace(HALF, cached=True, checkpointing=True),
+    "online, frozen weights in fp32": replace(HALF, half=False, autocast=True),
+    "cached, checkpointing, frozen weights in fp32": replace(
+        HALF, half=False, autocast=True, cached=True, checkpointing=True
+    ),
+}
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of all storages that operations inside have made and that are still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = -(-storage.nbytes() // BLOCK) * BLOCK
+            self.known[storage] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.release, size)
+        return tensor
+
+    def release(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map_only(Tensor, self.hold, func(*args, **(kwargs or {})))
+
+
+def norm_as_on_cuda(norm: nn.LayerNorm | nn.GroupNorm, states: Tensor) -> Tensor:
+    """In fp32 under autocast: CUDA's list of such operations has norms, the CPU's has not."""
+    weight, bias = norm.weight, norm.bias
+    if torch.is_autocast_enabled("cpu"):
+        states, weight, bias = states.float(), weight.float(), bias.float()
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(states, norm.num_groups, weight, bias, norm.eps)
+    return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def estimate(size: str, setting: Setting, batch: int, image_px: int, head: str = "global") -> int:
+    """Peak bytes of a step, from fake tensors."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = models.make_hollow(size, fake, head=head, prepare=lambda made: prepare(made, setting))
+    for norm in (each for each in model.modules() if type(each) in (nn.LayerNorm, nn.GroupNorm)):
+        norm.forward = partial(norm_as_on_cuda, norm)
+    with fake, LiveMemory() as live:
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.hold(tensor)
+        step = OurStep(model, setting, average=False)
+        samples = models.make_batch(model, batch, image_px, setting.cached)
+        for _ in range(STEPS):
+            live.peak = live.now
+            step(samples)
+    return live.peak
+
+
+def measure(size: str, setting: Setting, batch: int, image_px: int, head: str = "global") -> int:
+    """Peak bytes of a step on this machine's GPU; raises torch.OutOfMemoryError."""
+    with torch.device("cuda"):
+        model = prepare(models.MAKERS[size](head).to("cuda"), setting)
+    step = OurStep(model, setting, average=False)
+    samples = models.make_batch(model, batch, image_px, setting.cached)
+    for _ in range(STEPS):
+        torch.cuda.reset_peak_memory_stats()
+        step(samples)
+    return torch.cuda.max_memory_allocated()
+
+
+def peaks(size: str, setting: Setting, image_px: int, head: str) -> dict[int, int]:
+    """Batch size → peak bytes."""
+    way = measure if torch.cuda.is_available() else estimate
+    found = {}
+    for batch in BATCHES:
+        found[batch] = way(size, setting, batch, image_px, head)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found
+
+
+def line(found: Mapping[int, int], batch: int) -> tuple[float, float]:
+    """Bytes of a step without samples, and of each sample, through the nearest known batch sizes below and above."""
+    sizes = sorted(found)
+    above = next((i for i, size in enumerate(sizes) if i and size >= batch), len(sizes) - 1)
+    one, other = sizes[above - 1], sizes[above]
+    each = (found[other] - found[one]) / (other - one)
+    return found[one] - one * each, each
+
+
+def peak_at(found: Mapping[int, int], batch: int) -> float:
+    fixed, each = line(found, batch)
+    return fixed + batch * each
+
+
+def usable(card_gib: float) -> float:
+    return (card_gib - RESERVE_GIB) * (1 - FRAGMENTED) * GIB
+
+
+def largest_batch(found: Mapping[int, int], card_gib: float) -> int:
+    """Samples that fit a card; 0 where not even one does."""
+    return next(batch for batch in count(0) if peak_at(found, batch + 1) > usable(card_gib))
+
+
+def in_markdown(found: Mapping[str, Any]) -> str:
+    parts = []
+    for result in found["results"]:
+        rows = []
+        for name, by_batch in result["peaks"].items():
+            known = {int(batch): number for batch, number in by_batch.items()}
+            _, each = line(known, max(known))
+            fits = [str(largest_batch(known, card) or "–") for card in CARDS_GIB]
+            rows.append([name, f"{known[min(known)] / GIB:.2f}", f"{each / GIB:.2f}", *fits])
+        columns = ["setting", "GiB, one sample", "each more", *(f"{card} GB" for card in CARDS_GIB)]
+        title = f"### {result['size']}, {result['image_px']} px, {result['head']} tokens, {found['how']}"
+        parts.append(f"{title}\n\n{table(columns, rows)}")
+    note = (
+        f"Under a card's size: the largest batch of one process that fits, with {RESERVE_GIB:g} GiB left for CUDA's "
+        f"context and {FRAGMENTED:.0%} for what the allocator cannot use."
+    )
+    return "\n\n".join([*parts, note])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=tuple(models.MAKERS), default=["sd15", "sdxl"])
+    parser.add_argument("--image-px", type=int, help="default: what the base was made for")
+    parser.add_argument("--head", choices=tuple(models.HEADS), default="global")
+    options = parser.parse_args()
+    found: dict[str, Any] = {
+        "how": "measured" if torch.cuda.is_available() else "estimated",
+        "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
+        "results": [],
+    }
+    for size in options.size:
+        image_px = options.image_px or models.IMAGE_PX[size]
+        each = {
+            name: peaks(size, setting, image_px, options.head)
+            for name, setting in tqdm(SETTINGS.items(), desc=f"settings of {size}")
+        }
+        found["results"].append({"size": size, "image_px": image_px, "head": options.head, "peaks": each})
+    save("memory", found, in_markdown(found))
+
+
+if __name__ == "__main__":
+    main()

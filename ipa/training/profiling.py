@@ -1,0 +1,199 @@
+"""Where the time of a training step goes.
+
+Lightning names all that it does to a profiler. ``StepClock`` always listens and adds up each action's own time, for
+`train/data_wait_s` in the log. With ``profile=true``, ``StepProfile`` makes a table of some steps, in which the device
+is waited for at the borders of every part, and after them a trace of some more (open it on ui.perfetto.dev).
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.profilers import Profiler
+from torch.profiler import record_function
+
+from ipa.checkpoint import write_atomically
+from ipa.training.checkpointing import ends_step
+
+log = logging.getLogger(__name__)
+
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+MODEL = "[Model]"  # before the names that ``IPAdapterModel.errors`` gives its parts
+# part of a step → how the names of its actions end; the first that fits counts
+PARTS = {
+    "data wait": (".train_dataloader_next",),
+    "transfer": ("batch_transfer", "batch_to_device", ".transfer_batch_to_device"),
+    "VAE": (f"{MODEL}VAE",),
+    "image encoder": (f"{MODEL}image encoder",),
+    "text encoder": (f"{MODEL}text encoder",),
+    "image tokens": (f"{MODEL}image tokens",),
+    "denoiser": (f"{MODEL}denoiser",),
+    "loss": (".training_step",),
+    "backward": (".backward", "_backward"),
+    "optimizer": ("optimizer_step", "zero_grad", "configure_gradient_clipping", "run_training_batch"),
+}
+CALLBACKS, REST = "[Callback]", "loop and loggers"
+SMALL = 0.01  # share of a step below which callbacks are told together
+STEPS = {"warm-up": 5, "timed": 20, "traced": 3}
+
+
+class StepClock(Profiler):
+    """Own seconds of every action, without those of the actions inside it, since the clock was made."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.device = device  # a CUDA device is waited for at the borders of actions
+        self.own_s: defaultdict[str, float] = defaultdict(float)
+        self.running: list[str] = []
+        self.since = time.perf_counter()
+        self.fetching_since = self.since  # when the newest batch was first waited for
+        self.last_fetch_s = 0.0
+
+    def start(self, action_name: str) -> None:
+        self.account()
+        self.running.append(action_name)
+        if action_name == FETCH:
+            self.fetching_since = self.since
+
+    def stop(self, action_name: str) -> None:
+        self.account()
+        self.running.pop()
+        if action_name == FETCH:
+            self.last_fetch_s = self.since - self.fetching_since
+
+    def account(self) -> None:
+        """Give the time since the last border to the innermost action."""
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.own_s[self.running[-1] if self.running else ""] += now - self.since
+        self.since = now
+
+    def read(self) -> dict[str, float]:
+        """Own seconds of every action up to now."""
+        self.account()
+        return dict(self.own_s)
+
+    def since_reading(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Own seconds since an earlier reading, which add up to the time that has gone by."""
+        return {name: seconds - before.get(name, 0.0) for name, seconds in self.read().items()}
+
+
+class StepProfile(L.Callback):
+    """Writes ``folder/table.md`` and ``folder/trace.json.gz`` of the first steps that this process makes.
+
+    To be the last callback, so that a step ends here. Only the first rank writes, and only its device is waited for.
+    """
+
+    def __init__(self, folder: Path, clock: StepClock) -> None:
+        self.folder, self.clock = folder, clock
+        self.plan: dict[int, str] = {}  # step → what begins when it has ended
+        self.before: dict[str, float] = {}
+        self.from_step = 0
+        self.tracer: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.plan = plan_steps(trainer.global_step, trainer.max_steps)
+            self.turn_to(self.plan.get(trainer.global_step), trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            self.turn_to(self.plan.pop(trainer.global_step, None), trainer, pl_module)
+
+    def turn_to(self, phase: str | None, trainer: L.Trainer, pl_module: Any) -> None:
+        if phase is None:
+            return
+        if self.clock.device is not None:
+            self.end_timing(trainer.global_step, pl_module.model)
+        if self.tracer is not None:
+            self.end_trace()
+        if phase == "timed":
+            self.begin_timing(trainer, pl_module.model)
+        elif phase == "traced":
+            self.tracer = torch.profiler.profile()
+            self.tracer.start()
+
+    def begin_timing(self, trainer: L.Trainer, model: Any) -> None:
+        model.part = lambda name: self.clock.profile(MODEL + name)
+        self.clock.device = trainer.strategy.root_device
+        self.from_step, self.before = trainer.global_step, self.clock.read()
+
+    def end_timing(self, step: int, model: Any) -> None:
+        seconds = self.clock.since_reading(self.before)
+        self.clock.device, model.part = None, record_function
+        steps = step - self.from_step
+        title = f"Steps {self.from_step + 1} to {step}, mean, the device waited for between the parts"
+        text = f"{title}:\n\n{table(by_part(seconds), steps)}\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "table.md", lambda beside: beside.write_text(text, encoding="utf-8"))
+        log.info("\n%s", text)
+
+    def end_trace(self) -> None:
+        self.tracer.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "trace.json.gz"
+        write_atomically(path, self.export)
+        self.tracer = None
+        log.info("a trace is in %s: open it on ui.perfetto.dev, or in chrome://tracing", path)
+
+    def export(self, beside: Path) -> None:
+        """torch names its file by the ending, which the one that is renamed later does not have."""
+        with tempfile.TemporaryDirectory(dir=beside.parent) as folder:
+            plain = Path(folder) / "trace.json"
+            self.tracer.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(beside, "wb", compresslevel=6) as target:
+                shutil.copyfileobj(source, target)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that was stopped early has what it came to."""
+        self.turn_to("end" if self.plan else None, trainer, pl_module)
+
+
+def plan_steps(done: int, max_steps: int) -> dict[int, str]:
+    """Step → what begins after it: a run that is short spends a quarter each on warm-up and trace."""
+    left = max_steps - done
+    warm_up, traced = (min(STEPS[name], left // 4) for name in ("warm-up", "traced"))
+    begin = done + warm_up
+    end = begin + min(STEPS["timed"], left - warm_up - traced)
+    return {begin: "timed", end: "traced", end + traced: "end"} if traced else {begin: "timed", end: "end"}
+
+
+def by_part(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Part of a step → seconds, callbacks of some weight by name; adds up to the sum of ``seconds``."""
+    parts = dict.fromkeys([*PARTS, REST], 0.0)
+    callbacks: defaultdict[str, float] = defaultdict(float)
+    for name, value in seconds.items():
+        if name.startswith(CALLBACKS):
+            callbacks[name.removeprefix(CALLBACKS).split(".")[0].split("{")[0]] += value
+        else:
+            parts[part_of(name)] += value
+    rest, least = parts.pop(REST), SMALL * sum(seconds.values())
+    named = {f"callback {name}": value for name, value in callbacks.items() if value >= least}
+    others = sum(callbacks.values()) - sum(named.values())
+    return {name: value for name, value in parts.items() if value} | named | {"other callbacks": others, REST: rest}
+
+
+def part_of(action: str) -> str:
+    return next((part for part, ends in PARTS.items() if action.endswith(ends)), REST)
+
+
+def table(parts: Mapping[str, float], steps: int) -> str:
+    """Milliseconds of each part in a step, and its share, in markdown."""
+    whole = sum(parts.values())
+    rows = [f"| {name} | {1000 * value / steps:.2f} | {value / whole:.1%} |" for name, value in parts.items()]
+    return "\n".join(
+        ["| part | ms | share |", "|---|---|---|", *rows, f"| **step** | {1000 * whole / steps:.2f} | 100.0% |"]
+    )

@@ -1,0 +1,98 @@
+"""The FLOPs of a step: counted without computing, as torch counts them when it computes, and nothing is touched."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ipa.model import IPAdapterModel
+from ipa.training.flops import count_flops, peak_flops, without_fast_attention
+from ipa.types import Features
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import models
+
+TFLOP = 1e12
+
+
+def installed(**options: str) -> IPAdapterModel:
+    model = tiny.shake(tiny.make_model(**options))
+    model.adapter.install()
+    return model
+
+
+@pytest.mark.parametrize(("head", "kind"), [("global", "decoupled"), ("fine_grained", "simple")])
+def test_as_many_as_a_step_that_is_computed(head: str, kind: str) -> None:
+    model, batch = installed(head=head, kind=kind), tiny.make_batch()
+    counted = count_flops(model, batch)
+    with FlopCounterMode(display=False) as counter, without_fast_attention():
+        model.errors(batch).loss.backward()
+
+    assert counted == counter.get_total_flops() > 0
+
+
+def test_as_many_by_hand_for_the_head() -> None:
+    """A linear layer's forward pass, and the gradient of its weight: nothing before it is trained."""
+    model, batch = installed(), tiny.make_batch()
+    features = model.encode_reference(batch.reference_B3HW)
+    linear = next(module for module in model.head.modules() if isinstance(module, torch.nn.Linear))
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(model.head(features, None).sum(), list(model.head.parameters()))
+
+    assert counter.get_total_flops() == 2 * 2 * 3 * linear.in_features * linear.out_features
+
+
+def test_what_is_computed_again_does_not_count() -> None:
+    plain, again = installed(), installed()
+    again.checkpoint_gradients()
+
+    assert count_flops(plain, tiny.make_batch()) == count_flops(again, tiny.make_batch())
+    assert again.recomputes
+    with FlopCounterMode(display=False) as counter, without_fast_attention():
+        again.errors(tiny.make_batch()).loss.backward()
+    assert counter.get_total_flops() > (count_flops(plain, tiny.make_batch()) or 0)
+
+
+def test_nothing_is_left_behind() -> None:
+    model, batch, before = installed(no_image="blank"), tiny.make_batch(), torch.get_rng_state()
+    count_flops(model, batch)
+    blank: Features = model.no_image(2)
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert type(blank.pooled_BE) is torch.Tensor
+    fresh = installed(no_image="blank")
+    assert torch.equal(model.errors(batch).error_B, fresh.errors(batch).error_B)
+
+
+def test_a_cached_batch_needs_less() -> None:
+    model, batch = installed(), tiny.make_batch()
+    online = count_flops(model, batch)
+    batch.posterior, batch.features = model.posterior_of(batch), model.features_of(batch)
+    cached = count_flops(model, batch)
+
+    assert online is not None and cached is not None and cached < online
+
+
+def test_the_peak_of_what_is_no_known_card_is_not_made_up() -> None:
+    assert peak_flops(torch.device("cpu"), "bf16-mixed") is None
+
+
+def test_stable_diffusion_at_full_size_needs_what_was_counted_for_it() -> None:
+    """A sample's UNet forward and backward, base frozen, 1.669 TFLOP; VAE 1.117, ViT-H/14 0.335, CLIP-L 0.013."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = models.make_hollow("sd15", fake)
+    model.adapter.install()
+    with fake:
+        online, cached = (count_flops(model, models.make_batch(model, 1, 512, cached)) for cached in (False, True))
+
+    assert online is not None and cached is not None
+    assert cached / TFLOP == pytest.approx(1.669 + 0.013, rel=0.03)
+    assert (online - cached) / TFLOP == pytest.approx(1.117 + 0.335, rel=0.03)

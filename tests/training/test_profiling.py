@@ -1,0 +1,117 @@
+"""Where the time of a step goes: the log's columns, the table and the trace; and that looking changes nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EVERYTHING, Run, column
+from safetensors.torch import load_file
+
+from ipa.data.stream import TrainStream
+from ipa.training.profiling import FETCH, MODEL, REST, StepClock, by_part, plan_steps, table
+
+QUIET = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=100")
+LONG = (*QUIET, "trainer.max_steps=8", "preview.every_n_steps=100")
+
+
+def test_time_belongs_to_the_innermost_action_and_adds_up() -> None:
+    clock = StepClock()
+    before, began = clock.read(), time.perf_counter()
+    with clock.profile("outer"):
+        time.sleep(0.02)
+        with clock.profile("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    found, whole = clock.since_reading(before), time.perf_counter() - began
+
+    assert found["inner"] >= 0.05 and found["outer"] >= 0.04
+    assert sum(found.values()) == pytest.approx(whole, abs=1e-3)
+
+
+def test_every_action_has_a_part() -> None:
+    callback = "[Callback]ipa.Previews{'x': 1}.on_train_batch_end"
+    seconds = {FETCH: 3.0, f"{MODEL}VAE": 2.0, callback: 1.0, "[Callback]Small.on_fit_start": 1e-3, "": 0.5}
+    parts = by_part(seconds)
+
+    assert parts["data wait"] == 3 and parts["VAE"] == 2 and parts["callback ipa"] == 1 and parts[REST] == 0.5
+    assert parts["other callbacks"] == pytest.approx(1e-3)
+    assert sum(parts.values()) == pytest.approx(sum(seconds.values()))
+    assert "| **step** | 3250.50 | 100.0% |" in table(parts, 2)
+
+
+@pytest.mark.parametrize(
+    ("done", "max_steps", "plan"),
+    [
+        (0, 600, {5: "timed", 25: "traced", 28: "end"}),
+        (400, 600, {405: "timed", 425: "traced", 428: "end"}),
+        (0, 8, {2: "timed", 6: "traced", 8: "end"}),
+        (7, 8, {7: "timed", 8: "end"}),
+    ],
+)
+def test_short_runs_are_timed_too(done: int, max_steps: int, plan: dict[int, str]) -> None:
+    assert plan_steps(done, max_steps) == plan
+    assert all(one < other for one, other in pairwise(plan))
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    read = TrainStream.__iter__
+
+    def slowly(self: TrainStream) -> Iterator[object]:
+        for batch in read(self):
+            time.sleep(seconds)
+            yield batch
+
+    monkeypatch.setattr(TrainStream, "__iter__", slowly)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_wait_for_slow_data_is_in_the_log(
+    every: int, train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two batches a step; the first row has no wait for its first batch, in which the workers start."""
+    slow_down(monkeypatch, 0.1)
+    logs = ("trainer.max_steps=6", f"trainer.log_every_n_steps={every}", "trainer.accumulate_grad_batches=2")
+    folder = train_in(tmp_path / "slow", *QUIET, *logs)
+    waits, steps, rates = (
+        {step: float(value) for step, value in column(folder, f"train/{name}").items()}
+        for name in ("data_wait_s", "step_s", "samples_per_s")
+    )
+
+    assert set(waits) == set(range(every, 7, every))
+    del waits[every]
+    assert all(0.2 <= wait < steps[step] for step, wait in waits.items())
+    assert all(rates[step] * steps[step] == pytest.approx(8, rel=1e-3) for step in steps)
+
+
+def test_looking_changes_no_number(train_in: Run, tmp_path: Path) -> None:
+    seen, unseen = (
+        train_in(tmp_path / name, *EVERYTHING, *QUIET, f"profile={name == 'seen'}") for name in ("seen", "unseen")
+    )
+
+    weights = [load_file(folder / "adapter.safetensors") for folder in (seen, unseen)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert column(seen, "train/loss") == column(unseen, "train/loss")
+    assert (seen / "profile" / "table.md").is_file() and not (unseen / "profile").exists()
+
+
+def test_the_table_adds_up_and_the_trace_names_the_parts(train_in: Run, tmp_path: Path) -> None:
+    folder = train_in(tmp_path / "run", *LONG, "profile=true") / "profile"
+    rows = [line.split("|")[1:4] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
+    parts = {name.strip(): float(ms) for name, ms, _ in rows if name.strip() != "part"}
+    whole = parts.pop("**step**")
+    with gzip.open(folder / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+
+    assert {"data wait", "VAE", "image encoder", "text encoder", "denoiser", "backward", "optimizer"} <= parts.keys()
+    assert all(parts[name] > 0 for name in ("VAE", "denoiser", "backward"))
+    assert sum(parts.values()) == pytest.approx(whole, abs=0.01 * len(parts))
+    assert {"VAE", "image encoder", "text encoder", "image tokens", "denoiser"} <= {each["name"] for each in events}
+    assert sorted(path.name for path in folder.iterdir()) == ["table.md", "trace.json.gz"]
