@@ -55,10 +55,13 @@ test-slow: $(READY) ## the tests that take longer
 test-cluster: $(READY) ## a real Slurm and two nodes on this machine; minutes, as root, with slurm-wlm and munge
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "slow or not slow" $(ARGS)
 
-bench: $(READY) ## our speed beside the public script's and diffusers'; minutes, nothing else should run
+bench: $(READY) ## our speed beside the public script's and diffusers'; half an hour, nothing else should run
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/sample.py
-	$(BIN)/python benchmarks/step.py --each $(ARGS)
+	$(BIN)/python benchmarks/step.py --each
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/curve.py
+	$(BIN)/python benchmarks/memory.py
 
 bench-data: $(READY) ## how fast samples come, beside a plain dataset; minutes, nothing else should run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)

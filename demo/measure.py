@@ -4,7 +4,7 @@
     python demo/measure.py clip --models DIR  # the same of those in DIR, figures in DIR/figures.json
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
-    python demo/measure.py adapter RUN        # image prompt alone, 100 held-out pictures, three seeds
+    python demo/measure.py adapter RUN        # 100 held-out image prompts, alone and with a text; demo/style.py first
     python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
 Each prints its figures and keeps them in demo/figures.json unless said otherwise.
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import style
 import torch
 from make_base import load_pca
 from make_clip import RECIPES, clip_tokenizer, make_model
@@ -27,7 +28,7 @@ from world import COLOURS, HERE, World, compose, draw_backgrounds, read_world
 
 sys.path.insert(0, str(HERE.parent))
 
-from ipa.metrics.border import BorderColour
+from ipa.metrics.border import BorderColour, border_lab, rgb_to_lab
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipCosines, caption_ranks
 from ipa.types import Features, to_uint8
@@ -139,8 +140,7 @@ def measure_base(options: argparse.Namespace) -> None:
     """Pictures of 100 training captions from the text alone; the judge looks for the right caption among the 100."""
     from diffusers import StableDiffusionPipeline
 
-    world = read_world(HERE / "data" / "train")
-    captions = [world.captions[i] for i in one_per_concept(world)[:COUNT]]
+    captions = one_caption_per_concept()
     pipeline = StableDiffusionPipeline.from_pretrained(HERE / "base")
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
@@ -187,25 +187,70 @@ def save_grid(pixels_B3HW: Tensor, titles: list[str], path: Path, columns: int =
 
 
 def measure_adapter(options: argparse.Namespace) -> None:
-    """λ = 0 and λ = 1 with the empty text, 100 held-out prompts, three seeds each."""
+    """100 held-out prompts, three seeds: λ = 0 and λ = 1 with the empty text, λ = 0.5 with texts of other things."""
     from ipa.export.loading import load_model
-    from ipa.sampling import SamplingOptions, generate
 
     model = load_model(options.run / "adapter.safetensors")
-    prompts = heldout_pixels(COUNT)
-    captions = read_world(HERE / "data" / "heldout").captions[:COUNT]
-    features: Features = model.encode_reference(to_uint8(prompts))
-    judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
-    figures: dict[str, Any] = {}
-    for scale in (0.0, 1.0):
-        how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=scale)
-        for seed in (0, 1, 2):
-            pixels = generate(model, features, [""] * COUNT, range(1000 * seed, 1000 * seed + COUNT), how)
-            for metric in (ClipCosines(judge), BorderColour()):
-                metric.update(pixels, prompts, [[caption] for caption in captions])
-                for name, value in metric.compute().items():
-                    figures.setdefault(f"scale {scale:g}, {name}", []).append(round(float(value), 4))
+    prompts = Prompts(model)
+    network = style.load_network()
+    figures: dict[str, Any] = {"style, real pictures": style.share_right(network, HERE / "data" / "heldout")}
+    for seed in (0, 1, 2):
+        for scale in (0.0, 1.0):
+            pixels = prompts.draw(options, scale, [""] * COUNT, seed)
+            for name, value in prompts.score(pixels, network).items():
+                figures.setdefault(f"scale {scale:g}, {name}", []).append(round(value, 4))
+        texts = one_caption_per_concept()
+        pixels = prompts.draw(options, 0.5, texts, seed)
+        for name, value in prompts.score_both(pixels, texts).items():
+            figures.setdefault(f"scale 0.5 and text, {name}", []).append(round(value, 4))
     keep("adapter", figures)
+
+
+class Prompts:
+    """The held-out image prompts of a model, and the judges of what it makes of them."""
+
+    def __init__(self, model: Any) -> None:
+        world = read_world(HERE / "data" / "heldout")
+        self.model, self.pixels = model, heldout_pixels(COUNT)
+        self.captions, self.styles = world.captions[:COUNT], world.styles[:COUNT]
+        self.features: Features = model.encode_reference(to_uint8(self.pixels))
+        self.judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
+
+    def draw(self, options: argparse.Namespace, scale: float, texts: list[str], seed: int) -> Tensor:
+        from ipa.sampling import SamplingOptions, generate
+
+        how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=scale)
+        return generate(self.model, self.features, texts, range(1000 * seed, 1000 * seed + COUNT), how)
+
+    def score(self, pixels: Tensor, network: Any) -> dict[str, float]:
+        found = {}
+        for metric in (ClipCosines(self.judge), BorderColour()):
+            metric.update(pixels, self.pixels, [[caption] for caption in self.captions])
+            found |= {name: float(value) for name, value in metric.compute().items()}
+        told = style.tell_style(network, pixels)
+        found["style"] = sum(one == other for one, other in zip(told, self.styles, strict=True)) / COUNT
+        return found
+
+    def score_both(self, pixels: Tensor, texts: list[str]) -> dict[str, float]:
+        """Whether the text's thing is on the image's background."""
+        ranks = caption_ranks(self.judge.embed_images(pixels), self.judge.embed_texts(texts))
+        same = nearest_colour(pixels) == nearest_colour(self.pixels)
+        return {
+            "rank-1": float((ranks < 1).float().mean()),
+            "rank-5": float((ranks < 5).float().mean()),
+            "background": float(same.float().mean()),
+        }
+
+
+def nearest_colour(pixels_B3HW: Tensor) -> Tensor:
+    """Which of the world's backgrounds is nearest to the border's colour in CIE Lab."""
+    colours = rgb_to_lab(COLOURS.double() / 255)
+    return torch.cdist(border_lab(pixels_B3HW, BorderColour().width), colours).argmin(1)
+
+
+def one_caption_per_concept() -> list[str]:
+    world = read_world(HERE / "data" / "train")
+    return [world.captions[i] for i in one_per_concept(world)[:COUNT]]
 
 
 def draw_curves(options: argparse.Namespace) -> None:
