@@ -1,8 +1,8 @@
 """Our training step against a reference step written from the public tutorial's description (reference.py).
 
-    python benchmarks/step.py                                # the demo world, minutes on two CPU cores
+    python benchmarks/step.py                                # what the machine can: on two CPU cores the demo world
     python benchmarks/step.py --size sd15 --image-px 256 --batch 2 --rounds 5        # full size with random weights
-    python benchmarks/step.py --size sd15 --batch 8 16 32 64 128 --compile           # on a GPU
+    python benchmarks/step.py --compile                      # on a GPU: SD 1.5 and SDXL at several batch sizes as well
     python benchmarks/step.py --each                         # what each way to be faster gives by itself
 
 The ways take turns in one process, on the same random batch; of the reference there are two, in fp32 and under bf16
@@ -183,6 +183,9 @@ def in_markdown(found: Mapping[str, Any]) -> str:
 
 def describe(result: Mapping[str, Any]) -> str:
     seconds, batch = result["seconds"], result["batch"]
+    title = f"### {result['size']}, batch {batch}, {result['image_px']} px\n\n"
+    if seconds is None:
+        return f"{title}Out of memory."
     best = faster_reference(seconds)
     rows = []
     for name in seconds:
@@ -193,7 +196,7 @@ def describe(result: Mapping[str, Any]) -> str:
     allowed = tflop["online"] / tflop["cached"]
     reached = times_faster(seconds, "cached", than=best).median / allowed
     return (
-        f"### {result['size']}, batch {batch}, {result['image_px']} px\n\n"
+        title
         + table(["step", "samples/s", f"× {best}", "lowest – highest"], rows)
         + f"\n\nCounted: {tflop['online']:.5g} TFLOP a sample online, {tflop['cached']:.5g} cached, {allowed:.2f} × "
         f"less; the cached step is {100 * reached:.0f} % of that faster."
@@ -206,8 +209,8 @@ def faster_reference(seconds: Mapping[str, list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=tuple(models.MAKERS), default=["demo"])
-    parser.add_argument("--batch", nargs="+", type=int, help="default: 32 in the demo world, else 2, on a GPU 8 to 128")
+    parser.add_argument("--size", nargs="+", choices=tuple(models.MAKERS), help="default: demo, and on a GPU all")
+    parser.add_argument("--batch", nargs="+", type=int, help="default: 32 in the demo world, else 2, on a GPU several")
     parser.add_argument("--image-px", type=int, help="default: what the base was made for")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
@@ -219,14 +222,20 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     found: dict[str, Any] = {"results": [], "each": {}}
-    for size in options.size:
+    sizes = options.size or (list(models.MAKERS) if device.type == "cuda" else ["demo"])
+    for size in sizes:
         image_px = options.image_px or models.IMAGE_PX[size]
         for batch in options.batch or batches(size, device):
-            found["results"].append(compare(size, batch, image_px, options.rounds, device, options.compile))
-            print(describe(found["results"][-1]))
+            try:
+                result = compare(size, batch, image_px, options.rounds, device, options.compile)
+            except torch.OutOfMemoryError:
+                result = {"size": size, "batch": batch, "image_px": image_px, "seconds": None}
+            found["results"].append(result)
+            print(describe(result))
             gc.collect()
+            torch.cuda.empty_cache()
     if options.each:
-        size = options.size[0]
+        size = sizes[0]
         batch, image_px = (options.batch or batches(size, device))[0], options.image_px or models.IMAGE_PX[size]
         ratios = each(size, batch, image_px, options.rounds, device)
         found["each"] = {
@@ -239,9 +248,10 @@ def main() -> None:
 
 
 def batches(size: str, device: torch.device) -> list[int]:
+    on_gpu = {"sd15": [8, 16, 32, 64, 128], "sdxl": [2, 4, 8]}
     if size == "demo":
         return [32]
-    return [8, 16, 32, 64, 128] if device.type == "cuda" else [2]
+    return on_gpu[size] if device.type == "cuda" else [2]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from statistics import median
 import pytest
 import tiny
 import tiny_sdxl
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,6 +23,8 @@ import loop
 import memory
 import sample
 import startup
+import step
+from reference import ReferenceStep
 
 
 @pytest.mark.parametrize("head", sample.HEADS)
@@ -83,6 +86,29 @@ def test_startup_is_told() -> None:
     assert "| scipy | 2 | 0.50 | `torchmetrics` | no |" in told and "tqdm" not in told
 
 
+def test_the_reference_computes_our_loss() -> None:
+    """Of the same batch, with its drops; ours through the adapter, the reference's through diffusers' processors."""
+    model = tiny.shake(tiny.make_model())
+    model.adapter.install()
+    batch = memory.models.make_batch(model, 8, tiny.IMAGE_PX, cached=False)
+    assert batch.draws.drop_image_B.any() or batch.draws.drop_text_B.any()
+    ours = model.errors(batch).loss.detach()
+    model.adapter.remove()
+
+    torch.testing.assert_close(ReferenceStep(model).loss(batch).detach(), ours, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_are_compared_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.models.MAKERS, "tiny", tiny.make_model)
+    monkeypatch.setitem(step.SETTINGS, "tiny", step.Setting())
+    found = step.compare("tiny", 2, tiny.IMAGE_PX, rounds=1, device=torch.device("cpu"), compiles=False)
+    told = step.in_markdown({"results": [found, {**found, "seconds": None}], "each": {}})
+
+    assert found["seconds"].keys() == {*step.REFERENCES, "online", "cached", "online, encoders in bf16"}
+    assert found["tflop_per_sample"]["cached"] < found["tflop_per_sample"]["online"]
+    assert "| cached |" in told and "Out of memory." in told
+
+
 def standing(step: memory.OurStep, batch: Batch) -> int:
     """Bytes of what a step finds: weights, the optimizer's state, the batch."""
     tensors: list[Tensor] = [*step.model.parameters(), *step.model.buffers()]
@@ -111,6 +137,7 @@ def test_estimated_memory_is_what_is_allocated(setting: memory.Setting, monkeypa
     assert estimated - standing(step, batch) == pytest.approx(real_peak(step, batch), rel=0.08)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
     sizes = {batch: memory.estimate("tiny", memory.HALF, batch, tiny.IMAGE_PX) for batch in (4, 8, 24)}
