@@ -151,7 +151,10 @@ def test_variables_of_the_user_win() -> None:
     assert shared_fairly({"HOME": "/"}, 1) == {"HOME": "/"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGUSR1))],
+)
 def test_signal_ends_the_jobs_and_the_sweep(sweep: SweepCommand, number: signal.Signals) -> None:
     process = sweep.start(COUNT_SIGNALS, "seed=1,2,3", "name=study", "hydra.launcher.jobs=2")
     assert process.stdout is not None

@@ -40,7 +40,9 @@ def test_sound_files_are_read(material: fuzz.Material, name: str) -> None:
     assert [outcome for outcome in fuzz.read_sound(material, fuzz.KINDS[name]) if outcome.word != "read"] == []
 
 
-@pytest.mark.parametrize("name", fuzz.KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "overrides" else name for name in fuzz.KINDS]
+)
 def test_some_hostile_files(material: fuzz.Material, name: str) -> None:
     """Some that are made by hand, and some mutations; the others are in the slow test."""
     kind = fuzz.KINDS[name]

@@ -206,7 +206,8 @@ def start(cfg: DictConfig) -> BaseProcess:
     return process
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 40])
 def test_kills_at_any_moment_change_no_byte(kills: int, made: Path, parts: list[str], tmp_path: Path) -> None:
     """Each comes a random time after the process did something; in the end the same command makes what is missing."""
     out, draw, left = tmp_path / "out", random.Random(), set[str]()

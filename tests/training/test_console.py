@@ -39,6 +39,7 @@ def listener() -> Iterator[tuple[str, list[str]]]:
         server.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 def test_run_of_a_user_without_login(start: Command, tmp_path: Path, listener: tuple[str, list[str]]) -> None:
     """wandb works offline in the run folder and calls nobody; the console is short and says what came out."""
     address, calls = listener

@@ -200,6 +200,7 @@ def half_done(train_in: Run, tmp_path: Path) -> Callable[..., Path]:
     return train_in(tmp_path / "runs/decoupled_global/x", "trainer.max_steps=2", "scoring=null")
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(start: Command, half_done: Path) -> None:
     """A limit on the size of files stands for the full disk: previews and adapter fit, the checkpoint does not."""
     last = last_checkpoint(half_done)

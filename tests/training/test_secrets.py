@@ -38,6 +38,7 @@ def addresses(world: World, tmp_path: Path) -> str:
     return ",".join(f"'file://{shard}?token=${{oc.env:DATA_TOKEN}}'" for shard in shards)
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_holds_a_secret_and_the_run_goes_on(start: Command, tmp_path: Path, addresses: str) -> None:
     folder = tmp_path / "runs/decoupled_global/x"
     for steps in (2, 3):

@@ -26,6 +26,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, fl
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["whole", "shared"])
 def test_pictures_of_two_ranks_are_those_of_one(drawn: Path, weights: str) -> None:
     """To the bit; with shared weights a rank that has less to do takes part in every pass all the same."""

@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
 def test_a_run_stops_with_a_checkpoint_and_goes_on(
     train_in: Run, tmp_path: Path, whole: Path, moment: str, step: int, saved: int | None, number: signal.Signals
 ) -> None:
-    if number != signal.SIGTERM and moment not in ("step", "data"):
+    if number != signal.SIGTERM and (moment, step) not in (("step", 3), ("data", 5)):
         pytest.skip("one signal is enough there")
     folder, overrides = tmp_path / "x", (*TWELVE, *signal_at(moment, step, number, tmp_path / "flag"))
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
