@@ -7,8 +7,8 @@ On a GPU the peak is measured. Elsewhere it is estimated: the real step runs on 
 storages and no content, and the bytes of all storages that are alive are added up, in blocks of 512 bytes as CUDA's
 allocator gives them. Norms compute in fp32 under autocast, as they do on CUDA and not on the CPU; attention is torch's
 flash kernel, which keeps no matrix of weights. The VAE is in bf16 like the rest, in which the recipe of SDXL differs.
-Left out are copies between contiguous norms and channels-last convolutions, the workspaces of cuDNN and cuBLAS and what the allocator
-cannot use for want of adjacency: a card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
+Left out are copies between contiguous norms and channels-last convolutions, the workspaces of cuDNN and cuBLAS and
+what the allocator cannot use for want of adjacency: a card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
 """
 
 from __future__ import annotations
