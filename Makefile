@@ -13,7 +13,7 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation evaluate test test-slow test-cluster bench bench-data lint format type lock demo-world clean
+.PHONY: help venv train ablation evaluate test test-slow test-commands test-cluster bench bench-data lint format type lock demo-world clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ test: $(READY) ## the tests, minutes
 
 test-slow: $(READY) ## the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# As a user starts them, with processes, full disks and secrets: too long for the default suite, too important to be left out by CI.
+test-commands: $(READY) ## whole commands and several ranks, minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/training/test_secrets.py \
+		tests/training/test_console.py tests/training/test_failures.py tests/training/test_shared_previews.py $(ARGS)
 
 # Real daemons and nodes of namespaces; without slurm-wlm and munge, or without root, those tests say so and are skipped.
 test-cluster: $(READY) ## a real Slurm and two nodes on this machine; minutes, as root, with slurm-wlm and munge

@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import HERE, save, table
+from measuring import HERE, call, save, table
 from tqdm import tqdm
 
-ROOT = HERE.parent
-PICTURE = ROOT / "docs" / "images" / "loss_fast.png"
+PICTURE = HERE.parent / "docs" / "images" / "loss_fast.png"
 FP32, AUTOCAST, FAST = "plain fp32", "plain, bf16 autocast", "all on"
 WINDOW = 25  # steps, over which a curve is smoothed: single losses swing with their noise levels
 PLAIN = {"base.channels_last": False, "optimizer.fused": False, "data.background": "null"}
@@ -46,12 +43,6 @@ def make_ways(cache: Path) -> dict[str, dict[str, Any]]:
             "compile": True,
         },
     }
-
-
-def call(*command: str) -> None:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def train(folder: Path, options: dict[str, Any], steps: int, device: str) -> list[float]:

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -23,11 +20,10 @@ from statistics import median
 from typing import Any
 
 import lightning as L
-from measuring import HERE, Spread, save, table
+from measuring import HERE, Spread, call, save, table
 from tqdm import tqdm
 
-ROOT = HERE.parent
-DATA = ROOT / "demo" / "data" / "train"
+DATA = HERE.parent / "demo" / "data" / "train"
 PLAIN = "4 shards, a row of log in 50 steps, no previews"
 SHARDS = 4000
 WARM_UP = 10  # steps, in which memory is allocated and the data workers come into swing
@@ -81,12 +77,7 @@ def run(folder: Path, options: dict[str, Any], steps: int) -> list[float]:
         "+callbacks.clock.path": ends,
         **options,
     }
-    command = [sys.executable, str(ROOT / "train.py"), *(f"{name}={value}" for name, value in given.items())]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    call("train.py", *(f"{name}={value}" for name, value in given.items()), PYTHONPATH=str(HERE))
     times = json.loads(ends.read_text())
     return [after - before for before, after in pairwise(times)]
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,20 @@ def times_faster(seconds: Mapping[str, Sequence[float]], name: str, than: str) -
     """How many times as fast ``name`` is: ratio of the medians, and of the rounds the lowest and the highest one."""
     each = [slow / fast for slow, fast in zip(seconds[than], seconds[name], strict=True)]
     return Spread(statistics.median(seconds[than]) / statistics.median(seconds[name]), min(each), max(each))
+
+
+def call(*command: str, **environment: str) -> None:
+    """Run one of the project's commands, with these variables as well; raises RuntimeError with its last words."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=HERE.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def environment() -> str:

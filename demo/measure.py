@@ -4,7 +4,7 @@
     python demo/measure.py clip --models DIR  # the same of those in DIR, figures in DIR/figures.json
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
-    python demo/measure.py adapter RUN        # 100 held-out image prompts, alone and with a text; demo/style.py first
+    python demo/measure.py adapter RUN        # 100 held-out image prompts, alone and with a text; styles after style.py
     python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
 Each prints its figures and keeps them in demo/figures.json unless said otherwise.
@@ -193,7 +193,9 @@ def measure_adapter(options: argparse.Namespace) -> None:
     model = load_model(options.run / "adapter.safetensors")
     prompts = Prompts(model)
     network = style.load_network()
-    figures: dict[str, Any] = {"style, real pictures": style.share_right(network, HERE / "data" / "heldout")}
+    figures: dict[str, Any] = {}
+    if network is not None:
+        figures["style, real pictures"] = style.share_right(network, HERE / "data" / "heldout")
     for seed in (0, 1, 2):
         for scale in (0.0, 1.0):
             pixels = prompts.draw(options, scale, [""] * COUNT, seed)
@@ -227,8 +229,9 @@ class Prompts:
         for metric in (ClipCosines(self.judge), BorderColour()):
             metric.update(pixels, self.pixels, [[caption] for caption in self.captions])
             found |= {name: float(value) for name, value in metric.compute().items()}
-        told = style.tell_style(network, pixels)
-        found["style"] = sum(one == other for one, other in zip(told, self.styles, strict=True)) / COUNT
+        if network is not None:
+            told = style.tell_style(network, pixels)
+            found["style"] = sum(one == other for one, other in zip(told, self.styles, strict=True)) / COUNT
         return found
 
     def score_both(self, pixels: Tensor, texts: list[str]) -> dict[str, float]:

@@ -44,10 +44,11 @@ def tell_style(network: nn.Module, pixels_B3HW: Tensor) -> list[str]:
     return [STYLES[number] for number in network(pixels_B3HW).argmax(1)]
 
 
-def load_network() -> nn.Sequential:
-    """Raises FileNotFoundError with the command that makes it."""
+def load_network() -> nn.Sequential | None:
+    """The trained one; None where it was not made yet, which is told with the command that makes it."""
     if not PATH.is_file():
-        raise FileNotFoundError(f"no {PATH}: run `python demo/style.py` first")
+        print(f"no {PATH}: styles are not measured; `python demo/style.py` makes it", file=sys.stderr)
+        return None
     network = make_network()
     network.load_state_dict(torch.load(PATH, weights_only=True))
     return network.eval()

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from ipa.checkpoint import save_adapter
+from ipa.checkpoint import brief, save_adapter
 from ipa.export.published import to_published, with_metadata
 from ipa.training.checkpointing import check_finite, ends_step, is_due
 from ipa.training.flops import count_flops, peak_flops
@@ -26,8 +26,8 @@ class Throughput(L.Callback):
     """Logs samples per second over all processes, and this one's mean step and wait for data, between log steps.
 
     What other callbacks do at every ``pause_every_n_steps``, previews and checkpoints, is left out. On a CUDA device
-    the model-FLOP utilisation, too: FLOPs that the steps needed (see ``count_flops``, which counts the first batch; all
-    are alike) over what the card could do in the same time at best.
+    the model-FLOP utilisation, too: FLOPs that the steps needed (see ``count_flops``, asked once, as batches are alike)
+    over what the card could do in the same time at best.
     """
 
     def __init__(self, pause_every_n_steps: int = 0) -> None:
@@ -91,10 +91,20 @@ class Throughput(L.Callback):
 def best_rate(model: Any, batch: Any, trainer: L.Trainer) -> float:
     """Samples per second at which this process's card would do its best; 0 where that is not known, which is told."""
     device = trainer.strategy.root_device
-    flops, peak = count_flops(model, batch), peak_flops(device, str(trainer.precision))
+    try:
+        with trainer.precision_plugin.forward_context():
+            flops = count_flops(model, batch)
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # an operation whose shapes cannot be followed ends no training
+        log.warning("train/mfu is left out, since the FLOPs of a step could not be counted: %s", brief(error))
+        return 0.0
+    peak = peak_flops(device, str(trainer.precision))
     if flops is None or peak is None:
-        unknown = f"the peak of {torch.cuda.get_device_name(device)} is not known"
-        log.info("train/mfu is left out: %s", "weights are shared out" if flops is None else unknown)
+        log.info(
+            "train/mfu is left out: %s", "weights are shared out" if flops is None else f"no peak known of {device}"
+        )
         return 0.0
     return peak * len(batch) / flops
 

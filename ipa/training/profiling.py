@@ -32,7 +32,7 @@ MODEL = "[Model]"  # before the names that ``IPAdapterModel.errors`` gives its p
 # part of a step → how the names of its actions end; the first that fits counts
 PARTS = {
     "data wait": (".train_dataloader_next",),
-    "transfer": ("batch_transfer", "batch_to_device", ".transfer_batch_to_device"),
+    "transfer": ("batch_transfer", "batch_to_device"),
     "VAE": (f"{MODEL}VAE",),
     "image encoder": (f"{MODEL}image encoder",),
     "text encoder": (f"{MODEL}text encoder",),
@@ -40,7 +40,7 @@ PARTS = {
     "denoiser": (f"{MODEL}denoiser",),
     "loss": (".training_step",),
     "backward": (".backward", "_backward"),
-    "optimizer": ("optimizer_step", "zero_grad", "configure_gradient_clipping", "run_training_batch"),
+    "optimizer": ("optimizer_step", "zero_grad", "configure_gradient_clipping"),
 }
 CALLBACKS, REST = "[Callback]", "loop and loggers"
 SMALL = 0.01  # share of a step below which callbacks are told together
@@ -105,7 +105,7 @@ class StepProfile(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.plan = plan_steps(trainer.global_step, trainer.max_steps)
-            self.turn_to(self.plan.get(trainer.global_step), trainer, pl_module)
+            self.turn_to(self.plan.pop(trainer.global_step, None), trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,9 +132,10 @@ class StepProfile(L.Callback):
         self.from_step, self.before = trainer.global_step, self.clock.read()
 
     def end_timing(self, step: int, model: Any) -> None:
-        seconds = self.clock.since_reading(self.before)
+        seconds, steps = self.clock.since_reading(self.before), step - self.from_step
         self.clock.device, model.part = None, record_function
-        steps = step - self.from_step
+        if not steps:  # a run that was stopped before its first one
+            return
         title = f"Steps {self.from_step + 1} to {step}, mean, the device waited for between the parts"
         text = f"{title}:\n\n{table(by_part(seconds), steps)}\n"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,14 @@ class StepProfile(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that was stopped early has what it came to."""
         self.turn_to("end" if self.plan else None, trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """What a step that failed came to is not told, and nothing is left running."""
+        self.plan.clear()
+        self.clock.device, pl_module.model.part = None, record_function
+        if self.tracer is not None:
+            self.tracer.stop()
+            self.tracer = None
 
 
 def plan_steps(done: int, max_steps: int) -> dict[int, str]:

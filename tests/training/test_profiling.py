@@ -8,39 +8,43 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import tiny
 import torch
 from conftest import EVERYTHING, Run, column
 from safetensors.torch import load_file
+from torch.profiler import record_function
 
 from ipa.data.stream import TrainStream
-from ipa.training.profiling import FETCH, MODEL, REST, StepClock, by_part, plan_steps, table
+from ipa.training.profiling import FETCH, MODEL, REST, StepClock, StepProfile, by_part, plan_steps, table
 
 QUIET = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=100")
 LONG = (*QUIET, "trainer.max_steps=8", "preview.every_n_steps=100")
 
 
 def test_time_belongs_to_the_innermost_action_and_adds_up() -> None:
-    clock = StepClock()
+    clock, earliest = StepClock(), time.perf_counter()
     before, began = clock.read(), time.perf_counter()
     with clock.profile("outer"):
         time.sleep(0.02)
         with clock.profile("inner"):
             time.sleep(0.05)
         time.sleep(0.02)
-    found, whole = clock.since_reading(before), time.perf_counter() - began
+    ended, found, latest = time.perf_counter(), clock.since_reading(before), time.perf_counter()
 
     assert found["inner"] >= 0.05 and found["outer"] >= 0.04
-    assert sum(found.values()) == pytest.approx(whole, abs=1e-3)
+    assert ended - began <= sum(found.values()) <= latest - earliest
 
 
 def test_every_action_has_a_part() -> None:
-    callback = "[Callback]ipa.Previews{'x': 1}.on_train_batch_end"
+    callback = "[Callback]Checkpoints{'monitor': 'preview/clip_i', 'x': 0.5}.on_train_batch_end"
     seconds = {FETCH: 3.0, f"{MODEL}VAE": 2.0, callback: 1.0, "[Callback]Small.on_fit_start": 1e-3, "": 0.5}
     parts = by_part(seconds)
 
-    assert parts["data wait"] == 3 and parts["VAE"] == 2 and parts["callback ipa"] == 1 and parts[REST] == 0.5
+    assert parts["data wait"] == 3 and parts["VAE"] == 2 and parts["callback Checkpoints"] == 1 and parts[REST] == 0.5
     assert parts["other callbacks"] == pytest.approx(1e-3)
     assert sum(parts.values()) == pytest.approx(sum(seconds.values()))
     assert "| **step** | 3250.50 | 100.0% |" in table(parts, 2)
@@ -115,3 +119,34 @@ def test_the_table_adds_up_and_the_trace_names_the_parts(train_in: Run, tmp_path
     assert sum(parts.values()) == pytest.approx(whole, abs=0.01 * len(parts))
     assert {"VAE", "image encoder", "text encoder", "image tokens", "denoiser"} <= {each["name"] for each in events}
     assert sorted(path.name for path in folder.iterdir()) == ["table.md", "trace.json.gz"]
+
+
+class Wrong(L.Callback):
+    """Fails after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("wrong")
+
+
+@pytest.mark.parametrize("step", [3, 7], ids=["timed", "traced"])
+def test_a_step_that_fails_leaves_nothing_running(step: int, train_in: Run, tmp_path: Path) -> None:
+    wrong = ("+callbacks.wrong._target_=test_profiling.Wrong", f"+callbacks.wrong.step={step}")
+    with pytest.raises(KeyError, match="wrong"):
+        train_in(tmp_path / "run", *LONG, *wrong, "profile=true")
+
+    assert not torch.autograd._profiler_enabled()
+    assert (tmp_path / "run/profile/table.md").exists() == (step == 7)
+    assert not (tmp_path / "run/profile/trace.json.gz").exists()
+
+
+def test_a_run_that_stops_before_its_first_step_has_no_table(tmp_path: Path) -> None:
+    clock, model = StepClock(), tiny.make_model()
+    profile = StepProfile(tmp_path / "profile", clock)
+    clock.device, profile.before = torch.device("cpu"), clock.read()
+    profile.end_timing(0, model)
+
+    assert not (tmp_path / "profile").exists() and clock.device is None and model.part is record_function
