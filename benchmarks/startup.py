@@ -38,6 +38,7 @@ def start(code: str, *python: str) -> tuple[float, subprocess.CompletedProcess[s
     """Run ``code`` in a Python that finds this checkout; when it was started, and what it said."""
     path = os.pathsep.join([str(HERE), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path, "WANDB_MODE": "offline"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else all libraries are compiled again in every start
     started = time.time()
     done = subprocess.run(
         [sys.executable, *python, "-c", code],
