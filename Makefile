@@ -91,8 +91,11 @@ demo-world: $(READY) ## make the demo world again, data and models; hours on a C
 	$(BIN)/python demo/make_base.py unet --threads 2
 	$(BIN)/python demo/make_base.py vae --threads 2
 	$(BIN)/python demo/make_base.py export
+	$(BIN)/python demo/make_base.py vae --start demo/base --build demo/build/decoder --minutes 22 --threads 2
+	$(BIN)/python demo/make_base.py export --start demo/base --build demo/build/decoder
 	$(BIN)/python demo/make_clip.py encoder --threads 2
 	$(BIN)/python demo/make_clip.py judge --threads 2
+	$(BIN)/python demo/style.py
 	$(BIN)/python demo/measure.py clip
 	$(BIN)/python demo/measure.py vae
 	$(BIN)/python demo/measure.py base

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from world import (
     BACKGROUNDS,
+    DEVICE,
     HERE,
     SIZE_PX,
     STYLE_WORDS,
@@ -58,8 +59,9 @@ LATENT_CHANNELS = 32
 # how far the components' spread is evened out: 0 keeps it, 1 makes all alike
 WHITENING = 0.6
 POSTERIOR_STD = 0.05
-# what the committed weights took, one thread each but for the UNet's last 82, which had two and ran beside other work
-MINUTES = {"unet": 195, "vae": 33}
+# what the committed weights took, one thread each but for 82 of the UNet's, which had two and ran beside other work;
+# the VAE's without the second training of its decoder (Makefile)
+MINUTES = {"unet": 255, "vae": 33}
 
 
 @dataclass
@@ -98,7 +100,7 @@ def unfold(pixels_B3HW: Tensor) -> Tensor:
     return F.unfold(pixels_B3HW, PATCH_PX, stride=PATCH_PX)
 
 
-def load_pca() -> PatchPCA:
+def load_pca(device: torch.device | str = "cpu") -> PatchPCA:
     """The latent space, fitted once on the training pictures and then kept, since VAE and UNet must mean the same."""
     path = HERE / "build" / "base" / "pca.pt"
     if not path.exists():
@@ -106,14 +108,18 @@ def load_pca() -> PatchPCA:
         generator = torch.Generator().manual_seed(0)
         pca = PatchPCA.fit(compose(world.rgba, draw_backgrounds(len(world), generator)))
         save_atomically(vars(pca), path)
-    return PatchPCA(**torch.load(path, weights_only=True))
+    return PatchPCA(**torch.load(path, weights_only=True, map_location=device))
 
 
 def make_encoder(start: Path | None) -> Callable[[Tensor], Tensor]:
     """pixels_B3HW in [-1, 1] → latents_BChw: the principal components, or what the finished VAE made of them."""
     if start is None:
-        return load_pca().encode
-    vae = AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32).requires_grad_(False)
+        return load_pca(DEVICE).encode
+    vae = (
+        AutoencoderKL.from_pretrained(start, subfolder="vae", torch_dtype=torch.float32)
+        .requires_grad_(False)
+        .to(DEVICE)
+    )
     return lambda pixels_B3HW: vae.encode(pixels_B3HW).latent_dist.mean
 
 
@@ -239,7 +245,7 @@ def set_learning_rate(
 
 
 def train_vae(options: argparse.Namespace) -> None:
-    world = read_world(HERE / "build" / "data" / "all")
+    world = read_world(HERE / "build" / "data" / "all").to(DEVICE)
     encode = make_encoder(options.start)
     folder = options.build
     vae = make_vae()
@@ -247,6 +253,7 @@ def train_vae(options: argparse.Namespace) -> None:
         vae.load_state_dict(load_file(options.start / "vae" / "diffusion_pytorch_model.safetensors"))
         for encodes in (vae.encoder, vae.quant_conv):
             encodes.requires_grad_(False)
+    vae.to(DEVICE)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-3, fused=True)
     average = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     state = load_state(folder / "vae.pt", vae=vae, optimizer=optimizer, average=average)
@@ -260,7 +267,7 @@ def train_vae(options: argparse.Namespace) -> None:
         if torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
         target = encode(pixels)
-        noisy = target + POSTERIOR_STD * torch.randn(target.shape, generator=generator)
+        noisy = target + POSTERIOR_STD * torch.randn(target.shape, generator=generator).to(DEVICE)
         with autocast():
             decoded = vae.decode(noisy).sample
         colour = (decoded.float() - pixels).abs().mean()
@@ -288,7 +295,7 @@ def difference(pixels: Tensor, dim: int) -> Tensor:
 
 
 def train_unet(options: argparse.Namespace) -> None:
-    world = read_world(HERE / "data" / "train").of_style(options.style)
+    world = read_world(options.data).of_style(options.style).to(DEVICE)
     encode = make_encoder(options.start)
     folder = options.build
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
@@ -296,22 +303,23 @@ def train_unet(options: argparse.Namespace) -> None:
     if options.start:
         parts["text"].load_state_dict(load_file(options.start / "text_encoder" / "model.safetensors"))
         parts["unet"].load_state_dict(load_file(options.start / "unet" / "diffusion_pytorch_model.safetensors"))
+    parts.to(DEVICE)
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
     state = load_state(folder / "unet.pt", parts=parts, optimizer=optimizer, average=average)
     step, clock = state["step"], Clock(options.minutes, state["spent_s"])
     progress = Progress(folder / "unet.csv", clock)
-    ids, empty = tokenize(tokenizer, world.captions), tokenize(tokenizer, [""])
-    alphas = make_scheduler().alphas_cumprod
+    ids, empty = tokenize(tokenizer, world.captions).to(DEVICE), tokenize(tokenizer, [""]).to(DEVICE)
+    alphas = make_scheduler().alphas_cumprod.to(DEVICE)
     generator = torch.Generator().manual_seed(step)
     while clock.share < 1:
         set_learning_rate(optimizer, options.lr or 6e-4, step, clock.share)
         chosen = torch.randint(len(world), (options.batch,), generator=generator)
         latents = encode(compose(world.rgba[chosen], draw_backgrounds(options.batch, generator)))
-        dropped = torch.rand(options.batch, generator=generator) < 0.1
+        dropped = (torch.rand(options.batch, generator=generator) < 0.1).to(DEVICE)
         ids_BL = torch.where(dropped[:, None], empty, ids[chosen])
-        t_B = torch.randint(len(alphas), (options.batch,), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        t_B = torch.randint(len(alphas), (options.batch,), generator=generator).to(DEVICE)
+        noise = torch.randn(latents.shape, generator=generator).to(DEVICE)
         alpha = alphas[t_B].sqrt()[:, None, None, None]
         sigma = (1 - alphas[t_B]).sqrt()[:, None, None, None]
         with autocast():
@@ -331,8 +339,8 @@ def train_unet(options: argparse.Namespace) -> None:
 
 def autocast() -> torch.autocast:
     """bf16 where the processor multiplies it natively; elsewhere it is several times slower than fp32."""
-    native = torch.cpu._is_avx512_bf16_supported() if not torch.cuda.is_available() else True
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=native)
+    native = DEVICE.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=native)
 
 
 def save_state(path: Path, step: int, clock: Clock, **parts) -> None:
@@ -342,7 +350,7 @@ def save_state(path: Path, step: int, clock: Clock, **parts) -> None:
 def load_state(path: Path, **parts) -> dict:
     if not path.exists():
         return {"step": 0, "spent_s": 0.0}
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=DEVICE)
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state
@@ -357,13 +365,15 @@ def export(options: argparse.Namespace) -> None:
         text_encoder.load_state_dict(load_file(options.start / "text_encoder" / "model.safetensors"))
         unet.load_state_dict(load_file(options.start / "unet" / "diffusion_pytorch_model.safetensors"))
     else:
-        averaged = torch.load(build / "unet.pt", weights_only=True)["average"]
+        averaged = torch.load(build / "unet.pt", weights_only=True, map_location="cpu")["average"]
         text_encoder.load_state_dict(taken(averaged, "module.text."))
         unet.load_state_dict(taken(averaged, "module.unet."))
     if options.start and not (build / "vae.pt").exists():
         vae.load_state_dict(load_file(options.start / "vae" / "diffusion_pytorch_model.safetensors"))
     else:
-        vae.load_state_dict(taken(torch.load(build / "vae.pt", weights_only=True)["average"], "module."))
+        vae.load_state_dict(
+            taken(torch.load(build / "vae.pt", weights_only=True, map_location="cpu")["average"], "module.")
+        )
         fix_posterior(vae)
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -402,6 +412,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "unet", "export"))
     parser.add_argument("--minutes", type=float, help=f"time of a training in all, over restarts (default {MINUTES})")
+    parser.add_argument(
+        "--data", type=Path, default=HERE / "data" / "train", help="what the UNet learns (default: demo/data/train)"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
     parser.add_argument(

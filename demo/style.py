@@ -1,9 +1,9 @@
 """Tells in which style a picture is drawn: a small network that only measures (figure "style" of measure.py adapter).
 
-    python demo/style.py                       # eleven minutes on one core; writes demo/build/style.pt
+    python demo/style.py                       # a quarter of an hour on one core; writes demo/build/style.pt
 
-Neither encoder nor judge tell the three flat styles apart well enough to judge others by. This one learns from the
-1,186 things that are not held out, and is asked about the held-out ones.
+The encoder is what is measured, and the judge has seen the held-out things. This one learns from the 1,186 others, and
+is asked about the held-out ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
-from world import HERE, STYLE_WORDS, World, compose, draw_backgrounds, read_world, save_atomically
+from world import DEVICE, HERE, STYLE_WORDS, World, compose, draw_backgrounds, read_world, save_atomically
 
 PATH = HERE / "build" / "style.pt"
 STYLES = sorted(STYLE_WORDS)
@@ -50,7 +50,7 @@ def load_network() -> nn.Sequential | None:
         print(f"no {PATH}: styles are not measured; `python demo/style.py` makes it", file=sys.stderr)
         return None
     network = make_network()
-    network.load_state_dict(torch.load(PATH, weights_only=True))
+    network.load_state_dict(torch.load(PATH, weights_only=True, map_location="cpu"))
     return network.eval()
 
 
@@ -66,8 +66,9 @@ def augment(pixels_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 def train(world: World, steps: int = STEPS) -> nn.Sequential:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([STYLES.index(style) for style in world.styles])
-    network = make_network()
+    world = world.to(DEVICE)
+    labels = torch.tensor([STYLES.index(style) for style in world.styles], device=DEVICE)
+    network = make_network().to(DEVICE)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
     for _ in trange(steps, desc="style", mininterval=5):
@@ -78,7 +79,7 @@ def train(world: World, steps: int = STEPS) -> nn.Sequential:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return network
+    return network.cpu()
 
 
 def share_right(network: nn.Module, folder: Path) -> float:

@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE_PX = 64
 TEXT_LENGTH = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -41,6 +42,9 @@ class World:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def to(self, device: torch.device) -> World:
+        return replace(self, rgba=self.rgba.to(device))
 
     def of_style(self, style: str | None) -> World:
         """Its pictures in one style; None keeps all."""
@@ -81,9 +85,9 @@ def draw_backgrounds(count: int, generator: torch.Generator) -> Tensor:
 
 
 def compose(rgba_B4HW: Tensor, backgrounds_B: Tensor) -> Tensor:
-    """Lay pictures on plain colours; returns pixels_B3HW in [-1, 1]."""
+    """Lay pictures on plain colours; returns pixels_B3HW in [-1, 1], on the pictures' device."""
     alpha = rgba_B4HW[:, 3:].float() / 255
-    colour = COLOURS[backgrounds_B][:, :, None, None]
+    colour = COLOURS[backgrounds_B][:, :, None, None].to(alpha.device)
     return (rgba_B4HW[:, :3].float() * alpha + colour * (1 - alpha)) / 127.5 - 1
 
 
