@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 PICTURE = HERE.parent / "docs" / "images" / "loss_fast.png"
 FP32, AUTOCAST, FAST = "plain fp32", "plain, bf16 autocast", "all on"
+BATCH = 32
 WINDOW = 25  # steps, over which a curve is smoothed: single losses swing with their noise levels
 PLAIN = {"base.channels_last": False, "optimizer.fused": False, "data.background": "null"}
 HALF = {"trainer.precision": "bf16-mixed"}
@@ -49,6 +50,7 @@ def train(folder: Path, options: dict[str, Any], steps: int, device: str) -> lis
     """The loss of every step."""
     given = {
         "trainer": device,
+        "global_batch_size": BATCH,
         "trainer.max_steps": steps,
         "trainer.log_every_n_steps": 1,
         "preview.every_n_steps": steps,

@@ -28,6 +28,7 @@ PLAIN = "4 shards, a row of log in 50 steps, no previews"
 SHARDS = 4000
 WARM_UP = 10  # steps, in which memory is allocated and the data workers come into swing
 EVERY = 25
+BATCH = 32
 NEVER = 100_000
 QUIET = {"trainer.log_every_n_steps": 50, "preview.every_n_steps": NEVER, "scoring.scorer": "null"}
 
@@ -71,6 +72,7 @@ def run(folder: Path, options: dict[str, Any], steps: int) -> list[float]:
     ends = folder / "ends.json"
     given = {
         **QUIET,
+        "global_batch_size": BATCH,
         "trainer.max_steps": steps,
         "hydra.run.dir": folder / "run",
         "+callbacks.clock._target_": "loop.Clock",
