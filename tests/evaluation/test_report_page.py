@@ -14,7 +14,7 @@ from ipa.evaluation.report.files import write_report
 from ipa.evaluation.report.page import Shown, make_page
 from ipa.evaluation.report.pictures import choose_items, choose_system, extremes
 from ipa.evaluation.report.reading import read_evaluation
-from ipa.evaluation.report.sweeps import find_charts
+from ipa.evaluation.report.sweeps import find_charts, phrase
 from ipa.evaluation.report.table import make_table
 
 VOID = {"img", "meta"}
@@ -103,6 +103,32 @@ def test_curves_join_runs_that_differ_in_one_setting_alone(tmp_path: Path) -> No
     (series,) = charts[0].series
     assert [(x, score.value) for x, score in series.points] == [(0.0, 0.0), (1.0, 1.0)]
     assert series.title == "IP-Adapter, adapter, steps 50, guidance 2"
+
+
+def test_curves_of_one_system_have_names_of_their_own(tmp_path: Path) -> None:
+    write_items(tmp_path, ["a"])
+    for number, source in enumerate(("demo/base", "demo/build/fluent/base")):
+        method = {"source": source}
+        for scale in (0.0, 1.0):
+            sampling, files = {"scale": scale}, {"adapter": 32 * f"{number}a"}
+            write_run(tmp_path, f"{number}{scale}", scored(scale), method=method, sampling=sampling, files=files)
+
+    series = find_charts(read_evaluation(tmp_path))[0].series
+
+    assert [each.title for each in series] == ["IP-Adapter, demo/base", "IP-Adapter, fluent/base"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "others", "told"),
+    [
+        ("method.source", "runs/one/adapter.safetensors", ["runs/two/adapter.safetensors"], "one/adapter"),
+        ("method.source", "a/one.bin", ["a/two.bin"], "one"),
+        ("method.source", "base", ["demo/base"], "base"),
+        ("files.adapter", "0123456789abcdef", ["fedcba9876543210"], "adapter 01234567"),
+    ],
+)
+def test_a_difference_is_told_as_short_as_it_can_be(name: str, value: str, others: list[str], told: str) -> None:
+    assert phrase(name, value, [value, *others]) == told
 
 
 def test_what_does_not_change_pictures_does_not_part_a_curve(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -89,16 +89,34 @@ def title_of(system: System, systems: Sequence[System], axis: str) -> str:
     """The system, and what tells this run from the others of the same system, whatever their ``axis``."""
     alike = [identity(each) for each in systems if each.scores and each.name == system.name]
     own = identity(system)
-    differing = [name for name in own if len({str(each.get(name)) for each in alike}) > 1 and name not in UNTOLD]
-    parts = [phrase(name, own[name]) for name in differing if name != f"sampling.{axis}" and own[name] is not None]
+    values = {name: {str(each.get(name)) for each in alike} for name in own}
+    differing = [name for name in own if len(values[name]) > 1 and name not in (*UNTOLD, f"sampling.{axis}")]
+    if "method.source" in differing:  # files with names of their own need no hashes beside
+        differing = [name for name in differing if not name.startswith("files.")]
+    parts = [phrase(name, own[name], values[name]) for name in differing if own[name] is not None]
     return ", ".join([kind_of(system.name).title, *dict.fromkeys(parts)])
 
 
-def phrase(name: str, value: Any) -> str:
-    """A setting as short as it can be told: a file by its name alone."""
+def phrase(name: str, value: Any, values: Collection[str]) -> str:
+    """A setting as short as tells it from the other ``values``: of a path its end, of a hash its beginning."""
     short = name.rpartition(".")[2]
     if name == "prompt":
         return PROMPTS.get(str(value), str(value))
     if name == "method.source" or (isinstance(value, str) and "/" in value):
-        return PurePath(str(value)).stem
+        return end_of_path(str(value), values)
+    if name.startswith("files."):
+        value = str(value)[:8]
     return f"{AXES.get(short, short.replace('_', ' '))} {plain_number(value)}"
+
+
+def end_of_path(path: str, paths: Collection[str]) -> str:
+    """Its last parts, without suffix, as many as none of the other ``paths`` ends with."""
+    own, others = parts_of(path), [parts_of(other) for other in paths if other != path]
+    for count in range(1, len(own)):
+        if all(other[-count:] != own[-count:] for other in others):
+            return "/".join(own[-count:])
+    return "/".join(own)
+
+
+def parts_of(path: str) -> tuple[str, ...]:
+    return (*PurePath(path).parts[:-1], PurePath(path).stem)
