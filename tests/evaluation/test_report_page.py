@@ -118,6 +118,19 @@ def test_curves_of_one_system_have_names_of_their_own(tmp_path: Path) -> None:
     assert [each.title for each in series] == ["IP-Adapter, demo/base", "IP-Adapter, fluent/base"]
 
 
+def test_a_file_that_was_trained_on_is_told_by_its_hash(tmp_path: Path) -> None:
+    write_items(tmp_path, ["a"])
+    for number, source in enumerate(("a.bin", "a.bin", "b.bin")):
+        for scale in (0.0, 1.0):
+            run = {"method": {"source": source}, "sampling": {"scale": scale}, "files": {"adapter": 32 * f"{number}a"}}
+            write_run(tmp_path, f"{number}{scale}", scored(scale), **run)
+
+    series = find_charts(read_evaluation(tmp_path))[0].series
+
+    names = [f"IP-Adapter, {each}" for each in ("a, adapter 0a0a0a0a", "a, adapter 1a1a1a1a", "b, adapter 2a2a2a2a")]
+    assert [each.title for each in series] == names
+
+
 @pytest.mark.parametrize(
     ("name", "value", "others", "told"),
     [

@@ -91,8 +91,9 @@ def title_of(system: System, systems: Sequence[System], axis: str) -> str:
     own = identity(system)
     values = {name: {str(each.get(name)) for each in alike} for name in own}
     differing = [name for name in own if len(values[name]) > 1 and name not in (*UNTOLD, f"sampling.{axis}")]
-    if "method.source" in differing:  # files with names of their own need no hashes beside
-        differing = [name for name in differing if not name.startswith("files.")]
+    # where each file has a name of its own, its hash says nothing more
+    paths = len(values.get("method.source", ()))
+    differing = [name for name in differing if not (name.startswith("files.") and len(values[name]) == paths)]
     parts = [phrase(name, own[name], values[name]) for name in differing if own[name] is not None]
     return ", ".join([kind_of(system.name).title, *dict.fromkeys(parts)])
 
