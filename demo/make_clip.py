@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from make_base import Progress, autocast, load_state, make_tokenizer, save_state, set_learning_rate, taken
-from make_data import BACKGROUNDS
 from open_clip import CLIP
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file, save_file
@@ -43,6 +42,7 @@ from world import (
     Clock,
     World,
     compose,
+    describe,
     draw_backgrounds,
     read_world,
     save_tokenizer,
@@ -50,7 +50,6 @@ from world import (
 
 # the normalisation that diffusers assumes of an image encoder when nobody tells it another
 MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-COLOUR_NAMES = list(BACKGROUNDS)
 STYLE_NAMES = list(STYLE_WORDS)
 WEIGHTS = "open_clip_model.safetensors"
 # what the committed weights took, one thread each
@@ -124,9 +123,7 @@ def rows_by_concept(world: World) -> Tensor:
 def caption(concept: str, style: str, background: int, generator: torch.Generator) -> str:
     """Say all of it half of the time, else leave out the style, the background, or both."""
     say = torch.randint(6, (), generator=generator)
-    style_words = STYLE_WORDS[style] if say not in (0, 1) else ""
-    background_words = f"on {COLOUR_NAMES[background]} background" if say not in (0, 2) else ""
-    return " ".join(f"{concept} {style_words} {background_words}".split())
+    return describe(concept, style if say not in (0, 1) else "", background if say not in (0, 2) else None)
 
 
 def augment(pixels_B3HW: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ from make_base import load_pca
 from make_clip import RECIPES, clip_tokenizer, make_model
 from PIL import Image
 from torch import Tensor
-from world import COLOURS, HERE, World, compose, draw_backgrounds, read_world
+from world import COLOURS, HERE, STYLE_WORDS, World, compose, describe, draw_backgrounds, read_world
 
 sys.path.insert(0, str(HERE.parent))
 
@@ -135,24 +135,16 @@ def heldout_pixels(count: int | None = None) -> Tensor:
 
 
 def measure_base(options: argparse.Namespace) -> None:
-    """Pictures of 100 training captions from the text alone; the judge looks for the right caption among the 100."""
+    """Pictures of 100 training captions from the text alone; the judge looks for the right caption among the 100.
+
+    Then the same captions with a style and a background added: whether they are drawn as well.
+    """
     from diffusers import StableDiffusionPipeline
 
     captions = one_caption_per_concept()
     pipeline = StableDiffusionPipeline.from_pretrained(HERE / "base")
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for start in range(0, COUNT, 25):
-        piece = range(start, start + 25)
-        out = pipeline(
-            [captions[i] for i in piece],
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            generator=[torch.Generator().manual_seed(i) for i in piece],
-            output_type="pt",
-        )
-        pictures.append(out.images * 2 - 1)
-    pixels = torch.cat(pictures)
+    pixels = draw_texts(pipeline, captions, options)
     judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
     ranks = caption_ranks(judge.embed_images(pixels), judge.embed_texts(captions))
     figures = {
@@ -162,8 +154,33 @@ def measure_base(options: argparse.Namespace) -> None:
         "guidance": options.guidance,
         "captions": len(captions),
     }
+    styles = [list(STYLE_WORDS)[i % len(STYLE_WORDS)] for i in range(COUNT)]
+    backgrounds = torch.arange(COUNT) % len(COLOURS)
+    told = [describe(*parts) for parts in zip(captions, styles, backgrounds.tolist(), strict=True)]
+    drawn = draw_texts(pipeline, told, options)
+    figures["background named, right"] = float((nearest_colour(drawn) == backgrounds).float().mean())
+    network = style.load_network()
+    if network is not None:
+        found = style.tell_style(network, drawn)
+        figures["style named, right"] = sum(one == other for one, other in zip(found, styles, strict=True)) / COUNT
     keep("base", figures)
     save_grid(pixels[:64], captions[:64], IMAGES / "base.png")
+
+
+def draw_texts(pipeline: Any, texts: list[str], options: argparse.Namespace) -> Tensor:
+    """pixels_B3HW in [-1, 1], picture i from seed i."""
+    pictures = []
+    for start in range(0, len(texts), 25):
+        piece = range(start, min(start + 25, len(texts)))
+        out = pipeline(
+            [texts[i] for i in piece],
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=[torch.Generator().manual_seed(i) for i in piece],
+            output_type="pt",
+        )
+        pictures.append(out.images * 2 - 1)
+    return torch.cat(pictures)
 
 
 def save_grid(pixels_B3HW: Tensor, titles: list[str], path: Path, columns: int = 8, cell_px: int = 96) -> None:

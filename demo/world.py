@@ -27,6 +27,7 @@ TEXT_LENGTH = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 STYLE_WORDS = {"noto": "noto style", "fluent": "fluent style", "twemoji": "twemoji style"}
 # index 0 is white, which half of all pictures have
+COLOUR_NAMES = list(BACKGROUNDS)
 COLOURS = torch.tensor([ImageColor.getrgb(colour) for colour in BACKGROUNDS.values()], dtype=torch.float32)
 
 
@@ -89,6 +90,16 @@ def compose(rgba_B4HW: Tensor, backgrounds_B: Tensor) -> Tensor:
     alpha = rgba_B4HW[:, 3:].float() / 255
     colour = COLOURS[backgrounds_B][:, :, None, None].to(alpha.device)
     return (rgba_B4HW[:, :3].float() * alpha + colour * (1 - alpha)) / 127.5 - 1
+
+
+def describe(thing: str, style: str = "", background: int | None = None) -> str:
+    """A caption of whatever is to be said, as "hatching chick noto style on red background".
+
+    "" and None leave a part out.
+    """
+    manner = STYLE_WORDS[style] if style else ""
+    ground = "" if background is None else f"on {COLOUR_NAMES[background]} background"
+    return " ".join(part for part in (thing, manner, ground) if part)
 
 
 def build_tokenizer(folder: Path, texts: list[str], vocabulary: int = 2000):
