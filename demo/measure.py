@@ -202,7 +202,7 @@ def save_grid(pixels_B3HW: Tensor, titles: list[str], path: Path, columns: int =
 
 
 def measure_adapter(options: argparse.Namespace) -> None:
-    """100 held-out prompts, three seeds: λ = 0 and λ = 1 with the empty text, λ = 0.5 with texts of other things."""
+    """100 held-out prompts, three seeds: alone with λ = 0 and ``--scale``, λ = 0.5 with texts of other things."""
     from ipa.export.loading import load_model
 
     model = load_model(options.run / "adapter.safetensors")
@@ -212,7 +212,7 @@ def measure_adapter(options: argparse.Namespace) -> None:
     if network is not None:
         figures["style, real pictures"] = style.share_right(network, HERE / "data" / "heldout")
     for seed in (0, 1, 2):
-        for scale in (0.0, 1.0):
+        for scale in (0.0, options.scale):
             pixels = prompts.draw(options, scale, [""] * COUNT, seed)
             for name, value in prompts.score(pixels, network).items():
                 figures.setdefault(f"scale {scale:g}, {name}", []).append(round(value, 4))
@@ -220,7 +220,8 @@ def measure_adapter(options: argparse.Namespace) -> None:
         pixels = prompts.draw(options, 0.5, texts, seed)
         for name, value in prompts.score_both(pixels, texts).items():
             figures.setdefault(f"scale 0.5 and text, {name}", []).append(round(value, 4))
-    keep("adapter", figures)
+    how = {"steps": options.steps, "guidance": options.guidance, "guidance_rescale": options.guidance_rescale}
+    keep(options.key, figures | how)
 
 
 class Prompts:
@@ -236,7 +237,12 @@ class Prompts:
     def draw(self, options: argparse.Namespace, scale: float, texts: list[str], seed: int) -> Tensor:
         from ipa.sampling import SamplingOptions, generate
 
-        how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=scale)
+        how = SamplingOptions(
+            num_steps=options.steps,
+            guidance=options.guidance,
+            scale=scale,
+            guidance_rescale=options.guidance_rescale,
+        )
         return generate(self.model, self.features, texts, range(1000 * seed, 1000 * seed + COUNT), how)
 
     def score(self, pixels: Tensor, network: Any) -> dict[str, float]:
@@ -301,6 +307,9 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="which clip measures")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance-rescale", type=float, default=0.0, help="adapter only: φ in [0, 1]")
+    parser.add_argument("--scale", type=float, default=1.0, help="adapter only: λ of the image prompt alone")
+    parser.add_argument("--key", default="adapter", help="name of the adapter's figures in figures.json")
     options = parser.parse_args()
     if options.what == "adapter" and options.run is None:
         parser.error("adapter needs the run folder, for example runs/decoupled_global/NAME")

@@ -243,6 +243,7 @@ def stock_pictures(model: IPAdapterModel, options: SamplingOptions, **prompts: A
         latents=draw_noise((4, 8, 8), SEEDS),
         num_inference_steps=options.num_steps,
         guidance_scale=options.guidance,
+        guidance_rescale=options.guidance_rescale,
         output_type="pt",
     ).images
     return pictures * 2 - 1
@@ -273,6 +274,28 @@ def test_a_simple_adapter_makes_the_pictures_of_the_stock_call_with_embeddings(
 
     torch.testing.assert_close(pictures, stock_pictures(model, options, **prompts), rtol=0, atol=1e-5)
     assert (generate(model, features, TEXTS, SEEDS, options.with_scale(0.0)) - pictures).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rescaled_guidance_is_the_stock_pipelines(family: str) -> None:
+    model = tiny.shake(tiny.make_model(family=FAMILIES[family]()))
+    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
+    model.adapter.install()
+    plain, rescaled = (
+        SamplingOptions(num_steps=3, guidance=6.0, scale=0.0, guidance_rescale=share) for share in (0.0, 0.7)
+    )
+    pictures = generate(model, features, TEXTS, SEEDS, rescaled)
+
+    expected = stock_pictures(model, rescaled, prompt=TEXTS, negative_prompt=[""] * 5)
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
+    assert (generate(model, features, TEXTS, SEEDS, plain) - pictures).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_rescale_that_is_no_share_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"guidance_rescale={share}"):
+        SamplingOptions(guidance_rescale=share)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

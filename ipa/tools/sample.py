@@ -34,6 +34,7 @@ class Options:
     seed: int = 0
     steps: int = 25
     guidance: float = 2.0  # 1 means none
+    guidance_rescale: float = 0.0  # φ, takes back contrast that guidance adds; 0.7 for bases with zero terminal SNR
     base: str | None = None  # diffusers folder, hub id or .safetensors file instead of the metadata's
     base_config: str | None = None  # layout of a base that is one file
     encoder: str | None = None  # open_clip name, local-dir:FOLDER or transformers folder instead of the metadata's
@@ -51,6 +52,8 @@ def check_options(options: Any) -> None:
         raise ValueError(f"out={options.out}: a picture's name ends with one of {', '.join(FORMATS)}")
     if not options.image:
         raise ValueError("image=[]: at least one image prompt")
+    if not 0 <= options.guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale={options.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 
 
 def sample(options: Any) -> Path:
@@ -92,7 +95,12 @@ def generate_row(model: Any, pictures: list[Any], options: Any) -> Path:
     edge_px = model.encoder.image_size_px
     references = [fit_reference(picture, edge_px, model.reference_fit).to(model.device) for picture in pictures]
     features = [model.encode_reference(each.expand(options.num_images, -1, -1, -1)) for each in references]
-    how = SamplingOptions(num_steps=options.steps, guidance=options.guidance, scale=options.scale)
+    how = SamplingOptions(
+        num_steps=options.steps,
+        guidance=options.guidance,
+        scale=options.scale,
+        guidance_rescale=options.guidance_rescale,
+    )
     seeds = range(options.seed, options.seed + options.num_images)
     pixels = generate(model, features, [options.text] * options.num_images, seeds, how)
     row = torch.cat(list(to_uint8(pixels)), dim=-1).permute(1, 2, 0).numpy()

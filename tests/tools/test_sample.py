@@ -176,6 +176,7 @@ def test_file_without_metadata_asks_for_base_and_encoder(refused: Sample, adapte
         ({"seed": "1.5"}, ["seed=1.5"]),
         ({"num_images": 0}, ["num_images=0", "at least 1"]),
         ({"steps": 0}, ["steps=0", "at least 1"]),
+        ({"guidance_rescale": 1.5}, ["guidance_rescale=1.5", "from 0", "0.7"]),
         ({"device": "abacus"}, ["device=abacus"]),
         ({"adapter": "nowhere.safetensors"}, ["adapter=nowhere.safetensors: no such file"]),
         ({"image": "[]"}, ["image=[]", "at least one image prompt"]),
