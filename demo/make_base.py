@@ -63,7 +63,7 @@ POSTERIOR_STD = 0.05
 # how often the UNet's captions name the thing, the style, the background; each by itself
 SAID = (0.95, 0.5, 0.4)
 # of the text encoder's learning rate to the UNet's: with equal rates (4e-4), words that came late, beside a thing in
-# 95 % of the captions, were unheard still after 4,800 steps
+# 95 % of the captions, were unheard still after 4,700 steps
 TEXT_LR = 3.0
 # what the committed weights took, the UNet's partly with two threads and beside other work (demo/README.md);
 # the VAE's without the second training of its decoder (Makefile)
