@@ -25,9 +25,9 @@ import torch
 from measuring import save, table, take_turns, times_faster
 from torch import Tensor
 
-from ipa.checkpoint import save_adapter
 from ipa.export.loading import load_model
 from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import draw_noise, prompt_arguments
 from ipa.types import Features

@@ -39,6 +39,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from ipa import launcher
+from ipa.errors import UserError
 from ipa.identity import run_name
 from ipa.secrets import complain_of_typed, guard_logs, hide, typed_secrets
 
@@ -235,29 +236,33 @@ def _full_error(value: str | None) -> Iterator[None]:
 
 
 def explain_failure(error: Exception) -> str | None:
-    """The words for an error that the user can mend, None for a bug, whose traceback is wanted.
+    """The message for an error that the user can fix; None for a bug, whose traceback is wanted.
 
-    The user's are: what the system refuses (files, disk, network), a value that is missing or refers to nothing, a
-    ``ValueError`` raised by our code itself or by a constructor that the configuration names, and arguments that such
-    a one does not take.
+    Those are ``UserError``, an ``OSError`` at a file that the user named, a value that is missing or refers to nothing,
+    and arguments that a class named in the configuration does not take or refuses.
     """
     cause: BaseException = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, OSError | MissingMandatoryValue | InterpolationResolutionError):
-        return f"{type(cause).__name__}: {cause}" if isinstance(cause, OSError) else str(cause)
-    if isinstance(cause, ValueError) and _raised_in(cause.__traceback__, "ipa"):
+    if isinstance(cause, UserError | MissingMandatoryValue | InterpolationResolutionError):
         return str(cause)
-    if isinstance(error, InstantiationException) and _raised_in(cause.__traceback__, "hydra"):
-        return str(error)
-    refused = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
-    if isinstance(error, InstantiationException) and refused and not _raised_in(cause.__traceback__, "ipa"):
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return f"{type(cause).__name__}: {cause}"
+    if isinstance(error, InstantiationException) and refused_by_library(cause):
         return str(error)
     return None
 
 
+def refused_by_library(cause: BaseException) -> bool:
+    """Whether a class of a library refused what the configuration gave it."""
+    if _raised_in(cause.__traceback__, "hydra"):
+        return True
+    refused = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
+    return refused and not _raised_in(cause.__traceback__, "ipa")
+
+
 def _raised_in(trace: TracebackType | None, package: str) -> bool:
-    """Whether the innermost frame stands in this package."""
+    """Whether the innermost frame is in this package."""
     if trace is None:
         return False
     while trace.tb_next is not None:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from datetime import datetime
 from uuid import UUID
 
+from ipa.errors import UserError
+
 INTERACTIVE = ("interactive", "bash")  # names of Slurm jobs that are a user's shell
 
 
 def run_name(environment: Mapping[str, str], now: datetime) -> str:
     """Slurm's job id (of an array: job_task), torchrun's ``--rdzv-id``, or the time.
 
-    A requeued job and a restarted group keep theirs. Raises ValueError for a group that has none.
+    A requeued job and a restarted group keep theirs. Raises UserError for a group that has none.
     """
     return slurm_job(environment) or torchrun_group(environment) or now.strftime("%Y-%m-%d_%H-%M-%S")
 
@@ -33,7 +35,7 @@ def torchrun_group(environment: Mapping[str, str]) -> str | None:
     """``--standalone`` draws a long id, of which a part will do."""
     name = environment.get("TORCHELASTIC_RUN_ID")
     if name == "none":
-        raise ValueError(
+        raise UserError(
             "the processes of torchrun, and those that it starts anew after a fault, find each other's run by its "
             "name: give name=NAME, or torchrun an --rdzv-id"
         )

@@ -39,6 +39,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ipa.errors import UserError
+
 ALWAYS_NAMED = {"experiment", "seed"}  # so that a sweep that grows finds the folders of its earlier jobs
 LONGEST_NAME_BYTES = 120
 KILLED_BY_SIGNAL = 128  # plus the signal's number, the exit code of a shell
@@ -181,7 +183,7 @@ class SweepLauncher(Launcher):
         self.config = config
 
     def check(self) -> None:
-        """Raise ValueError if the launcher's options cannot be."""
+        """Raise UserError if the launcher's options cannot be."""
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run them to their end, and note each one's exit code."""
@@ -205,7 +207,7 @@ class SweepLauncher(Launcher):
         return ""
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
-        """The jobs with their folders and commands; raises ValueError if two would share a folder."""
+        """The jobs with their folders and commands; raises UserError if two would share a folder."""
         jobs: list[Job] = []
         outer = HydraConfig.instance().cfg
         names = self._names(job_overrides, first)
@@ -217,7 +219,7 @@ class SweepLauncher(Launcher):
         folders = Counter(job.folder for job in [*self.sweep.jobs, *jobs])
         shared = [str(folder) for folder, count in folders.items() if count > 1]
         if shared:
-            raise ValueError(
+            raise UserError(
                 f"hydra.sweep.subdir gives more than one job the folder {' and '.join(shared)}. "
                 "Leave it as it is, or let it contain ${hydra:job.num}."
             )
@@ -286,7 +288,7 @@ class ProcessLauncher(SweepLauncher):
 
     def check(self) -> None:
         if not isinstance(self.at_a_time, int) or self.at_a_time < 1:
-            raise ValueError(f"hydra.launcher.jobs={self.at_a_time}: give the number of jobs at a time, 1 or more.")
+            raise UserError(f"hydra.launcher.jobs={self.at_a_time}: give the number of jobs at a time, 1 or more.")
 
     def manner(self, num_jobs: int) -> str:
         return f", {min(self.at_a_time, num_jobs)} at a time"

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ipa.errors import UserError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -39,7 +41,7 @@ def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_S: Tensor, tim
 def make_target(
     prediction_type: str, x0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_S: Tensor, timestep_B: Tensor
 ) -> Tensor:
-    """What the denoiser should say; raises ValueError for a prediction type that is not one of PREDICTION_TYPES."""
+    """What the denoiser should say; raises UserError for a prediction type that is not one of PREDICTION_TYPES."""
     if prediction_type == "epsilon":
         return noise_BCHW
     if prediction_type == "sample":
@@ -47,7 +49,7 @@ def make_target(
     if prediction_type == "v_prediction":
         alpha, sigma = alpha_sigma(alphas_cumprod_S, timestep_B)
         return alpha * noise_BCHW - sigma * x0_BCHW
-    raise ValueError(
+    raise UserError(
         f"the base's scheduler predicts {prediction_type!r}; this trainer knows {', '.join(PREDICTION_TYPES)}"
     )
 

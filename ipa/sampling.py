@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 from ipa.types import Features, TextCondition
 
@@ -24,7 +25,7 @@ class SamplingOptions:
     ``guidance_rescale`` φ in [0, 1] takes back the contrast that guidance adds,
     x = φ · x_cfg · std(x_pos) / std(x_cfg) + (1 − φ) · x_cfg (Lin et al. 2023, eq. 15 and 16, who take 0.7);
     for bases with zero terminal SNR, as the demo's.
-    Raises ValueError for any other φ.
+    Raises UserError for any other φ.
     """
 
     num_steps: int = 25
@@ -36,7 +37,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale={self.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
+            raise UserError(f"guidance_rescale={self.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 
     def with_scale(self, scale: float) -> SamplingOptions:
         return replace(self, scale=scale)

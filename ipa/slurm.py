@@ -31,6 +31,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ipa.errors import UserError
 from ipa.launcher import KILLED_BY_SIGNAL, Job, SweepLauncher
 
 OF_ALL_EXECUTORS = {"nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name"}
@@ -59,9 +60,9 @@ class SlurmLauncher(SweepLauncher):
         try:
             import submitit  # noqa: F401
         except ImportError as error:
-            raise ValueError("hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'") from error
+            raise UserError("hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'") from error
         if absent := [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]:
-            raise ValueError(
+            raise UserError(
                 f"hydra/launcher=submitit_slurm: this machine has no {' and no '.join(absent)}. Start the sweep where "
                 "Slurm is, or here with hydra/launcher=processes"
             )
@@ -79,7 +80,7 @@ class SlurmLauncher(SweepLauncher):
             self.sweep.stopped_by = signal.SIGINT
 
     def submit(self, commands: list[list[str]]) -> list[Any]:
-        """submitit's jobs; raises ValueError with what sbatch has against them."""
+        """submitit's jobs; raises UserError with what sbatch has against them."""
         from submitit import AutoExecutor
         from submitit.core.utils import FailedJobError
 
@@ -90,7 +91,7 @@ class SlurmLauncher(SweepLauncher):
                 return executor.map_array(run_command, commands)
         except FailedJobError as error:
             told = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [str(error)]
-            raise ValueError("\n".join([*told, "The options are hydra.launcher.…, see docs/cluster.md."])) from error
+            raise UserError("\n".join([*told, "The options are hydra.launcher.…, see docs/cluster.md."])) from error
 
 
 @contextmanager

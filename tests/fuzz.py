@@ -54,7 +54,6 @@ from PIL import Image, PngImagePlugin  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from ipa import cli  # noqa: E402
-from ipa.checkpoint import load_adapter, nested  # noqa: E402
 from ipa.data.addresses import Address  # noqa: E402
 from ipa.data.cache import CachedPreparation, CacheWriter, Header  # noqa: E402
 from ipa.data.cached import CachedDataModule  # noqa: E402
@@ -63,6 +62,7 @@ from ipa.data.rejects import Rejected  # noqa: E402
 from ipa.data.samples import Preparation  # noqa: E402
 from ipa.data.sources import Source  # noqa: E402
 from ipa.export.published import from_published  # noqa: E402
+from ipa.export.storage import load_adapter, nested  # noqa: E402
 from ipa.tools.export import Options, export  # noqa: E402
 from ipa.training.checkpointing import newest_whole, read_checkpoint  # noqa: E402
 from ipa.training.configuration import settle_configuration  # noqa: E402

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ipa.adapter.resampler import PerceiverLayer
+from ipa.errors import UserError
 from ipa.types import EncoderWidths, Features
 
 NO_IMAGE = ("blank", "zeros")
 
 
 def patch_width(encoder: EncoderWidths) -> int:
-    """F; raises ValueError for an encoder that has no patch features."""
+    """F; raises UserError for an encoder that has no patch features."""
     if not encoder.patch:
-        raise ValueError(
+        raise UserError(
             "this image encoder has no patch features, which a fine-grained head reads: choose tokens=global, or a "
             "vision transformer as the encoder"
         )
@@ -35,12 +36,12 @@ class Head(nn.Module):
     def __init__(self, num_tokens: int, context_width: int, no_image: str) -> None:
         super().__init__()
         if num_tokens < 1:
-            raise ValueError(
+            raise UserError(
                 f"tokens.num_tokens={num_tokens}: an adapter needs at least one image token; the paper has 4 for the "
                 "global head and 16 for the fine-grained one"
             )
         if no_image not in NO_IMAGE:
-            raise ValueError(f"tokens.no_image={no_image}: give one of {', '.join(NO_IMAGE)}")
+            raise UserError(f"tokens.no_image={no_image}: give one of {', '.join(NO_IMAGE)}")
         self.num_tokens, self.context_width, self.no_image = num_tokens, context_width, no_image
 
 
@@ -95,7 +96,7 @@ class ResamplerHead(Head):
         super().__init__(num_tokens, context_width, no_image)
         for name, size in {"width": width, "heads": heads, "depth": depth, "head_width": head_width}.items():
             if size < 1:
-                raise ValueError(f"resampler.{name}={size}: at least 1")
+                raise UserError(f"resampler.{name}={size}: at least 1")
         self.width, self.heads, self.depth, self.head_width = width, heads, depth, head_width
         self.expansion = expansion
         self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)

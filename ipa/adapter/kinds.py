@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ipa.errors import UserError
 from ipa.types import Channel, Host, ImagePrompt, TextCondition
 
 
@@ -25,7 +26,7 @@ class DecoupledAdapter(nn.Module):
     def __init__(self, hosts: Sequence[Host]) -> None:
         super().__init__()
         if not hosts:
-            raise ValueError("the base has no cross-attention to plug a branch into")
+            raise UserError("the base has no cross-attention to plug a branch into")
         self.branches = nn.ModuleList(host.make_branch() for host in hosts)
         self._hosts = list(hosts)
         self._channel = Channel()
@@ -71,7 +72,7 @@ class SimpleAdapter(nn.Module):
 
     @contextmanager
     def condition(self, text: TextCondition, prompt: ImagePrompt | None) -> Iterator[TextCondition]:
-        """Yield the text followed by the image tokens; raises ValueError if λ is 0 for a part of the batch only."""
+        """Yield the text followed by the image tokens; raises UserError if λ is 0 for a part of the batch only."""
         yield text if prompt is None or not nonzero(prompt.scale) else replace(text, states_BLD=follow(text, prompt))
 
     def again(self) -> AbstractContextManager[None]:
@@ -88,5 +89,5 @@ def nonzero(scale: Tensor) -> bool:
     if bool((scale == 0).all()):
         return False
     if bool((scale == 0).any()):
-        raise ValueError("a simple adapter drops its tokens at scale 0, so it cannot be 0 for a part of a batch only")
+        raise UserError("a simple adapter drops its tokens at scale 0, so it cannot be 0 for a part of a batch only")
     return True

@@ -16,6 +16,7 @@ from torch import Tensor
 from ipa.data.addresses import Address
 from ipa.data.draws import uniform
 from ipa.data.transforms import Opened, Size, covering, fit_reference
+from ipa.errors import UserError
 
 STRETCH = math.log(4 / 3)  # of a crop's proportions against the picture's, at most
 GREY = (0.299, 0.587, 0.114)
@@ -38,12 +39,12 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.area <= 1:
-            raise ValueError(f"data.augment.area={self.area}: above 0, and at most 1, the whole picture")
+            raise UserError(f"data.augment.area={self.area}: above 0, and at most 1, the whole picture")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.augment.flip={self.flip} is a probability: from 0 to 1")
+            raise UserError(f"data.augment.flip={self.flip} is a probability: from 0 to 1")
         for field in fields(self)[2:]:
             if not 0 <= getattr(self, field.name) <= 1:
-                raise ValueError(f"data.augment.{field.name}={getattr(self, field.name)}: from 0 (as it is) to 1")
+                raise UserError(f"data.augment.{field.name}={getattr(self, field.name)}: from 0 (as it is) to 1")
 
     def need(self, size_px: int) -> Size:
         """What ``open_picture`` is to be told, so that the smallest part has pixels enough for this edge."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Self
 
+from ipa.errors import UserError
+
 Size = tuple[int, int]
 Group = tuple[list[int], int]
 
@@ -39,15 +41,15 @@ class Buckets:
     def of(cls, values: Any, edge_px: int, step_px: int | None = None) -> Self:
         """``sdxl``: SDXL's list at this edge, in steps of ``step_px``; or a list of [width, height] as they are.
 
-        Steps are 64 px from 512 px on, and less for less, unless they are given. Raises ValueError.
+        Steps are 64 px from 512 px on, and less for less, unless they are given. Raises UserError.
         """
         step_px = step_px or min(64, max(MULTIPLE_PX, edge_px // 64 * MULTIPLE_PX))
         if step_px < 1 or step_px % MULTIPLE_PX:
-            raise ValueError(f"the step of buckets is a multiple of {MULTIPLE_PX} px, not {step_px}")
+            raise UserError(f"the step of buckets is a multiple of {MULTIPLE_PX} px, not {step_px}")
         if values == "sdxl":
             return cls(ordered(scaled((width, height), edge_px, step_px) for height, width in SDXL))
         if not isinstance(values, Sequence) or isinstance(values, str) or not values or not all(map(is_size, values)):
-            raise ValueError(
+            raise UserError(
                 f"data.buckets={values}: give sdxl, or a list of [width, height] in multiples of {MULTIPLE_PX} px, "
                 "as in [[512,512],[640,384],[384,640]]"
             )

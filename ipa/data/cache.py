@@ -35,6 +35,7 @@ from ipa.data.records import Record
 from ipa.data.rejects import BROKEN_TAR, Rejected
 from ipa.data.shards import TRUSTED, expand_shards, shard_name
 from ipa.data.sources import read_weight
+from ipa.errors import UserError
 from ipa.types import Batch, Features, Position, Posterior
 
 FORMAT, VERSION = "ipa feature cache", 1
@@ -58,7 +59,7 @@ BROKEN_MEMBER = "broken cached sample"
 OTHER_BUCKET = "cached for another aspect-ratio bucket"
 
 
-class WrongCache(ValueError):
+class WrongCache(UserError):
     """A cache that is none, or that was not made for what it is asked for."""
 
 
@@ -114,18 +115,18 @@ class Header:
 
 
 def check_entries(header: Header) -> None:
-    """Raise ValueError for a header that says too little, or what is none of it."""
+    """Raise UserError for a header that says too little, or what is none of it."""
     if not isinstance(header.source, str):
-        raise ValueError(f"source: {header.source}")
+        raise UserError(f"source: {header.source}")
     for part in ("fingerprints", "choices", "sizes"):
         if not isinstance(getattr(header, part), dict):
-            raise ValueError(f"{part}: {getattr(header, part)}")
+            raise UserError(f"{part}: {getattr(header, part)}")
     buckets = header.choices.get("buckets") or []
     if not isinstance(buckets, list) or not all(is_size(size) for size in buckets):
-        raise ValueError(f"buckets: {buckets}")
+        raise UserError(f"buckets: {buckets}")
     kept, latent = header.sizes.get("kept", []), header.sizes.get("latent_shape", [])
     if not set(map(str, kept)) <= {"pooled", "reference"} or not all(isinstance(side, int) for side in latent):
-        raise ValueError(f"sizes: {header.sizes}")
+        raise UserError(f"sizes: {header.sizes}")
 
 
 def is_size(size: Any) -> bool:
@@ -281,7 +282,7 @@ def read_record(member: Member, shard: str) -> Record | Rejected:
         about, _, _ = entries_of(member.content)
         captions = tuple((str(text), float(chance)) for text, chance in about["captions"])
         if not captions:
-            raise ValueError("no caption")
+            raise UserError("no caption")
         size = to_size(about["size"])
         return Record(member.key, shard, number(about["index"]), member.content, captions, measured=size)
     except (Rejected, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -299,18 +300,18 @@ def read_closing(member: Member) -> dict[str, Any]:
 
 
 def number(value: Any) -> int:
-    """A count or an index; raises ValueError for what is none, or beyond what a shard holds."""
+    """A count or an index; raises UserError for what is none, or beyond what a shard holds."""
     if type(value) is not int or not 0 <= value <= MOST_SAMPLES:
-        raise ValueError(f"{value} is no number of samples")
+        raise UserError(f"{value} is no number of samples")
     return value
 
 
 def to_size(size: Any) -> tuple[int, int] | None:
-    """Raises ValueError for what is no size."""
+    """Raises UserError for what is no size."""
     if size is None:
         return None
     if not is_size(list(size)):
-        raise ValueError(f"{size} is no size")
+        raise UserError(f"{size} is no size")
     return size[0], size[1]
 
 

@@ -21,6 +21,7 @@ from ipa.data.samples import Preparation
 from ipa.data.shards import TRUSTED
 from ipa.data.sources import Source
 from ipa.data.transforms import Background
+from ipa.errors import UserError
 
 # what the caches of one training may have each for itself
 OWN = {"source", "choices captions", "choices filters", "choices max_pixels", "choices reference"}
@@ -140,7 +141,7 @@ def open_caches(
 ) -> list[CacheSource]:
     """The sources that are asked for, all made alike; raises ``WrongCache`` when they are not, ValueError for none."""
     if (train is None) == (not caches):
-        raise ValueError(
+        raise UserError(
             "say data.train=SHARDS, what `python -m ipa.tools.precompute` wrote, or "
             "+data.caches.NAME.shards=SHARDS for each of several sources"
         )
@@ -159,7 +160,7 @@ def open_caches(
 
 
 def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
-    """What a cache of a source freezes, by the names of the options; raises ValueError for what is random."""
+    """What a cache of a source freezes, by the names of the options; raises UserError for what is random."""
     refuse_random(data.crop, data.augment, data.background, layout.references)
     return {
         "crop": data.crop,
@@ -177,7 +178,7 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
 def refuse_random(
     crop: str, augment: Augmentation | None, background: Background | None, references: Sequence[str] = ()
 ) -> None:
-    """Raise ValueError naming what asks for another draw in each pass, which a cache cannot give."""
+    """Raise UserError naming what asks for another draw in each pass, which a cache cannot give."""
     asked = [f"data.crop={crop} (say center)"] if crop == "random" else []
     if augment is not None and augment != Augmentation():
         asked.append(f"data.augment={augment} (say null)")
@@ -186,7 +187,7 @@ def refuse_random(
     if len(references) > 1:
         asked.append(f"data.reference=[{', '.join(references)}], one of them at random (say one)")
     if asked:
-        raise ValueError(f"a cache holds one picture of each sample and cannot draw it anew: {'; '.join(asked)}")
+        raise UserError(f"a cache holds one picture of each sample and cannot draw it anew: {'; '.join(asked)}")
 
 
 def only_colour(background: Background) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ipa.data.fields import ENTRY, METADATA, Fields
 from ipa.data.rejects import EMPTY_CAPTION, NO_CAPTION, NOT_UTF8, Rejected
+from ipa.errors import UserError
 
 CHOICES = ("first", "random", "weight")
 WAYS = "a key (txt, json.NAME), a list of keys, a mapping key: weight, or {keys: …, choice: first | random | weight}"
@@ -31,15 +32,15 @@ class Captions:
 
     @classmethod
     def of(cls, values: Any, option: str = "data.captions") -> Captions:
-        """From YAML; raises ValueError, which names the ``option``."""
+        """From YAML; raises UserError, which names the ``option``."""
         keys, choice = values, None
         if isinstance(values, Mapping) and "keys" in values:
             if unknown := set(values) - {"keys", "choice"}:
-                raise ValueError(f"{option} has no {', '.join(map(str, sorted(unknown)))}: give {WAYS}")
+                raise UserError(f"{option} has no {', '.join(map(str, sorted(unknown)))}: give {WAYS}")
             keys, choice = values["keys"], values.get("choice")
         choice = choice or ("weight" if isinstance(keys, Mapping) else "first")
         if choice not in CHOICES or (choice == "weight") != isinstance(keys, Mapping):
-            raise ValueError(f"{option}: the choice {choice} does not go with {keys}; give {WAYS}")
+            raise UserError(f"{option}: the choice {choice} does not go with {keys}; give {WAYS}")
         return cls(weighted(keys, option), choice == "first")
 
     def read(self, fields: Fields) -> tuple[tuple[str, float], ...]:
@@ -70,7 +71,7 @@ def weighted(keys: Any, option: str) -> tuple[tuple[str, float], ...]:
     bad = [key for key, weight in pairs if not is_key(key) or not is_weight(weight)]
     checked = [] if bad else [(key if key.startswith(ENTRY) else key.lower(), float(weight)) for key, weight in pairs]
     if not checked or len(dict(checked)) < len(checked):
-        raise ValueError(f"{option}={keys}: give {WAYS}; each key once, weights above 0")
+        raise UserError(f"{option}={keys}: give {WAYS}; each key once, weights above 0")
     return tuple(checked)
 
 

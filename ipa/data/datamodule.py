@@ -31,6 +31,8 @@ from ipa.data.shards import TRUSTED
 from ipa.data.sources import Source
 from ipa.data.stream import AuditStream, TrainStream, ValStream
 from ipa.data.transforms import Background
+from ipa.distributed import gather
+from ipa.errors import UserError
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ class StreamDataModule(LightningDataModule):
         return DataLoader(stream, **self.loader_options())
 
     def check_model(self, model: Any) -> None:
-        """Raise ValueError for frozen parts that these data are not for; pictures are for all."""
+        """Raise UserError for frozen parts that these data are not for; pictures are for all."""
 
     def share(self) -> Share:
         """This process's part, as the trainer says; the whole without one."""
@@ -152,7 +154,7 @@ class StreamDataModule(LightningDataModule):
         self.readers = (world, workers)
 
     def lanes_to_begin_with(self, share: Share) -> Lanes:
-        """As asked, and where nothing is asked as this run's ranks and workers read best; raises ValueError."""
+        """As asked, and where nothing is asked as this run's ranks and workers read best; raises UserError."""
         asked = {name: number for name, number in self.asked_lanes.items() if number is not None}
         shards = min(len(source.shards) for source in self.train_order.sources)
         if not asked:
@@ -162,7 +164,7 @@ class StreamDataModule(LightningDataModule):
         if lanes.number > shards:
             why = f"a source has {shards} shards only, and each lane needs one"
         if why:
-            raise ValueError(f"data.lanes={asked}: {why}; null leaves the choice to the run")
+            raise UserError(f"data.lanes={asked}: {why}; null leaves the choice to the run")
         return lanes
 
     def misfit(self, lanes: Lanes) -> str | None:
@@ -313,7 +315,7 @@ class ShardDataModule(StreamDataModule):
 
     def preparation(self, drops: DropRates, crop: str, augment: Augmentation) -> Preparation:
         if self.image_size_px is None or self.reference_size_px is None or self.latent_shape is None:
-            raise ValueError("the datamodule does not know its sizes yet: call fit_to(...) before making a loader")
+            raise UserError("the datamodule does not know its sizes yet: call fit_to(...) before making a loader")
         channels, height, width = self.latent_shape
         return Preparation(
             self.image_size_px,
@@ -332,23 +334,23 @@ class ShardDataModule(StreamDataModule):
 def choose_sources(
     train: Shards | None, names: Sequence[str] | None, known: Mapping[str, Any], **layout: Any
 ) -> dict[str, dict[str, Any]]:
-    """Name → values of ``Source.of`` for what is asked; raises ValueError when that is nothing, both, or unknown."""
+    """Name → values of ``Source.of`` for what is asked; raises UserError when that is nothing, both, or unknown."""
     if (train is None) == (names is None):
         both = "data.train and data.sources are both given" if names is not None else "no data are given"
-        raise ValueError(f"{both}: say data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
+        raise UserError(f"{both}: say data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
     if names is None:
         return {"train": {"shards": train, **layout}}
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(
+        raise UserError(
             f"data.sources={list(names)}: give one or several of {', '.join(known) or 'none'}, each once; add another "
             "with +source@data.known.NAME=plain"
         )
     if own := [name for name in names if "schemes" in known[name]]:
-        raise ValueError(f"data.known.{own[0]}.schemes: data.schemes is for all sources")
+        raise UserError(f"data.known.{own[0]}.schemes: data.schemes is for all sources")
     without = [name for name in names if not known[name].get("shards")]
     if without:
-        raise ValueError(f"say where the shards are: {' '.join(f'data.known.{name}.shards=…' for name in without)}")
+        raise UserError(f"say where the shards are: {' '.join(f'data.known.{name}.shards=…' for name in without)}")
     return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
 
 
@@ -359,12 +361,3 @@ def reached(place: LanePlace) -> tuple[list[int], int]:
 
 def to_place(choices: int, sources: Sequence[Sequence[int]]) -> LanePlace:
     return LanePlace(choices, tuple(SourcePlace(*source) for source in sources))
-
-
-def gather(part: Any) -> list[Any]:
-    """What every rank has, in order of the ranks; without several of them the part alone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [part]
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, part)
-    return parts

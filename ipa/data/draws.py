@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ipa.data.addresses import Address
+from ipa.errors import UserError
 from ipa.types import Draws
 
 
@@ -22,7 +23,7 @@ class DropRates:
     def __post_init__(self) -> None:
         rates = (self.text, self.image, self.both)
         if not all(isinstance(rate, int | float) for rate in rates) or not (min(rates) >= 0 and sum(rates) <= 1):
-            raise ValueError(f"drop rates must be at least 0 and sum to at most 1, not {self}")
+            raise UserError(f"drop rates must be at least 0 and sum to at most 1, not {self}")
 
     def drops(self, u: float) -> tuple[bool, bool]:
         """One joint draw: u in [0, 1) → (drop the text, drop the image)."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from ipa.data.fields import ENTRY, Fields
 from ipa.data.rejects import Rejected, filtered, without_number
+from ipa.errors import UserError
 
 OPTIONS = ("key", "min", "max", "missing")
 MISSING = ("reject", "keep")
@@ -67,11 +68,11 @@ def measure(key: str, fields: Fields, caption: str) -> float | None:
 def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters") -> tuple[Filter, ...]:
     """From YAML; raises one ValueError for all that is wrong, naming the ``option``."""
     if not isinstance(filters or {}, Mapping):
-        raise ValueError(f"{option}={filters}: give a mapping name: {{key, min, max, missing}}")
+        raise UserError(f"{option}={filters}: give a mapping name: {{key, min, max, missing}}")
     given = {str(name): values for name, values in (filters or {}).items() if values is not None}
     wrong = [f"{option}.{name}: {what}" for name, values in given.items() for what in faults(values)]
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise UserError("\n".join(wrong))
     return tuple(make_filter(name, values) for name, values in given.items())
 
 

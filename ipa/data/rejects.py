@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ipa.errors import UserError
+
 BROKEN_TAR = "broken tar"
 NO_PICTURE = "no picture"
 BROKEN_PICTURE = "broken picture"
@@ -37,7 +39,7 @@ class Rejected(Exception):
         self.detail = detail
 
 
-class NoGoodSamples(ValueError):
+class NoGoodSamples(UserError):
     """A whole pass over the shards gave nothing to train on."""
 
 

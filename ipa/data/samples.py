@@ -16,6 +16,7 @@ from ipa.data.draws import DropRates, draw, uniform
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
 from ipa.data.transforms import FITS, Background, cover, cut_corner, open_picture
+from ipa.errors import UserError
 from ipa.types import Batch, Position
 
 CROPS = ("center", "random")
@@ -69,9 +70,9 @@ class Preparation:
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
-            raise ValueError(f"data.crop={self.crop}: one of {', '.join(CROPS)}")
+            raise UserError(f"data.crop={self.crop}: one of {', '.join(CROPS)}")
         if self.reference_fit not in FITS:
-            raise ValueError(f"data.reference_fit={self.reference_fit}: one of {', '.join(FITS)}")
+            raise UserError(f"data.reference_fit={self.reference_fit}: one of {', '.join(FITS)}")
 
     def sample(self, record: Record, address: Address, target: tuple[int, int] | None = None) -> Sample:
         """Raises ``Rejected`` if a picture cannot be used; a second try on the same record costs nothing."""

@@ -29,6 +29,7 @@ from urllib.request import url2pathname
 from braceexpand import braceexpand
 
 from ipa.data.programs import FETCHERS
+from ipa.errors import UserError
 from ipa.secrets import hide
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -44,7 +45,7 @@ TRUSTED = ("file", "https", "s3", "gs", "hf")  # unless the user says otherwise:
 Listing = Callable[[str], frozenset[str]]
 
 
-class NoShards(ValueError):
+class NoShards(UserError):
     """The shards asked for are not there."""
 
 

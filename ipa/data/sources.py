@@ -19,6 +19,7 @@ from ipa.data.filters import as_list, read_filters
 from ipa.data.records import Layout, Record, read_shard
 from ipa.data.rejects import Rejected
 from ipa.data.shards import TRUSTED, expand_shards, shard_name
+from ipa.errors import UserError
 
 OPTIONS = ("shards", "weight", "captions", "reference", "filters")
 
@@ -51,7 +52,7 @@ class Source:
         Raises NoShards or ValueError, whose messages name what is below ``option``. No shard is opened.
         """
         if unknown:
-            raise ValueError(f"{option} has no {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
+            raise UserError(f"{option} has no {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
         layout = Layout(
             Captions.of(captions, f"{option}.captions"),
             read_references(reference, f"{option}.reference"),
@@ -76,7 +77,7 @@ class Source:
 def read_references(reference: Any, option: str) -> tuple[str, ...]:
     names = [] if reference is None else as_list(reference)
     if not all(map(is_extension, names)) or len({name.lower() for name in names}) < len(names):
-        raise ValueError(
+        raise UserError(
             f"{option}={reference}: give the extension of a member (ref.jpg of 0001.ref.jpg), or a list of them"
         )
     return tuple(name.lower() for name in names)
@@ -84,7 +85,7 @@ def read_references(reference: Any, option: str) -> tuple[str, ...]:
 
 def read_weight(weight: Any, option: str) -> float:
     if not is_weight(weight):
-        raise ValueError(
+        raise UserError(
             f"{option}={weight}: give a number above 0; leave a source out of data.sources to do without it"
         )
     return float(weight)

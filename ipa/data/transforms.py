@@ -33,6 +33,7 @@ from ipa.data.addresses import Address
 from ipa.data.draws import uniform
 from ipa.data.fields import TURNED, open_header
 from ipa.data.rejects import BROKEN_PICTURE, TOO_MANY_PIXELS, Rejected
+from ipa.errors import UserError
 
 Size = tuple[int, int]
 
@@ -57,9 +58,9 @@ class Background:
 
     def __post_init__(self) -> None:
         if not 0 <= self.white <= 1:
-            raise ValueError(f"background.white is a probability, not {self.white}")
+            raise UserError(f"background.white is a probability, not {self.white}")
         if self.white < 1 and not self.colours:
-            raise ValueError(f"background.white is {self.white}: give background.colours for the rest, or white=1")
+            raise UserError(f"background.white is {self.white}: give background.colours for the rest, or white=1")
         for colour in self.colours:
             ImageColor.getrgb(colour)
         object.__setattr__(self, "colours", tuple(self.colours))  # not a view into a whole configuration
@@ -140,16 +141,16 @@ def open_picture(
 
 
 def read_picture(path: Path, option: str = "image") -> Opened:
-    """A picture from a file, transparency on white; raises FileNotFoundError or ValueError.
+    """A picture from a file, transparency on white; raises UserError.
 
     The messages name the file and the ``option`` that gave it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{option}={path}: no such file")
+        raise UserError(f"{option}={path}: no such file")
     try:
         return open_picture(path.read_bytes(), background="white", max_pixels=100_000_000)
     except Rejected as error:
-        raise ValueError(f"{option}={path} cannot be read as a picture: {error}") from error
+        raise UserError(f"{option}={path} cannot be read as a picture: {error}") from error
 
 
 def decode(picture: Image.Image, background: str, needs: Sequence[Size], headroom: float) -> Opened:
@@ -197,7 +198,7 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.float64)
     top = values.max()
     if not np.isfinite(values).all():
-        raise ValueError("it has pixels that are no numbers")
+        raise UserError("it has pixels that are no numbers")
     white = next((white for white in WHITES[picture.mode[:4]] if top <= white), top)
     return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
 
@@ -281,9 +282,9 @@ FITS = {
 
 
 def fit_named(name: str) -> Fit:
-    """Raises ValueError for a name that is not in ``FITS``."""
+    """Raises UserError for a name that is not in ``FITS``."""
     if name not in FITS:
-        raise ValueError(f"data.reference_fit={name}: one of {', '.join(FITS)}")
+        raise UserError(f"data.reference_fit={name}: one of {', '.join(FITS)}")
     return FITS[name]
 
 

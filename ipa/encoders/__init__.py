@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ipa.errors import UserError
+
 if TYPE_CHECKING:
     from ipa.encoders.image_encoder import ImageEncoder, Uses
     from ipa.types import EncoderWidths
@@ -27,7 +29,7 @@ def open_encoder(source: str, weights: str | None = None, dtype: str = "float32"
     """The encoder that an adapter's metadata names with ``encoder`` and ``encoder_weights``.
 
     ``source`` is an open_clip name, ``local-dir:FOLDER``, ``hf-hub:…``, or a transformers folder or hub path.
-    Raises ValueError or OSError with a message for the user.
+    Raises UserError with a message for the user.
     """
     if is_transformers(source, weights):
         from ipa.encoders.clip_vision import ClipVisionEncoder
@@ -50,12 +52,12 @@ def read_widths(source: str, weights: str | None = None) -> EncoderWidths:
 
 
 def is_transformers(source: str, weights: str | None = None) -> bool:
-    """Whether ``source`` is a path in transformers' layout; raises ValueError for one with weights named apart."""
+    """Whether ``source`` is a path in transformers' layout; raises UserError for one with weights named apart."""
     if source.startswith(("local-dir:", "hf-hub:")):
         return False
     is_path = "/" in source or (Path(source) / "config.json").is_file()
     if is_path and weights:
-        raise ValueError(f"the encoder {source} has its own weights: leave out {weights}, or give an open_clip name")
+        raise UserError(f"the encoder {source} has its own weights: leave out {weights}, or give an open_clip name")
     return is_path
 
 

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ipa.encoders.image_encoder import ImageEncoder, Uses, brief, read_dtype, square_edge
+from ipa.encoders.image_encoder import ImageEncoder, Uses, read_dtype, square_edge
+from ipa.errors import UserError, brief
 from ipa.types import EncoderWidths, Features
 
 # what config.json may call itself: the image tower alone, or a whole CLIP of which the image tower is read
@@ -38,7 +39,7 @@ class ClipVisionEncoder(ImageEncoder):
         """Load a folder or hub id, with the subfolder apart or behind it: ``h94/IP-Adapter/models/image_encoder``.
 
         Mean and standard deviation of the pixels are those of preprocessor_config.json, CLIP's where there is none, as
-        with the published IP-Adapters. Raises FileNotFoundError for what is not there, ValueError for what is no CLIP
+        with the published IP-Adapters. Raises UserError for what is not there, ValueError for what is no CLIP
         image encoder or lacks weights.
         """
         torch_dtype = read_dtype(dtype)
@@ -80,10 +81,10 @@ def load_network(source: str, root: str, folder: str) -> Any:
             root, subfolder=folder, dtype="float32", weights_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers lets through whatever breaks: pickle's, safetensors', torch's, the hub's
-        raise ValueError(f"encoder.path={source}: the weights cannot be loaded: {brief(error)}") from error
+        raise UserError(f"encoder.path={source}: the weights cannot be loaded: {brief(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"encoder.path={source}: {len(missing)} weights are missing, {missing[0]} among them")
+        raise UserError(f"encoder.path={source}: {len(missing)} weights are missing, {missing[0]} among them")
     return visual
 
 
@@ -96,7 +97,7 @@ def locate(path: str, subfolder: str | None = None) -> tuple[str, str, str]:
     if Path(source).is_dir():
         return source, source, ""
     if "/" not in source or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(
+        raise UserError(
             f"encoder.path={source}: no such folder. Give the folder of a CLIPVisionModelWithProjection, or a hub id "
             "owner/name with the subfolder behind it, if any"
         )
@@ -129,11 +130,11 @@ def read_config(source: str, root: str, folder: str) -> Any:
     try:
         content = read_json(find_file(root, folder, "config.json"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"encoder.path={source}: config.json cannot be read: {brief(error)}") from error
+        raise UserError(f"encoder.path={source}: config.json cannot be read: {brief(error)}") from error
     if content is None:
-        raise FileNotFoundError(f"encoder.path={source}: {tell_missing_config(source)}")
+        raise UserError(f"encoder.path={source}: {tell_missing_config(source)}")
     if content.get("model_type") not in MODEL_TYPES:
-        raise ValueError(
+        raise UserError(
             f"encoder.path={source} holds a model of type {content.get('model_type')}; one of {', '.join(MODEL_TYPES)} "
             "is needed"
         )

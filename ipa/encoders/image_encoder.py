@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ipa.errors import UserError
 from ipa.types import EncoderWidths, Features
 
 Uses = Literal["pooled", "patches"]
@@ -21,7 +22,7 @@ class ImageEncoder(nn.Module):
     """A frozen network that reads square pictures.
 
     ``source`` and ``weights`` are what finds it again (`ipa.encoders.open_encoder`). ``widths`` says 0 for patches
-    where the network has none; asking for them raises ValueError.
+    where the network has none; asking for them raises UserError.
     """
 
     visual: Any
@@ -65,7 +66,7 @@ class ImageEncoder(nn.Module):
         if uses == "pooled":
             return self.widths.pooled
         if not self.widths.patch:
-            raise ValueError(
+            raise UserError(
                 f"the encoder {self.source} gives a pooled embedding but no patch features with a class token: choose "
                 "a vision transformer of OpenAI's kind such as ViT-H-14, or a head that reads the pooled embedding"
             )
@@ -99,7 +100,7 @@ def expand(features: Tensor | None, batch: int) -> Tensor | None:
 
 def read_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"encoder.dtype={name}: one of {', '.join(DTYPES)}")
+        raise UserError(f"encoder.dtype={name}: one of {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 
@@ -110,16 +111,8 @@ def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
 
 
 def square_edge(size: int | list[int] | tuple[int, ...], source: str) -> int:
-    """The edge of a picture whose size stands as a number or as height and width; raises ValueError if not square."""
+    """The edge of a picture whose size stands as a number or as height and width; raises UserError if not square."""
     height, width = pair(size)
     if height != width:
-        raise ValueError(
-            f"the encoder {source} reads pictures of {height} × {width}; only square ones are cropped here"
-        )
+        raise UserError(f"the encoder {source} reads pictures of {height} × {width}; only square ones are cropped here")
     return height
-
-
-def brief(error: Exception) -> str:
-    """A library's message in one line, cut: they can be pages long."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= 300 else f"{words[:300]} …"

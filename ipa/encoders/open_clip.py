@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ipa.encoders.image_encoder import ImageEncoder, Uses, brief, pair, read_dtype, square_edge
+from ipa.encoders.image_encoder import ImageEncoder, Uses, pair, read_dtype, square_edge
+from ipa.errors import UserError, brief
 from ipa.types import EncoderWidths, Features
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -33,14 +34,14 @@ class OpenClipEncoder(ImageEncoder):
         """Load open_clip's ``name``: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
 
         A built-in one needs ``pretrained``: open_clip's tag of its weights, or a file of them (pickles only as far as
-        torch's ``weights_only`` reads them). Raises FileNotFoundError for what is not there, ValueError for an unknown
+        torch's ``weights_only`` reads them). Raises UserError for what is not there, ValueError for an unknown
         name or tag, weights that do not fit, and a built-in name without weights, which would start at random.
         """
         torch_dtype = read_dtype(dtype)
         config = read_config(name)
         check_weights(name, pretrained)
         if pretrained is None and is_built_in(name):
-            raise ValueError(f"encoder.name={name} needs encoder.pretrained=: {offer_weights(name)}")
+            raise UserError(f"encoder.name={name} needs encoder.pretrained=: {offer_weights(name)}")
         visual = load_tower(name, pretrained)
         visual.output_dim = config["embed_dim"]  # timm's towers do not say it
         return cls(visual.to(torch_dtype), name, pretrained)
@@ -91,7 +92,7 @@ def load_tower(name: str, pretrained: str | None) -> Any:
         )
     except Exception as error:  # open_clip lets through whatever breaks: pickle's, safetensors', torch's, the hub's
         given = f"encoder.name={name}" + (f" encoder.pretrained={pretrained}" if pretrained else "")
-        raise ValueError(f"{given}: the weights cannot be loaded: {brief(error)}") from error
+        raise UserError(f"{given}: the weights cannot be loaded: {brief(error)}") from error
     visual: Any = model.visual
     visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
     return visual
@@ -107,7 +108,7 @@ def resolve_name(name: str) -> str:
         return name
     folder = Path(name.removeprefix(LOCAL))
     if not (folder / "open_clip_config.json").is_file():
-        raise FileNotFoundError(f"encoder.name={name}: there is no open_clip_config.json in {folder}")
+        raise UserError(f"encoder.name={name}: there is no open_clip_config.json in {folder}")
     return f"{LOCAL}{folder.resolve()}"
 
 
@@ -118,21 +119,19 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         config = open_clip.get_model_config(resolve_name(name))
     except json.JSONDecodeError as error:
-        raise ValueError(f"encoder.name={name}: its open_clip_config.json is not JSON: {error}") from error
+        raise UserError(f"encoder.name={name}: its open_clip_config.json is not JSON: {error}") from error
     except (OSError, ValueError) as error:
         if not name.startswith(HUB):
             raise
-        raise FileNotFoundError(
-            f"encoder.name={name}: the hub gives no open_clip_config.json: {brief(error)}"
-        ) from error
+        raise UserError(f"encoder.name={name}: the hub gives no open_clip_config.json: {brief(error)}") from error
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 1)
         question = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(
+        raise UserError(
             f"encoder.name={name}: open_clip has no such model; `local-dir:FOLDER` names one of your own.{question}"
         )
     if not {"embed_dim", "vision_cfg"} <= set(config):
-        raise ValueError(
+        raise UserError(
             f"encoder.name={name}: its open_clip_config.json has no model_cfg with embed_dim and vision_cfg"
         )
     return config
@@ -146,16 +145,16 @@ def check_weights(name: str, pretrained: str | None) -> None:
         return
     given = f"encoder.name={name} encoder.pretrained={pretrained}"
     if not is_built_in(name):
-        raise ValueError(f"{given}: a model of this kind has its own weights; give encoder.pretrained=null")
+        raise UserError(f"{given}: a model of this kind has its own weights; give encoder.pretrained=null")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if tag:
         twin = f"{name}-quickgelu"
         if tag.get("quick_gelu") and twin in open_clip.list_models():
-            raise ValueError(f"{given}: these weights were trained with QuickGELU; give encoder.name={twin}")
+            raise UserError(f"{given}: these weights were trained with QuickGELU; give encoder.name={twin}")
     elif not pretrained.endswith(WEIGHT_FILES):
-        raise ValueError(f"{given}: open_clip knows no such weights; {offer_weights(name)}")
+        raise UserError(f"{given}: open_clip knows no such weights; {offer_weights(name)}")
     elif not Path(pretrained).is_file():
-        raise FileNotFoundError(f"{given}: there is no such file; {offer_weights(name)}")
+        raise UserError(f"{given}: there is no such file; {offer_weights(name)}")
 
 
 def offer_weights(name: str) -> str:

@@ -17,9 +17,10 @@ from ipa.data.records import Record
 from ipa.data.shards import TRUSTED
 from ipa.data.sources import Source
 from ipa.data.transforms import Opened, open_picture, read_picture
+from ipa.errors import UserError
 from ipa.evaluation.items import Item
+from ipa.files import PICTURE_EXTENSIONS
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 100_000_000
 
 
@@ -47,7 +48,7 @@ class ShardBenchmark:
         found: dict[str, Record] = {}
         for slot in islice(slots, self.limit):
             if found.setdefault(slot.record.key, slot.record) is not slot.record:
-                raise ValueError(
+                raise UserError(
                     f"benchmark={self.name}: two samples have the key {slot.record.key}, which names pictures"
                 )
         return found
@@ -71,15 +72,15 @@ class FolderBenchmark:
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Raises FileNotFoundError, and ValueError for two pictures of one name."""
+        """Raises UserError, and ValueError for two pictures of one name."""
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"benchmark.folder={self.folder}: no such folder")
+            raise UserError(f"benchmark.folder={self.folder}: no such folder")
         found = sorted(path for path in self.folder.iterdir() if is_picture(path))
         if not found:
-            raise FileNotFoundError(f"benchmark.folder={self.folder}: no pictures there ({', '.join(PICTURES)})")
+            raise UserError(f"benchmark.folder={self.folder}: no pictures there ({', '.join(PICTURE_EXTENSIONS)})")
         paths = {path.stem: path for path in found[: self.limit]}
         if len(paths) < len(found[: self.limit]):
-            raise ValueError(f"benchmark.folder={self.folder}: some pictures differ in their endings only")
+            raise UserError(f"benchmark.folder={self.folder}: some pictures differ in their endings only")
         return paths
 
     @property
@@ -106,9 +107,9 @@ class CocoBenchmark:
 
     @cached_property
     def entries(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Id → file name and captions; raises FileNotFoundError or ValueError."""
+        """Id → file name and captions; raises UserError."""
         if not self.annotations.is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"benchmark.annotations={self.annotations}: no such file. COCO's captions are in "
                 "annotations_trainval2017.zip, its pictures in val2017.zip (cocodataset.org)"
             )
@@ -119,14 +120,14 @@ class CocoBenchmark:
                 captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
             names = {image["id"]: image["file_name"] for image in content["images"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"benchmark.annotations={self.annotations} is no file of captions: {error!r}") from error
+            raise UserError(f"benchmark.annotations={self.annotations} is no file of captions: {error!r}") from error
         chosen = sorted(names)[: self.limit]
         return {f"{number:012d}": (names[number], tuple(captions[number])) for number in chosen}
 
     def items(self) -> Sequence[Item]:
         missing = [name for name, _ in self.entries.values() if not (self.images / name).is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise UserError(
                 f"benchmark.images={self.images}: {len(missing)} of {len(self.entries)} pictures that "
                 f"{self.annotations.name} lists are not there ({missing[0]} …)"
             )
@@ -142,7 +143,7 @@ def pixels(picture: Opened) -> Tensor:
 
 
 def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES and not path.name.startswith(".")  # macOS puts ._NAME beside files
+    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")  # macOS puts ._NAME beside files
 
 
 def fingerprint_of(files: Sequence[Path]) -> str:
@@ -151,10 +152,10 @@ def fingerprint_of(files: Sequence[Path]) -> str:
 
 
 def captions_beside(path: Path) -> tuple[str, ...]:
-    """Raises ValueError for a file that is not UTF-8."""
+    """Raises UserError for a file that is not UTF-8."""
     file = path.with_suffix(".txt")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
     except UnicodeDecodeError as error:
-        raise ValueError(f"benchmark.folder: {file} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise UserError(f"benchmark.folder: {file} is not UTF-8 ({error.reason} at byte {error.start})") from error
     return tuple(line.strip() for line in lines if line.strip())

@@ -24,31 +24,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ipa.checkpoint import write_atomically
 from ipa.data.transforms import to_tensor
+from ipa.errors import UserError
 from ipa.evaluation.items import Benchmark, Item, Task
 from ipa.evaluation.methods.method import Method, Prompt, Sampling
+from ipa.files import read_json, write_atomically, write_json
 from ipa.types import to_uint8
 
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 THUMBNAIL_PX = 256
 COMPLETE, UNFINISHED, SKIPPED = "complete", "unfinished", "skipped"
-
-
-def write_json(path: Path, content: Any) -> None:
-    written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(written))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is not what evaluate.py writes."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # broken JSON, or bytes that are no text
-        raise ValueError(f"{path} is not JSON ({error}): remove it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where an object is expected: remove it")
-    return content
 
 
 def write_picture(path: Path, pixels_3HW: Tensor) -> None:
@@ -64,7 +49,7 @@ def read_png(path: Path) -> Tensor:
 
 
 def write_items(folder: Path, benchmark: Benchmark, items: Sequence[Item], num_seeds: int) -> None:
-    """What is asked, and thumbnails of the image prompts; raises ValueError if the folder holds another question."""
+    """What is asked, and thumbnails of the image prompts; raises UserError if the folder holds another question."""
     asked = {
         "benchmark": {"name": benchmark.name, "settings": benchmark.settings},
         "num_seeds": num_seeds,
@@ -75,7 +60,7 @@ def write_items(folder: Path, benchmark: Benchmark, items: Sequence[Item], num_s
     path = folder / "items.json"
     before = read_json(path) if path.is_file() else asked
     if differ := [name.replace("_", " ") for name in asked if before.get(name) != asked[name]]:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds an evaluation of another question ({', '.join(differ)}): say out=ANOTHER_FOLDER"
         )
     for item in items:
@@ -136,14 +121,14 @@ OF_THE_RUN = ("status", "versions", "device", "seconds", "reason")
 def begin(folder: Path, asked: dict[str, Any]) -> None:
     """Write the manifest, or leave that of a run that is complete.
 
-    Raises ValueError when the folder holds pictures of other settings, or such that nothing is known of.
+    Raises UserError when the folder holds pictures of other settings, or such that nothing is known of.
     """
     path = folder / "manifest.json"
     before = read_json(path) if path.is_file() else {}
     if "pictures" in before:
         refuse_mix(folder, before, json.loads(json.dumps(asked)))
     elif any((folder / "pictures").glob("**/*.png")):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds pictures without a manifest of how they were made: say label=ANOTHER or remove it"
         )
     if before.get("status") != COMPLETE or not all((folder / each["file"]).is_file() for each in asked["pictures"]):
@@ -152,21 +137,21 @@ def begin(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def refuse_mix(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError that names the settings of ``now`` in which the folder's manifest differs."""
+    """Raises UserError that names the settings of ``now`` in which the folder's manifest differs."""
     if differ := sorted(name for name in now if before.get(name) != now[name]):
         told = ", ".join(f"{name}: {brief(before.get(name))}, now {brief(now[name])}" for name in differ)
-        raise ValueError(f"{folder} holds pictures of other settings ({told}): say label=ANOTHER or remove it")
+        raise UserError(f"{folder} holds pictures of other settings ({told}): say label=ANOTHER or remove it")
 
 
 def check_made(folder: Path, benchmark: Benchmark, tasks: Sequence[Task]) -> None:
-    """For scores alone: raises ValueError unless all these pictures of this benchmark are there."""
+    """For scores alone: raises UserError unless all these pictures of this benchmark are there."""
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"generate=false, but {folder} has no pictures yet: say label=, or let them be made")
+        raise UserError(f"generate=false, but {folder} has no pictures yet: say label=, or let them be made")
     refuse_mix(folder, read_json(path), {"benchmark": identity(benchmark), "pictures": listed(tasks)})
     missing = [task.file for task in tasks if not (folder / task.file).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"generate=false, but {len(missing)} of {len(tasks)} pictures are not in {folder} ({missing[0]} …): let "
             "them be made, or remove the folder"
         )
@@ -212,10 +197,10 @@ def generate(
 
 
 def check_finite(pixels_B3HW: Tensor, label: str) -> None:
-    """Raises ValueError for what a network in half precision gives when it overflows, and a PNG would show as black."""
+    """Raises UserError for what a network in half precision gives when it overflows, and a PNG would show as black."""
     broken = int((~pixels_B3HW.isfinite().flatten(1).all(1)).sum())
     if broken:
-        raise ValueError(
+        raise UserError(
             f"{label}: {broken} of {len(pixels_B3HW)} pictures of a batch are not finite numbers. If the system runs "
             "in half precision say method.dtype=float32"
         )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ipa.data.addresses import digest
+from ipa.errors import UserError
 
 PROMPTS = ("empty", "caption")
 
@@ -35,7 +36,7 @@ class Benchmark(Protocol):
     def settings(self) -> dict[str, Any]: ...
 
     def items(self) -> Sequence[Item]:
-        """Raises ValueError or OSError with a message for the user, also when there is none."""
+        """Raises UserError with a message for the user, also when there is none."""
         ...
 
     def read(self, item: Item) -> Tensor:
@@ -60,16 +61,16 @@ class Task:
 def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[Task]:
     """All pictures in order. A picture's seed depends on ``seed``, its item's id and its number alone.
 
-    ``prompt`` says what text the systems get: empty, or the item's first caption. Raises ValueError.
+    ``prompt`` says what text the systems get: empty, or the item's first caption. Raises UserError.
     """
     if prompt not in PROMPTS:
-        raise ValueError(f"prompt={prompt}: one of {', '.join(PROMPTS)}")
+        raise UserError(f"prompt={prompt}: one of {', '.join(PROMPTS)}")
     if num_seeds < 1:
-        raise ValueError(f"num_seeds={num_seeds}: at least 1")
+        raise UserError(f"num_seeds={num_seeds}: at least 1")
     if strange := [item.id for item in items if not names_a_file(item.id)]:
-        raise ValueError(f"{len(strange)} items have ids that cannot name files ({strange[0]!r} …)")
+        raise UserError(f"{len(strange)} items have ids that cannot name files ({strange[0]!r} …)")
     if prompt == "caption" and (without := [item.id for item in items if not item.captions]):
-        raise ValueError(f"prompt=caption, but {len(without)} items have none ({without[0]} …): say prompt=empty")
+        raise UserError(f"prompt=caption, but {len(without)} items have none ({without[0]} …): say prompt=empty")
     return [
         Task(item, number, seed_of(seed, item, number), item.captions[0] if prompt == "caption" else "")
         for item in items

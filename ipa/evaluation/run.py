@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import os
@@ -18,10 +17,12 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ipa.errors import UserError
 from ipa.evaluation.generation import begin, check_made, device_name, finish, generate, manifest, skip, write_items
 from ipa.evaluation.items import PROMPTS, Benchmark, Task, plan
 from ipa.evaluation.methods.method import Method, MissingWeights, Sampling
 from ipa.evaluation.scoring import score
+from ipa.files import hash_file
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +38,18 @@ READ_AHEAD = 32  # image prompts that are kept, since those of a batch belong to
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Run one system; raises ValueError or OSError with a message for the user.
+    """Run one system; raises UserError with a message for the user.
 
     Missing weights are no failure: the folder then says what to download, and so does the report.
     """
     label, out = cfg.label or label_of(cfg), Path(cfg.out)
     if complaints := [*complaints_about(cfg), *complaints_about_label(label)]:
-        raise ValueError("\n".join(complaints))
+        raise UserError("\n".join(complaints))
     device = choose_device(cfg.device)
     benchmark: Benchmark = instantiate(cfg.benchmark)
     items = benchmark.items()
     if not items:
-        raise ValueError(f"benchmark={benchmark.name} has no items: {benchmark.settings}")
+        raise UserError(f"benchmark={benchmark.name} has no items: {benchmark.settings}")
     tasks = plan(items, cfg.num_seeds, cfg.seed, cfg.prompt)
     write_items(out, benchmark, items, cfg.num_seeds)
     read = functools.lru_cache(maxsize=READ_AHEAD)(benchmark.read)
@@ -139,15 +140,15 @@ def complaints_about_label(label: Any) -> Iterator[str]:
 
 
 def choose_device(asked: str | None) -> str:
-    """Raises ValueError for what torch does not know or does not find here."""
+    """Raises UserError for what torch does not know or does not find here."""
     device = str(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device}: null for a GPU if there is one, cpu, cuda, cuda:1 …") from error
+        raise UserError(f"device={device}: null for a GPU if there is one, cpu, cuda, cuda:1 …") from error
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
-        raise ValueError(f"device={device}: torch finds {count} GPUs here; device=null takes what there is")
+        raise UserError(f"device={device}: torch finds {count} GPUs here; device=null takes what there is")
     return device
 
 
@@ -158,11 +159,6 @@ def hashes_of_files(method: DictConfig) -> dict[str, str]:
 
 def is_file(value: Any) -> bool:
     return isinstance(value, str) and Path(value).is_file()
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make(part: DictConfig) -> Any:

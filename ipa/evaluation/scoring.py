@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ipa.errors import UserError
 from ipa.evaluation.generation import pictures_hash, read_json, read_pictures, write_json
 from ipa.evaluation.items import Item, Task
 from ipa.metrics.bootstrap import confidence_interval
@@ -26,7 +27,7 @@ BATCH = 50
 BY_CONFIGURATION = ("settings", "made", "missing")
 
 
-class TooFew(ValueError):
+class TooFew(UserError):
     """What a metric says of pictures that it cannot be told of, such as a distance between sets of one."""
 
 

@@ -19,8 +19,9 @@ import torch
 
 from ipa import __version__
 from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
-from ipa.checkpoint import read_metadata, read_shapes
 from ipa.encoders import public_name
+from ipa.errors import UserError
+from ipa.export.storage import read_metadata, read_shapes
 
 HEAD = "image_proj."
 BRANCHES = "ip_adapter."
@@ -117,29 +118,29 @@ class AdapterFile:
 
 
 def identify_file(path: Path) -> AdapterFile:
-    """``identify`` for a file on disk; raises OSError when it cannot be read."""
+    """``identify`` for a file on disk; raises UserError when it cannot be read."""
     return identify(read_shapes(path), read_metadata(path), str(path))
 
 
 def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: str = "this file") -> AdapterFile:
-    """Tell head, kind and sizes; raises ValueError for what ipa does not read, with the reason, and for gaps."""
+    """Tell head, kind and sizes; raises UserError for what ipa does not read, with the reason, and for gaps."""
     refuse_foreign(shapes, source)
     try:
         file = read_sizes(shapes, metadata or {})
         expected = expected_shapes(file)
     except (KeyError, IndexError, ValueError, ArithmeticError) as error:
         missing = f"no {error.args[0]} in it" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{source} is no IP-Adapter that ipa reads: {missing}") from error
+        raise UserError(f"{source} is no IP-Adapter that ipa reads: {missing}") from error
     gaps = differences(shapes, expected)
     if gaps:
-        raise ValueError(f"{source} looks like {file.describe()}, but {'; '.join(gaps)}: it is damaged or foreign")
+        raise UserError(f"{source} looks like {file.describe()}, but {'; '.join(gaps)}: it is damaged or foreign")
     return file
 
 
 def refuse_foreign(shapes: Shapes, source: str) -> None:
     for what, pattern, absent in FOREIGN:
         if absent not in shapes and any(re.fullmatch(pattern, name) for name in shapes):
-            raise ValueError(
+            raise UserError(
                 f"{source} is {what}, which ipa does not read. It reads IP-Adapters (global, plus and full) for "
                 f"{SD15}, 2.x and XL."
             )
@@ -170,7 +171,7 @@ def head_of(shapes: Shapes) -> str:
         if f"{HEAD}{name}" in shapes:
             return head
     found = ", ".join(sorted(shapes)[:3]) or "nothing"
-    raise ValueError(f"none of {HEAD}proj.weight, {HEAD}proj.3.weight, {HEAD}latents in it, but {found} …")
+    raise UserError(f"none of {HEAD}proj.weight, {HEAD}proj.3.weight, {HEAD}latents in it, but {found} …")
 
 
 # tokens, context width, feature width, and the rest of a resampler
@@ -193,7 +194,7 @@ def fine_grained_sizes(shapes: Shapes, metadata: Mapping[str, str]) -> Sizes:
     head_width = read_number(metadata, "head_width", HEAD_WIDTH)
     inner = shapes[f"{HEAD}layers.0.0.to_q.weight"][0]
     if inner % head_width:
-        raise ValueError(f"its resampler's attention is {inner} wide, which is no multiple of head_width={head_width}")
+        raise UserError(f"its resampler's attention is {inner} wide, which is no multiple of head_width={head_width}")
     resampler = ResamplerSizes(
         width=width,
         heads=inner // head_width,
@@ -208,10 +209,10 @@ HEAD_SIZES = {"global": global_sizes, "full": full_sizes, "fine_grained": fine_g
 
 
 def read_number(metadata: Mapping[str, str], name: str, published: int) -> int:
-    """A size out of the metadata, ``published`` where it says nothing; raises ValueError."""
+    """A size out of the metadata, ``published`` where it says nothing; raises UserError."""
     text = metadata.get(name) or str(published)
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"its metadata says {name}={text}, which is no size")
+        raise UserError(f"its metadata says {name}={text}, which is no size")
     return int(text)
 
 

@@ -6,21 +6,22 @@ Sources: diffusers' ``_convert_ip_adapter_image_proj_to_diffusers``; ComfyUI_IPA
 from __future__ import annotations
 
 from ipa.adapter.heads import Head
+from ipa.errors import UserError
 from ipa.export.adapter_file import HEADS, SIZES, WORDS
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
 
 
 def check_layout(head: Head, kind: str, layout: str) -> None:
-    """Raise ValueError, with the way out, when the readers of ``layout`` would misread such an adapter.
+    """Raise UserError, with the way out, when the readers of ``layout`` would misread such an adapter.
 
     The head may be one on the meta device, so that it is told before anything is loaded.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout}: one of {', '.join(LAYOUTS)}")
+        raise UserError(f"layout={layout}: one of {', '.join(LAYOUTS)}")
     problems = misreadings(head, kind, layout)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"this {WORDS[head_name(head)]} {kind} adapter cannot be written for {layout}: {'; '.join(problems)}. "
             "Change that for a training, or keep the adapter to ipa: adapter.layout=ipa for a training, layout=ipa for "
             "ipa.tools.export."
@@ -56,7 +57,7 @@ def taken_for_granted(head: Head, layout: str) -> dict[str, int]:
 
 
 def check_same_sizes(file_head: Head, file_kind: str, head: Head, kind: str, source: str) -> None:
-    """Raise ValueError when a training of ``head`` and ``kind`` cannot start from the weights of a file."""
+    """Raise UserError when a training of ``head`` and ``kind`` cannot start from the weights of a file."""
     given, wanted = (head_name(file_head), file_kind), (head_name(head), kind)
     problems = []
     if given != wanted:
@@ -68,7 +69,7 @@ def check_same_sizes(file_head: Head, file_kind: str, head: Head, kind: str, sou
             if getattr(file_head, name) != getattr(head, name)
         ]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"adapter.init_from={source}: {'; '.join(problems)}. Choose the experiment and the sizes of the file, or "
             "another file."
         )

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
-from ipa.checkpoint import load_adapter, read_metadata
 from ipa.data.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
+from ipa.errors import UserError
 from ipa.export.adapter_file import identify_file, make_head
 from ipa.export.layouts import check_same_sizes
 from ipa.export.published import check_fits, from_published
+from ipa.export.storage import load_adapter, read_metadata
 from ipa.families import family_of
 from ipa.model import IPAdapterModel
 from ipa.types import BaseWidths
@@ -34,7 +35,7 @@ def load_model(
 ) -> IPAdapterModel:
     """A model with the adapter of ``path``, installed; base and encoder are those of its metadata unless given.
 
-    Raises ValueError or OSError with a message for the user; misfits are told before any weight is read.
+    Raises UserError with a message for the user; misfits are told before any weight is read.
     """
     file, metadata = identify_file(path), read_metadata(path)
     fit = read_fit(metadata, str(path))
@@ -43,7 +44,7 @@ def load_model(
     base, encoder = base or metadata.get("base"), encoder or metadata.get("encoder")
     if not (base and encoder):
         missing = [name for name, source in {"base": base, "encoder": encoder}.items() if not source]
-        raise ValueError(
+        raise UserError(
             f"{path} does not say which {' and '.join(missing)} it was trained with: give "
             f"{' and '.join(f'{name}=…' for name in missing)}. It is {file.describe()}."
         )
@@ -60,17 +61,17 @@ def load_model(
 
 
 def read_fit(metadata: Mapping[str, str], source: str) -> str:
-    """How references are cut; as published adapters have it where the metadata say nothing. Raises ValueError."""
+    """How references are cut; as published adapters have it where the metadata say nothing. Raises UserError."""
     words = metadata.get("preprocessing") or FITS["crop"].words
     for name, fit in FITS.items():
         if fit.words == words:
             return name
     known = "; ".join(fit.words for fit in FITS.values())
-    raise ValueError(f"{source} was trained with references in a way that ipa does not know: {words}. Known: {known}")
+    raise UserError(f"{source} was trained with references in a way that ipa does not know: {words}. Known: {known}")
 
 
 def load_into(model: IPAdapterModel, path: Path) -> None:
-    """Give the model's trainable set the weights of ``path``; raises ValueError when it is for other parts."""
+    """Give the model's trainable set the weights of ``path``; raises UserError when it is for other parts."""
     file = identify_file(path)
     widths = BaseWidths(model.family.context_width, [host.attention.to_k.out_features for host in model.family.hosts()])
     check_fits(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ipa.encoders import public_name
+from ipa.errors import UserError
 from ipa.export.adapter_file import BRANCHES, FEATURES, AdapterFile, base_name, identify
 from ipa.types import BaseWidths, EncoderWidths
 
@@ -58,7 +59,7 @@ def check_fits(
     """
     problems = base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{source} is {file.describe()}. It does not fit: {'; '.join(problems)}. Give the base and the encoder "
             "that it was trained with, or an adapter for these."
         )

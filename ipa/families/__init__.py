@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def family_of(path: str, config: str | None = None, **ignored: Any) -> type[LatentDiffusion]:
     """The class that reads this base (folder, hub id or file); takes ``from_pretrained``'s arguments, reads no weight.
 
-    Raises ValueError for a base that no family reads, OSError for one that cannot be read.
+    Raises UserError for a base that no family reads, OSError for one that cannot be read.
     """
     from ipa.families.sdxl import StableDiffusionXL
     from ipa.families.sources import read_kind

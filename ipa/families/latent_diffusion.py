@@ -17,8 +17,9 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor, nn
 
+from ipa.errors import UserError, brief
 from ipa.families.cross_attention import CrossAttentionHost, find_hosts
-from ipa.families.sources import check_kind, first_line, is_single_file, read_host_widths, read_image_size
+from ipa.families.sources import check_kind, is_single_file, read_host_widths, read_image_size
 from ipa.types import BaseWidths, Posterior, TextCondition
 
 
@@ -43,7 +44,7 @@ class LatentDiffusion(nn.Module, ABC):
         for name, part in parts.items():
             setattr(self, name, part)
         if not hasattr(self.scheduler, "alphas_cumprod"):
-            raise ValueError(
+            raise UserError(
                 f"base.path={source} samples with {type(self.scheduler).__name__}, which is no schedule of ᾱ_t: "
                 "ipa trains ε- and v-prediction"
             )
@@ -66,7 +67,7 @@ class LatentDiffusion(nn.Module, ABC):
         or hub id of a diffusers pipeline whose layout a single file has; None asks the hub, folders do not need it.
         ``channels_last`` lays the convolutions' weights out as their kernels read them, which changes roundings.
 
-        Raises ValueError for a base of another family and OSError for one that cannot be read; of the first kind
+        Raises UserError for a base of another family and OSError for one that cannot be read; of the first kind
         nothing but configuration and headers is read.
         """
         dtypes = {"default": to_dtype(dtype, "base.dtype"), "vae": to_dtype(vae_dtype or dtype, "base.vae_dtype")}
@@ -91,12 +92,12 @@ class LatentDiffusion(nn.Module, ABC):
     def read_image_size_px(cls, path: str, config: str | None = None, **ignored: Any) -> int:
         """The picture size that the UNet was made for, from configuration files; takes ``from_pretrained``'s arguments.
 
-        Raises ValueError for a single file without ``config``, since its header does not say.
+        Raises UserError for a single file without ``config``, since its header does not say.
         """
         check_kind(path, config, cls.name)
         layout = config if is_single_file(path) else path
         if layout is None:
-            raise ValueError(f"base.path={path} does not say its picture size: give image_size_px=… or base.config=…")
+            raise UserError(f"base.path={path} does not say its picture size: give image_size_px=… or base.config=…")
         return read_image_size(layout)
 
     def train(self, mode: bool = True) -> Self:
@@ -233,7 +234,7 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
 def load_single_file(
     pipeline_class: Any, path: str, config: str | None, dtypes: dict[str, torch.dtype], absent: dict[str, Any]
 ) -> Any:
-    """A pipeline from one file in the original layout; raises OSError or ValueError with the advice."""
+    """A pipeline from one file in the original layout; raises UserError with the advice."""
     dtype, vae_dtype = dtypes["default"], dtypes["vae"]
     try:
         parts = dict(absent)
@@ -242,20 +243,20 @@ def load_single_file(
         return pipeline_class.from_single_file(path, config=config, dtype=dtype, **parts)
     except OSError as error:
         if config is not None:
-            raise OSError(f"base.config={config} lacks a part of the layout: {first_line(error)}") from error
-        raise OSError(
-            f"base.path={path}: the hub could not be asked for the layout of this file ({first_line(error)}). Give "
+            raise UserError(f"base.config={config} lacks a part of the layout: {brief(error)}") from error
+        raise UserError(
+            f"base.path={path}: the hub could not be asked for the layout of this file ({brief(error)}). Give "
             "base.config=FOLDER, a diffusers pipeline folder of the same base; its weights are not needed."
         ) from error
     except SingleFileComponentError as error:
-        raise ValueError(
-            f"base.path={path}: {first_line(error)} A base needs its UNet, VAE and text encoders in the file."
+        raise UserError(
+            f"base.path={path}: {brief(error)} A base needs its UNet, VAE and text encoders in the file."
         ) from error
 
 
 def to_dtype(name: str, key: str) -> torch.dtype:
-    """The floating dtype that torch calls ``name``; raises ValueError naming ``key``."""
+    """The floating dtype that torch calls ``name``; raises UserError naming ``key``."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{key}={name}: give float32, bfloat16 or float16")
+        raise UserError(f"{key}={name}: give float32, bfloat16 or float16")
     return dtype

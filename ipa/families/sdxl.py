@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from ipa.errors import UserError
 from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.types import TextCondition
 
@@ -87,7 +88,7 @@ def size_arguments(size_B6: Tensor) -> dict[str, tuple[int, int]]:
     more than one picture they reach the wrong ones: negative texts must have the same sizes.
     """
     if not torch.equal(size_B6, size_B6[:1].expand_as(size_B6)):
-        raise ValueError(
+        raise UserError(
             f"one call of the pipeline takes one set of sizes, but these differ: {size_B6.unique(dim=0).tolist()}. "
             "Group the pictures by size."
         )

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
+from ipa.errors import UserError, brief
 from ipa.families.cross_attention import find_hosts
 from ipa.types import BaseWidths
 
@@ -35,11 +36,11 @@ def is_single_file(path: str) -> bool:
 def read_kind(path: str, key: str = "base.path") -> str:
     """The name of the family that reads this base: a key of ``TITLES``.
 
-    Raises ValueError for a base of another kind, OSError when there is nothing to read.
+    Raises UserError for a base of another kind, OSError when there is nothing to read.
     """
     kind = kind_of_header(read_header(path, key)) if is_single_file(path) else kind_of_pipeline(path, key)
     if kind is None:
-        raise ValueError(
+        raise UserError(
             f"{key}={path} is none of the bases that ipa knows: "
             f"{' and '.join(f'{title} ({ADVICE[name]})' for name, title in TITLES.items())}, made for text to image"
         )
@@ -47,18 +48,18 @@ def read_kind(path: str, key: str = "base.path") -> str:
 
 
 def check_kind(path: str, config: str | None, name: str) -> None:
-    """Refuse a base, or a layout for its file, that belongs to another family than ``name``; raises ValueError."""
+    """Refuse a base, or a layout for its file, that belongs to another family than ``name``; raises UserError."""
     kind = read_kind(path)
     if kind != name:
-        raise ValueError(f"base.path={path} is a {TITLES[kind]} pipeline: use {ADVICE[kind]}")
+        raise UserError(f"base.path={path} is a {TITLES[kind]} pipeline: use {ADVICE[kind]}")
     if config is None or not is_single_file(path):
         return
     if is_single_file(config):
-        raise ValueError(f"base.config={config} is a file: give the diffusers folder or hub id whose layout it has")
+        raise UserError(f"base.config={config} is a file: give the diffusers folder or hub id whose layout it has")
     layout = read_kind(config, "base.config")
     contexts = read_unet_config(config, "base.config")["cross_attention_dim"], read_host_widths(path).context
     if contexts[0] != contexts[1]:
-        raise ValueError(
+        raise UserError(
             f"base.config={config} is the layout of {TITLES[layout]} with context width {contexts[0]}, but "
             f"base.path={path} holds {TITLES[kind]} with {contexts[1]}: give the layout of the base it was made from"
         )
@@ -120,10 +121,10 @@ def kind_of_pipeline(path: str, key: str) -> str | None:
 
 
 def check_libraries(index: dict[str, Any], path: str, key: str) -> None:
-    """Refuse parts from elsewhere than the two libraries, since importing a module runs it; raises ValueError."""
+    """Refuse parts from elsewhere than the two libraries, since importing a module runs it; raises UserError."""
     for name, value in index.items():
         if isinstance(value, list) and value and value[0] not in LIBRARIES:
-            raise ValueError(
+            raise UserError(
                 f"{key}={path} says that its {name} comes from {value[0]}, which would run code that is neither "
                 "diffusers' nor transformers'"
             )
@@ -135,28 +136,27 @@ def read_unet_config(path: str, key: str = "base.path") -> dict[str, Any]:
 
 
 def read_config(part: Any, path: str, key: str, **place: str) -> dict[str, Any]:
-    """A part's configuration as diffusers finds it; raises OSError naming ``key`` when it is not to be had."""
+    """A part's configuration as diffusers finds it; raises UserError naming ``key`` when it is not to be had."""
     try:
         return part.load_config(path, **place)
     except OSError as error:
         if Path(path).is_dir():
-            raise OSError(f"{key}={path}: {first_line(error)}") from error
-        raise OSError(
-            f"{key}={path}: neither the hub nor its cache gave this ({first_line(error)}). "
-            "Without the hub, give a folder."
+            raise UserError(f"{key}={path}: {brief(error)}") from error
+        raise UserError(
+            f"{key}={path}: neither the hub nor its cache gave this ({brief(error)}). Without the hub, give a folder."
         ) from error
 
 
 def read_header(path: str, key: str = "base.path") -> Shapes:
-    """Names and shapes of a safetensors file; raises FileNotFoundError or ValueError."""
+    """Names and shapes of a safetensors file; raises UserError."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{key}={path}: no such file")
+        raise UserError(f"{key}={path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors' own exception is none of Python's
-        raise ValueError(
-            f"{key}={path} is not a safetensors file ({first_line(error)}); it may have been cut short"
+        raise UserError(
+            f"{key}={path} is not a safetensors file ({brief(error)}); it may have been cut short"
         ) from error
 
 
@@ -166,20 +166,16 @@ def check_pipeline_folder(path: str, key: str = "base.path") -> None:
     if (folder / "model_index.json").is_file():
         return
     if folder.is_file():
-        raise ValueError(
+        raise UserError(
             f"{key}={path}: of single files only .safetensors are read, since others can run code when they are opened"
         )
     if folder.exists():
-        raise FileNotFoundError(
+        raise UserError(
             f"{key}={path} is there but holds no model_index.json: it is not a diffusers pipeline folder. "
             "Give the folder that `pipeline.save_pretrained` wrote."
         )
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise FileNotFoundError(
+        raise UserError(
             f"{key}={path}: no such folder. Give a diffusers pipeline folder or a hub id owner/name, or for base.path "
             "a .safetensors file."
         )
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

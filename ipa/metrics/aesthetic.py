@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ipa.errors import UserError, brief
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.networks import MissingNetwork, first_line
+from ipa.metrics.networks import MissingNetwork
 from ipa.metrics.picture_metric import ItemMetric
 from ipa.metrics.pixels import Pictures
 
@@ -33,7 +34,7 @@ class AestheticScore(ItemMetric):
         assert self.network is not None
         embedding_BE = self.network.embed_images(generated).cpu()
         if embedding_BE.shape[1] != self.head[0].in_features:
-            raise ValueError(
+            raise UserError(
                 f"the aesthetic head reads embeddings of {self.head[0].in_features}, the scorer gives "
                 f"{embedding_BE.shape[1]}; the published head needs ViT-L-14-quickgelu, openai"
             )
@@ -48,7 +49,7 @@ def load_head(path: str) -> nn.Sequential:
     weights = torch.load(find_head(path), map_location="cpu", weights_only=True)
     names = sorted((name for name in weights if re.fullmatch(r"layers\.\d+\.weight", name)), key=layer_number)
     if not names:
-        raise ValueError(f"aesthetic head path={path}: no layers.N.weight in it, but {', '.join(list(weights)[:3])} …")
+        raise UserError(f"aesthetic head path={path}: no layers.N.weight in it, but {', '.join(list(weights)[:3])} …")
     head = nn.Sequential(*(nn.Linear(*reversed(weights[name].shape)) for name in names))
     for layer, name in zip(head, names, strict=True):
         layer.load_state_dict({"weight": weights[name], "bias": weights[name.replace("weight", "bias")]})
@@ -68,9 +69,9 @@ def find_head(path: str) -> Path:
     repository, _, file = rest.partition("/")
     try:
         if not file or path.startswith((".", "/", "~")):
-            raise FileNotFoundError("There is no such file.")
+            raise UserError("There is no such file.")
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except OSError as error:
         raise MissingNetwork(
-            f"aesthetic head path={path}: {first_line(error)} Download it from {ORIGINAL} and give the file as path"
+            f"aesthetic head path={path}: {brief(error)} Download it from {ORIGINAL} and give the file as path"
         ) from error

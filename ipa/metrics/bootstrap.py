@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipa.errors import UserError
+
 
 class Interval(NamedTuple):
     mean: float
@@ -30,7 +32,7 @@ def confidence_interval(
     """
     items = items.tolist() if isinstance(items, Tensor) else items  # a tensor's numbers are all different keys
     if len(value_B) != len(items) or len(value_B) == 0:
-        raise ValueError(f"there must be an item for each value and one at least: {len(value_B)}, {len(items)}")
+        raise UserError(f"there must be an item for each value and one at least: {len(value_B)}, {len(items)}")
     owner = {item: number for number, item in enumerate(sorted(set(items), key=repr))}
     owner_B = torch.tensor([owner[item] for item in items])
     sum_I = torch.zeros(len(owner), dtype=torch.float64).index_add_(0, owner_B, value_B.double().cpu())

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipa.encoders.open_clip import resolve_name
-from ipa.metrics.networks import MissingNetwork, PictureNetwork, first_line
+from ipa.errors import brief
+from ipa.metrics.networks import MissingNetwork, PictureNetwork
 
 
 class ClipScorer(PictureNetwork):
@@ -39,7 +40,7 @@ class ClipScorer(PictureNetwork):
             clip = open_clip.create_model(name, **options, require_pretrained=True, weights_only=True)
         except RuntimeError as error:  # open_clip's word for a download that failed
             raise MissingNetwork(
-                f"judge.name={name} judge.pretrained={pretrained}: {first_line(error)} Give a folder with "
+                f"judge.name={name} judge.pretrained={pretrained}: {brief(error)} Give a folder with "
                 "judge.name=local-dir:FOLDER judge.pretrained=null, or do without scores: judge=null"
             ) from error
         return cls(clip, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(clip), name)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ipa.errors import UserError
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.picture_metric import ItemMetric, first_of_each
 from ipa.metrics.pixels import Pictures, picture_keys
@@ -37,7 +38,7 @@ class ClipCosines(ItemMetric):
 
     def __init__(self, scorer: ClipScorer, captions: str = "first", prefix: str = "", **kwargs: Any) -> None:
         if captions not in CAPTIONS:
-            raise ValueError(f"captions={captions}: one of {', '.join(CAPTIONS)}")
+            raise UserError(f"captions={captions}: one of {', '.join(CAPTIONS)}")
         told = ("clip_i", *self.about_text, "retrieval_at_1")
         super().__init__(["clip_i", *self.about_text, *COMPARED], dict.fromkeys(told, True), network=scorer, **kwargs)
         self.captions, self.prefix = captions, prefix
@@ -55,7 +56,7 @@ class ClipCosines(ItemMetric):
     def measure_texts(self, generated_BE: Tensor, captions: list[list[str]]) -> dict[str, Tensor]:
         """State → value_B of each picture with its own captions."""
         if not all(captions):
-            raise ValueError(f"picture {[len(own) for own in captions].index(0)} of the batch has no caption")
+            raise UserError(f"picture {[len(own) for own in captions].index(0)} of the batch has no caption")
         chosen = [own[:1] if self.captions == "first" else own for own in captions]
         texts_NE = self.network.embed_texts([self.prefix + text for own in chosen for text in own])
         owners_N = torch.repeat_interleave(torch.tensor([len(own) for own in chosen])).to(texts_NE.device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from ipa.errors import UserError
 from ipa.metrics.networks import PictureNetwork
 from ipa.metrics.picture_metric import PictureMetric, first_of_each
 from ipa.metrics.pixels import Pictures, picture_keys
@@ -39,12 +40,12 @@ class DistributionMetric(PictureMetric):
         return dict(zip(ROWS, (*features, picture_keys(references)), strict=True))
 
     def compute(self) -> dict[str, Tensor]:
-        """Name → value. Raises ValueError for fewer than two pictures or references."""
+        """Name → value. Raises UserError for fewer than two pictures or references."""
         generated_BE, references_BE, keys_B = (self.rows()[name] for name in ROWS)
         references_BE = references_BE[first_of_each(keys_B)]
         sizes = (len(generated_BE), len(references_BE))
         if min(sizes) < 2:
-            raise ValueError(f"{next(iter(self.higher))} compares sets of two or more, not {sizes[0]} with {sizes[1]}")
+            raise UserError(f"{next(iter(self.higher))} compares sets of two or more, not {sizes[0]} with {sizes[1]}")
         return self.compare(generated_BE.double(), references_BE.double())
 
     def compare(self, generated_BE: Tensor, references_BE: Tensor) -> dict[str, Tensor]:

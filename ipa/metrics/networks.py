@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ipa.errors import UserError, brief
 from ipa.metrics.pixels import Pictures, fit_square, in_pieces, on_each_size
 from ipa.types import to_uint8
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class MissingNetwork(OSError):
+class MissingNetwork(UserError):
     """A package or weights that are neither here nor to be had: the message says what to get, and where to put it."""
 
 
@@ -91,12 +92,12 @@ class DinoNetwork(PictureNetwork):
             )
         except OSError as error:
             raise MissingNetwork(
-                f"DINO network path={path}: {first_line(error)} Download config.json and model.safetensors of "
+                f"DINO network path={path}: {brief(error)} Download config.json and model.safetensors of "
                 "https://huggingface.co/facebook/dinov2-base into a folder and give the folder as path"
             ) from error
         missing = [key for key in info["missing_keys"] if not key.startswith("pooler")]  # which is not used here
         if missing:
-            raise ValueError(f"DINO network path={path}: {len(missing)} weights are missing, {missing[0]} among them")
+            raise UserError(f"DINO network path={path}: {len(missing)} weights are missing, {missing[0]} among them")
         return cls(transformer, size_px, crop_px, path)
 
     def _embed(self, prepared_B3HW: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class DreamSimNetwork(PictureNetwork):
         except ImportError as error:
             raise MissingNetwork("DreamSim needs its package: pip install dreamsim, or leave it out") from error
         if kind not in dreamsim_weights:
-            raise ValueError(f"DreamSim kind={kind}: one of {', '.join(dreamsim_weights)}")
+            raise UserError(f"DreamSim kind={kind}: one of {', '.join(dreamsim_weights)}")
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         hub = torch.hub.get_dir()
@@ -171,7 +172,7 @@ class DreamSimNetwork(PictureNetwork):
             network, _ = dreamsim(device="cpu", cache_dir=str(folder), dreamsim_type=kind)
         except OSError as error:
             raise MissingNetwork(
-                f"DreamSim kind={kind} folder={folder}: {first_line(error)}. Download and unpack "
+                f"DreamSim kind={kind} folder={folder}: {brief(error)}. Download and unpack "
                 f"{dreamsim_weights[kind]} there"
             ) from error
         finally:
@@ -204,15 +205,9 @@ def download(url: str, name: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(file), progress=False)
         except OSError as error:  # urllib's errors are of this kind
-            raise MissingNetwork(
-                f"{name}: {first_line(error)}. {tell_where(url)}, or put it into {file.parent}"
-            ) from error
+            raise MissingNetwork(f"{name}: {brief(error)}. {tell_where(url)}, or put it into {file.parent}") from error
     return file
 
 
 def tell_where(url: str) -> str:
     return f"download {url} and give the file as path"
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -19,6 +19,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from ipa.distributed import gather
+from ipa.errors import UserError
 from ipa.metrics.networks import PictureNetwork
 from ipa.metrics.pixels import Pictures
 
@@ -66,7 +68,7 @@ class PictureMetric(Metric):
         parts = {"generated": generated, "references": references, "captions": captions, "index_B": index_B}
         lengths = {name: len(part) for name, part in parts.items() if part is not None}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"there must be equally many of all: {lengths}")
+            raise UserError(f"there must be equally many of all: {lengths}")
         rows = self.measure(generated, references, captions)
         for name, values in {**rows, **({} if index_B is None else {"index_B": index_B})}.items():
             getattr(self, name).append(values.detach().cpu())
@@ -82,9 +84,9 @@ class PictureMetric(Metric):
         found = {name: rows for name, rows in found.items() if len(rows) > 0}
         lengths = {name: len(rows) for name, rows in found.items()}
         if not found:
-            raise ValueError(f"{type(self).__name__} was given no pictures")
+            raise UserError(f"{type(self).__name__} was given no pictures")
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"captions and index_B must come with every update or with none: {lengths}")
+            raise UserError(f"captions and index_B must come with every update or with none: {lengths}")
         if "index_B" not in found:
             return found
         order = first_of_each(found.pop("index_B"))
@@ -114,7 +116,5 @@ def first_of_each(keys_B: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
-    """All processes' rows, however many each has: torchmetrics' own way hangs or fails when one has none."""
-    found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, rows, group)
-    return [part for part in found if len(part) > 0] or [rows]
+    """Every rank's rows, however many each has; torchmetrics' own gathering hangs or fails when a rank has none."""
+    return [part for part in gather(rows, group) if len(part) > 0] or [rows]

@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ipa.cli import quiet_libraries
+from ipa.errors import UserError
 from ipa.tools.options import run_tool
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf"
@@ -71,8 +72,8 @@ class Run:
 
 
 def read_runs(sweep: Path) -> list[Run]:
-    """The finished runs in a sweep's folder, by variant and seed; raises FileNotFoundError without any."""
-    from ipa.checkpoint import read_metadata
+    """The finished runs in a sweep's folder, by variant and seed; raises UserError without any."""
+    from ipa.export.storage import read_metadata
     from ipa.training.configuration import read_plain
 
     runs, unfinished = [], []
@@ -85,11 +86,11 @@ def read_runs(sweep: Path) -> list[Run]:
         seed = read_plain(folder / "config.yaml")["seed"]
         runs.append(Run(folder, f"{metadata['kind']}_{metadata['head']}", seed, summary))
     if unfinished:
-        raise ValueError(
+        raise UserError(
             f"not finished yet: {', '.join(unfinished)}. The sweep's command with name={sweep.name} goes on."
         )
     if not runs:
-        raise FileNotFoundError(f"sweep={sweep}: no runs there. `python train.py -m … name={sweep.name}` makes them.")
+        raise UserError(f"sweep={sweep}: no runs there. `python train.py -m … name={sweep.name}` makes them.")
     return sorted(runs, key=lambda run: (rank(run.variant), run.seed))
 
 
@@ -161,8 +162,8 @@ def draw_picture(runs: Sequence[Run], rows: int, path: Path) -> None:
     """Prompt, base alone, and one column for the first run of every variant."""
     from hydra.utils import instantiate
 
-    from ipa.checkpoint import write_atomically
     from ipa.export.loading import load_model
+    from ipa.files import write_atomically
     from ipa.training.previews import HeldOutPrompts, draw_grid, generate_from
     from ipa.types import to_unit_range
 
@@ -235,7 +236,7 @@ def page(runs: Sequence[Run], picture: str, notes: str) -> str:
 
 
 def compare(options: Any) -> Path:
-    from ipa.checkpoint import write_atomically
+    from ipa.files import write_atomically
 
     sweep, out = Path(options.sweep), Path(options.out)
     runs = read_runs(sweep)

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ipa.errors import UserError
 from ipa.tools.options import run_tool
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -41,9 +42,9 @@ class Options:
 def check_options(options: Any) -> None:
     for name, known in (("dtype", DTYPES), ("weights", (*WEIGHTS, None))):
         if options[name] not in known:
-            raise ValueError(f"{name}={options[name]}: one of {', '.join(filter(None, known))}")
+            raise UserError(f"{name}={options[name]}: one of {', '.join(filter(None, known))}")
     if options.out is not None and Path(options.out).suffix not in (".safetensors", ".bin"):
-        raise ValueError(f"out={options.out}: an adapter file ends with .safetensors or .bin")
+        raise UserError(f"out={options.out}: an adapter file ends with .safetensors or .bin")
 
 
 def export(options: Any) -> Path | None:
@@ -51,9 +52,9 @@ def export(options: Any) -> Path | None:
     check_options(options)
     import torch
 
-    from ipa.checkpoint import save_adapter
     from ipa.export.adapter_file import identify, make_head
     from ipa.export.layouts import check_layout
+    from ipa.export.storage import save_adapter
 
     tensors, metadata = read(Path(options.adapter), options.weights)
     file = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, options.adapter)
@@ -82,20 +83,20 @@ def check_shapes_tell_all(file: Any, tensors: dict[str, Any]) -> None:
         same = False
     if not same:
         told = ", ".join(f"{name}={file.metadata()[name]}" for name in NEEDED if name in file.metadata())
-        raise ValueError(
+        raise UserError(
             f"a .bin has no room for metadata, and without it others would not know {told}, which is not what "
             "they take for granted: give out=….safetensors"
         )
 
 
 def convert(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The tensors in another type; raises ValueError when a number is too large for it."""
+    """The tensors in another type; raises UserError when a number is too large for it."""
     import torch
 
     converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     broken = [name for name, tensor in converted.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"{len(broken)} of the {len(tensors)} tensors hold numbers that are too large for {dtype}, or not finite "
             f"at all ({broken[0]} …). If they are finite, dtype=float32 holds them."
         )
@@ -104,7 +105,7 @@ def convert(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def read(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Published names and metadata, of whichever of the three ``path`` is."""
-    from ipa.checkpoint import load_adapter
+    from ipa.export.storage import load_adapter
     from ipa.training.checkpointing import newest_whole
 
     if path.is_dir():
@@ -112,7 +113,7 @@ def read(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str
     if path.suffix == ".ckpt":
         return read_checkpoint(path, weights)
     if weights is not None:
-        raise ValueError(f"weights={weights}: {path} holds one set of weights; only a training's checkpoint has two")
+        raise UserError(f"weights={weights}: {path} holds one set of weights; only a training's checkpoint has two")
     return load_adapter(path)
 
 
@@ -124,14 +125,14 @@ def read_checkpoint(path: Path, weights: str | None) -> tuple[dict[str, Any], di
     from ipa.training.checkpointing import read_checkpoint as read_whole
 
     if not path.is_file():
-        raise FileNotFoundError(f"adapter={path}: no such file")
+        raise UserError(f"adapter={path}: no such file")
     checkpoint = read_whole(path)
     state, metadata = checkpoint["state_dict"], checkpoint.get("adapter_metadata")
     if metadata is None or not holds(state, torch.Tensor) or not holds(metadata, str):
-        raise ValueError(f"{path} is not a checkpoint of an adapter's training")
+        raise UserError(f"{path} is not a checkpoint of an adapter's training")
     averaged = any(name.startswith(WEIGHTS["average"]) for name in state)
     if weights == "average" and not averaged:
-        raise ValueError(f"weights=average: the training of {path} kept no average; leave it out")
+        raise UserError(f"weights=average: the training of {path} kept no average; leave it out")
     prefix = WEIGHTS[weights or ("average" if averaged else "raw")]
     chosen = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     chosen.pop("count", None)  # of the steps that the average has taken in

@@ -22,12 +22,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from ipa.checkpoint import write_atomically
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.lanes import Lane
 from ipa.data.order import Slot
 from ipa.data.rejects import Rejected
 from ipa.data.samples import Sample
+from ipa.errors import UserError
+from ipa.files import write_atomically
 from ipa.training.parts import read_widths
 from ipa.types import Batch, to_uint8, to_unit_range
 
@@ -57,12 +58,12 @@ class Findings:
 
 
 def inspect(cfg: DictConfig) -> None:
-    """Print what was found and write the contact sheet; raises ValueError or OSError with a message for the user."""
+    """Print what was found and write the contact sheet; raises UserError with a message for the user."""
     if cfg.pictures < 1 or (cfg.samples is not None and cfg.samples < 1):
-        raise ValueError(f"pictures={cfg.pictures} samples={cfg.samples}: at least 1 of each")
+        raise UserError(f"pictures={cfg.pictures} samples={cfg.samples}: at least 1 of each")
     datamodule: Any = instantiate(cfg.data)
     if not isinstance(datamodule, ShardDataModule):
-        raise ValueError("a feature cache holds no pictures to look at: give the data that it was made from")
+        raise UserError("a feature cache holds no pictures to look at: give the data that it was made from")
     datamodule.batch_size = min(16, cfg.samples or 16)
     datamodule.fit_to(
         image_size_px=cfg.image_size_px or read_image_size(cfg.base),
@@ -71,7 +72,7 @@ def inspect(cfg: DictConfig) -> None:
     )
     findings = look(datamodule, cfg.samples)
     if not findings.sizes:
-        raise ValueError("there is no good sample in these shards; the log above tells what was rejected, and why")
+        raise UserError("there is no good sample in these shards; the log above tells what was rejected, and why")
     print(describe(findings, datamodule.num_workers))
     print(describe_stages(datamodule))
     out, sheet = Path(cfg.out), tile([draw_cell(batch) for batch in first_batches(datamodule, cfg.pictures)])

@@ -24,21 +24,22 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ipa.cli import refuse_pickles
+from ipa.errors import UserError
 from ipa.secrets import hide
 
 
 def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
-    """Words → options; raises ValueError that names what is misspelt, wrong, doubled or missing."""
+    """Words → options; raises UserError that names what is misspelt, wrong, doubled or missing."""
     types = {field.name: field.type for field in fields(kind)}
     options = OmegaConf.structured(kind)
     for argument, name, value in named(arguments, list(types), positional):
         try:
             options[name] = value_of(value, is_list=str(types[name]).startswith("list"))
         except OmegaConfBaseException as error:
-            raise ValueError(f"{argument}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{argument}: {str(error).splitlines()[0]}") from error
     missing = [name for name in types if OmegaConf.is_missing(options, name)]
     if missing:
-        raise ValueError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
+        raise UserError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
     return options
 
 
@@ -51,9 +52,9 @@ def named(arguments: Sequence[str], names: Sequence[str], positional: Sequence[s
         if positional and not re.match(r"[^\W\d]\w*=", argument):  # a path may hold = behind a / or a .
             name, equals, value = next(places, ""), "=", argument
         if not equals or name not in names:
-            raise ValueError(unknown(argument, name, names, positional))
+            raise UserError(unknown(argument, name, names, positional))
         if name in positional and name in filled:
-            raise ValueError(f"{name} is given twice, {filled[name]!r} and {value!r}")
+            raise UserError(f"{name} is given twice, {filled[name]!r} and {value!r}")
         filled[name] = value
         yield argument, name, value
 
@@ -97,7 +98,7 @@ def run_tool(
     refuse_pickles()
     try:
         written = do(read_options(arguments, kind, positional))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(hide(f"{name}: {error}"))
     if written is not None:
         print(f"wrote {written}")

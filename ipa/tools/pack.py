@@ -24,6 +24,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ipa.errors import UserError
 from ipa.tools.options import run_tool
 
 UNCAPTIONED = ("skip", "empty", "error")
@@ -53,15 +54,15 @@ class Options:
 def check_options(options: Any) -> None:
     for name in ("size", "samples_per_shard", "workers"):
         if options[name] is not None and options[name] < 1:
-            raise ValueError(f"{name}={options[name]}: at least 1")
+            raise UserError(f"{name}={options[name]}: at least 1")
     if options.missing_caption not in UNCAPTIONED:
-        raise ValueError(f"missing_caption={options.missing_caption}: one of {', '.join(UNCAPTIONED)}")
+        raise UserError(f"missing_caption={options.missing_caption}: one of {', '.join(UNCAPTIONED)}")
     if Path(options.out).exists() and not Path(options.out).is_dir():
-        raise ValueError(f"out={options.out} is a file; the shards need a folder")
+        raise UserError(f"out={options.out} is a file; the shards need a folder")
 
 
 def pack(options: Any) -> None:
-    """Pack what is not packed yet and tell what came of it; raises ValueError or OSError with a message."""
+    """Pack what is not packed yet and tell what came of it; raises UserError with a message."""
     check_options(options)
     from ipa.tools.packing.shards import missing
     from ipa.tools.packing.workers import write_shards
@@ -118,7 +119,7 @@ def plan(samples: Sequence[Any], options: Any) -> list[Any]:
 
 
 def summary(options: Any, shards: Sequence[Path], left_out: Mapping[str, list[str]]) -> list[str]:
-    """What lies in the shards, what does not, and what to do next; raises ValueError if they are all empty."""
+    """What lies in the shards, what does not, and what to do next; raises UserError if they are all empty."""
     from ipa.tools.packing.folders import examples
     from ipa.tools.packing.shards import read_stats
 
@@ -130,7 +131,7 @@ def summary(options: Any, shards: Sequence[Path], left_out: Mapping[str, list[st
     pictures = sum(each["successes"] for each in stats)
     lines = [f"left out, {reason}: {examples(sorted(names))}" for reason, names in failed.items()]
     if not pictures:
-        raise ValueError("; ".join(["none of the pictures could be packed", *lines]))
+        raise UserError("; ".join(["none of the pictures could be packed", *lines]))
     size = sum(each["tar_bytes"] for each in stats)
     what = f"{options.out}: {pictures:,} pictures, shards: {len(shards):,}, {size / 1e6:,.1f} MB"
     extensions = {extension for each in stats for extension in each["extensions"]}

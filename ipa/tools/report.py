@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
+from ipa.errors import UserError
 from ipa.tools.options import run_tool
 
 
@@ -43,7 +44,7 @@ def report(options: Any) -> Path:
 
     for name, least in (("rows", 0), ("best", 0), ("thumbnail_px", 16)):
         if options[name] < least:
-            raise ValueError(f"{name}={options[name]}: at least {least}")
+            raise UserError(f"{name}={options[name]}: at least {least}")
     shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px, options.limit_mb)
     page = write_report(Path(options.folder), shown)
     if options.wandb is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
+from ipa.errors import UserError
 from ipa.tools.options import run_tool
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -44,20 +45,20 @@ class Options:
 
 
 def check_options(options: Any) -> None:
-    """Refuse at once what would fail only after the picture was made; raises ValueError."""
+    """Refuse at once what would fail only after the picture was made; raises UserError."""
     for name in ("num_images", "steps"):
         if options[name] < 1:
-            raise ValueError(f"{name}={options[name]}: at least 1")
+            raise UserError(f"{name}={options[name]}: at least 1")
     if Path(options.out).suffix.lower() not in FORMATS:
-        raise ValueError(f"out={options.out}: a picture's name ends with one of {', '.join(FORMATS)}")
+        raise UserError(f"out={options.out}: a picture's name ends with one of {', '.join(FORMATS)}")
     if not options.image:
-        raise ValueError("image=[]: at least one image prompt")
+        raise UserError("image=[]: at least one image prompt")
     if not 0 <= options.guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale={options.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
+        raise UserError(f"guidance_rescale={options.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 
 
 def sample(options: Any) -> Path:
-    """Generate and write the picture; returns its path. Raises ValueError or OSError with a message for the user."""
+    """Generate and write the picture; returns its path. Raises UserError with a message for the user."""
     check_options(options)
     quiet_libraries()
     from ipa.data.transforms import read_picture
@@ -76,19 +77,19 @@ def sample(options: Any) -> Path:
 
 
 def move(model: Any, device: str) -> Any:
-    """The model on ``device``; raises ValueError in the words of torch, which has several exceptions for this."""
+    """The model on ``device``; raises UserError in the words of torch, which has several exceptions for this."""
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
 
 
 def generate_row(model: Any, pictures: list[Any], options: Any) -> Path:
     import torch
     from PIL import Image
 
-    from ipa.checkpoint import write_atomically
     from ipa.data.transforms import fit_reference
+    from ipa.files import write_atomically
     from ipa.sampling import SamplingOptions, generate
     from ipa.types import to_uint8
 

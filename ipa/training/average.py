@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ipa.errors import UserError
 from ipa.training.strategies import like, local
 
 COUNT = "count"
@@ -79,4 +80,4 @@ class WeightAverage:
 
 def check_decay(decay: float) -> None:
     if not 0 <= decay < 1:
-        raise ValueError(f"ema.decay={decay}: at least 0 and below 1, for example 0.9999")
+        raise UserError(f"ema.decay={decay}: at least 0 and below 1, for example 0.9999")

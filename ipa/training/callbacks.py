@@ -12,8 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from ipa.checkpoint import brief, save_adapter
+from ipa.errors import brief
 from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.training.checkpointing import check_finite, ends_step, is_due
 from ipa.training.flops import count_flops, peak_flops
 from ipa.training.profiling import FETCH, StepClock

@@ -22,7 +22,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from ipa.data.datamodule import gather
+from ipa.distributed import gather
+from ipa.errors import UserError
 from ipa.training.sealed import BrokenFile, check_seal, read_sealed, write_sealed
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -107,7 +108,7 @@ class Checkpoints(L.Callback):
         keep_last: int = 2,
     ) -> None:
         if keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last={keep_last}: at least 1, or there is nothing to go on from")
+            raise UserError(f"checkpoint.keep_last={keep_last}: at least 1, or there is nothing to go on from")
         self.folder = Path(folder)
         self.intervals_steps = (every_n_steps, preview_every_n_steps)
         self.monitor = monitor
@@ -121,7 +122,7 @@ class Checkpoints(L.Callback):
         return self.folder / self.best["name"] if self.best["name"] else None
 
     def on_ready(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises ValueError where the ranks would go on from different steps."""
+        """Raises UserError where the ranks would go on from different steps."""
         steps, found = zip(*gather((trainer.global_step, bool(checkpoints_in(self.folder)))), strict=True)
         check_same(steps, self.folder)
         self.saved_step = trainer.global_step if found[0] else -1
@@ -217,24 +218,24 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """All of it, on the CPU; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+    """All of it, on the CPU; raises UserError, or ValueError naming the file and what is wrong with it."""
     if not path.is_file():
         there = ", ".join(each.name for each in checkpoints_in(path.parent)) or "none"
-        raise FileNotFoundError(f"{path}: no such checkpoint; there: {there}")
+        raise UserError(f"{path}: no such checkpoint; there: {there}")
     try:
         content = read_sealed(path)
     except BrokenFile as error:
-        raise ValueError(f"{path} is not a checkpoint of a training, or not whole: {error}") from error
+        raise UserError(f"{path} is not a checkpoint of a training, or not whole: {error}") from error
     if not (isinstance(content, dict) and {"state_dict", "global_step"} <= content.keys()):
-        raise ValueError(f"{path} is not a checkpoint of a training")
+        raise UserError(f"{path} is not a checkpoint of a training")
     return content
 
 
 def check_same(steps: Sequence[int], folder: Path) -> None:
-    """Raise ValueError unless all ranks begin at the same step."""
+    """Raise UserError unless all ranks begin at the same step."""
     other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
     if other is not None:
-        raise ValueError(
+        raise UserError(
             f"the processes see different checkpoints in {folder}: rank 0 goes on from step {steps[0]}, rank {other} "
             f"from step {steps[other]}. All machines need the same folder: give paths.runs=FOLDER on a disk that they "
             "share; where they do share it, it may show new files late, so start again"
@@ -271,10 +272,10 @@ def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Raise ValueError rather than let weights be saved that nobody can use."""
+    """Raise UserError rather than let weights be saved that nobody can use."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"after step {step} {len(broken)} of the {len(tensors)} trained weights are not finite or too large for "
             f"their file ({broken[0]} …), so they are not saved. "
             "Try a smaller optimizer.lr or trainer.gradient_clip_val=1."

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ipa.checkpoint import brief, write_atomically
+from ipa.errors import UserError, brief
+from ipa.files import write_atomically
 from ipa.secrets import complain_of_typed, hide, typed_secrets, unresolved_where_secret, without_secrets
 
 log = logging.getLogger(__name__)
@@ -62,14 +63,14 @@ def settle_configuration(cfg: DictConfig, folder: Path, goes_on: bool) -> DictCo
     """Save the resolved configuration; for a run that goes on the saved one wins, and the differences are told.
 
     What is in ``MAY_CHANGE`` changes nothing of the steps already made and is taken as asked. A secret is saved as the
-    expression that it came from. Raises ValueError for a saved configuration that is none, or asks for what only the
+    expression that it came from. Raises UserError for a saved configuration that is none, or asks for what only the
     command line may.
     """
     written: Any = OmegaConf.to_container(cfg)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     asked = unresolved_where_secret(resolved, written)
     if complaint := complain_of_typed(typed_secrets(asked)):
-        raise ValueError(complaint)
+        raise UserError(complaint)
     path = folder / "config.yaml"
     if not goes_on:
         save(path, asked)
@@ -89,7 +90,7 @@ def as_of_old(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> dict[
     """The saved configuration in its new place, with what may change as asked."""
     missing = [name for name in asked if name not in saved and name not in MAY_CHANGE]
     if missing or not isinstance(saved.get("paths"), dict) or not isinstance(saved["paths"].get("run"), str):
-        raise ValueError(f"{path} is no whole configuration of a run: it lacks {', '.join(missing) or 'paths.run'}")
+        raise UserError(f"{path} is no whole configuration of a run: it lacks {', '.join(missing) or 'paths.run'}")
     wanted: Any = OmegaConf.create(asked)
     found: Any = OmegaConf.create(moved(saved, saved["paths"]["run"], asked["paths"]["run"]))
     for name in MAY_CHANGE:
@@ -128,12 +129,12 @@ def resolve(content: Mapping[str, Any], path: Path) -> DictConfig:
     try:
         resolved: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(dict(content)), resolve=True))
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path} refers to what is not there: {brief(error)}") from error
+        raise UserError(f"{path} refers to what is not there: {brief(error)}") from error
     return resolved
 
 
 def read_configuration(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's saved configuration, not resolved; raises ValueError or OSError for one that is none or asks too much.
+    """A run's saved configuration, not resolved; raises UserError for one that is none or asks too much.
 
     ``asked`` is what the command line says, not resolved: what stands there may be named here, too.
     """
@@ -141,7 +142,7 @@ def read_configuration(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     check_targets(content, {*known_targets(), *targets_in(asked)}, path)
     for name, value in flatten(content).items():
         if "${" in str(value) and at(asked, name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{path} has an expression for {name} ({hide(str(value))}), which is only followed where the command "
                 f"line says the same: give {name}= as when the run began"
             )
@@ -149,43 +150,43 @@ def read_configuration(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_saved(path: Path, configurations: Path) -> dict[str, Any]:
-    """The saved configuration of a run that nobody asks for by options; raises ValueError."""
+    """The saved configuration of a run that nobody asks for by options; raises UserError."""
     content = read_plain(path)
     check_targets(content, set(targets_of(configurations)), path)
     for name, value in flatten(content).items():
         if "${" in str(value):
-            raise ValueError(f"{path} has an expression for {name} ({hide(str(value))}), which is not followed here")
+            raise UserError(f"{path} has an expression for {name} ({hide(str(value))}), which is not followed here")
     return content
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """YAML of a modest size without aliases, which a few lines make grow beyond all bounds; raises ValueError."""
+    """YAML of a modest size without aliases, which a few lines make grow beyond all bounds; raises UserError."""
     if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} is no configuration of a run: it has {path.stat().st_size:,} bytes")
+        raise UserError(f"{path} is no configuration of a run: it has {path.stat().st_size:,} bytes")
     try:
         text = path.read_text(encoding="utf-8")
         check_events(text)
         content = OmegaConf.to_container(OmegaConf.create(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no configuration of a run, or damaged: {brief(error)}") from error
+        raise UserError(f"{path} is no configuration of a run, or damaged: {brief(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path} is no configuration of a run: it holds no options")
+        raise UserError(f"{path} is no configuration of a run: it holds no options")
     return {str(name): value for name, value in content.items()}
 
 
 def check_events(text: str) -> None:
-    """Raise ValueError for aliases and for very deep nesting; nothing is built."""
+    """Raise UserError for aliases and for very deep nesting; nothing is built."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > MOST_DEPTH:
-            raise ValueError("it has aliases, or is nested too deep")
+            raise UserError("it has aliases, or is nested too deep")
 
 
 def check_targets(content: Any, known: set[str], path: Path) -> None:
     for target in targets_in(content):
         if target not in known:
-            raise ValueError(
+            raise UserError(
                 f"{path} asks to call {target}, which none of the configurations here names. If the run is yours, give "
                 "the option that brought it in as when the run began; if it came from elsewhere, do not trust it"
             )
@@ -217,20 +218,20 @@ def targets_of(configurations: Path) -> Iterator[str]:
 
 
 def check_numbers(saved: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
-    """Refuse a text or a list where a number or a switch belongs; raises ValueError."""
+    """Refuse a text or a list where a number or a switch belongs; raises UserError."""
     for name, value in flatten(saved).items():
         if isinstance(value, str | list) and isinstance(at(asked, name), int | float) and name not in WORD_OR_NUMBER:
-            raise ValueError(f"{path} is damaged: {name}={hide(str(value))} is no number, as {at(asked, name)} is one")
+            raise UserError(f"{path} is damaged: {name}={hide(str(value))} is no number, as {at(asked, name)} is one")
 
 
 def check_places(saved: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
-    """Refuse to write outside the run's folder, unless the command line says the same; raises ValueError."""
+    """Refuse to write outside the run's folder, unless the command line says the same; raises UserError."""
     run = str(asked["paths"]["run"])
     for part in WRITERS:
         for name, value in flatten(saved.get(part), part).items():
             outside = PLACE.search(name) and value is not None and not is_inside(str(value), run)
             if outside and at(asked, name) != value:
-                raise ValueError(
+                raise UserError(
                     f"{path} has {name}={value}, which is outside the run's folder {run}: give {name}= as when the "
                     "run began, or do not trust a run that came from elsewhere"
                 )

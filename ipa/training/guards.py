@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ipa.data.datamodule import gather
+from ipa.distributed import gather, max_over_ranks
+from ipa.errors import UserError
 from ipa.training.checkpointing import ends_step, is_due
 from ipa.training.strategies import local
 from ipa.types import Batch
@@ -87,9 +88,9 @@ class FiniteGuard(L.Callback):
 
     def __init__(self, on_nonfinite: str = "stop", most_skips: int = 10, settle_every_n_steps: int = 0) -> None:
         if on_nonfinite not in CHOICES:
-            raise ValueError(f"guard.on_nonfinite={on_nonfinite}: give one of {', '.join(CHOICES)}")
+            raise UserError(f"guard.on_nonfinite={on_nonfinite}: give one of {', '.join(CHOICES)}")
         if most_skips < 1:
-            raise ValueError(f"guard.most_skips={most_skips}: at least 1, or guard.on_nonfinite=stop")
+            raise UserError(f"guard.most_skips={most_skips}: at least 1, or guard.on_nonfinite=stop")
         self.skips = on_nonfinite == "skip"
         self.most_skips = most_skips
         self.settle_every_n_steps = settle_every_n_steps
@@ -139,7 +140,7 @@ class FiniteGuard(L.Callback):
             pl_module.log("train/skipped_steps", float(self.skipped), rank_zero_only=True)
 
     def settle(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Wait for the flags of all steps made so far; raises ValueError if one was bad. For all ranks together."""
+        """Wait for the flags of all steps made so far; raises UserError if one was bad. For all ranks together."""
         self.read_all_but(0)
 
     def read_all_but(self, lag: int) -> None:
@@ -156,10 +157,10 @@ class FiniteGuard(L.Callback):
         self.skipped += 1
         self.in_a_row += 1
         if not self.skips:
-            raise ValueError(f"{what} So training stopped there, with the weights as they were before. {ADVICE} {SKIP}")
+            raise UserError(f"{what} So training stopped there, with the weights as they were before. {ADVICE} {SKIP}")
         if self.in_a_row >= self.most_skips:
             row = f"Steps in a row that were left out: {self.in_a_row} (guard.most_skips)"
-            raise ValueError(f"{what} {row}, so training stopped there. {ADVICE}")
+            raise UserError(f"{what} {row}, so training stopped there. {ADVICE}")
         log.log(self.level, "%s It is left out; so far there were %d such steps.", what, self.skipped)
 
     def state_dict(self) -> dict[str, int]:
@@ -195,13 +196,6 @@ def gradient_norm(optimizer: Optimizer, device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
-
-
-def max_over_ranks(flags: Tensor) -> Tensor:
-    """In place; on GPUs the stream waits for the others, the host does not."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-    return flags
 
 
 def gate(optimizer: Any, left_out: Tensor) -> None:

@@ -21,7 +21,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ipa.checkpoint import write_atomically
+from ipa.errors import UserError
+from ipa.files import write_atomically
 from ipa.secrets import without_secrets
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,13 @@ class ContinuedWriter(ExperimentWriter):
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows; what a full disk tore off in the middle is none. Raises ValueError for another file."""
+    """Columns and rows; what a full disk tore off in the middle is none. Raises UserError for another file."""
     whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
     reader = csv.DictReader(whole.split("\n"))
     rows = [row for row in reader if (row.get("step") or "").isdecimal() and None not in row]
     names = list(reader.fieldnames or [])
     if names and "step" not in names:
-        raise ValueError(f"{path} is damaged: it has no column step. Move it away, and the same command goes on")
+        raise UserError(f"{path} is damaged: it has no column step. Move it away, and the same command goes on")
     return names, rows
 
 
@@ -196,11 +197,11 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
 
 
 def make_tensorboard(folder: str | Path) -> TensorBoardLogger:
-    """TensorBoard's files in ``folder``; raises ValueError when the package is missing."""
+    """TensorBoard's files in ``folder``; raises UserError when the package is missing."""
     try:
         return TensorBoardLogger(Path(folder), name="", version="tensorboard")
     except ModuleNotFoundError as error:
-        raise ValueError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
+        raise UserError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
 
 
 def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:

@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
+from ipa.errors import UserError
+
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # a RuntimeError, and no class of its own
 KILLED = "is killed by signal: Killed"
 SHARED_MEMORY = "is killed by signal: Bus error"
@@ -18,7 +20,7 @@ PREVIEWS = "ipa.training.previews"
 GIB = 1 << 30
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(UserError):
     """There was not enough memory for what was asked."""
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ipa.distributed import mean_over_ranks
 from ipa.model import IPAdapterModel
 from ipa.training.average import WeightAverage
-from ipa.training.strategies import like, mean_over_ranks, shard, whole
+from ipa.training.strategies import like, shard, whole
 from ipa.types import Batch
 
 TRAINABLE, AVERAGE = "trainable.", "average."

@@ -21,7 +21,7 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
     """Refuse, before any weight is read, what cannot be trained, started from, or written.
 
     Widths come from the configuration files and headers of base and encoder. A run that does not begin but goes on
-    needs ``adapter.init_from`` no more. Raises ValueError or OSError.
+    needs ``adapter.init_from`` no more. Raises UserError.
     """
     base: BaseWidths = read_widths(cfg.base)
     encoder: EncoderWidths = read_widths(cfg.encoder)

@@ -16,11 +16,13 @@ from typing import Any
 import lightning as L
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, distributed
+from torch import Tensor
 
-from ipa.checkpoint import write_atomically
 from ipa.data.lanes import Share
 from ipa.data.transforms import cover, fit_reference, read_picture
+from ipa.distributed import rank_and_world, send_to_first
+from ipa.errors import UserError
+from ipa.files import PICTURE_EXTENSIONS, write_atomically
 from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipCosines
@@ -35,7 +37,6 @@ from ipa.types import Features, to_uint8, to_unit_range
 log = logging.getLogger(__name__)
 
 SCALES = (0.0, 0.5, 1.0)
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class HeldOutPrompts:
@@ -68,7 +69,7 @@ class HeldOutPrompts:
     ) -> HeldOutPrompts:
         """Every picture of a folder, by name, its caption from the `.txt` beside it (empty without one).
 
-        Raises FileNotFoundError without pictures, ValueError for one that cannot be read.
+        Raises UserError without pictures, ValueError for one that cannot be read.
         """
         paths = pictures_in(folder)
         pictures = [read_picture(path, "preview.images") for path in paths]
@@ -93,12 +94,12 @@ class HeldOutPrompts:
 
 
 def pictures_in(folder: str | Path) -> list[Path]:
-    """By name; raises FileNotFoundError when there are none, ValueError for what names no folder."""
+    """By name; raises UserError when there are none, ValueError for what names no folder."""
     if not isinstance(folder, str | Path):
-        raise ValueError(f"preview.images={folder}: give one folder")
-    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURES)
+        raise UserError(f"preview.images={folder}: give one folder")
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_EXTENSIONS)
     if not paths:
-        raise FileNotFoundError(f"preview.images={folder}: no pictures there ({', '.join(PICTURES)})")
+        raise UserError(f"preview.images={folder}: no pictures there ({', '.join(PICTURE_EXTENSIONS)})")
     return paths
 
 
@@ -143,34 +144,13 @@ def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[T
         column, batch = work[first + rank if first + rank < len(work) else 0]
         with model.eagerly():
             made[first + rank] = columns[column].generate(model, features[column], batch)
-    pieces = bring_to_first(made, [len(batch) for _, batch in work], model.device)
+    pieces = send_to_first(made, [len(batch) for _, batch in work], model.device)
     if rank != 0:
         return []
     found: list[list[Tensor]] = [[] for _ in columns]
     for piece, (column, _) in zip(pieces, work, strict=True):
         found[column].append(piece)
     return [torch.cat(column) for column in found]
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def bring_to_first(made: dict[int, Tensor], lengths: list[int], device: torch.device) -> list[Tensor]:
-    """Piece i, so long, from rank i % world to the first, one after the other; other ranks return an empty list."""
-    rank, world = rank_and_world()
-    pieces = []
-    for number, length in enumerate(lengths):
-        owner = number % world
-        if rank == owner == 0:
-            pieces.append(made[number])
-        elif rank == 0:
-            piece = made[0].new_empty(length, *made[0].shape[1:], device=device)
-            distributed.recv(piece, owner)
-            pieces.append(piece.cpu())
-        elif rank == owner:
-            distributed.send(made[number].to(device), 0)
-    return pieces
 
 
 def generate_from(

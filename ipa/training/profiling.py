@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 from torch.profiler import record_function
 
-from ipa.checkpoint import write_atomically
+from ipa.files import write_atomically
 from ipa.training.checkpointing import ends_step
 
 log = logging.getLogger(__name__)

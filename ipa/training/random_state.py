@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from ipa.data.datamodule import gather
+from ipa.distributed import gather
 
 
 class RandomState(L.Callback):

@@ -24,10 +24,11 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ipa.checkpoint import brief, write_atomically
 from ipa.data.cache import WrongCache
 from ipa.data.rejects import NoGoodSamples
+from ipa.errors import UserError, brief
 from ipa.export.loading import load_into
+from ipa.files import write_atomically
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, Throughput
@@ -57,7 +58,7 @@ Scores = dict[str, dict[str, float]]
 
 
 def train(cfg: DictConfig) -> None:
-    """Run one training; raises ValueError or OSError with a message for the user, Stopped after a signal."""
+    """Run one training; raises UserError with a message for the user, Stopped after a signal."""
     if getattr(rank_zero_only, "rank", 0):  # the first process tells; the others tell what goes wrong
         logging.getLogger("ipa").setLevel(logging.ERROR)
     with Signals(cfg.stop.grace_s).listening() as signals:
@@ -121,16 +122,16 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
 
 
 def check_devices(cfg: DictConfig) -> None:
-    """Raise ValueError for devices that are not there, or none."""
+    """Raise UserError for devices that are not there, or none."""
     if cfg.trainer.accelerator in ("gpu", "cuda") and not (
         CUDAAccelerator.is_available() or MPSAccelerator.is_available()
     ):
-        raise ValueError(
+        raise UserError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU here: see whether nvidia-smi lists "
             "one and torch.version.cuda fits its driver; or give trainer.accelerator=cpu trainer.precision=32-true"
         )
     if cfg.trainer.devices in (0, "0"):
-        raise ValueError("trainer.devices=0: give the number of processes of each machine, 1 or more, or auto for GPUs")
+        raise UserError("trainer.devices=0: give the number of processes of each machine, 1 or more, or auto for GPUs")
 
 
 def profiles(cfg: DictConfig, folder: Path, clock: StepClock) -> list[L.Callback]:
@@ -153,26 +154,26 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[L.Callback], clo
 
 
 def check_compile(cfg: DictConfig, strategy: Any) -> None:
-    """Raise ValueError where blocks cannot be compiled whole: FSDP puts their weights together as they are called."""
+    """Raise UserError where blocks cannot be compiled whole: FSDP puts their weights together as they are called."""
     if cfg.compile and isinstance(strategy, AdapterFSDP):
-        raise ValueError("compile=true cannot be had with trainer=fsdp or zero2: give one of them, or trainer=ddp")
+        raise UserError("compile=true cannot be had with trainer=fsdp or zero2: give one of them, or trainer=ddp")
 
 
 def explain_compiler(error: BaseException) -> None:
-    """Raise ValueError if torch found no compiler for ``compile=true``; return otherwise."""
+    """Raise UserError if torch found no compiler for ``compile=true``; return otherwise."""
     kinds = {type(cause).__name__ for cause in causes(error)}
     if kinds & {"InvalidCxxCompiler", "TritonMissing"}:
-        raise ValueError(
+        raise UserError(
             "compile=true needs a compiler: g++ for the CPU (or name one with CXX=…), Triton for a GPU, which comes "
             "with torch on Linux. Install it, or leave compile=false"
         ) from error
 
 
 def check_launcher(world_size: int) -> None:
-    """Raise ValueError for a sweep whose jobs share this process, where Lightning would start the sweep once more."""
+    """Raise UserError for a sweep whose jobs share this process, where Lightning would start the sweep once more."""
     if world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:  # the jobs of our own launchers are single runs
         launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
-        raise ValueError(
+        raise UserError(
             f"hydra/launcher={launcher} runs all jobs of a sweep in one process, and cannot use {world_size} devices. "
             "Give hydra/launcher=processes, or submitit_slurm on a cluster"
         )
@@ -188,12 +189,12 @@ def scaled_optimizer(cfg: DictConfig, step_samples: int) -> DictConfig:
 
 
 def batch_size_of_each(cfg: DictConfig, trainer: L.Trainer) -> int:
-    """Samples per batch of one process: as given, or what makes ``global_batch_size`` of all; raises ValueError."""
+    """Samples per batch of one process: as given, or what makes ``global_batch_size`` of all; raises UserError."""
     if cfg.data.batch_size is not None:
         return cfg.data.batch_size
     parts = trainer.world_size * trainer.accumulate_grad_batches
     if cfg.global_batch_size % parts:
-        raise ValueError(
+        raise UserError(
             f"global_batch_size={cfg.global_batch_size} cannot be shared by {trainer.world_size} processes × "
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: give a multiple of {parts}, or say "
             "data.batch_size, the samples of one process at a time"
@@ -206,11 +207,11 @@ def samples_per_step(batch_size: int, trainer: L.Trainer) -> int:
 
 
 def rate_factor(scaling: str | None, step_samples: int) -> float:
-    """What the learning rate is multiplied with for this many samples a step; raises ValueError for another word."""
+    """What the learning rate is multiplied with for this many samples a step; raises UserError for another word."""
     ratio = step_samples / PAPER_BATCH
     factors = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
     if scaling not in factors:
-        raise ValueError(f"scale_lr={scaling}: give linear or sqrt, or null for optimizer.lr as it stands")
+        raise UserError(f"scale_lr={scaling}: give linear or sqrt, or null for optimizer.lr as it stands")
     return factors[scaling]
 
 
@@ -225,22 +226,22 @@ def keep_freed_memory() -> None:
 
 
 def where_to_start(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from; None to begin. Raises ValueError where that would lose something, or is a bad file.
+    """The checkpoint to go on from; None to begin. Raises UserError where that would lose something, or is a bad file.
 
     ``resume`` is auto, never, or a file that is taken until the run has checkpoints of its own.
     """
     there = checkpoints_in(folder)
     if resume == "never" and there:
-        raise ValueError(f"resume=never, but {folder} has checkpoints: give another name=, or leave resume=auto")
+        raise UserError(f"resume=never, but {folder} has checkpoints: give another name=, or leave resume=auto")
     newest = newest_whole(folder)
     if newest is None and there:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(there)} checkpoints in {folder} is whole, see above; to begin anew, move them away"
         )
     if newest is not None or resume in ("auto", "never"):
         return newest
     if not Path(resume).is_file():
-        raise ValueError(
+        raise UserError(
             f"resume={resume}: no such checkpoint. Give auto, never, or a file as runs/…/checkpoints/step_00000600.ckpt"
         )
     read_checkpoint(Path(resume))

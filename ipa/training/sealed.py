@@ -17,7 +17,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from ipa.checkpoint import brief, write_atomically
+from ipa.errors import UserError, brief
+from ipa.files import write_atomically
 
 MARK = b"sha256:"
 LENGTH_BYTES = 2  # of the comment, the archive's last field before it
@@ -25,7 +26,7 @@ CHUNK = 1 << 22
 BESIDES_TENSORS = 1 << 20  # bytes of a checkpoint that are not tensors', generously
 
 
-class BrokenFile(ValueError):
+class BrokenFile(UserError):
     """A sealed file that is not whole, or is none."""
 
 
@@ -70,7 +71,7 @@ COMMENT_BYTES = len(MARK) + 2 * hashlib.sha256().digest_size
 
 
 def write_sealed(path: Path, content: Any) -> None:
-    """Write ``content``, tensors in plain containers, atomically; raises OSError, before it begins on a full disk."""
+    """Write ``content``, tensors in plain containers, atomically; raises UserError, before it begins on a full disk."""
     check_space(path.parent, num_bytes(content) + BESIDES_TENSORS, path)
 
     def write(beside: Path) -> None:
@@ -118,11 +119,11 @@ def num_bytes(content: Any) -> int:
 
 
 def check_space(folder: Path, needed: int, path: Path) -> None:
-    """Raise OSError where fewer bytes than these are free: better before a file is begun than when the disk is full."""
+    """Raise UserError if fewer bytes than ``needed`` are free, before the file is begun."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
+        raise UserError(
             errno.ENOSPC,
             f"{path} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there. What was written before is "
             "unharmed; free some space, keep fewer with checkpoint.keep_last, or choose another run folder with "

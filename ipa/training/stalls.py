@@ -22,6 +22,8 @@ from typing import Any
 
 import lightning as L
 
+from ipa.errors import UserError
+
 PARTS = 20  # of the limit: how exactly it is kept
 WORKER_S = 0.5  # for a worker to write its stacks before the next one is asked
 # also for people: `kill -RTMIN PID` on a rank or a data worker. USR1 and USR2 are how jobs are told that they must end
@@ -40,7 +42,7 @@ class StallWatch(L.Callback):
 
     def __init__(self, folder: str | Path, minutes: float | None) -> None:
         if minutes is not None and minutes <= 0:
-            raise ValueError(f"guard.stall_minutes={minutes}: more than 0, or null for no watch")
+            raise UserError(f"guard.stall_minutes={minutes}: more than 0, or null for no watch")
         self.folder = Path(folder)
         self.limit_s = None if minutes is None else 60.0 * minutes
         self.watch: Watch | None = None

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 
 # previews are made and scored while other ranks wait for the first
@@ -161,7 +162,7 @@ def count_devices(accelerator: str, devices: Any) -> int:
 def found_environment() -> ClusterEnvironment | None:
     """What started this process as one of several: torchrun or Slurm, in Lightning's order; None for nobody.
 
-    Slurm's jobs are requeued by `ipa.training.stopping`, not by Lightning. Raises ValueError for one that says how many
+    Slurm's jobs are requeued by `ipa.training.stopping`, not by Lightning. Raises UserError for one that says how many
     tasks it has, but not how many on each node.
     """
     if TorchElasticEnvironment.detect():
@@ -169,7 +170,7 @@ def found_environment() -> ClusterEnvironment | None:
     if not SLURMEnvironment.detect():
         return None
     if (tasks := int(os.environ["SLURM_NTASKS"])) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise ValueError(
+        raise UserError(
             f"the Slurm job has {tasks} tasks, but does not say how many on each node: give sbatch or srun --nodes=… "
             "--ntasks-per-node=… in place of --ntasks, one task for each GPU"
         )
@@ -177,12 +178,12 @@ def found_environment() -> ClusterEnvironment | None:
 
 
 def check_processes(strategy: Any) -> None:
-    """Raise ValueError where others were started than the configuration asks for: some would wait for ever."""
+    """Raise UserError where others were started than the configuration asks for: some would wait for ever."""
     environment: ClusterEnvironment = strategy.cluster_environment
     asked, started = strategy.num_processes * strategy.num_nodes, environment.world_size()
     if environment.creates_processes_externally and asked != started:
         starter = "Slurm" if isinstance(environment, SLURMEnvironment) else "torchrun"
-        raise ValueError(
+        raise UserError(
             f"trainer.devices and trainer.num_nodes ask for {strategy.num_processes} × {strategy.num_nodes} processes, "
             f"but {starter} started {started}: give trainer.devices=PROCESSES_OF_A_NODE trainer.num_nodes=NODES as "
             f"{STARTED_WITH[starter]} says"
@@ -298,16 +299,3 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all of them, over all parts: to be called by all ranks."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """To be called by all ranks."""
-    return sum_over_ranks(value) / (distributed.get_world_size() if distributed.is_initialized() else 1)
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """To be called by all ranks."""
-    total = value.detach().clone()
-    if distributed.is_initialized():
-        distributed.all_reduce(total)
-    return total

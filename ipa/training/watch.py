@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from ipa.distributed import mean_over_ranks, sum_over_ranks
+from ipa.errors import UserError
 from ipa.model import Errors, IPAdapterModel
 from ipa.training.checkpointing import is_due
 from ipa.training.loggers import log_now
-from ipa.training.strategies import mean_over_ranks, sum_over_ranks, total_norm
+from ipa.training.strategies import total_norm
 from ipa.types import Batch
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class ImagePromptGuard(L.Callback):
 
     def __init__(self, every_n_steps: int, patience: int = 10) -> None:
         if patience < 2:
-            raise ValueError(f"image_prompt.patience={patience}: at least 2, since one measurement has no scatter")
+            raise UserError(f"image_prompt.patience={patience}: at least 2, since one measurement has no scatter")
         self.every_n_steps = every_n_steps
         self.gaps: deque[float] = deque(maxlen=patience)
         self.told = False

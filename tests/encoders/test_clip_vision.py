@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 from ipa.data.transforms import Opened, fit_reference
 from ipa.encoders.clip_vision import ClipVisionEncoder, locate
 from ipa.encoders.open_clip import OpenClipEncoder
+from ipa.errors import UserError
 from ipa.types import EncoderWidths, Features, to_unit_range
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,12 +195,12 @@ def test_broken_weights_are_one_message(folder: Path) -> None:
 @pytest.mark.parametrize("read", [ClipVisionEncoder.from_pretrained, ClipVisionEncoder.read_widths])
 def test_what_is_no_clip_image_encoder_is_named(read, folder: Path, clip_name: str, tmp_path: Path) -> None:
     open_clip_folder = clip_name.removeprefix("local-dir:")
-    with pytest.raises(FileNotFoundError, match=rf"encoder=demo encoder\.name={clip_name}"):
+    with pytest.raises(UserError, match=rf"encoder=demo encoder\.name={clip_name}"):
         read(open_clip_folder)
-    with pytest.raises(FileNotFoundError, match=rf"encoder\.path={tmp_path}: there is no config\.json in it\. Give"):
+    with pytest.raises(UserError, match=rf"encoder\.path={tmp_path}: there is no config\.json in it\. Give"):
         read(str(tmp_path))
     for nowhere in (f"{tmp_path}/nowhere", "nowhere", "./no/where"):
-        with pytest.raises(FileNotFoundError, match=rf"encoder\.path={nowhere}: no such folder\. .*owner/name"):
+        with pytest.raises(UserError, match=rf"encoder\.path={nowhere}: no such folder\. .*owner/name"):
             read(nowhere)
     with pytest.raises(ValueError, match=r"encoder\.path=no body/nothing: config\.json cannot be read"):
         read("no body/nothing")

@@ -14,6 +14,7 @@ from ipa.encoders import open_encoder, public_name, read_widths
 from ipa.encoders.clip_vision import ClipVisionEncoder
 from ipa.encoders.image_encoder import ImageEncoder
 from ipa.encoders.open_clip import OpenClipEncoder
+from ipa.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,9 +59,9 @@ def test_a_built_in_name_is_open_clips(tmp_path: Path) -> None:
 def test_paths_of_the_hub_go_to_the_library_that_their_form_names(opened, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    with pytest.raises(FileNotFoundError, match=r"encoder\.path=nobody/nothing/models: there is no such folder"):
+    with pytest.raises(UserError, match=r"encoder\.path=nobody/nothing/models: there is no such folder"):
         opened("nobody/nothing/models")
-    with pytest.raises(FileNotFoundError, match=r"encoder\.name=hf-hub:nobody/nothing: the hub gives no"):
+    with pytest.raises(UserError, match=r"encoder\.name=hf-hub:nobody/nothing: the hub gives no"):
         opened("hf-hub:nobody/nothing")
 
 

@@ -13,9 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
-from ipa.checkpoint import save_adapter
 from ipa.evaluation.run import evaluate
 from ipa.export.published import to_published
+from ipa.export.storage import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(40, 30), (30, 40), (32, 32), (20, 50), (33, 31)]

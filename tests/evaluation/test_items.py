@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from tars import good, png, write_tar
 
+from ipa.errors import UserError
 from ipa.evaluation.benchmarks import CocoBenchmark, FolderBenchmark, ShardBenchmark
 from ipa.evaluation.items import Item, plan
 
@@ -54,9 +55,9 @@ def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         FolderBenchmark("folder", str(tmp_path / "nowhere")).items()
-    with pytest.raises(FileNotFoundError, match="no pictures there"):
+    with pytest.raises(UserError, match="no pictures there"):
         FolderBenchmark("folder", str(tmp_path)).items()
     for ending in ("png", "jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"same.{ending}")
@@ -122,9 +123,9 @@ def test_a_resized_copy_of_coco_is_another_benchmark(tmp_path: Path) -> None:
 
 def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:
     images, annotations = coco(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 pictures that captions.json lists are not there \(0+12"):
+    with pytest.raises(UserError, match=r"1 of 3 pictures that captions.json lists are not there \(0+12"):
         CocoBenchmark("coco2017", str(images), str(annotations)).items()
-    with pytest.raises(FileNotFoundError, match=r"annotations_trainval2017\.zip"):
+    with pytest.raises(UserError, match=r"annotations_trainval2017\.zip"):
         CocoBenchmark("coco2017", str(images), str(tmp_path / "nowhere.json")).items()
     annotations.write_text("[]")
     with pytest.raises(ValueError, match="is no file of captions"):

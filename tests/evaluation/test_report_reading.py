@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from report_folder import scored, write_demo, write_items, write_json, write_run, write_skipped
 
+from ipa.errors import UserError
 from ipa.evaluation.generation import skip
 from ipa.evaluation.report.reading import Score, read_evaluation
 
@@ -53,12 +54,12 @@ def test_what_the_runner_writes_of_a_skipped_system_is_read(tmp_path: Path) -> N
 
 
 def test_an_empty_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no evaluation there, items\.json is missing.*evaluate\.py"):
+    with pytest.raises(UserError, match=r"no evaluation there, items\.json is missing.*evaluate\.py"):
         read_evaluation(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         read_evaluation(tmp_path / "nowhere")
     write_items(tmp_path, ["a"])
-    with pytest.raises(FileNotFoundError, match="no system yet"):
+    with pytest.raises(UserError, match="no system yet"):
         read_evaluation(tmp_path)
 
 

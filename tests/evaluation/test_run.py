@@ -15,12 +15,12 @@ import torch
 from conftest import Run, compose, usual
 from PIL import Image
 
-from ipa.checkpoint import read_metadata, save_adapter
 from ipa.evaluation import run as module
 from ipa.evaluation.generation import check_finite, read_png
 from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.run import evaluate
 from ipa.export.published import to_published
+from ipa.export.storage import read_metadata, save_adapter
 
 
 def pictures(folder: Path) -> dict[str, bytes]:

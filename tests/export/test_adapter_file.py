@@ -29,9 +29,9 @@ from published_files import (
 from torch import nn
 
 from ipa.adapter.kinds import DecoupledAdapter
-from ipa.checkpoint import save_adapter
 from ipa.export.adapter_file import identify, identify_file, make_head
 from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.families.cross_attention import find_hosts
 
 TITLES = {"sd15": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL"}

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor
 
-from ipa.checkpoint import load_adapter, save_adapter
 from ipa.export.loading import load_into
 from ipa.export.published import from_published, to_published, with_metadata
+from ipa.export.storage import load_adapter, save_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, draw_noise, generate
 from ipa.tools.export import Options, export

@@ -12,9 +12,10 @@ import tiny_sdxl
 import torch
 from torch import Tensor
 
-from ipa.checkpoint import save_adapter
+from ipa.errors import UserError
 from ipa.export.loading import load_into, load_model
 from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -161,7 +162,7 @@ def test_misfits_are_told_before_any_weight_is_read(
 
     assert f"the base {base} has {len(tiny.HIDDEN)} layers of context width {tiny.CONTEXT_WIDTH}" in str(caught.value)
     write(tmp_path / "fitting.safetensors")
-    with pytest.raises(OSError, match=str(base)):  # and what fits is then looked for
+    with pytest.raises(UserError, match=str(base)):  # and what fits is then looked for
         load_model(tmp_path / "fitting.safetensors", str(base), str(encoder))
 
 

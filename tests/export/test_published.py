@@ -10,9 +10,9 @@ import tiny
 import torch
 from published_files import HIDDEN, PUBLISHED
 
-from ipa.checkpoint import load_adapter, save_adapter
 from ipa.export.adapter_file import identify
 from ipa.export.published import check_fits, from_published, to_published
+from ipa.export.storage import load_adapter, save_adapter
 from ipa.model import IPAdapterModel
 from ipa.types import BaseWidths, EncoderWidths
 

@@ -16,6 +16,7 @@ from diffusers import EDMEulerScheduler, UNet2DConditionModel
 from original_layout import unet_to_original, write_header
 from torch.utils.checkpoint import checkpoint
 
+from ipa.errors import UserError
 from ipa.families import family_of
 from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.families.sdxl import StableDiffusionXL
@@ -134,7 +135,7 @@ def test_a_pipeline_without_a_unet_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_lacks_its_configuration_is_named(tmp_path: Path) -> None:
     path = write_configuration(tmp_path / "base", SD)
     shutil.rmtree(tmp_path / "base/unet")
-    with pytest.raises(OSError, match=rf"base\.path={path}: .*config\.json"):
+    with pytest.raises(UserError, match=rf"base\.path={path}: .*config\.json"):
         StableDiffusion.read_widths(path)
 
 

@@ -19,6 +19,7 @@ from original_layout import to_original, write_header
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ipa.errors import UserError
 from ipa.families import family_of
 from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.families.sdxl import StableDiffusionXL
@@ -117,11 +118,11 @@ def test_a_file_of_another_family_is_refused(written: Written) -> None:
 
 @pytest.mark.usefixtures("no_hub")
 def test_without_hub_and_layout_one_error_tells_what_to_give(written_15: Written) -> None:
-    with pytest.raises(OSError, match=r"hub could not be asked .* Give base\.config=FOLDER") as caught:
+    with pytest.raises(UserError, match=r"hub could not be asked .* Give base\.config=FOLDER") as caught:
         written_15.load(config=None)
 
     assert written_15.file in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(OSError, match=r"base\.config=owner/name: .*Without the hub, give a folder"):
+    with pytest.raises(UserError, match=r"base\.config=owner/name: .*Without the hub, give a folder"):
         written_15.load(config="owner/name")
 
 
@@ -138,9 +139,9 @@ def test_a_layout_of_another_base_is_refused_before_any_weight(
 def test_a_layout_must_be_a_complete_folder(written_15: Written, tmp_path: Path) -> None:
     shutil.copytree(written_15.layout, tmp_path / "layout")
     (tmp_path / "layout/vae/config.json").unlink()
-    with pytest.raises(OSError, match=rf"base\.config={tmp_path}/layout lacks a part of the layout"):
+    with pytest.raises(UserError, match=rf"base\.config={tmp_path}/layout lacks a part of the layout"):
         written_15.load(config=str(tmp_path / "layout"))
-    with pytest.raises(FileNotFoundError, match=r"base\.config=nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"base\.config=nowhere: no such folder"):
         written_15.load(config="nowhere")
     with pytest.raises(ValueError, match=r"base\.config=.*1\.5\.safetensors is a file: give the diffusers folder"):
         written_15.load(config=written_15.file)
@@ -179,5 +180,5 @@ def test_what_is_no_such_file_is_named(tmp_path: Path) -> None:
         StableDiffusion.from_pretrained(str(broken))
     with pytest.raises(ValueError, match=rf"base\.path={pickled}: of single files only \.safetensors are read"):
         StableDiffusion.from_pretrained(str(pickled))
-    with pytest.raises(FileNotFoundError, match=r"base\.path=nowhere\.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"base\.path=nowhere\.safetensors: no such file"):
         StableDiffusion.read_widths("nowhere.safetensors")

@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from ipa.errors import UserError
 from ipa.families.sources import check_pipeline_folder
 from ipa.families.stable_diffusion import StableDiffusion, read_widths
 from ipa.model import hash_weights
@@ -129,12 +130,12 @@ def test_widths_are_read_from_the_configuration_alone(base_folder: Path, tmp_pat
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/base"])
 def test_a_folder_that_is_not_there_is_named(path: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"base\.path={path}: no such folder.*hub id owner/name"):
+    with pytest.raises(UserError, match=rf"base\.path={path}: no such folder.*hub id owner/name"):
         StableDiffusion.from_pretrained(path)
 
 
 def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"base\.path={tmp_path} is there but holds no model_index\.json"):
+    with pytest.raises(UserError, match=rf"base\.path={tmp_path} is there but holds no model_index\.json"):
         StableDiffusion.from_pretrained(str(tmp_path))
 
 

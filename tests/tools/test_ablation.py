@@ -9,8 +9,9 @@ import tiny
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ipa.checkpoint import save_adapter
+from ipa.errors import UserError
 from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.tools.ablation import Run, comparisons, main, read_runs, spread, table
 
 SCORES = {"clip_i": 0.1, "clip_t": 0.2, "retrieval_at_1": 0.3, "border_lab": 40.0}
@@ -124,5 +125,5 @@ def test_unfinished_runs_are_named(sweep: Path) -> None:
 
 
 def test_an_empty_folder_says_how_to_fill_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no runs there"):
+    with pytest.raises(UserError, match="no runs there"):
         read_runs(tmp_path)

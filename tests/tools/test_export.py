@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from ipa.checkpoint import load_adapter, save_adapter
 from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import load_adapter, save_adapter
 from ipa.tools.export import main
 from ipa.training.sealed import write_sealed
 

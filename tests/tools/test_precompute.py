@@ -33,6 +33,7 @@ from PIL import Image
 from ipa.data.addresses import Address
 from ipa.data.cache import Header, WrongCache
 from ipa.data.records import Record
+from ipa.errors import UserError
 from ipa.tools.precomputing.claims import Claims, in_turn, read_share
 from ipa.tools.precomputing.run import check_finite, precompute
 from ipa.training.parts import build_model
@@ -265,7 +266,7 @@ def test_what_cannot_be_locked_needs_a_share(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match=r"refuses locks \(No locks available\).*Give rank=0 world=1"):
+    with pytest.raises(UserError, match=r"refuses locks \(No locks available\).*Give rank=0 world=1"):
         run(tmp_path / "out", *parts)
     assert list((tmp_path / "out").iterdir()) == []
     run(tmp_path / "out", *parts, "rank=1", "world=2")
@@ -425,7 +426,7 @@ def test_a_shard_that_breaks_off_on_its_way_here_is_not_kept(
     made: Path, parts: list[str], shards: Path, tmp_path: Path
 ) -> None:
     pipes = [f"data.train='pipe:head -c {size} {shards / '00000.tar'}'" for size in (15_000, 1_000_000)]
-    with pytest.raises(OSError, match=r"1 shards broke off while .* \(pipe:head -c 15000.*tries them again"):
+    with pytest.raises(UserError, match=r"1 shards broke off while .* \(pipe:head -c 15000.*tries them again"):
         run(tmp_path / "out", *parts, pipes[0], "data.schemes=[pipe,file]")
     assert not list((tmp_path / "out").glob("*.tar"))
     run(tmp_path / "out", *parts, pipes[1], "data.schemes=[pipe,file]")

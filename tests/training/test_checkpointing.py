@@ -11,6 +11,7 @@ from conftest import Run, World, checkpoint, column, last_checkpoint, rows
 from ranks import WORLD, together
 from test_resume import SIX, assert_same_run
 
+from ipa.errors import UserError
 from ipa.training.checkpointing import (
     BackgroundCheckpointIO,
     Checkpoints,
@@ -59,7 +60,7 @@ def test_what_the_thread_could_not_write_is_told_and_nothing_is_removed_then(tmp
     io.save_checkpoint({}, tmp_path / "file" / "step_2.ckpt")
     io.remove_checkpoint(good)
 
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(UserError, match="file"):
         io.wait()
     io.pending.clear()
     assert good.is_file()
@@ -123,7 +124,7 @@ def test_a_file_to_start_from_that_is_none_is_refused_in_words(tmp_path: Path) -
     (good,) = write(tmp_path, 1)
     with pytest.raises(ValueError, match=r"resume=.*no\.ckpt: no such checkpoint. Give auto, never, or a file"):
         where_to_start(tmp_path / "run", str(tmp_path / "no.ckpt"))
-    with pytest.raises(FileNotFoundError, match=rf"no\.ckpt: no such checkpoint; there: {good.name}"):
+    with pytest.raises(UserError, match=rf"no\.ckpt: no such checkpoint; there: {good.name}"):
         read_checkpoint(tmp_path / "no.ckpt")
     write_sealed(tmp_path / "thing.ckpt", {"weight": torch.zeros(1)})
     for path in (tmp_path / "thing.ckpt", tmp_path / "torn.ckpt"):

@@ -11,6 +11,7 @@ from conftest import EXPERIMENTS, Command, Run, World, column, last_checkpoint, 
 from safetensors.torch import load_file, save_file
 
 from ipa.cli import explain_failure
+from ipa.errors import UserError
 from ipa.training.checkpointing import read_checkpoint
 
 REFUSED = [
@@ -228,7 +229,7 @@ def test_a_run_goes_on_when_its_full_disk_has_room_again(train_in: Run, small_di
     last, filler = last_checkpoint(folder), small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
 
-    with pytest.raises(OSError, match=r"step_00000004\.ckpt needs .* MB are free there.*same command then goes on"):
+    with pytest.raises(UserError, match=r"step_00000004\.ckpt needs .* MB are free there.*same command then goes on"):
         train_in(folder)
 
     assert read_checkpoint(last)["global_step"] == 2 and last_checkpoint(folder) == last

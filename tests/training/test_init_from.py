@@ -15,10 +15,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
-from ipa.checkpoint import load_adapter, save_adapter
 from ipa.cli import explain_failure
 from ipa.export.loading import load_model
 from ipa.export.published import publish_name, to_published, with_metadata
+from ipa.export.storage import load_adapter, save_adapter
 from ipa.types import Batch
 
 QUIET = ("data.val=null", "scoring=null")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ipa.errors import UserError
 from ipa.training import sealed
 from ipa.training.sealed import BrokenFile, check_seal, check_space, num_bytes, read_sealed, write_sealed
 
@@ -83,7 +84,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"step_1\.ckpt needs .* MB are free .*paths\.runs=FOLDER") as error:
+    with pytest.raises(UserError, match=r"step_1\.ckpt needs .* MB are free .*paths\.runs=FOLDER") as error:
         check_space(tmp_path / "checkpoints", 1 << 60, tmp_path / "checkpoints/step_1.ckpt")
     assert error.value.errno == errno.ENOSPC
 
@@ -97,7 +98,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(
     if not looks_first:
         monkeypatch.setattr(sealed, "check_space", lambda *_: None)
 
-    with pytest.raises(OSError, match="needs" if looks_first else r"could not write .*No space left.*unharmed"):
+    with pytest.raises(UserError, match="needs" if looks_first else r"could not write .*No space left.*unharmed"):
         write_sealed(small_disk / "step_2.ckpt", {"weight": torch.ones(900_000)})
 
     assert [path.name for path in small_disk.iterdir()] == ["step_1.ckpt"]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from ipa.checkpoint import read_metadata
 from ipa.export.adapter_file import identify_file
 from ipa.export.loading import load_model
 from ipa.export.published import publish_name
+from ipa.export.storage import read_metadata
 from ipa.training.previews import HeldOutPrompts, Previews, generate_columns, generate_from, score_pictures
 
 FILES = ("adapter.safetensors", "adapter_raw.safetensors")

@@ -16,6 +16,7 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2 as pb
 from wandb_records import BLOCK_BYTES, HEADER, WandbRun, pieces, read_offline_runs, read_run, records
 
+from ipa.errors import UserError
 from ipa.training.loggers import make_wandb
 
 LOSSES = {10: 0.75, 20: 1 / 3, 30: math.inf}
@@ -137,7 +138,7 @@ def test_a_missing_picture_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
     [run] = read_offline_runs(tmp_path / "copy")
     run.images("single")[20][0].unlink()
-    with pytest.raises(OSError, match=r"the file media/images/single_\w+\.png, which is not in"):
+    with pytest.raises(UserError, match=r"the file media/images/single_\w+\.png, which is not in"):
         run.images("single")
 
 

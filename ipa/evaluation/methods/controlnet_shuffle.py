@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from torch import Tensor
 
-from ipa.encoders.image_encoder import brief
+from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import Prompt, Sampling
 from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, count_parameters, load_base, tell_missing
 from ipa.families.latent_diffusion import to_dtype
@@ -38,7 +38,7 @@ class ControlNetShuffle(StableDiffusionMethod):
     def __init__(self, family: StableDiffusion, controlnet: Any, source: str = "", cell_px: int = CELL_PX) -> None:
         super().__init__(family, source)
         if not controlnet.config.global_pool_conditions:
-            raise ValueError(
+            raise UserError(
                 f"method.controlnet: {source or 'this ControlNet'} does not pool its residuals (global_pool_conditions "
                 "in its config.json), so it is not the one for shuffled pictures: lllyasviel/control_v11e_sd15_shuffle"
             )
@@ -96,10 +96,10 @@ def load_controlnet(path: str, dtype: str) -> Any:
     except OSError as error:
         raise tell_missing(error, path, "method.controlnet") from error
     except Exception as error:  # diffusers lets through what breaks in a file
-        raise ValueError(f"method.controlnet={path} is not a ControlNet: {brief(error)}") from error
+        raise UserError(f"method.controlnet={path} is not a ControlNet: {brief(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"method.controlnet={path}: {len(missing)} weights are missing, {missing[0]} among them")
+        raise UserError(f"method.controlnet={path}: {len(missing)} weights are missing, {missing[0]} among them")
     return controlnet
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ipa.errors import UserError
+
 LUMA = (0.299, 0.587, 0.114)
 SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 # the two neighbours across an edge, by the direction of the gradient: →, ↘, ↓, ↙ as (down, right)
@@ -32,9 +34,9 @@ class Canny:
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
-            raise ValueError(f"method.edge_low={self.low} method.edge_high={self.high}: 0 ≤ edge_low ≤ edge_high")
+            raise UserError(f"method.edge_low={self.low} method.edge_high={self.high}: 0 ≤ edge_low ≤ edge_high")
         if not 0 <= self.blur_px < math.inf:
-            raise ValueError(f"method.edge_blur_px={self.blur_px}: 0 for none, or a deviation in pixels")
+            raise UserError(f"method.edge_blur_px={self.blur_px}: 0 for none, or a deviation in pixels")
 
     def __call__(self, image_3HW: Tensor) -> Tensor:
         """uint8 picture → edges_HW, 1 on an edge and 0 elsewhere."""

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLContro
 from torch import Tensor
 
 from ipa.data.transforms import fit_reference
+from ipa.errors import UserError
 from ipa.evaluation.methods.controlnet_shuffle import load_controlnet
 from ipa.evaluation.methods.edges import Canny
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod, whole
@@ -112,14 +113,14 @@ class IPAdapterControl(IPAdapterMethod):
 
 
 def check_controlnet(controlnet: Any, model: IPAdapterModel) -> None:
-    """Raises ValueError for one of another base, and for one that tells no places."""
+    """Raises UserError for one of another base, and for one that tells no places."""
     theirs, ours = controlnet.config.cross_attention_dim, model.family.context_width
     if theirs != ours:
-        raise ValueError(
+        raise UserError(
             f"method.controlnet: it reads text that is {theirs} wide, and the base's is {ours}: give one for this base"
         )
     if controlnet.config.global_pool_conditions:
-        raise ValueError(
+        raise UserError(
             "method.controlnet: it pools its residuals over the picture (global_pool_conditions in its config.json), "
             "so it tells no structure: give one that was trained on edges, such as lllyasviel/control_v11p_sd15_canny"
         )

@@ -21,6 +21,7 @@ import torch
 from diffusers import KandinskyPipeline, KandinskyPriorPipeline
 from torch import Tensor
 
+from ipa.errors import UserError
 from ipa.evaluation.methods.method import Prompt, Sampling
 from ipa.evaluation.methods.pipelines import PipelineMethod, Source, draw_start, load_pipeline, pictures
 from ipa.evaluation.methods.prompt_tokens import count_parameters
@@ -85,10 +86,10 @@ class Kandinsky21(PipelineMethod):
         ).images
 
     def latent_cells(self, size_px: int) -> int:
-        """Edge of the latents; raises ValueError for sizes that the pipeline would round up."""
+        """Edge of the latents; raises UserError for sizes that the pipeline would round up."""
         factor = self.decoder.movq_scale_factor
         if size_px % factor**2:
-            raise ValueError(f"{self.name} makes pictures whose size is a multiple of {factor**2} px, not of {size_px}")
+            raise UserError(f"{self.name} makes pictures whose size is a multiple of {factor**2} px, not of {size_px}")
         return size_px // factor
 
     def embeddings(self, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from diffusers import UnCLIPImageVariationPipeline
 from torch import Tensor
 
+from ipa.errors import UserError
 from ipa.evaluation.methods.method import Prompt, Sampling
 from ipa.evaluation.methods.pipelines import PipelineMethod, Source, load_pipeline, make_generators, pictures
 from ipa.evaluation.methods.prompt_tokens import count_parameters
@@ -65,9 +66,9 @@ class OpenUnCLIP(PipelineMethod):
         return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1
 
     def check_possible(self, sampling: Sampling) -> None:
-        """Raises ValueError for another size, and for half precision on a CPU: torch enlarges no such ones there."""
+        """Raises UserError for another size, and for half precision on a CPU: torch enlarges no such ones there."""
         size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
         if size_px not in (None, self.image_size_px):
-            raise ValueError(f"{self.name} makes pictures of {self.image_size_px} px, not of {size_px}: leave it out")
+            raise UserError(f"{self.name} makes pictures of {self.image_size_px} px, not of {size_px}: leave it out")
         if self.pipeline.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"method.dtype={str(dtype).removeprefix('torch.')}: on a CPU {self.name} needs float32")
+            raise UserError(f"method.dtype={str(dtype).removeprefix('torch.')}: on a CPU {self.name} needs float32")

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ipa.errors import UserError
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -35,7 +37,7 @@ class Sampling:
     image_size_px: int | None = None
 
 
-class MissingWeights(OSError):
+class MissingWeights(UserError):
     """Weights that are neither here nor to be had: the message says what to download and where to put it."""
 
 

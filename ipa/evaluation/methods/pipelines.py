@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ipa.encoders.image_encoder import brief
+from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
 from ipa.families.latent_diffusion import to_dtype
 
@@ -190,7 +190,7 @@ def load_part(part_class: Any, folder: Path, source: Source, dtype: torch.dtype)
     except OSError as error:
         raise tell_missing(source, f"cannot be read in {folder.name}/ ({brief(error)})") from error
     except Exception as error:  # the libraries let through whatever breaks: pickle's, safetensors', torch's
-        raise ValueError(f"{source.key}={source.path} cannot be read in {folder.name}/: {brief(error)}") from error
+        raise UserError(f"{source.key}={source.path} cannot be read in {folder.name}/: {brief(error)}") from error
 
 
 def read_scheduler_class(folder: Path) -> Any:
@@ -198,7 +198,7 @@ def read_scheduler_class(folder: Path) -> Any:
     name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        raise ValueError(f"diffusers has no scheduler {name}")
+        raise UserError(f"diffusers has no scheduler {name}")
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ipa.data.transforms import Opened, fit_reference
 from ipa.encoders.clip_vision import ClipVisionEncoder
-from ipa.encoders.image_encoder import brief
+from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.sampling import draw_noise
@@ -125,7 +125,7 @@ def load_base(path: str, dtype: str, key: str = "method.base") -> StableDiffusio
     except OSError as error:
         raise tell_missing(error, path, key) from error
     except ValueError as error:
-        raise ValueError(renamed(str(error), key)) from error
+        raise UserError(renamed(str(error), key)) from error
 
 
 def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder") -> ClipVisionEncoder:
@@ -135,7 +135,7 @@ def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder")
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
             raise tell_missing(error, path, key) from error
-        raise ValueError(renamed(str(error), key)) from error
+        raise UserError(renamed(str(error), key)) from error
 
 
 def renamed(message: str, key: str) -> str:
@@ -190,9 +190,9 @@ def load_module(make: Callable[[dict[str, Tensor]], Built], path: str, key: str,
         module.load_state_dict(state)
         return module
     except KeyError as error:
-        raise ValueError(f"{key}={path} is not {what}: it has no {prefix}{error.args[0]}") from error
+        raise UserError(f"{key}={path} is not {what}: it has no {prefix}{error.args[0]}") from error
     except Exception as error:  # pickle's, safetensors' and torch's complaints have no common kind
-        raise ValueError(f"{key}={path} is not {what}: {brief(error)}") from error
+        raise UserError(f"{key}={path} is not {what}: {brief(error)}") from error
 
 
 def read_state(file: Path, prefix: str = "") -> dict[str, Tensor]:

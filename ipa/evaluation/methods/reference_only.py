@@ -22,6 +22,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from ipa.errors import UserError
 from ipa.evaluation.methods.method import Prompt, Sampling
 from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, load_base, squares
 from ipa.families.stable_diffusion import StableDiffusion
@@ -81,7 +82,7 @@ class ReferenceOnly(StableDiffusionMethod):
 
 def checked(style_fidelity: float) -> float:
     if not 0 <= style_fidelity <= 1:
-        raise ValueError(f"method.style_fidelity={style_fidelity}: from 0 (text) to 1 (reference)")
+        raise UserError(f"method.style_fidelity={style_fidelity}: from 0 (text) to 1 (reference)")
     return style_fidelity
 
 

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ipa.checkpoint import write_atomically
 from ipa.evaluation.report.headings import sorted_metrics
 from ipa.evaluation.report.markdown import markdown
 from ipa.evaluation.report.page import Shown, make_page
 from ipa.evaluation.report.paper import is_papers_benchmark, is_papers_protocol, kind_of, paper_row
 from ipa.evaluation.report.reading import Evaluation, System, read_evaluation
 from ipa.evaluation.report.table import make_table
+from ipa.files import write_atomically
 
 PAGE = "report.html"
 
@@ -25,7 +25,7 @@ PAGE = "report.html"
 def write_report(folder: Path, shown: Shown | None = None) -> Path:
     """Merge what is there and write the four files; returns the page's path.
 
-    Raises ValueError or OSError, with a message for the user, before anything is written.
+    Raises UserError, with a message for the user, before anything is written.
     """
     evaluation = read_evaluation(folder)
     table = make_table(evaluation)

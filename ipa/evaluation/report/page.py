@@ -43,7 +43,7 @@ class Shown:
 
 
 def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
-    """Raises ValueError for a ``shown.system`` that is not there."""
+    """Raises UserError for a ``shown.system`` that is not there."""
     thumbnails = Thumbnails(shown.thumbnail_px)
     extreme = extreme_sections(evaluation, shown, thumbnails)  # first, so that the grid gets what room is left
     parts = {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ipa.errors import UserError
 from ipa.evaluation.report.reading import Evaluation, Item, System
 
 QUALITY = 82
@@ -31,7 +32,7 @@ def choose_items(evaluation: Evaluation, count: int, seed: int) -> list[Item]:
 def choose_system(evaluation: Evaluation, label: str | None) -> System | None:
     """The one asked for, else that of the highest CLIP-I; None where no system has any.
 
-    Raises ValueError for a label that is not there or has no CLIP-I.
+    Raises UserError for a label that is not there or has no CLIP-I.
     """
     scored = [system for system in evaluation.systems if system.per_item.get(CLIP_I) and CLIP_I in system.scores]
     if label is None:
@@ -39,7 +40,7 @@ def choose_system(evaluation: Evaluation, label: str | None) -> System | None:
     system = evaluation.system(label)
     if system not in scored:
         labels = ", ".join(each.label for each in scored) or "none"
-        raise ValueError(f"system={label} has no CLIP-I of single items; those that have: {labels}")
+        raise UserError(f"system={label} has no CLIP-I of single items; those that have: {labels}")
     return system
 
 

@@ -8,15 +8,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ipa.errors import UserError
 from ipa.evaluation.report.paper import rank
+from ipa.files import hash_file, read_json
 
 ITEMS, MANIFEST, SCORES = "items.json", "manifest.json", "scores.json"
 COMPLETE = "complete"
@@ -105,17 +105,17 @@ class Evaluation:
         return [system for system in self.systems if system.pictures]
 
     def system(self, label: str) -> System:
-        """Raises ValueError with the labels that there are."""
+        """Raises UserError with the labels that there are."""
         found = {system.label: system for system in self.systems}
         if label not in found:
-            raise ValueError(f"system={label}: not one of {', '.join(found)}")
+            raise UserError(f"system={label}: not one of {', '.join(found)}")
         return found[label]
 
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Everything below ``folder``; pictures stay closed.
 
-    Raises FileNotFoundError where there is no evaluation, ValueError for several benchmarks and, with its name, for a
+    Raises UserError where there is no evaluation, ValueError for several benchmarks and, with its name, for a
     broken file.
     """
     check_folder(folder)
@@ -126,7 +126,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     benchmark = need(content, "benchmark", dict, path)
     found = [read_system(each.parent, known, benchmark) for each in folder.glob(f"*/{MANIFEST}")]
     if not found:
-        raise FileNotFoundError(f"folder={folder}: items, but no system yet. python evaluate.py method=… adds one.")
+        raise UserError(f"folder={folder}: items, but no system yet. python evaluate.py method=… adds one.")
     systems = sorted(found, key=order_of)
     return Evaluation(benchmark, need(content, "num_seeds", int, path), items, systems)
 
@@ -134,13 +134,13 @@ def read_evaluation(folder: Path) -> Evaluation:
 def check_folder(folder: Path) -> None:
     writes = "python evaluate.py … writes one to runs/evaluation/BENCHMARK, or to where out= says."
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder={folder}: no such folder. {writes}")
+        raise UserError(f"folder={folder}: no such folder. {writes}")
     inside = sorted(path.parent for path in folder.glob(f"*/{ITEMS}"))
     if inside:
         names = ", ".join(path.name for path in inside)
-        raise ValueError(f"folder={folder} holds the benchmarks {names}; a report is about one: folder={inside[0]}")
+        raise UserError(f"folder={folder} holds the benchmarks {names}; a report is about one: folder={inside[0]}")
     if not (folder / ITEMS).is_file():
-        raise FileNotFoundError(f"folder={folder}: no evaluation there, {ITEMS} is missing. {writes}")
+        raise UserError(f"folder={folder}: no evaluation there, {ITEMS} is missing. {writes}")
 
 
 def order_of(system: System) -> tuple[Any, ...]:
@@ -156,7 +156,7 @@ def read_item(content: Any, path: Path) -> Item:
 
 
 def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> System:
-    """``known`` are the benchmark's items; raises ValueError for pictures of others, or of another benchmark."""
+    """``known`` are the benchmark's items; raises UserError for pictures of others, or of another benchmark."""
     path = folder / MANIFEST
     content = read_json(path)
     status = need(content, "status", str, path)
@@ -178,18 +178,18 @@ def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> 
 
 def check_items(foreign: set[str], path: Path) -> None:
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(foreign)} of its items ({min(foreign)} …) are not in {path.parents[1] / ITEMS}: they are of "
             "another benchmark, or of other settings. A folder holds one benchmark; move it to one of its own."
         )
 
 
 def check_benchmark(said: Mapping[str, Any], benchmark: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError where a manifest says another name or fingerprint: items of two can be named alike."""
+    """Raises UserError where a manifest says another name or fingerprint: items of two can be named alike."""
     ours = {"name": benchmark.get("name"), "fingerprint": (benchmark.get("settings") or {}).get("fingerprint")}
     differ = [f"{name} {said[name]}, not {ours[name]}" for name in ours if said.get(name, ours[name]) != ours[name]]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{path}: its pictures are of another benchmark ({', '.join(differ)}). A folder holds one benchmark; move "
             "it to one of its own."
         )
@@ -238,23 +238,13 @@ def finite(value: Any) -> float | None:
 def hashes_of(folder: Path) -> dict[str, str]:
     """SHA-256 of the small files; that of the pictures stands in the scores, as they are too many to be read again."""
     files = [folder / name for name in (MANIFEST, SCORES) if (folder / name).is_file()]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # broken JSON, or bytes that are no text
-        raise ValueError(f"{path} is not JSON ({error}). Remove it and run evaluate.py again, it goes on.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where an object is expected")
-    return content
+    return {file.name: hash_file(file) for file in files}
 
 
 def need(content: Any, name: str, kind: type[Any], path: Path) -> Any:
-    """The value of that name; raises ValueError with the file where it is missing or of another kind."""
+    """The value of that name; raises UserError with the file where it is missing or of another kind."""
     if not isinstance(content, Mapping) or name not in content:
-        raise ValueError(f"{path}: {name!r} is missing; evaluate.py writes it")
+        raise UserError(f"{path}: {name!r} is missing; evaluate.py writes it")
     if not isinstance(content[name], kind):
-        raise ValueError(f"{path}: {name!r} is a {type(content[name]).__name__}, expected {kind.__name__}")
+        raise UserError(f"{path}: {name!r} is a {type(content[name]).__name__}, expected {kind.__name__}")
     return content[name]

@@ -12,6 +12,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from ipa.data.rejects import EMPTY_CAPTION, NO_CAPTION, NOT_UTF8
+from ipa.errors import UserError
 from ipa.tools.packing.folders import Folder, ending, examples, same, stem
 from ipa.tools.packing.tables import TABLES, Columns, Entry, read_entries
 
@@ -90,7 +91,7 @@ class Tables:
                 else:
                     said.setdefault(name, NO_CAPTION)
         if not said:
-            raise ValueError(
+            raise UserError(
                 f"{self.label} names none of the pictures: it says {examples(lost)}, there are {examples(pictures)}. "
                 "Paths start in the folder of the table."
             )
@@ -126,7 +127,7 @@ class Tables:
 def find_captions(folder: Folder, wanted: str | None, columns: Columns, may_lack: bool) -> Captions:
     """The source that is ``wanted`` (txt, none, or a table), or the only one that there is.
 
-    Raises ValueError where there are several, or none unless pictures ``may_lack`` captions.
+    Raises UserError where there are several, or none unless pictures ``may_lack`` captions.
     """
     sources: dict[str, Captions] = {}
     texts = TextFiles.beside(folder)
@@ -137,12 +138,12 @@ def find_captions(folder: Folder, wanted: str | None, columns: Columns, may_lack
         wanted = NONE
     if wanted is None:
         if len(sources) != 1:
-            raise ValueError(unclear(folder, list(sources)))
+            raise UserError(unclear(folder, list(sources)))
         return next(iter(sources.values()))
     if wanted == NONE:
         return NoCaptions()
     if wanted == TEXT_FILES and wanted not in sources:
-        raise ValueError(f"captions=txt: no picture in {folder.path} has a .txt file of its name beside it")
+        raise UserError(f"captions=txt: no picture in {folder.path} has a .txt file of its name beside it")
     return sources.get(wanted) or table_at(wanted, columns, folder, list(sources))
 
 
@@ -161,13 +162,13 @@ def table_at(wanted: str, columns: Columns, folder: Folder, sources: Sequence[st
     """A table that was named, in the folder or elsewhere; paths in one from elsewhere start in the folder."""
     there = ", ".join(sources) or "none that can be told by their names"
     if not wanted.lower().endswith(TABLES):
-        raise ValueError(
+        raise UserError(
             f"captions={wanted}: neither txt, nor none, nor a table ({', '.join(TABLES)}). The folder has {there}"
         )
     if wanted in folder.files:
         return Tables({folder.file(wanted): posixpath.dirname(wanted)}, columns, folder)
     if not Path(wanted).is_file():
-        raise ValueError(f"captions={wanted}: no such file, neither here nor in {folder.path}. The folder has {there}")
+        raise UserError(f"captions={wanted}: no such file, neither here nor in {folder.path}. The folder has {there}")
     inside = Path(wanted).resolve().is_relative_to(folder.path.resolve())
     start = Path(wanted).resolve().relative_to(folder.path.resolve()).parent.as_posix() if inside else ""
     return Tables({Path(wanted): start}, columns, folder)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ipa.data.rejects import EMPTY_CAPTION, NO_CAPTION, NO_REFERENCE
+from ipa.errors import UserError
 from ipa.tools.packing.captions import Captions
 from ipa.tools.packing.folders import Folder, Stamp, examples, number, same, stem, unique_keys
 from ipa.tools.packing.samples import Sample
@@ -48,15 +49,15 @@ class Contents:
         self.left_out.setdefault(reason, []).append(name)
 
     def check(self, uncaptioned: str) -> None:
-        """Raises ValueError if captions are missing that may not, or nothing is left; notes those that may."""
+        """Raises UserError if captions are missing that may not, or nothing is left; notes those that may."""
         without = [f"{reason}: {examples(self.left_out[reason])}" for reason in UNCAPTIONED if reason in self.left_out]
         if uncaptioned == "error" and without:
-            raise ValueError(
+            raise UserError(
                 f"{'; '.join(without)}. missing_caption=skip leaves these out, missing_caption=empty packs them without"
             )
         if not self.samples:
             reasons = "; ".join(f"{reason}: {examples(names)}" for reason, names in self.left_out.items())
-            raise ValueError(f"no picture is left to be packed. {reasons}")
+            raise UserError(f"no picture is left to be packed. {reasons}")
         bare = [sample.name for sample in self.samples if not sample.captions]
         if bare:
             self.notes.append(
@@ -77,15 +78,15 @@ def peculiar(folder: Folder, keys: Mapping[str, str]) -> list[str]:
 
 
 def find_references(references: Folder, pictures: Sequence[str]) -> References:
-    """Picture → the reference of the same name, whatever its ending; raises ValueError if there is none at all."""
+    """Picture → the reference of the same name, whatever its ending; raises UserError if there is none at all."""
     found: dict[str, str] = {}
     for name in references.pictures:
         other = found.setdefault(same(stem(name)), name)
         if other != name:
-            raise ValueError(f"references={references.path} has both {other} and {name}: which one is meant?")
+            raise UserError(f"references={references.path} has both {other} and {name}: which one is meant?")
     pairs = {name: found[same(stem(name))] for name in pictures if same(stem(name)) in found}
     if not pairs:
-        raise ValueError(
+        raise UserError(
             f"references={references.path} has no picture of the name of one of {examples(pictures)}: it has "
             f"{examples(found.values())}"
         )

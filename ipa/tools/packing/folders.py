@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ipa.data.fields import PICTURES
 from ipa.data.shards import ENDINGS
+from ipa.errors import UserError
 
 # pictures that nothing here reads: told, so that they are not overlooked
 UNREAD = ("heic", "heif", "jfif", "jp2", "jxl", "svg", "psd", "dng", "cr2", "nef", "arw")
@@ -39,17 +40,17 @@ class Folder:
     def read(cls, path: Path, option: str, besides: Path | None = None) -> Folder:
         """``besides`` is a folder in it that does not count; ``option`` is what gave the path.
 
-        Raises ValueError if there is no picture.
+        Raises UserError if there is no picture.
         """
         if not path.is_dir():
-            raise ValueError(f"{option}={path}: no such folder")
+            raise UserError(f"{option}={path}: no such folder")
         left_out = os.path.realpath(besides) if besides else ""
         found = sorted(walk(str(path), (os.path.realpath(path), left_out)))
         folder = cls(path, {name: Stamp(status.st_size, status.st_mtime_ns) for name, status in found})
         if not folder.pictures:
             shards = any(name.endswith(ENDINGS) for name in folder.files)
             hint = f". It holds shards: data.train={path} trains on them as they are" if shards else ""
-            raise ValueError(f"{option}={path} holds no pictures, files that end with {', '.join(PICTURES)}{hint}")
+            raise UserError(f"{option}={path} holds no pictures, files that end with {', '.join(PICTURES)}{hint}")
         return folder
 
     @cached_property
@@ -98,7 +99,7 @@ def unique_keys(names: Sequence[str]) -> dict[str, str]:
     counts = Counter(plain.values())
     keys = {name: key if counts[key] == 1 else f"{key}_{number(name)}" for name, key in plain.items()}
     if len(set(keys.values())) < len(names):
-        raise ValueError("there are names that end with the number that tells two others apart: rename one of them")
+        raise UserError("there are names that end with the number that tells two others apart: rename one of them")
     return keys
 
 

@@ -18,9 +18,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ipa.checkpoint import write_atomically
 from ipa.data.rejects import Rejected
 from ipa.data.shards import ENDINGS
+from ipa.errors import UserError
+from ipa.files import write_atomically
 from ipa.tools.packing.folders import examples
 from ipa.tools.packing.samples import NOT_SHRUNK, Making, Sample
 
@@ -129,14 +130,14 @@ def missing(out: Path, shards: Sequence[Shard], overwrite: bool) -> list[Shard]:
     lying = sorted(path for path in out.glob("*") if path.name.endswith(ENDINGS))
     foreign = [path.name for path in lying if not read_stats(path)]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"out={out} holds shards that were not packed here, {examples(foreign)}, and training would read them, "
             f"too: {OTHER_FOLDER}"
         )
     wanted = {shard.path: shard.content for shard in shards}
     earlier = [path for path in lying if read_stats(path)["content"] != wanted.get(path)]
     if earlier and not overwrite:
-        raise ValueError(f"{len(earlier)} of the {len(lying)} shards in out={out} {changed(earlier, shards)}")
+        raise UserError(f"{len(earlier)} of the {len(lying)} shards in out={out} {changed(earlier, shards)}")
     for path in earlier:
         path.unlink()
         stats_path(path).unlink()

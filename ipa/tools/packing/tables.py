@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ipa.data.captions import is_unicode
+from ipa.errors import UserError
 
 PATHS = ("file_name", "path", "image")
 CAPTIONS = ("text", "caption", "prompt")
@@ -26,7 +27,7 @@ SHOWN = 12
 Row = dict[str, Any]
 
 
-class NoReader(ValueError):
+class NoReader(UserError):
     """A library that reads such tables is not installed."""
 
 
@@ -38,7 +39,7 @@ class Columns:
     caption: str | None = None
 
     def fitting(self, table: Path) -> tuple[str, str]:
-        """The two columns of this table; raises ValueError where it is not clear which they are."""
+        """The two columns of this table; raises UserError where it is not clear which they are."""
         names = column_names(table)
         path = choose(names, self.path, PATHS, "path_column", table)
         return path, choose(names, self.caption, CAPTIONS, "caption_column", table)
@@ -71,12 +72,12 @@ def choose(names: Sequence[str], given: str | None, known: Sequence[str], option
     there = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
     if given is not None:
         if given not in names:
-            raise ValueError(f"{option}={given}: {table} has the columns {there}")
+            raise UserError(f"{option}={given}: {table} has the columns {there}")
         return given
     found = [name for name in names if name.lower() in known]
     if len(found) != 1:
         what = f"several of {', '.join(known)}" if found else f"none of {', '.join(known)}"
-        raise ValueError(f"{table} has {what} among its columns {there}. Say {option}=NAME.")
+        raise UserError(f"{table} has {what} among its columns {there}. Say {option}=NAME.")
     return found[0]
 
 
@@ -103,11 +104,11 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 
 def column_names(table: Path) -> list[str]:
-    """The columns of the first row; raises ValueError for a table without rows."""
+    """The columns of the first row; raises UserError for a table without rows."""
     with told(table):
         first = next(rows_of(table), None)
     if first is None:
-        raise ValueError(f"{table} has no rows")
+        raise UserError(f"{table} has no rows")
     return list(first)
 
 
@@ -119,9 +120,9 @@ def told(table: Path) -> Iterator[None]:
     except (OSError, NoReader):
         raise
     except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise UserError(f"{table} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except Exception as error:  # csv, json and pyarrow have their own
-        raise ValueError(f"{table} cannot be read: {error}") from error
+        raise UserError(f"{table} cannot be read: {error}") from error
 
 
 def rows_of(table: Path) -> Iterator[Row]:
@@ -137,9 +138,9 @@ def json_rows(table: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"line {number} is not JSON ({error})") from error
+                raise UserError(f"line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object of names and values")
+                raise UserError(f"line {number} is no object of names and values")
             yield row
 
 
@@ -151,10 +152,10 @@ def csv_rows(table: Path) -> Iterator[Row]:
         reader = csv.reader(file, delimiter=max(",;|\t", key=header.count))
         names = [name.strip() for name in next(reader, [])]
         if len(set(names)) < len(names):
-            raise ValueError(f"its header names a column twice: {', '.join(names)}")
+            raise UserError(f"its header names a column twice: {', '.join(names)}")
         for values in filter(None, reader):
             if len(values) > len(names):
-                raise ValueError(f"line {reader.line_num} has {len(values)} values for {len(names)} columns")
+                raise UserError(f"line {reader.line_num} has {len(values)} values for {len(names)} columns")
             yield dict(zip_longest(names, values))
 
 

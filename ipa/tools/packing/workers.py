@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ipa.errors import UserError
 from ipa.tools.packing.shards import Shard
 
 POLL_S = 0.2
@@ -22,7 +23,7 @@ counter: Any = None  # in a worker: the samples that all workers have done
 
 
 def write_shards(shards: Sequence[Shard], workers: int) -> None:
-    """Write them all, with a progress bar; raises OSError for the first that cannot be written.
+    """Write them all, with a progress bar; raises UserError for the first that cannot be written.
 
     ``workers`` is how many pictures are worked on at once. Where shards are fewer, their processes have threads.
     """
@@ -42,7 +43,7 @@ def write_shards(shards: Sequence[Shard], workers: int) -> None:
                     for future in finished:
                         future.result()
         except BrokenProcessPool as error:
-            raise OSError(
+            raise UserError(
                 "a worker was ended from outside, perhaps since memory ran out: try fewer with workers=N. What is "
                 "whole is kept, the same command goes on."
             ) from error

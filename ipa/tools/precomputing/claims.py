@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
 
+from ipa.errors import UserError
+
 Item = TypeVar("Item")
 
 # who starts several processes tells them their number and how many there are
@@ -25,7 +27,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 def read_share(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int] | None:
     """Which share of the files, of how many, comes first for this process; None when neither is said.
 
-    As given, else as torchrun or Slurm tell. Raises ValueError for half of it, or a share that there is not.
+    As given, else as torchrun or Slurm tell. Raises UserError for half of it, or a share that there is not.
     """
     given = (rank, world)
     for names in STARTERS:
@@ -34,7 +36,7 @@ def read_share(rank: int | None, world: int | None, environment: Mapping[str, st
     if given == (None, None):
         return None
     if given[0] is None or given[1] is None or not 0 <= given[0] < given[1]:
-        raise ValueError(f"rank={given[0]} world={given[1]}: give both or neither, the rank from 0 to world - 1")
+        raise UserError(f"rank={given[0]} world={given[1]}: give both or neither, the rank from 0 to world - 1")
     return given[0], given[1]
 
 
@@ -91,7 +93,7 @@ class Claims:
             yield item
 
     def claim(self, path: Path) -> Claim | None:
-        """None when another process has it. Raises OSError with the advice where nothing can be locked.
+        """None when another process has it. Raises UserError with the advice where nothing can be locked.
 
         The file may have been finished a moment before: look again whether it is there.
         """
@@ -114,7 +116,7 @@ class Claims:
             raise error
         tidy(path)
         if self.share is None:
-            raise OSError(
+            raise UserError(
                 f"{path.parent}: this file system refuses locks ({error.strerror}), which keep processes from "
                 "making the same file. Give rank=0 world=1 if this is the only one; of several, each its own rank=."
             ) from error

@@ -24,6 +24,7 @@ from ipa.data.datamodule import ShardDataModule
 from ipa.data.records import Record
 from ipa.data.samples import Preparation
 from ipa.data.shards import is_remote, some
+from ipa.errors import UserError
 from ipa.model import fingerprints
 from ipa.tools.precomputing.claims import Claims, read_share
 from ipa.tools.precomputing.decoding import Decoded, Decoding
@@ -81,14 +82,14 @@ def check_finite(tensors: dict[str, Tensor], records: Sequence[Record]) -> None:
     for name, tensor in tensors.items():
         if not (finite_B := tensor.flatten(1).isfinite().all(1)).all():
             first = records[int(finite_B.int().argmin())]
-            raise ValueError(
+            raise UserError(
                 f"{first.shard}, key {first.key}: {name} has numbers that float16 does not hold, or that are none. "
                 "A VAE that overflows needs base.vae_dtype=float32; an encoder, encoder.dtype=float32"
             )
 
 
 def precompute(cfg: DictConfig) -> None:
-    """Make the shards that are missing; raises ValueError or OSError with a message for the user."""
+    """Make the shards that are missing; raises UserError with a message for the user."""
     claims = Claims(read_share(cfg.rank, cfg.world, os.environ))
     check_options(cfg)
     data = open_data(cfg)
@@ -105,19 +106,19 @@ def precompute(cfg: DictConfig) -> None:
 
 def check_options(cfg: DictConfig) -> None:
     if is_remote(cfg.out):
-        raise ValueError(f"out={cfg.out}: give a folder, where a shard can get its name when it is whole")
+        raise UserError(f"out={cfg.out}: give a folder, where a shard can get its name when it is whole")
     if cfg.batch_size < 1 or (cfg.num_workers or 0) < 0:
-        raise ValueError(f"batch_size={cfg.batch_size} num_workers={cfg.num_workers}: at least 1, and 0")
+        raise UserError(f"batch_size={cfg.batch_size} num_workers={cfg.num_workers}: at least 1, and 0")
     unknown = set(cfg.keep or []) - set(KEPT.values())
     if unknown:
-        raise ValueError(f"keep={cfg.keep}: of {', '.join(KEPT.values())}, one or both; null keeps what the head reads")
+        raise UserError(f"keep={cfg.keep}: of {', '.join(KEPT.values())}, one or both; null keeps what the head reads")
 
 
 def open_data(cfg: DictConfig) -> ShardDataModule:
-    """Raises ValueError for data that are no pictures, or random in what a cache freezes."""
+    """Raises UserError for data that are no pictures, or random in what a cache freezes."""
     data = instantiate(cfg.data)
     if not isinstance(data, ShardDataModule):
-        raise ValueError("data=cache is what this command writes: give data=shards, or another that reads pictures")
+        raise UserError("data=cache is what this command writes: give data=shards, or another that reads pictures")
     sources: Any = data.train_order.sources
     for source in sources:
         frozen_choices(data, source.layout)
@@ -133,14 +134,14 @@ def fit(data: ShardDataModule, family: Any, encoder: Any, image_size_px: int | N
 
 
 def to_device(name: str | None, environment: Mapping[str, str]) -> torch.device:
-    """The device asked for, else this process's GPU among those of its machine, else the CPU; raises ValueError."""
+    """The device asked for, else this process's GPU among those of its machine, else the CPU; raises UserError."""
     local = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
     gpus = torch.cuda.device_count()
     try:
         device = torch.device(name or (f"cuda:{local % gpus}" if gpus else "cpu"))
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -225,14 +226,14 @@ def one_behind(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def report(plan: Plan, made: Made) -> None:
-    """Tell what there is now; raises OSError for shards that broke off on their way here."""
+    """Tell what there is now; raises UserError for shards that broke off on their way here."""
     told = [f"{plan.out}: {made.shards} shards with {made.samples:,} samples made"]
     told += [f"{plan.found} were there"] * (plan.found > 0) + [f"{plan.taken} are other processes'"] * (plan.taken > 0)
     log.info(", ".join(told))
     if made.rejects:
         log.info("rejected: %s", ", ".join(f"{reason}: {number}" for reason, number in made.rejects.most_common()))
     if made.cut_off:
-        raise OSError(
+        raise UserError(
             f"{len(made.cut_off)} shards broke off while they were read ({some(made.cut_off)}) and were not kept; the "
             "same command tries them again"
         )

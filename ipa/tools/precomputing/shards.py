@@ -16,6 +16,7 @@ from ipa.data.order import Order, Slot, Source, chunks
 from ipa.data.records import Record
 from ipa.data.rejects import BROKEN_TAR, Rejected
 from ipa.data.shards import is_remote, shard_name
+from ipa.errors import UserError
 from ipa.tools.precomputing.claims import Claim, Claims, tidy
 from ipa.tools.precomputing.decoding import Decoded, Task
 
@@ -93,11 +94,11 @@ class Plan:
     taken: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for two shards of one name, which would have the same draws, too."""
+        """Raises UserError for two shards of one name, which would have the same draws, too."""
         self.work = [(source, shard) for source in self.order.sources for shard in source.shards]
         for path, number in Counter(self.path(*each) for each in self.work).items():
             if number > 1:
-                raise ValueError(f"{number} shards are called {path.name}: make caches of them one by one")
+                raise UserError(f"{number} shards are called {path.name}: make caches of them one by one")
 
     def path(self, source: Source, shard: str) -> Path:
         """Several sources have folders of their own."""

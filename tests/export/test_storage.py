@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipa.checkpoint import force_to_disk, load_adapter, read_metadata, read_shapes, save_adapter, write_atomically
+from ipa.errors import UserError
+from ipa.export.storage import load_adapter, read_metadata, read_shapes, save_adapter
+from ipa.files import fsync, write_atomically
 
 TENSORS = {
     "image_proj.proj.weight": torch.arange(24, dtype=torch.float16).reshape(8, 3).T,  # not contiguous
@@ -92,7 +94,7 @@ def test_shapes_are_those_of_the_tensors(path: Path) -> None:
 @pytest.mark.parametrize("write", [full_disk, not_writing])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(path: Path, write: Callable[[Path], None]) -> None:
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match=r"adapter\.safetensors.*unharmed") as caught:
+    with pytest.raises(UserError, match=r"adapter\.safetensors.*unharmed") as caught:
         write_atomically(path, write)
 
     assert str(path) in str(caught.value)
@@ -110,7 +112,7 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(path: Path) -> Non
 
 
 def test_a_full_disk_is_told_with_what_to_do(path: Path) -> None:
-    with pytest.raises(OSError, match=r"No space left on device.*free some space.*paths\.runs=") as caught:
+    with pytest.raises(UserError, match=r"No space left on device.*free some space.*paths\.runs=") as caught:
         write_atomically(path, full_disk)
 
     assert caught.value.__cause__ is not None
@@ -119,13 +121,13 @@ def test_a_full_disk_is_told_with_what_to_do(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told_alike(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OSError, match=r"could not write .*taken/adapter.*another run folder"):
+    with pytest.raises(UserError, match=r"could not write .*taken/adapter.*another run folder"):
         save_adapter(tmp_path / "taken" / "adapter.safetensors", TENSORS, METADATA)
 
 
 def test_metadata_that_is_no_text_leaves_the_old_file(path: Path) -> None:
     save_adapter(path, TENSORS, METADATA)
-    with pytest.raises(OSError, match="could not write"):
+    with pytest.raises(UserError, match="could not write"):
         save_adapter(path, {}, {"step": 3})  # type: ignore[dict-item]
 
     assert load_adapter(path)[1] == METADATA
@@ -143,7 +145,7 @@ def test_a_file_cut_short_is_named(path: Path, read: Callable[[Path], object]) -
 
 @pytest.mark.parametrize("read", [load_adapter, read_metadata, read_shapes])
 def test_a_missing_file_is_named(path: Path, read: Callable[[Path], object]) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"adapter={path}: no such file"):
+    with pytest.raises(UserError, match=rf"adapter={path}: no such file"):
         read(path)
     with pytest.raises(ValueError, match=rf"{path.parent}: .* writes it as adapter\.safetensors into the folder"):
         read(path.parent)
@@ -253,9 +255,9 @@ def test_another_ending_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that cannot be forced to disk")
 def test_a_folder_that_cannot_be_forced_to_disk_is_no_error() -> None:
     """As a mounted bucket, so that a file which is in its place already would be called not written."""
-    force_to_disk(Path("/proc"))
-    with pytest.raises(OSError, match="Invalid argument"):
-        force_to_disk(Path("/proc/self/stat"))
+    fsync(Path("/proc"))
+    with pytest.raises(UserError, match="Invalid argument"):
+        fsync(Path("/proc/self/stat"))
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)

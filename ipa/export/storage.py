@@ -8,13 +8,9 @@ The state that resumes a training (optimizer, step, data position) is Lightning'
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ipa.errors import UserError, brief
+from ipa.files import write_atomically
+
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
-OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
-NOT_FOR_FOLDERS = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
-
-
-def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_RUN_FOLDER) -> None:
-    """Let ``write`` make a file beside ``path``, force it to disk, then rename it; its permissions are the umask's.
-
-    Raises OSError with the path and the advice (``otherwise``) when that fails; ``path`` then holds what it held
-    before.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = mode_of_new(beside)
-        write(beside)
-        with suppress(OSError):  # some file systems have no permissions
-            beside.chmod(mode)  # safetensors makes files that only their owner can read
-        force_to_disk(beside)
-        os.replace(beside, path)
-        force_to_disk(path.parent)  # the new name, too
-    except Exception as error:
-        raise OSError(
-            f"could not write {path} ({type(error).__name__}: {error}). The file that was there before is unharmed; "
-            f"free some space or {otherwise}."
-        ) from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def force_to_disk(path: Path) -> None:
-    """A file, or the names in a folder where the system lets a folder be opened and forced; mounted buckets do not."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in NOT_FOR_FOLDERS):
-            raise
-
-
-def mode_of_new(path: Path) -> int:
-    """The permissions of a new file there: asking ``os.umask`` would change it for all threads."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    path.unlink()
-    return mode
 
 
 def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata (strings only, as safetensors has it); a ``.bin`` goes without the metadata.
 
-    Raises ValueError for another ending, OSError when the file cannot be written.
+    Raises UserError for another ending, OSError when the file cannot be written.
     """
     path = Path(path)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -99,7 +49,7 @@ def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
 def load_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read an adapter file, tensors in the dtypes they have there.
 
-    Raises FileNotFoundError, or ValueError naming the file when it is damaged, foreign or would run code.
+    Raises UserError, or ValueError naming the file when it is damaged, foreign or would run code.
     """
     path = Path(path)
     if is_pickle(path):
@@ -126,10 +76,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Which of the two formats; raises ValueError for an ending of neither."""
+    """Which of the two formats; raises UserError for an ending of neither."""
     suffix = Path(path).suffix
     if suffix not in (SAFETENSORS, PICKLE):
-        raise ValueError(f"{path}: an adapter file ends with {SAFETENSORS} or {PICKLE}{advice_on(path)}")
+        raise UserError(f"{path}: an adapter file ends with {SAFETENSORS} or {PICKLE}{advice_on(path)}")
     return suffix == PICKLE
 
 
@@ -142,9 +92,7 @@ def advice_on(path: Path) -> str:
 
 def check_exists(path: Path) -> None:
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors."
-        )
+        raise UserError(f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors.")
 
 
 def open_header(path: Path) -> Any:  # safetensors' handle has no public type
@@ -152,7 +100,7 @@ def open_header(path: Path) -> Any:  # safetensors' handle has no public type
     try:
         return safe_open(path, framework="pt")
     except Exception as error:
-        raise ValueError(f"adapter={path} is not a safetensors file ({error}); it may have been cut short.") from error
+        raise UserError(f"adapter={path} is not a safetensors file ({error}); it may have been cut short.") from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -161,7 +109,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         return dict(flattened(load_pickle(path)))
     except Exception as error:  # unpickling damaged or foreign bytes raises nearly anything
-        raise ValueError(
+        raise UserError(
             f"adapter={path} cannot be read as tensors alone ({brief(error)}): it was cut short, is no adapter, or "
             "holds objects that can run code when they are opened. Ask its author for a .safetensors file."
         ) from error
@@ -190,9 +138,3 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         group, _, rest = name.partition(".")
         groups.setdefault(group, {})[rest] = tensor
     return groups
-
-
-def brief(error: Exception) -> str:
-    """The first line of a library's message; torch explains on a page of its own how to run a pickle's code."""
-    first = next(iter(str(error).splitlines()), "").partition(". ")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

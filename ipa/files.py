@@ -1,0 +1,88 @@
+"""Files: atomic writing, JSON, hashes, picture extensions. Imports only the standard library."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ipa.errors import UserError, brief
+
+PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
+FOLDER_FSYNC_UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_RUN_FOLDER) -> None:
+    """Let ``write`` create a temporary file next to ``path``, fsync it, then rename it to ``path``.
+
+    The permissions follow the umask. Raises UserError with the path and the advice ``otherwise`` if the system refuses
+    to write; ``path`` then keeps its previous content. Errors of ``write`` itself pass through unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = mode_of_new_file(temporary)
+        write(temporary)
+        with suppress(OSError):  # some file systems have no permissions
+            temporary.chmod(mode)  # safetensors creates files that only their owner can read
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)  # the directory entry too
+    except OSError as error:
+        raise UserError(
+            f"could not write {path} ({brief(error)}). The previous file is intact; free some space or {otherwise}."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Force a file to disk, or the entries of a folder where the file system supports that (mounted buckets do not)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in FOLDER_FSYNC_UNSUPPORTED):
+            raise
+
+
+def mode_of_new_file(path: Path) -> int:
+    """Permissions that a new file gets there; calling ``os.umask`` would change it for every thread."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Write JSON atomically; raises as ``write_atomically`` does."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
+    """A JSON object; raises UserError with ``advice`` for a file that holds anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # invalid JSON, or bytes that are not text
+        raise UserError(f"{path} is not JSON ({error}): {advice}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected an object: {advice}")
+    return content
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
