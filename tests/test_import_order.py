@@ -18,13 +18,15 @@ RANKS = {
     "errors": 0,
     "files": 0,
     "distributed": 0,
+    "weights": 0,
+    "contracts": 0,
     "secrets": 0,
     "identity": 0,
     "data": 1,
     "encoders": 2,
     "families": 2,
     "adapter": 3,
-    "objective": 4,
+    "objective": 0,
     "model": 5,
     "export": 7,
     "sampling": 8,
@@ -32,8 +34,17 @@ RANKS = {
     "training": 10,
     "evaluation": 10,
 }
-FREE = {"types", "errors", "files", "distributed", "__version__"}  # every room may import them
-PARTS = {"data", "encoders", "families", "adapter", "objective"}
+FREE = {
+    "types",
+    "errors",
+    "files",
+    "distributed",
+    "weights",
+    "contracts",
+    "objective",
+    "__version__",
+}  # every room may import them
+PARTS = {"data", "encoders", "families", "adapter"}
 STARTERS = {"tools", "cli", "launcher", "slurm"}
 
 

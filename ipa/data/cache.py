@@ -383,7 +383,7 @@ class CachedPreparation:
             reference_B3HW=stacked.get("reference_3HW"),
             posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
-            ids_BNL=stack([sample.ids_NL for sample in samples]).long(),
+            text_inputs={"ids": stack([sample.ids_NL for sample in samples]).long().flatten(1)},
             size_B6=stacked["size_6"].long(),
             keys=[sample.record.key for sample in samples],
             shards=[sample.record.shard for sample in samples],

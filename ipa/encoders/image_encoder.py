@@ -5,20 +5,20 @@ A subclass loads a network, tells its ``EncoderWidths`` and runs it in ``_featur
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ipa import contracts
+from ipa.contracts import Uses
 from ipa.errors import UserError
 from ipa.types import EncoderWidths, Features
-
-Uses = Literal["pooled", "patches"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(contracts.ImageEncoder):
     """A frozen network that reads square pictures.
 
     ``source`` and ``weights`` are what finds it again (`ipa.encoders.open_encoder`). ``widths`` says 0 for patches
@@ -48,10 +48,6 @@ class ImageEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the trainer asks."""
         return super().train(False)
-
-    @property
-    def image_size_px(self) -> int:
-        return self.widths.image_size_px
 
     @property
     def pooled_width(self) -> int:

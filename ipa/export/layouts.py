@@ -6,6 +6,7 @@ Sources: diffusers' ``_convert_ip_adapter_image_proj_to_diffusers``; ComfyUI_IPA
 from __future__ import annotations
 
 from ipa.adapter.heads import Head
+from ipa.contracts import TokenHead
 from ipa.errors import UserError
 from ipa.export.adapter_file import HEADS, SIZES, WORDS
 
@@ -56,7 +57,7 @@ def taken_for_granted(head: Head, layout: str) -> dict[str, int]:
     return sizes | {"num_tokens": 16, "heads": 20 if sdxl else 12, "width": 1280 if sdxl else head.context_width}
 
 
-def check_same_sizes(file_head: Head, file_kind: str, head: Head, kind: str, source: str) -> None:
+def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind: str, source: str) -> None:
     """Raise UserError when a training of ``head`` and ``kind`` cannot start from the weights of a file."""
     given, wanted = (head_name(file_head), file_kind), (head_name(head), kind)
     problems = []
@@ -75,7 +76,7 @@ def check_same_sizes(file_head: Head, file_kind: str, head: Head, kind: str, sou
         )
 
 
-def head_name(head: Head) -> str:
+def head_name(head: TokenHead) -> str:
     return next(name for name, cls in HEADS.items() if type(head) is cls)
 
 

@@ -20,7 +20,6 @@ from ipa.export.published import check_fits, from_published
 from ipa.export.storage import load_adapter, read_metadata
 from ipa.families import family_of
 from ipa.model import IPAdapterModel
-from ipa.types import BaseWidths
 
 KINDS = {kind.name: kind for kind in (DecoupledAdapter, SimpleAdapter)}
 
@@ -73,9 +72,13 @@ def read_fit(metadata: Mapping[str, str], source: str) -> str:
 def load_into(model: IPAdapterModel, path: Path) -> None:
     """Give the model's trainable set the weights of ``path``; raises UserError when it is for other parts."""
     file = identify_file(path)
-    widths = BaseWidths(model.family.context_width, [host.attention.to_k.out_features for host in model.family.hosts()])
     check_fits(
-        file, widths, model.encoder.widths, source=str(path), base=model.family.source, encoder=model.encoder.source
+        file,
+        model.family.widths,
+        model.encoder.widths,
+        source=str(path),
+        base=model.family.source,
+        encoder=model.encoder.source,
     )
     with torch.device("meta"):  # told first, since torch loads what fits before it complains of the rest
         check_same_sizes(make_head(file), file.kind, model.head, model.adapter.name, str(path))

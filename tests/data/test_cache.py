@@ -258,7 +258,7 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
     expected = torch.stack([make_tensors(i)["ids_MNL"][chosen[i]] for i in range(8)])
 
     assert set(chosen) == {0, 1}
-    assert torch.equal(batch.ids_BNL, expected) and batch.ids_BNL.dtype == torch.int64
+    assert torch.equal(batch.text_inputs["ids"], expected.flatten(1)) and batch.text_inputs["ids"].dtype == torch.int64
     assert torch.equal(batch.posterior.mean_BCHW, torch.stack([make_tensors(i)["mean_CHW"].half() for i in range(8)]))
     assert batch.features.pooled_BE.shape == (8, 5) and batch.reference_B3HW.shape == (8, 3, 6, 6)
     assert batch.size_B6[0].tolist() == [20, 30, 0, 5, 16, 16] and batch.image_B3HW is None
@@ -331,7 +331,7 @@ def test_training_sees_the_same_in_dirty_data_as_online(share: Share, tmp_path: 
     assert from_cache == from_pictures
     assert {"a thing", "another caption"} <= {text for batch in batches[1] for text in batch.text}
     for pictures, cached in zip(*batches, strict=True):
-        assert torch.equal(cached.ids_BNL[:, 0, 0], torch.tensor([len(text) for text in pictures.text]))
+        assert torch.equal(cached.text_inputs["ids"][:, 0], torch.tensor([len(text) for text in pictures.text]))
         colours = (pictures.image_B3HW.float().mean((1, 2, 3)) / 255).half()
         assert torch.equal(cached.posterior.mean_BCHW[:, 0, 0, 0], colours)
 

@@ -81,11 +81,7 @@ class ControlNetShuffle(StableDiffusionMethod):
         return torch.stack(made)
 
     def pipeline(self) -> Any:
-        parts = {name: getattr(self.family, name) for name in self.family.part_names}
-        parts |= {"scheduler": self.family.make_sampler(), "controlnet": self.controlnet}
-        pipeline: Any = StableDiffusionControlNetPipeline(**{**parts, **self.family.absent})
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return self.family.pipeline(StableDiffusionControlNetPipeline, controlnet=self.controlnet)
 
 
 def load_controlnet(path: str, dtype: str) -> Any:

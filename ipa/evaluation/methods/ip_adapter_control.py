@@ -83,7 +83,7 @@ class IPAdapterControl(IPAdapterMethod):
         noise_BCHW = draw_noise(family.latent_shape(size_px), [prompt.seed for prompt in prompts])
         features = [self.encode(prompts)]
         with prompt_arguments(self.model, features, texts, sampling.scale, size_px, guided) as arguments:
-            length = family.tokenize([""]).shape[-1]
+            length = family.encode_text([""]).states_BLD.shape[1]
             with reading_text_alone(self.controlnet, length):
                 latents_BCHW = self.pipeline()(
                     **arguments,
@@ -105,11 +105,7 @@ class IPAdapterControl(IPAdapterMethod):
 
     def pipeline(self) -> Any:
         family = self.model.family
-        parts = {name: getattr(family, name) for name in family.part_names}
-        parts |= {"scheduler": family.make_sampler(), "controlnet": self.controlnet}
-        pipeline = PIPELINES[family.name](**{**parts, **family.absent})
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return family.pipeline(PIPELINES[family.name], controlnet=self.controlnet)
 
 
 def check_controlnet(controlnet: Any, model: IPAdapterModel) -> None:

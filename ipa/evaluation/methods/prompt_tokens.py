@@ -52,7 +52,7 @@ class StableDiffusionMethod(nn.Module, ABC):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
         size_px = sampling.image_size_px or self.family.image_size_px
         noise_BCHW = draw_noise(self.family.latent_shape(size_px), [prompt.seed for prompt in prompts])
-        latents_BCHW = self.sample(prompts, noise_BCHW.to(self.family.device, self.family.unet.dtype), sampling)
+        latents_BCHW = self.sample(prompts, noise_BCHW.to(self.family.device, self.family.dtype), sampling)
         return self.family.decode_latents(latents_BCHW).cpu()
 
     def text_states(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class StableDiffusionMethod(nn.Module, ABC):
     ) -> dict[str, Any]:
         """What every pipeline of diffusers around this base is called with; it gives latents."""
         negative = TextCondition(negative_BLD) if sampling.guidance > 1 else None
-        height, width = (cells * self.family.downsampling for cells in noise_BCHW.shape[-2:])
+        height, width = (cells * self.family.size_multiple_px for cells in noise_BCHW.shape[-2:])
         return {
             **self.family.prompt_arguments(TextCondition(positive_BLD), negative),
             "latents": noise_BCHW,

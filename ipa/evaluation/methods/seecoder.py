@@ -229,11 +229,11 @@ class SeeCoder(PromptTokens):
         """Raises MissingWeights for what is neither here nor to be had."""
         made: Any = load_module(SemanticContextEncoder.like, adapter, "method.adapter", "a SeeCoder", "ctx.image.")
         family = load_base(base, dtype)
-        return cls(family, made.to(family.unet.dtype), f"{adapter} on {base}")
+        return cls(family, made.to(family.dtype), f"{adapter} on {base}")
 
     def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
         pictures_B3HW = (squares(images, self.reference_size_px) + 1) / 2
-        tokens_BTD = self.adapter(pictures_B3HW.to(self.family.device, self.family.unet.dtype))
+        tokens_BTD = self.adapter(pictures_B3HW.to(self.family.device, self.family.dtype))
         return tokens_BTD, torch.zeros_like(tokens_BTD)
 
     def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class T2IStyle(PromptTokens):
         """Raises MissingWeights for what is neither here nor to be had."""
         made = load_module(StyleAdapter.like, adapter, "method.adapter", "a style adapter of T2I-Adapter")
         family, encoder = load_base(base, dtype), load_image_encoder(image_encoder, dtype)
-        return cls(family, encoder, made.to(family.unet.dtype), f"{adapter} on {base}")
+        return cls(family, encoder, made.to(family.dtype), f"{adapter} on {base}")
 
     def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
         pictures_B3HW = squares(images, self.encoder.image_size_px).to(self.family.device)

@@ -68,7 +68,7 @@ class UniControlNet(PromptTokens):
         """Of ``adapter`` only ``global_adapter.*`` is read. Raises MissingWeights for what is not to be had."""
         made = load_module(GlobalAdapter.like, adapter, "method.adapter", "a Uni-ControlNet", "global_adapter.")
         family, encoder = load_base(base, dtype), load_image_encoder(image_encoder, dtype)
-        return cls(family, encoder, made.to(family.unet.dtype), f"{adapter} on {base}")
+        return cls(family, encoder, made.to(family.dtype), f"{adapter} on {base}")
 
     def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
         pictures = squares(images, self.encoder.image_size_px).to(self.family.device)

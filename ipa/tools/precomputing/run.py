@@ -74,7 +74,8 @@ class Encoding:
         arrived = {name: tensor.cpu() for name, tensor in tensors.items()}
         check_finite(arrived, records)
         numbers = [len(record.captions) for record in records]
-        ids = self.family.tokenize([text for record in records for text, _ in record.captions]).split(numbers)
+        texts = [text for record in records for text, _ in record.captions]
+        ids = self.family.prepare_text(texts)["ids"].unsqueeze(1).split(numbers)
         return [{name: x[i] for name, x in arrived.items()} | {"ids_MNL": ids[i]} for i in range(len(records))]
 
 
