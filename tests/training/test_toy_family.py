@@ -114,7 +114,7 @@ class ToyTransformer(nn.Module):
 
 
 class ToyPipeline:
-    """Euler steps on rectified flow; under guidance each step makes a call for the positive and one for the negative."""
+    """Euler steps on rectified flow; with guidance, every step calls the denoiser for both texts in turn."""
 
     def __init__(self, transformer: ToyTransformer) -> None:
         self.transformer = transformer
