@@ -11,8 +11,8 @@ import pytest
 from report_folder import scored, write_demo, write_items, write_run, write_skipped
 
 from ipa.evaluation.report.files import comma_separated, results
-from ipa.evaluation.report.markdown import markdown
-from ipa.evaluation.report.paper import KINDS, kind_of, paper_row
+from ipa.evaluation.report.names import KINDS, kind_of, paper_row
+from ipa.evaluation.report.page import render
 from ipa.evaluation.report.reading import Evaluation, read_evaluation
 from ipa.evaluation.report.table import make_table
 
@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows_of(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    """Label → column → what stands there, of the table in markdown."""
-    lines = [line for line in markdown(evaluation, make_table(evaluation)).splitlines() if line.startswith("|")]
+    """Label → column → text, of the table in markdown."""
+    text = render("table.md.jinja", evaluation, make_table(evaluation))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|")] for line in lines]
     return {row[rows[0].index("run")]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
@@ -41,7 +42,7 @@ def test_systems_without_scores_stay_with_the_reason(tmp_path: Path) -> None:
 
     assert rows["sd_unclip"]["note"] == "skipped: download it / from <there> and give path=FOLDER"
     assert rows["sd_unclip"]["trained"] == "870 M (paper)" and rows["sd_unclip"]["CLIP-I ↑"] == "–"
-    assert rows["style"]["note"] == "unfinished: 1 of 12 pictures are there"
+    assert rows["style"]["note"] == "unfinished: 1 of 12 images exist"
     assert (rows["style"]["custom models"], rows["sd_unclip"]["custom models"]) == ("✓", "✗")
 
 
@@ -51,7 +52,7 @@ def test_missing_metrics_say_why_and_where(tmp_path: Path) -> None:
     write_run(tmp_path, "two", scored(0.6, fid="get Inception"), ["a_0"])
     evaluation = read_evaluation(tmp_path)
 
-    text = markdown(evaluation, make_table(evaluation))
+    text = render("table.md.jinja", evaluation, make_table(evaluation))
 
     assert "* **FID**: get Inception\n" in text
     assert "* **DreamSim**: pip install dreamsim (one)\n" in text
