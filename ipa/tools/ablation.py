@@ -175,7 +175,7 @@ def fitted_data(cfg: Any, model: Any) -> Any:
     """The run's data module; raises UserError for a ``_target_`` that is not a class of ``ipa.data``."""
     from hydra.utils import instantiate
 
-    for target in re.findall("_target_: (.*)", OmegaConf.to_yaml(cfg.data)):
+    for target in re.findall("_target_: (.*)", OmegaConf.to_yaml(cfg.data, resolve=True)):
         if not is_of_ipa_data(target):
             raise UserError(f"a run's config.yaml has _target_: {target} in its data, which is not a class of ipa.data")
     size_px = cfg.image_size_px or model.family.image_size_px

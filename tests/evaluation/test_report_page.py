@@ -104,10 +104,10 @@ def test_text_of_the_user_cannot_break_the_page(tmp_path: Path, page: str) -> No
 
 def test_files_are_the_same_for_the_same_input(tmp_path: Path) -> None:
     """Also in another folder, and when they are written again."""
-    folders = [write_demo(tmp_path / name) for name in ("one", "two")]
+    folders, shown = [write_demo(tmp_path / name) for name in ("one", "two")], Shown(rows=1, best=1)
 
     written = [
-        {path.name: path.read_bytes() for path in write_report(folder).parent.iterdir() if path.is_file()}
+        {path.name: path.read_bytes() for path in write_report(folder, shown).parent.iterdir() if path.is_file()}
         for folder in (*folders, folders[0])
     ]
 

@@ -127,10 +127,12 @@ def test_page_figure_and_copies_are_written(sweep: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("target", ["pathlib.Path.touch", "ipa.data.datamodule.Path", "ipa.files.write_json"])
 def test_a_saved_configuration_builds_nothing_but_data(target: str) -> None:
-    data = {"_target_": "ipa.data.datamodule.ShardDataModule", "train": [{"_target_": target, "_args_": ["made"]}]}
+    """Not even through an interpolation; a name that ``ipa.data`` only imports is not a class of it."""
+    made = {"_target_": target, "_args_": ["made"]}
+    data = {"_target_": "ipa.data.datamodule.ShardDataModule", "train": ["${made}"]}
 
     with pytest.raises(UserError, match=f"_target_: {target}"):
-        fitted_data(OmegaConf.create({"data": data}), None)
+        fitted_data(OmegaConf.create({"data": data, "made": made}), None)
 
 
 def test_runs_that_cannot_be_compared_are_named(sweep: Path, tmp_path: Path) -> None:
