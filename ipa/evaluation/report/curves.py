@@ -32,7 +32,7 @@ AXIS_TITLES = {"scale": "λ, weight of the image prompt", "guidance": "guidance"
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e34948", "#008300", "#e87ba4")
 INK, LINE = "#63625e", "#e2e1dc"
 # without a salt, matplotlib's ids are random
-STYLE: dict[Any, Any] = {"svg.hashsalt": "ipa", "font.family": "DejaVu Sans", "font.size": 10}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "ipa", "font.family": "DejaVu Sans", "font.size": 10, "axes.axisbelow": True}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def draw(chart: Chart) -> str:
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
         axes.grid(axis="y", color=LINE)
-        axes.set_axisbelow(True)
+        axes.locator_params(nbins=6)
         figure.savefig(content, format="svg", metadata={"Date": None})
     return data_uri("svg+xml", content.getvalue())
 
