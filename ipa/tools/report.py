@@ -1,13 +1,13 @@
-"""Merge what an evaluation left into a table and a page that opens offline.
+"""Write a table and a page, which opens offline, from the results of an evaluation.
 
     python -m ipa.tools.report runs/evaluation/demo
     python -m ipa.tools.report folder=runs/evaluation/coco2017 rows=20 system=ip_adapter
-    python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # also to this project of wandb
+    python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # log them to this wandb project, too
 
-Reads a benchmark's folder as `python evaluate.py` writes it and puts results.json, results.csv, table.md and
-report.html there. Systems that were skipped or are not finished are in it with the reason. Run it again as often as
-you like. With wandb=PROJECT the table and the pictures of the grid go there as one run named after the folder: offline,
-into FOLDER/wandb, unless you are logged in.
+Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, results.csv, table.md and
+report.html into it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
+like. wandb=PROJECT logs the table and the images of the grid as one run named after the folder: offline, into
+FOLDER/wandb, unless you are logged in.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def report(options: Any) -> Path:
 
 
 def show(folder: Path, project: str, shown: Any) -> None:
-    """The report as a run of this project of wandb; one folder is one run, however often it is told."""
+    """Log the report to a wandb project; a folder is one run, however often it is logged."""
     from ipa.evaluation.report.dashboard import log_report
     from ipa.evaluation.report.reading import read_evaluation
     from ipa.training.loggers import make_wandb
