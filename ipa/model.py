@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
 from ipa.data.transforms import fit_named
+from ipa.encoders.image_encoder import PENULTIMATE
 from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, to_unit_range
 
 HASHING_THREADS = 4
@@ -139,6 +140,7 @@ class IPAdapterModel(nn.Module):
             "image_size_px": str(self.encoder.image_size_px),
             "preprocessing": self.preprocessing,
             "features": self.head.uses,
+            "layer": self.encoder.layer_name(self.head.uses),
             "no_image": self.head.no_image,
             "num_tokens": str(self.head.num_tokens),
             **({"head_width": str(self.head.head_width)} if hasattr(self.head, "head_width") else {}),
@@ -224,6 +226,7 @@ def fingerprints(family: Any, encoder: Any) -> dict[str, str]:
     """What tells apart the frozen parts whose work can be kept: type of the numbers, then a hash of all of them."""
     vae = f"{name_of(family.vae.dtype)} {hash_weights(family.vae)[:32]} × {family.vae.config.scaling_factor:g}"
     visual = f"{name_of(next(encoder.parameters()).dtype)} {hash_weights(encoder)[:32]}"
+    visual += "" if encoder.layer == PENULTIMATE else f" layer {encoder.layer}"
     return {"vae": vae, "encoder": visual, "tokenizer": family.tokenizer_hash()[:32]}
 
 
