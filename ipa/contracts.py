@@ -243,10 +243,7 @@ class ImageEncoder(nn.Module, ABC):
     source: str
     weights: str | None
     widths: EncoderWidths
-
-    @property
-    def image_size_px(self) -> int:
-        return self.widths.image_size_px
+    image_size_px: int
 
     @abstractmethod
     def encode(self, image_B3HW: Tensor, uses: Uses = "pooled") -> Features:
@@ -255,6 +252,14 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def blank(self, batch: int, uses: Uses = "pooled") -> Features:
         """Features of a blank image, which some heads take for "no image"."""
+
+    @abstractmethod
+    def layer_name(self, uses: Uses) -> str:
+        """Which layer the features come from, for an adapter file's metadata."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies what a feature cache depends on: precision, hash of the weights, layer."""
 
 
 class TokenHead(nn.Module, ABC):

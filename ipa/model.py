@@ -20,7 +20,7 @@ from ipa.contracts import AdapterKind, DenoiserCall, Family, ImageEncoder, Token
 from ipa.data.transforms import fit_named
 from ipa.errors import UserError
 from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, TextInputs, to_unit_range
-from ipa.weights import fingerprint, hash_weights
+from ipa.weights import hash_weights
 
 MAX_COMPILED_SHAPES = 64  # of a block's inputs: widths × resolutions × aspect ratios
 
@@ -140,6 +140,7 @@ class IPAdapterModel(nn.Module):
             "image_size_px": str(self.encoder.image_size_px),
             "preprocessing": self.preprocessing,
             "features": self.head.uses,
+            "layer": self.encoder.layer_name(self.head.uses),
             "no_image": self.head.no_image,
             "num_tokens": str(self.head.num_tokens),
             **self.head.describe(),
@@ -296,4 +297,4 @@ def drop_rows(inputs: TextInputs, empty: TextInputs, drop_B: Tensor, device: tor
 
 def fingerprints(family: Family, encoder: ImageEncoder) -> dict[str, str]:
     """Identifies the frozen parts that a feature cache depends on: precision, then a hash of the weights."""
-    return family.fingerprints() | {"encoder": fingerprint(encoder)}
+    return family.fingerprints() | {"encoder": encoder.fingerprint()}

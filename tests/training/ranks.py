@@ -18,7 +18,7 @@ from torch import distributed, multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor import DTensor
 
-from ipa.encoders.clip_vision import ClipVisionEncoder
+from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.previews import Column, HeldOutPrompts, generate_columns
@@ -134,7 +134,7 @@ def compare_gradients(model: IPAdapterModel, mesh: Any) -> dict[str, float]:
 
 def with_clip_vision() -> IPAdapterModel:
     model = tiny.make_model(head="fine_grained")
-    model.encoder = ClipVisionEncoder(tiny.make_vision(model.encoder))
+    model.encoder = VisionModelEncoder(tiny.make_vision(model.encoder))
     return model
 
 

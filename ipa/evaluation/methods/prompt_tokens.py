@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ipa.data.transforms import Opened, fit_reference
-from ipa.encoders.clip_vision import ClipVisionEncoder
+from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
 from ipa.families.stable_diffusion import StableDiffusion
@@ -128,10 +128,10 @@ def load_base(path: str, dtype: str, key: str = "method.base") -> StableDiffusio
         raise UserError(renamed(str(error), key)) from error
 
 
-def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder") -> ClipVisionEncoder:
+def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder") -> VisionModelEncoder:
     """A CLIP image encoder in transformers' layout; raises MissingWeights, ValueError for what is none."""
     try:
-        return ClipVisionEncoder.from_pretrained(path, dtype=dtype)
+        return VisionModelEncoder.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
             raise tell_missing(error, path, key) from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
-from ipa.encoders.clip_vision import ClipVisionEncoder
+from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.evaluation.methods.prompt_tokens import PromptTokens, load_base, load_image_encoder, load_module, squares
 from ipa.families.stable_diffusion import StableDiffusion
 
@@ -77,7 +77,7 @@ class T2IStyle(PromptTokens):
     adapter: StyleAdapter
 
     def __init__(
-        self, family: StableDiffusion, encoder: ClipVisionEncoder, adapter: StyleAdapter, source: str = ""
+        self, family: StableDiffusion, encoder: VisionModelEncoder, adapter: StyleAdapter, source: str = ""
     ) -> None:
         super().__init__(family, source)
         self.encoder, self.adapter = encoder, adapter

@@ -17,7 +17,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from ipa.encoders.clip_vision import ClipVisionEncoder
+from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.evaluation.methods.prompt_tokens import PromptTokens, load_base, load_image_encoder, load_module, squares
 from ipa.families.stable_diffusion import StableDiffusion
 
@@ -51,7 +51,7 @@ class UniControlNet(PromptTokens):
     adapter: GlobalAdapter
 
     def __init__(
-        self, family: StableDiffusion, encoder: ClipVisionEncoder, adapter: GlobalAdapter, source: str = ""
+        self, family: StableDiffusion, encoder: VisionModelEncoder, adapter: GlobalAdapter, source: str = ""
     ) -> None:
         super().__init__(family, source)
         self.encoder, self.adapter = encoder, adapter

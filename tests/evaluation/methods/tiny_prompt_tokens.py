@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ipa.encoders.clip_vision import ClipVisionEncoder
+from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
 
 VISION_WIDTH = 24
@@ -31,8 +31,8 @@ def make_vision(projection: int = tiny.CONTEXT_WIDTH) -> CLIPVisionModelWithProj
     return CLIPVisionModelWithProjection(config)
 
 
-def make_image_encoder() -> ClipVisionEncoder:
-    return ClipVisionEncoder(make_vision(), "tiny")
+def make_image_encoder() -> VisionModelEncoder:
+    return VisionModelEncoder(make_vision(), "tiny")
 
 
 def make_prompts(texts: tuple[str, ...] = ("cat", "red dog", "")) -> list[Prompt]:
