@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ipa.encoders.image_encoder import ImageEncoder, Uses, read_dtype, square_edge
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths, Features
 
 # what config.json may call itself: the image tower alone, or a whole CLIP of which the image tower is read
@@ -97,7 +97,7 @@ def locate(path: str, subfolder: str | None = None) -> tuple[str, str, str]:
     if Path(source).is_dir():
         return source, source, ""
     if "/" not in source or source.startswith((".", "/", "~")):
-        raise UserError(
+        raise MissingWeights(
             f"encoder.path={source}: no such folder. Give the folder of a CLIPVisionModelWithProjection, or a hub id "
             "owner/name with the subfolder behind it, if any"
         )
@@ -129,10 +129,12 @@ def read_config(source: str, root: str, folder: str) -> Any:
 
     try:
         content = read_json(find_file(root, folder, "config.json"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise MissingWeights(f"encoder.path={source}: config.json cannot be read: {brief(error)}") from error
+    except ValueError as error:
         raise UserError(f"encoder.path={source}: config.json cannot be read: {brief(error)}") from error
     if content is None:
-        raise UserError(f"encoder.path={source}: {tell_missing_config(source)}")
+        raise MissingWeights(f"encoder.path={source}: {tell_missing_config(source)}")
     if content.get("model_type") not in MODEL_TYPES:
         raise UserError(
             f"encoder.path={source} holds a model of type {content.get('model_type')}; one of {', '.join(MODEL_TYPES)} "

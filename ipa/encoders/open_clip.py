@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ipa.encoders.image_encoder import ImageEncoder, Uses, pair, read_dtype, square_edge
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths, Features
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -108,7 +108,7 @@ def resolve_name(name: str) -> str:
         return name
     folder = Path(name.removeprefix(LOCAL))
     if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"encoder.name={name}: there is no open_clip_config.json in {folder}")
+        raise MissingWeights(f"encoder.name={name}: there is no open_clip_config.json in {folder}")
     return f"{LOCAL}{folder.resolve()}"
 
 
@@ -123,7 +123,7 @@ def read_config(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if not name.startswith(HUB):
             raise
-        raise UserError(f"encoder.name={name}: the hub gives no open_clip_config.json: {brief(error)}") from error
+        raise MissingWeights(f"encoder.name={name}: the hub gives no open_clip_config.json: {brief(error)}") from error
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 1)
         question = f" Did you mean {near[0]}?" if near else ""
@@ -154,7 +154,7 @@ def check_weights(name: str, pretrained: str | None) -> None:
     elif not pretrained.endswith(WEIGHT_FILES):
         raise UserError(f"{given}: open_clip knows no such weights; {offer_weights(name)}")
     elif not Path(pretrained).is_file():
-        raise UserError(f"{given}: there is no such file; {offer_weights(name)}")
+        raise MissingWeights(f"{given}: there is no such file; {offer_weights(name)}")
 
 
 def offer_weights(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.families.cross_attention import find_hosts
 from ipa.types import BaseWidths
 
@@ -141,8 +141,8 @@ def read_config(part: Any, path: str, key: str, **place: str) -> dict[str, Any]:
         return part.load_config(path, **place)
     except OSError as error:
         if Path(path).is_dir():
-            raise UserError(f"{key}={path}: {brief(error)}") from error
-        raise UserError(
+            raise MissingWeights(f"{key}={path}: {brief(error)}") from error
+        raise MissingWeights(
             f"{key}={path}: neither the hub nor its cache gave this ({brief(error)}). Without the hub, give a folder."
         ) from error
 
@@ -150,7 +150,7 @@ def read_config(part: Any, path: str, key: str, **place: str) -> dict[str, Any]:
 def read_header(path: str, key: str = "base.path") -> Shapes:
     """Names and shapes of a safetensors file; raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"{key}={path}: no such file")
+        raise MissingWeights(f"{key}={path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -170,12 +170,12 @@ def check_pipeline_folder(path: str, key: str = "base.path") -> None:
             f"{key}={path}: of single files only .safetensors are read, since others can run code when they are opened"
         )
     if folder.exists():
-        raise UserError(
+        raise MissingWeights(
             f"{key}={path} is there but holds no model_index.json: it is not a diffusers pipeline folder. "
             "Give the folder that `pipeline.save_pretrained` wrote."
         )
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError(
+        raise MissingWeights(
             f"{key}={path}: no such folder. Give a diffusers pipeline folder or a hub id owner/name, or for base.path "
             "a .safetensors file."
         )
