@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from torch import Tensor
 
 from ipa.evaluation.methods.controlnet_shuffle import ControlNetShuffle, shuffle, smooth_noise
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.method import count_parameters
 from ipa.families.stable_diffusion import StableDiffusion
 
 CELL_PX = 8

@@ -12,10 +12,11 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
+from ipa.errors import MissingWeights
 from ipa.evaluation.methods.edges import Canny
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
 from ipa.evaluation.methods.ip_adapter_control import IPAdapterControl
-from ipa.evaluation.methods.method import MissingWeights, Sampling
+from ipa.sampling import SamplingOptions
 
 FAMILIES = {"sd15": tiny.make_family, "sdxl": tiny_sdxl.make_family}
 FAST = replace(parts.FAST, num_steps=1)
@@ -60,7 +61,7 @@ def test_pictures_are_finite_repeatable_and_hear_everything(kind: str, family: s
 )
 def test_without_weight_the_adapter_is_alone(kind: str, family: str, guidance: float) -> None:
     method, prompts = make_method(0.0, kind, family), parts.make_prompts()
-    sampling = Sampling(num_steps=2, guidance=guidance, scale=0.7)
+    sampling = SamplingOptions(num_steps=2, guidance=guidance, scale=0.7)
     alone = IPAdapterMethod(method.model).generate(prompts, sampling)
 
     torch.testing.assert_close(method.generate(prompts, sampling), alone, atol=1e-5, rtol=0)

@@ -19,7 +19,7 @@ from diffusers import (
 from transformers import XLMRobertaTokenizer
 
 from ipa.evaluation.methods.kandinsky import Kandinsky21
-from ipa.evaluation.methods.pipelines import pictures, read_classes
+from ipa.evaluation.methods.pipelines import read_classes, to_pil
 
 EMBEDDING_WIDTH = tiny.CONTEXT_WIDTH  # as wide as the text states of CLIP
 TEXT_WIDTH = 20
@@ -125,7 +125,7 @@ def test_it_keeps_what_every_method_promises() -> None:
 def test_embeddings_are_those_of_the_priors_interpolation() -> None:
     method, prompts = make_method(), parts.make_prompts()
     found_BE = method.embeddings(prompts, [torch.Generator().manual_seed(prompt.seed) for prompt in prompts])
-    for embedding_E, prompt, picture in zip(found_BE, prompts, pictures(prompts), strict=True):
+    for embedding_E, prompt, picture in zip(found_BE, prompts, to_pil(prompts), strict=True):
         theirs = method.prior.interpolate(
             [picture, prompt.text] if prompt.text else [picture],
             [0.5, 0.5] if prompt.text else [1.0],

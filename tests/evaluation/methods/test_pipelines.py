@@ -14,8 +14,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from ipa.evaluation.methods.method import MissingWeights
-from ipa.evaluation.methods.pipelines import Source, draw_start, find_folder, load_part, read_classes
+from ipa.errors import MissingWeights
+from ipa.evaluation.methods.method import draw_start
+from ipa.evaluation.methods.pipelines import find_folder, load_part, read_classes
+from ipa.evaluation.methods.weights import Source
 from ipa.sampling import draw_noise
 
 CONF = Path(__file__).resolve().parents[3] / "conf/method"

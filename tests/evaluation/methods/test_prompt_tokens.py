@@ -12,8 +12,8 @@ from hydra.utils import get_method
 from omegaconf import OmegaConf
 from torch import nn
 
-from ipa.evaluation.methods.method import MissingWeights
-from ipa.evaluation.methods.prompt_tokens import find_file, load_base, load_image_encoder, load_module, squares
+from ipa.errors import MissingWeights
+from ipa.evaluation.methods.weights import find_file, load_base, load_image_encoder, load_module
 
 CONF = Path(__file__).resolve().parents[3] / "conf/method"
 SYSTEMS = ("uni_controlnet", "t2i_style", "seecoder", "controlnet_shuffle", "reference_only")

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ipa.evaluation.methods.prompt_tokens import count_parameters
-from ipa.evaluation.methods.seecoder import Decoder, DecoderLayer, QueryTransformer, SeeCoder, SemanticContextEncoder
+from ipa.evaluation.methods.method import count_parameters
+from ipa.evaluation.methods.seecoder import Decoder, QueryTransformer, SeeCoder, SemanticContextEncoder
 from ipa.evaluation.methods.seecoder_swin import SwinBackbone
 from ipa.families.stable_diffusion import StableDiffusion
 

@@ -5,7 +5,7 @@ import tiny
 import tiny_prompt_tokens as parts
 import torch
 
-from ipa.evaluation.methods.prompt_tokens import count_parameters, squares
+from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.t2i_style import StyleAdapter, T2IStyle
 
 

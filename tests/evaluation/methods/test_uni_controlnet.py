@@ -6,7 +6,7 @@ import tiny_prompt_tokens as parts
 import torch
 from safetensors.torch import save_file
 
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.uni_controlnet import GlobalAdapter, UniControlNet
 
 

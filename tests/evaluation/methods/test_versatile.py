@@ -10,8 +10,8 @@ from diffusers.models import DualTransformer2DModel
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.pipelines import read_classes
-from ipa.evaluation.methods.prompt_tokens import count_parameters
 from ipa.evaluation.methods.versatile import DualGuidedPipeline, Versatile, VersatileDual
 
 TextUNet = read_classes(DualGuidedPipeline)["text_unet"]

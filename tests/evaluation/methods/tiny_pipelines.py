@@ -14,8 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection
 
-from ipa.evaluation.methods.method import MissingWeights
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.errors import MissingWeights
+from ipa.evaluation.methods.method import count_parameters
 
 
 def make_processor() -> CLIPImageProcessor:
