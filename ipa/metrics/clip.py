@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -44,6 +46,14 @@ class ClipScorer(PictureNetwork):
                 "judge.name=local-dir:FOLDER judge.pretrained=null, or do without scores: judge=null"
             ) from error
         return cls(clip, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(clip), name)
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[Self]:
+        """Moved to ``device`` while inside, and back to the CPU afterwards, since training needs the memory."""
+        try:
+            yield self.to(device)
+        finally:
+            self.to("cpu")
 
     def _embed(self, prepared_B3HW: Tensor) -> Tensor:
         return F.normalize(self.clip.encode_image(prepared_B3HW), dim=-1)
