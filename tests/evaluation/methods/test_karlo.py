@@ -98,7 +98,7 @@ def test_the_decoder_is_as_large_as_in_the_paper() -> None:
 def test_pictures_have_one_size() -> None:
     method = make_method()
     method.generate(parts.make_prompts(), replace(parts.FAST, image_size_px=16))
-    with pytest.raises(ValueError, match=r"open_unclip makes pictures of 16 px, not of 32: leave it out"):
+    with pytest.raises(ValueError, match=r"image_size_px=32: open_unclip makes pictures of 16 px only"):
         method.generate(parts.make_prompts(), replace(parts.FAST, image_size_px=32))
 
 
@@ -118,16 +118,8 @@ def test_folders_are_read(tmp_path: Path) -> None:
     assert torch.equal(method.generate(prompts, parts.FAST), make_method(**weights).generate(prompts, parts.FAST))
 
 
-def test_missing_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(OpenUnCLIP.from_pretrained, "path", monkeypatch)
-    assert "`hf download kakaobrain/karlo-v1-alpha-image-variations --local-dir FOLDER`" in told
-    made.save_parts(tmp_path, **{name: part for name, part in make_parts().items() if "super_res" not in name})
-    told = parts.check_missing(OpenUnCLIP.from_pretrained, "path", monkeypatch, path=str(tmp_path))
-    assert "has no super_res_first/, super_res_last/, super_res_scheduler/" in told
-
-
 def test_a_scheduler_that_diffusers_does_not_have_is_named(tmp_path: Path) -> None:
     made.save_parts(tmp_path, **make_parts())
     made.name_scheduler(tmp_path / "decoder_scheduler", "os")
-    with pytest.raises(ValueError, match=r"cannot be read in decoder_scheduler/: diffusers has no scheduler os"):
+    with pytest.raises(ValueError, match=r"decoder_scheduler/ names os"):
         OpenUnCLIP.from_pretrained(str(tmp_path))
