@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from ipa.errors import MissingWeights, UserError
 from ipa.evaluation.generation import (
-    Read,
     begin,
     check_made,
     device_name,
@@ -29,7 +28,7 @@ from ipa.evaluation.generation import (
     skip,
     write_items,
 )
-from ipa.evaluation.items import PROMPTS, Benchmark, Task, plan
+from ipa.evaluation.items import PROMPTS, Benchmark, plan
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
 from ipa.files import hash_file
@@ -59,7 +58,8 @@ def evaluate(cfg: DictConfig) -> None:
         raise UserError("\n".join(problems))
     sampling: SamplingOptions = make(cfg.sampling)
     method_class(cfg.method).check(sampling)
-    device, (rank, world) = choose_device(cfg.device), rank_and_world(os.environ)
+    rank, world = rank_and_world(os.environ)
+    device = choose_device(cfg.device, rank)
     benchmark: Benchmark = instantiate(cfg.benchmark)
     items = benchmark.items()
     if not items:
@@ -72,7 +72,9 @@ def evaluate(cfg: DictConfig) -> None:
         if method is None:
             return
         begin(folder, manifest(label, benchmark, method, sampling, tasks, **settings_of(cfg)))
-        is_last = make_pictures(folder, method, tasks, read, sampling, device, rank, world)
+        started = time.perf_counter()
+        generate(folder, method.to(device), tasks, read, sampling, rank, world)
+        is_last = finish(folder, tasks, time.perf_counter() - started, device_name(device))
     else:
         check_made(folder, benchmark, tasks)
         is_last = rank == 0
@@ -92,23 +94,6 @@ def load_or_skip(method: DictConfig, folder: Path, label: str) -> Method | None:
         if not skip(folder, label, method_class(method).name, str(error)):
             log.warning("To score the pictures that are already there: generate=false")
         return None
-
-
-def make_pictures(
-    folder: Path,
-    method: Method,
-    tasks: Sequence[Task],
-    read: Read,
-    sampling: SamplingOptions,
-    device: str,
-    rank: int,
-    world: int,
-) -> bool:
-    """Generate this process's share; returns whether all pictures are there now."""
-    placed = f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
-    started = time.perf_counter()
-    generate(folder, method.to(placed), tasks, read, sampling, rank, world)
-    return finish(folder, tasks, time.perf_counter() - started, device_name(placed))
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
@@ -156,8 +141,8 @@ def problems_in_label(label: Any) -> Iterator[str]:
         yield f"label={name} is too long for a folder's name: give label=SHORTER"
 
 
-def choose_device(name: str | None) -> str:
-    """Raises UserError for a device that torch does not know or does not find here."""
+def choose_device(name: str | None, rank: int) -> str:
+    """The GPU of this process where ``name`` is cuda; raises UserError for a device that torch does not find here."""
     device = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         found = torch.device(device)
@@ -166,7 +151,7 @@ def choose_device(name: str | None) -> str:
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
         raise UserError(f"device={device}: torch finds {count} GPUs here; device=null uses one if there is one")
-    return device
+    return f"cuda:{rank % count}" if device == "cuda" else device
 
 
 def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -38,6 +38,28 @@ def make_unet(**options: Any) -> UNet2DConditionModel:
     return unet
 
 
+# the decoders of Karlo and Kandinsky, as diffusers' conversion scripts have them
+UNCLIP = {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "resnet_time_scale_shift": "scale_shift"}
+
+
+def unclip_blocks(num_attentions: int) -> dict[str, Any]:
+    return {
+        "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * num_attentions),
+        "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * num_attentions, "ResnetUpsampleBlock2D"),
+    }
+
+
+def make_unclip_decoder(**options: Any) -> UNet2DConditionModel:
+    return make_unet(**{**UNCLIP, **unclip_blocks(1), "attention_head_dim": 4, **options})
+
+
+def make_full_unclip_decoder(**options: Any) -> UNet2DConditionModel:
+    """The published sizes, without weights."""
+    sizes = {"sample_size": 64, "layers_per_block": 3, "attention_head_dim": 64}
+    with torch.device("meta"):
+        return UNet2DConditionModel(**{**UNCLIP, **unclip_blocks(3), **sizes, **options})
+
+
 def make_text_encoder(projection: int = tiny.CONTEXT_WIDTH) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(**{**tiny.make_text_encoder().config.to_dict(), "projection_dim": projection})
     return parts.loud(CLIPTextModelWithProjection(config))
