@@ -16,6 +16,13 @@ class UserError(ValueError):
     """
 
 
+class MissingWeights(UserError):
+    """Weights, or a package, that are neither here nor downloadable; the message says what to get and where to put it.
+
+    An evaluation goes on without them: it marks the system as skipped or the metric as missing.
+    """
+
+
 def brief(error: BaseException) -> str:
     """A library's error in one line: its type and the first sentence, shortened (torch's messages can fill a page)."""
     first = next(iter(str(error).splitlines()), "").partition(". ")[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ipa import objective
 from ipa.contracts import DenoiserCall, Family
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, find_hosts
 from ipa.families.sources import is_single_file
@@ -284,7 +284,7 @@ def load_folder(pipeline_class: Any, path: str, dtypes: dict[str, torch.dtype], 
     try:
         return pipeline_class.from_pretrained(path, dtype=dtypes, **absent)
     except OSError as error:
-        raise UserError(f"base.path={path} cannot be loaded: {brief(error)}") from error
+        raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
 
 
 def load_single_file(
@@ -299,8 +299,8 @@ def load_single_file(
         return pipeline_class.from_single_file(path, config=config, dtype=dtype, **parts)
     except OSError as error:
         if config is not None:
-            raise UserError(f"base.config={config} lacks a part of the layout: {brief(error)}") from error
-        raise UserError(
+            raise MissingWeights(f"base.config={config} lacks a part of the layout: {brief(error)}") from error
+        raise MissingWeights(
             f"base.path={path}: the hub could not be asked for the layout of this file ({brief(error)}). Give "
             "base.config=FOLDER, a diffusers pipeline folder of the same base; its weights are not needed."
         ) from error

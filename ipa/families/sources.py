@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # stable_diffusion: diffusers' safety checker
 
@@ -43,8 +43,8 @@ def read_config(part: Any, path: str, key: str, **location: str) -> dict[str, An
         return part.load_config(path, **location)
     except OSError as error:
         if Path(path).is_dir():
-            raise UserError(f"{key}={path}: {brief(error)}") from error
-        raise UserError(
+            raise MissingWeights(f"{key}={path}: {brief(error)}") from error
+        raise MissingWeights(
             f"{key}={path}: neither the hub nor its cache has this ({brief(error)}). Without the hub, give a folder."
         ) from error
 
@@ -52,7 +52,7 @@ def read_config(part: Any, path: str, key: str, **location: str) -> dict[str, An
 def read_header(path: str, key: str = "base.path") -> Shapes:
     """Names and shapes of a safetensors file; raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"{key}={path}: no such file")
+        raise MissingWeights(f"{key}={path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -72,12 +72,12 @@ def check_pipeline_folder(path: str, key: str = "base.path") -> None:
             f"{key}={path}: of single files only .safetensors are read, since others can run code when they are opened"
         )
     if folder.exists():
-        raise UserError(
+        raise MissingWeights(
             f"{key}={path} has no model_index.json: it is not a diffusers pipeline folder. "
             "Give the folder that `pipeline.save_pretrained` wrote."
         )
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError(
+        raise MissingWeights(
             f"{key}={path}: no such folder. Give a diffusers pipeline folder or a hub id owner/name, or for base.path "
             "a .safetensors file."
         )

@@ -160,14 +160,17 @@ def generate_from(
     return generate_columns(model, [Column(prompts, options, seed, text)])[0]
 
 
-def score_pictures(scorer: ClipScorer, prompts: HeldOutPrompts, pixels_B3HW: Tensor) -> dict[str, float]:
-    """Scores of the pictures that were made from the prompts: see ``ClipCosines`` and ``BorderColour``."""
+def score_pictures(
+    scorer: ClipScorer, prompts: HeldOutPrompts, pixels_B3HW: Tensor, device: torch.device | str
+) -> dict[str, float]:
+    """Scores of the images generated from the prompts, with the scorer on ``device``; see the two metrics."""
     captions = [[caption] for caption in prompts.captions] if any(prompts.captions) else None
     references = to_unit_range(prompts.images_B3HW)
     scores: dict[str, float] = {}
-    for metric in (ClipCosines(scorer, sync_on_compute=False), BorderColour(sync_on_compute=False)):
-        metric.update(pixels_B3HW, references, captions)
-        scores |= {name: float(value) for name, value in metric.compute().items()}
+    with scorer.on(device):
+        for metric in (ClipCosines(scorer, sync_on_compute=False), BorderColour(sync_on_compute=False)):
+            metric.update(pixels_B3HW, references, captions)
+            scores |= {name: float(value) for name, value in metric.compute().items()}
     return scores
 
 
@@ -258,7 +261,7 @@ class Previews(L.Callback):
     def show(self, trainer: L.Trainer, prompts: HeldOutPrompts, pictures: list[Tensor]) -> None:
         step = trainer.global_step
         if self.scorer is not None:
-            scores = score_pictures(self.scorer, self.scored(prompts), pictures.pop())
+            scores = score_pictures(self.scorer, self.scored(prompts), pictures.pop(), trainer.strategy.root_device)
             self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})
         grid = self.draw(prompts.head(self.num_prompts), pictures)
         self.last = self.folder / f"step_{step:06d}.png"

@@ -307,7 +307,7 @@ def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> Sco
         return {}  # the first rank has them
     scorer = instantiate(cfg.scoring.scorer)
     return {
-        f"scale {column.options.scale:g}": score_pictures(scorer, prompts, pixels)
+        f"scale {column.options.scale:g}": score_pictures(scorer, prompts, pixels, model.device)
         for column, pixels in zip(columns, pictures, strict=True)
     }
 

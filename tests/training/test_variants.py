@@ -101,7 +101,7 @@ def test_final_scores_are_the_averages(folder: Path) -> None:
 
     def scored(name: str) -> dict[str, Any]:
         pictures = generate_from(load_model(folder / name), prompts, options, cfg.scoring.seed)
-        return score_pictures(instantiate(cfg.judge), prompts, pictures)
+        return score_pictures(instantiate(cfg.judge), prompts, pictures, "cpu")
 
     average, raw = (abs(scored(name)["border_lab"] - told["border_lab"]) for name in FILES)
     assert average < 0.1 * raw
