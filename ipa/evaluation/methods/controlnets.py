@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
-from ipa.families.latent_diffusion import LatentDiffusion
+from ipa.contracts import Family
 
 PIPELINES: dict[str, Any] = {
     "stable_diffusion": StableDiffusionControlNetPipeline,
@@ -14,5 +14,5 @@ PIPELINES: dict[str, Any] = {
 }
 
 
-def controlnet_pipeline(family: LatentDiffusion, controlnet: Any) -> Any:
+def controlnet_pipeline(family: Family, controlnet: Any) -> Any:
     return family.pipeline(PIPELINES[family.name], controlnet=controlnet)
