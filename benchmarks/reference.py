@@ -42,7 +42,7 @@ class ReferenceStep:
         return loss.item()
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.image_B3HW is not None and batch.reference_B3HW is not None and batch.ids_BNL is not None
+        assert batch.image_B3HW is not None and batch.reference_B3HW is not None and batch.text_inputs is not None
         draws, family = batch.draws, self.family
         schedule = family.alphas_cumprod.to(self.unet.device)
         with torch.no_grad():
@@ -55,8 +55,9 @@ class ReferenceStep:
             reference = (batch.reference_B3HW / 255 - self.encoder.mean) / self.encoder.std
             embeds = self.encoder.visual(reference)
             kept = [torch.zeros_like(e) if drop else e for e, drop in zip(embeds, draws.drop_image_B, strict=True)]
-            empty_NL = family.tokenize([""])[0].to(batch.ids_BNL.device)
-            pairs = zip(batch.ids_BNL, draws.drop_text_B, strict=True)
+            ids_BNL = batch.text_inputs["ids"].unflatten(1, (len(family.tokenizers), -1))
+            empty_NL = family.tokenize([""])[0].to(ids_BNL.device)
+            pairs = zip(ids_BNL, draws.drop_text_B, strict=True)
             ids_BNL = torch.stack([empty_NL if drop else ids for ids, drop in pairs])
             text = family.encode_ids(ids_BNL, batch.size_B6)
         added = {**(family.added_conditions(text) or {}), "image_embeds": [torch.stack(kept)[:, None]]}

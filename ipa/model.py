@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
-from ipa.data.transforms import fit_named
+from ipa.data.images.transforms import fit_named
 from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, to_unit_range
 
 HASHING_THREADS = 4
@@ -200,8 +200,11 @@ class IPAdapterModel(nn.Module):
 
     def text_of(self, batch: Batch) -> TextCondition:
         """The encoded text, the empty one where the text is dropped."""
-        ids_BNL = self.family.tokenize(batch.text) if batch.ids_BNL is None else batch.ids_BNL
         empty_1NL = self.family.tokenize([""]).to(self.device)
+        if batch.text_inputs is None:
+            ids_BNL = self.family.tokenize(batch.text)
+        else:
+            ids_BNL = batch.text_inputs["ids"].unflatten(1, empty_1NL.shape[1:])
         drop_B = batch.draws.drop_text_B.to(self.device)
         return self.family.encode_ids(objective.replace_rows(ids_BNL.to(self.device), drop_B, empty_1NL), batch.size_B6)
 

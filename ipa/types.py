@@ -129,7 +129,7 @@ class Batch:
 
     ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A cache has
     in their place what frozen parts made of them, in fp16: ``posterior`` for the target, and for the reference the
-    ``features`` that a head reads, or the reference still. ``ids_BNL`` are the text's ids of all N tokenizers.
+    ``features`` that a head reads, or the reference still. ``text_inputs`` are what enters the text encoders.
     ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
     the way to this batch. ``position`` is where training goes on after it; validation has none.
@@ -141,7 +141,7 @@ class Batch:
     reference_B3HW: Tensor | None = None
     posterior: Posterior | None = None
     features: Features | None = None
-    ids_BNL: Tensor | None = None
+    text_inputs: dict[str, Tensor] | None = None
     size_B6: Tensor | None = None
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
@@ -171,6 +171,8 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 mapped[name] = function(value)
+            elif isinstance(value, dict) and name == "text_inputs":
+                mapped[name] = {key: function(tensor) for key, tensor in value.items()}
             elif isinstance(value, Draws | Posterior | Features):
                 mapped[name] = value.map(function)
         return replace(self, **mapped)

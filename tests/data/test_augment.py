@@ -5,8 +5,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from ipa.data.addresses import Address
-from ipa.data.augment import Augmentation
-from ipa.data.transforms import FITS, Opened, fit_reference
+from ipa.data.images.augment import Augmentation
+from ipa.data.images.transforms import FITS, Opened, fit_reference
 
 
 def at(index: int, epoch: int = 0) -> Address:
@@ -30,7 +30,7 @@ def test_by_default_nothing_changes(fit: str) -> None:
 
 
 def test_it_comes_from_yaml() -> None:
-    values = {"_target_": "ipa.data.augment.Augmentation", "area": 0.5, "flip": 0.5, "brightness": 0.1}
+    values = {"_target_": "ipa.data.images.augment.Augmentation", "area": 0.5, "flip": 0.5, "brightness": 0.1}
     assert instantiate(values) == Augmentation(area=0.5, flip=0.5, brightness=0.1)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from omegaconf import OmegaConf
 
-from ipa.data.buckets import SDXL, Buckets, FixedBuckets, arrange, cut_apart
+from ipa.data.images.buckets import SDXL, Buckets, FixedBuckets, arrange, cut_apart
 
 GROUP = 4
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ipa.data.shards import NoShards, expand_shards, shard_name
+from ipa.data.shards.names import NoShards, expand_shards, shard_name
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
-from ipa.data.transforms import Opened, fit_reference
+from ipa.data.images.transforms import Opened, fit_reference
 from ipa.encoders.clip_vision import ClipVisionEncoder, locate
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.errors import UserError

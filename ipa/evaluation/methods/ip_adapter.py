@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ipa.data.transforms import Opened, fit_reference
+from ipa.data.images.transforms import Opened, fit_reference
 from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
 from ipa.export.loading import load_model
 from ipa.model import IPAdapterModel

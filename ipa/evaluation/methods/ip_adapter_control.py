@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from torch import Tensor
 
-from ipa.data.transforms import fit_reference
+from ipa.data.images.transforms import fit_reference
 from ipa.errors import UserError
 from ipa.evaluation.methods.controlnet_shuffle import load_controlnet
 from ipa.evaluation.methods.edges import Canny

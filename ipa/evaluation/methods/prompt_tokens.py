@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ipa.data.transforms import Opened, fit_reference
+from ipa.data.images.transforms import Opened, fit_reference
 from ipa.encoders.clip_vision import ClipVisionEncoder
 from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling

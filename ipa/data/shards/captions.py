@@ -1,9 +1,9 @@
-"""Which captions a sample has, and which of them is taken how often.
+"""Which captions a sample has, and how often each is used.
 
     captions: txt                               one key: a member's extension, or json.NAME, an entry of the metadata
-    captions: [json.recaption, txt]             the first that is there
-    captions: {json.recaption: 3, txt: 1}       drawn anew in each pass, by weight
-    captions: {keys: [txt, json.alt], choice: random}       drawn uniformly
+    captions: [json.recaption, txt]             the first that exists
+    captions: {json.recaption: 3, txt: 1}       sampled in each pass, by weight
+    captions: {keys: [txt, json.alt], choice: random}       sampled uniformly
 
 An entry of the metadata may be a list of texts; these share the key's weight.
 """
@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipa.data.fields import ENTRY, METADATA, Fields
 from ipa.data.rejects import EMPTY_CAPTION, NO_CAPTION, NOT_UTF8, Rejected
+from ipa.data.shards.fields import ENTRY, METADATA, Fields
 from ipa.errors import UserError
 
 CHOICES = ("first", "random", "weight")
@@ -25,7 +25,7 @@ WAYS = "a key (txt, json.NAME), a list of keys, a mapping key: weight, or {keys:
 
 @dataclass(frozen=True)
 class Captions:
-    """``weights``: key → weight, in order; ``first`` takes the first usable caption alone, whatever the weights."""
+    """``weights``: key → weight, in order; ``first`` uses only the first usable caption, whatever the weights."""
 
     weights: tuple[tuple[str, float], ...] = (("txt", 1.0),)
     first: bool = True
@@ -44,22 +44,20 @@ class Captions:
         return cls(weighted(keys, option), choice == "first")
 
     def read(self, fields: Fields) -> tuple[tuple[str, float], ...]:
-        """The usable captions with their chances, which sum to 1; raises the first key's ``Rejected`` if none is."""
+        """The usable captions and their probabilities; without any raises the ``Rejected`` of the first key."""
         found: list[tuple[str, float]] = []
-        reasons: list[
-            tuple[str, str]
-        ] = []  # not the exceptions: they would hold this frame, and so the sample, in memory
+        rejects: list[Rejected] = []
         for key, weight in self.weights:
             try:
                 texts = read_texts(fields, key)
             except Rejected as reject:
-                reasons.append((reject.reason, reject.detail))
+                rejects.append(reject.copy())
                 continue
             if self.first:
                 return ((texts[0], 1.0),)
             found += [(text, weight / len(texts)) for text in texts]
         if not found:
-            raise Rejected(*reasons[0])
+            raise rejects[0].copy()
         total = sum(weight for _, weight in found)
         return tuple((text, weight / total) for text, weight in found)
 
@@ -67,7 +65,8 @@ class Captions:
 def weighted(keys: Any, option: str) -> tuple[tuple[str, float], ...]:
     """Keys with their weights, checked."""
     named = [keys] if isinstance(keys, str) else keys
-    pairs = list(named.items()) if isinstance(named, Mapping) else [(key, 1) for key in listed(named)]
+    listed = named if isinstance(named, Sequence) else []
+    pairs = list(named.items()) if isinstance(named, Mapping) else [(key, 1) for key in listed]
     bad = [key for key, weight in pairs if not is_key(key) or not is_weight(weight)]
     checked = [] if bad else [(key if key.startswith(ENTRY) else key.lower(), float(weight)) for key, weight in pairs]
     if not checked or len(dict(checked)) < len(checked):
@@ -75,16 +74,12 @@ def weighted(keys: Any, option: str) -> tuple[tuple[str, float], ...]:
     return tuple(checked)
 
 
-def listed(keys: Any) -> Sequence[Any]:
-    return keys if isinstance(keys, Sequence) else []
-
-
 def is_key(key: Any) -> bool:
     return is_extension(key) or (isinstance(key, str) and key.startswith(ENTRY) and key != ENTRY)
 
 
 def is_extension(key: Any) -> bool:
-    """Whether a member's name may end like this, after its key and a dot."""
+    """Whether it can be the part of a member's name after its key and a dot, other than the metadata's."""
     return isinstance(key, str) and key.strip(" ./") == key != METADATA and key != "" and not key.startswith(ENTRY)
 
 
@@ -93,7 +88,7 @@ def is_weight(weight: Any) -> bool:
 
 
 def read_texts(fields: Fields, key: str) -> list[str]:
-    """The usable texts of a key, at least one; raises ``Rejected`` with the reason why there is none."""
+    """The usable texts of a key, at least one; raises ``Rejected`` with the reason if there is none."""
     if key.startswith(ENTRY):
         value = fields.metadata.get(key.removeprefix(ENTRY))
         return usable(value if isinstance(value, list) else [value])
