@@ -21,11 +21,10 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from ipa.data import workers
-from ipa.data.addresses import NO_DROPS, DropRates
+from ipa.data.addresses import NO_DROPS
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets
 from ipa.data.images.preparation import ImagePreparation
-from ipa.data.images.transforms import Background
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import AuditStream, TrainStream, ValStream
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 Shards = str | Sequence[str]
 
 READERS_CHANGED = "%d ranks × %d workers read the data before, now %d × %d: samples and order stay the same%s"
-UNSIZED = (0, 0, (0, 0, 0))  # sizes of target, reference and latents until ``fit_to``
 
 
 class TrainLoader(DataLoader[Batch]):
@@ -67,33 +65,35 @@ class TrainLoader(DataLoader[Batch]):
 class StreamDataModule(LightningDataModule):
     """Orders of samples → loaders, and the position that training has reached.
 
-    ``images`` describes the image preprocessing; ``fit_to`` sets its sizes. ``batch_size`` is per device. ``lanes`` are
-    the ``ranks`` and ``workers`` (data workers of each) that the training order is made for; null values are those of
-    the run that begins. Batches may be needed for ``grace_s`` after a signal. ``rejects`` counts what ``consumed``
-    batches skipped, by reason (this rank's part).
+    ``captions``, ``reference`` and ``schemes`` belong to the validation shards ``val``. ``batch_size`` is per device.
+    ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training order is made for; null values
+    are those of the run that begins. ``images`` are options of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches
+    may be needed for ``grace_s`` after a signal. ``rejects`` counts what ``consumed`` batches skipped (on this rank).
     """
 
     def __init__(
         self,
         train_order: Order,
-        val: ShardSource | None,
-        images: ImagePreparation,
+        val: Shards | None,
         *,
+        captions: Any = "txt",
+        reference: Any = None,
+        schemes: Sequence[str] = TRUSTED,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         val_limit: int | None = None,
         num_workers: int = 2,
         lanes: Mapping[str, int | None] | None = None,
+        **images: Any,
     ) -> None:
         super().__init__()
-        self.train_order = train_order
-        self.val_order = None if val is None else Order([val], train_order.seed)
-        self.images = images
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
-        self.val_limit = val_limit
-        self.num_workers = num_workers
-        self.grace_s = 25.0
+        self.train_order, self.val_order = train_order, None
+        if val is not None:
+            layout = {"captions": captions, "reference": reference, "schemes": schemes}
+            self.val_order = Order([ShardSource.of("val", shards=val, **layout)], train_order.seed)
+        self.images = ImagePreparation(**{name: value for name, value in images.items() if value is not None})
+        self.batch_size, self.val_batch_size, self.val_limit = batch_size, val_batch_size or batch_size, val_limit
+        self.num_workers, self.grace_s = num_workers, 25.0
         self.asked_lanes = {name: number for name, number in (lanes or {}).items() if number is not None}
         self.lanes: Lanes | None = None
         self.readers: tuple[int, int] | None = None
@@ -177,9 +177,9 @@ class StreamDataModule(LightningDataModule):
         elif why := self.misfit(self.lanes):
             before, self.lanes = self.lanes, self.lanes_to_begin_with(share)
             self.begin_new_pass(f"its order was made for {before.ranks} ranks, but {why}")
-        elif self.readers not in (None, now):
+        elif self.readers is not None and self.readers != now:
             shared = "" if now == (self.lanes.ranks, self.lanes.workers) else "; several workers now read some shards"
-            log.warning(READERS_CHANGED, *(self.readers or ()), *now, shared)
+            log.warning(READERS_CHANGED, *self.readers, *now, shared)
         self.readers = now
 
     def lanes_to_begin_with(self, share: Share) -> Lanes:
@@ -265,8 +265,7 @@ class ShardDataModule(StreamDataModule):
     """WebDataset shards in img2dataset's layout → ``Batch``; raises ``NoShards`` at once if they do not exist.
 
     Either ``train`` names shards, read as ``captions``, ``filters`` and ``reference`` say, or ``sources`` names entries
-    of ``known``, each with values for ``ShardSource.of``. ``loading`` are options of ``StreamDataModule``, the others
-    are those of ``ImagePreparation`` and ``Order``.
+    of ``known``, each with values for ``ShardSource.of``. ``options`` are those of ``StreamDataModule``.
     """
 
     def __init__(
@@ -279,47 +278,22 @@ class ShardDataModule(StreamDataModule):
         captions: Any = "txt",
         filters: Mapping[str, Any] | None = None,
         reference: Any = None,
-        crop: str = "center",
-        reference_fit: str = "crop",
-        augment: Augmentation | None = None,
         buckets: Any = None,
-        drops: DropRates | None = None,
-        background: Background | None = None,
-        max_pixels: int = 100_000_000,
-        headroom: float = 1,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
-        **loading: Any,
+        **options: Any,
     ) -> None:
-        shards = choose_sources(train, sources, known or {}, captions=captions, filters=filters, reference=reference)
+        layout: dict[str, Any] = {"captions": captions, "reference": reference}
+        shards = choose_sources(train, sources, known or {}, filters=filters, **layout)
         read = [ShardSource.of(name, **values, schemes=schemes) for name, values in shards.items()]
-        images = ImagePreparation(
-            *UNSIZED,
-            drops or DropRates(),
-            background or Background(),
-            max_pixels,
-            headroom,
-            crop,
-            reference_fit,
-            augment or Augmentation(),
-        )
-        held_out = read_held_out(val, captions, reference, schemes)
-        super().__init__(Order(read, seed, window), held_out, images, **loading)
+        super().__init__(Order(read, seed, window), val, schemes=schemes, **layout, **options)
         self.bucket_sizes = buckets
 
     def fit_to(self, *, image_size_px: int, **sizes: Any) -> None:
         super().fit_to(image_size_px=image_size_px, **sizes)
         if self.bucket_sizes is not None:
             self.train_order.buckets = Buckets.of(self.bucket_sizes, image_size_px)
-
-
-def read_held_out(
-    val: Shards | None, captions: Any, reference: Any, schemes: Sequence[str] = TRUSTED
-) -> ShardSource | None:
-    if val is None:
-        return None
-    return ShardSource.of("val", shards=val, captions=captions, reference=reference, schemes=schemes)
 
 
 def choose_sources(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ipa.errors import UserError
 
@@ -42,10 +41,6 @@ class Rejected(Exception):
     def copy(self) -> Rejected:
         """Without a traceback, whose frames would keep the sample in memory."""
         return Rejected(self.reason, self.detail)
-
-
-def reasons(rejects: Iterable[Rejected]) -> Counter[str]:
-    return Counter(reject.reason for reject in rejects)
 
 
 class NoGoodSamples(UserError):

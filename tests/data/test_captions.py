@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 
 from ipa.data.addresses import Address
 from ipa.data.rejects import Rejected
-from ipa.data.shards.captions import Captions
-from ipa.data.shards.fields import Fields
+from ipa.data.shards.fields import Captions, Fields
 
 MEMBERS = {
     "txt": b" from the web\n",

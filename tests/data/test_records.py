@@ -13,7 +13,7 @@ from tars import DIRT, Members, good, png, write_tar
 
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
-from ipa.data.shards.captions import Captions
+from ipa.data.shards.fields import Captions
 from ipa.data.shards.filters import read_filters
 from ipa.data.shards.source import Layout, read_shard
 

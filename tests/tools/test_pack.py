@@ -19,8 +19,7 @@ from PIL import Image
 
 from ipa.data.images.transforms import open_picture
 from ipa.data.records import Record
-from ipa.data.shards.captions import read_texts
-from ipa.data.shards.fields import Fields
+from ipa.data.shards.fields import Fields, read_texts
 from ipa.data.shards.source import ShardSource
 from ipa.tools.pack import main
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ipa.data.addresses import DropRates
 from ipa.data.cache.format import WrongCache
 from ipa.data.cache.preparation import CachedPreparation
 from ipa.data.cache.source import CacheSource
-from ipa.data.datamodule import UNSIZED, ShardDataModule, Shards, StreamDataModule, read_held_out
+from ipa.data.datamodule import ShardDataModule, Shards, StreamDataModule
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets, FixedBuckets
-from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.transforms import Background
 from ipa.data.order.sequence import Order
 from ipa.data.shards.names import TRUSTED
@@ -33,7 +31,7 @@ class CachedDataModule(StreamDataModule):
 
     Either ``train`` names shards, or ``caches`` has several sources by name, each with ``shards`` and ``weight``. The
     cache fixes how pictures are cropped: ``crop``, ``reference_fit``, ``buckets`` and ``background`` must be the same,
-    the last two only if they are given. Validation reads pictures, as ``ShardDataModule`` does.
+    the last two only if they are given. ``options`` are those of ``StreamDataModule``; validation reads pictures.
     """
 
     def __init__(
@@ -42,35 +40,22 @@ class CachedDataModule(StreamDataModule):
         val: Shards | None = None,
         *,
         caches: Mapping[str, Mapping[str, Any]] | None = None,
-        captions: Any = "txt",
-        reference: Any = None,
         crop: str = "center",
-        reference_fit: str = "crop",
         augment: Augmentation | None = None,
         buckets: Any = None,
         background: Background | None = None,
-        drops: DropRates | None = None,
-        max_pixels: int = 100_000_000,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
-        **loading: Any,
+        **options: Any,
     ) -> None:
         refuse_random(crop, augment, background)
         sources = open_caches(train, caches or {}, schemes)
-        self.header = sources[0].header
-        images = ImagePreparation(
-            *UNSIZED,
-            drops or DropRates(),
-            background or Background(),
-            max_pixels,
-            reference_fit=reference_fit,
-        )
-        held_out = read_held_out(val, captions, reference, schemes)
-        super().__init__(Order(sources, seed, window), held_out, images, **loading)
-        self.bucket_sizes = buckets
-        asked = {"crop": crop, "reference_fit": reference_fit}
-        self.require("choices", asked if background is None else asked | {"background": only_colour(background)})
+        self.header, self.bucket_sizes = sources[0].header, buckets
+        super().__init__(Order(sources, seed, window), val, schemes=schemes, background=background, **options)
+        self.require("choices", {"crop": crop, "reference_fit": self.reference_fit})
+        if background is not None:
+            self.require("choices", {"background": only_colour(background)})
 
     def fit_to(self, *, image_size_px: int, reference_size_px: int, latent_shape: Sequence[int]) -> None:
         """Check the sizes of the loaded models; raises ``WrongCache`` if the cache was made with others."""

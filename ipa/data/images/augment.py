@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ipa.data.addresses import Address
-from ipa.data.images.transforms import Opened, Size, covering, fit_reference
+from ipa.data.images.transforms import Opened, Size, covering
 from ipa.errors import UserError
 
 MAX_STRETCH = math.log(4 / 3)  # of a crop's aspect ratio relative to the picture's
@@ -47,16 +47,11 @@ class Augmentation:
         side_px = math.ceil(size_px / math.sqrt(self.area) * math.exp(stretch_room(self.area)))
         return side_px, side_px
 
-    def reference(self, picture: Opened, size_px: int, fit: str, address: Address) -> Tensor:
-        """uint8 reference_3HW, augmented; see ``fit_reference``."""
-        if self.area < 1:
-            picture = self.part(picture.version_for(covering(picture.size, self.need(size_px))), address)
-        reference_3HW = fit_reference(picture, size_px, fit)
-        if self.flip and address.uniform("reference flip") < self.flip:
-            reference_3HW = reference_3HW.flip(-1)
-        return self.coloured(reference_3HW, address)
-
-    def part(self, picture: Opened, address: Address) -> Opened:
+    def crop(self, picture: Opened, need: Size, address: Address) -> Opened:
+        """A random part of the picture, large enough for ``need``."""
+        if self.area == 1:
+            return picture
+        picture = picture.version_for(covering(picture.size, need))
         share = self.area + (1 - self.area) * address.uniform("reference crop area")
         stretch = stretch_room(share) * (2 * address.uniform("reference crop shape") - 1)
         whole = [int(side) for side in picture.span]
@@ -67,7 +62,10 @@ class Augmentation:
         pixels_3HW = picture.pixels_3HW[:, top : top + height, left : left + width]
         return Opened(pixels_3HW, (width, height), (width, height))
 
-    def coloured(self, reference_3HW: Tensor, address: Address) -> Tensor:
+    def change(self, reference_3HW: Tensor, address: Address) -> Tensor:
+        """Random flip and colours."""
+        if self.flip and address.uniform("reference flip") < self.flip:
+            reference_3HW = reference_3HW.flip(-1)
         if not (self.brightness or self.contrast or self.saturation):
             return reference_3HW
 

@@ -38,14 +38,12 @@ class Buckets:
     sizes: tuple[Size, ...]
 
     @classmethod
-    def of(cls, values: Any, edge_px: int, step_px: int | None = None) -> Self:
-        """``sdxl``: SDXL's list for this edge, in steps of ``step_px``; or a list of [width, height]. Raises UserError.
+    def of(cls, values: Any, edge_px: int) -> Self:
+        """``sdxl``: SDXL's list for this edge, in steps of 64 px from 512 px on, and smaller steps below.
 
-        The default step is 64 px for edges from 512 px on, and smaller for smaller edges.
+        Or a list of [width, height]. Raises UserError.
         """
-        step_px = step_px or min(64, max(MULTIPLE_PX, edge_px // 64 * MULTIPLE_PX))
-        if step_px < 1 or step_px % MULTIPLE_PX:
-            raise UserError(f"the step of buckets is a multiple of {MULTIPLE_PX} px, not {step_px}")
+        step_px = min(64, max(MULTIPLE_PX, edge_px // 64 * MULTIPLE_PX))
         if values == "sdxl":
             return cls(ordered(scaled((width, height), edge_px, step_px) for height, width in SDXL))
         if not isinstance(values, Sequence) or isinstance(values, str) or not values or not all(map(is_size, values)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
-from ipa.data.images.transforms import Background, Size, cover, cut_corner, fit_named, open_picture
+from ipa.data.images.transforms import Background, Size, cover, cut_corner, fit_named, fit_reference, open_picture
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
 from ipa.errors import UserError
@@ -37,16 +37,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """Image preprocessing: edge of target and reference, size of the latents (C, H, W), drops, background.
+    """Image preprocessing: edge of target and reference, size of the latents (C, H, W; all 0 if unknown yet), drops.
 
     Pictures of more than ``max_pixels`` are rejected before they are decoded; ``headroom`` is that of ``open_picture``.
     ``crop`` is the target's. The reference is cropped independently, in the way that its encoder expects
     (``reference_fit``); ``augment`` changes only the reference.
     """
 
-    image_size_px: int
-    reference_size_px: int
-    latent_shape: tuple[int, int, int]
+    image_size_px: int = 0
+    reference_size_px: int = 0
+    latent_shape: tuple[int, int, int] = (0, 0, 0)
     drops: DropRates = field(default_factory=DropRates)
     background: Background = field(default_factory=Background)
     max_pixels: int = 100_000_000
@@ -80,9 +80,12 @@ class ImagePreparation:
             chosen = record.references[int(address.uniform("reference") * len(record.references))]
             shown = open_picture(chosen, colour, self.max_pixels, [need], self.headroom)
         place = self.place(address)
+        reference_3HW = fit_reference(
+            self.augment.crop(shown, need, address), self.reference_size_px, self.reference_fit
+        )
         return Sample(
             cover(picture, target, place),
-            self.augment.reference(shown, self.reference_size_px, self.reference_fit, address),
+            self.augment.change(reference_3HW, address),
             size_condition(picture.size, target, place),
             address.choose("caption", record.captions),
             record,

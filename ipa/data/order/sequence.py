@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, count, dropwhile, islice
@@ -22,7 +23,7 @@ from ipa.data.addresses import Address, Item, digest, permuted, uniform_at
 from ipa.data.images.buckets import Buckets
 from ipa.data.order.lanes import Lane
 from ipa.data.records import Record, Size, Source
-from ipa.data.rejects import BROKEN_TAR, Rejected, no_good_samples, reasons
+from ipa.data.rejects import BROKEN_TAR, Rejected, no_good_samples
 from ipa.types import LanePlace, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,10 @@ def attach_rejects(
             yield held
         if found is not None:
             held = (number, found)
+
+
+def reasons(rejects: Iterable[Rejected]) -> Counter[str]:
+    return Counter(reject.reason for reject in rejects)
 
 
 def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

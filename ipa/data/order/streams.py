@@ -27,9 +27,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ipa.data.order.lanes import Lanes, Share
-from ipa.data.order.sequence import Order, Slot, chunks
+from ipa.data.order.sequence import Order, Slot, chunks, reasons
 from ipa.data.records import Preparation, Size, Source
-from ipa.data.rejects import Rejected, no_good_samples, reasons
+from ipa.data.rejects import Rejected, no_good_samples
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 log = logging.getLogger(__name__)

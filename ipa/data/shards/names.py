@@ -157,25 +157,19 @@ def names_in(folder: str) -> frozenset[str]:
 
 
 def explain(entry: str, missing: Sequence[str], asked: int) -> str:
-    """What was looked for, where, what is there, and what to do."""
-    folder, name = (missing[0], "") if os.path.isdir(missing[0]) else os.path.split(missing[0])
+    """What was looked for, what the nearest existing folder holds (names like the wanted one first), what to do."""
     what = f"no such shard: '{entry}'"
     if asked > 1:
         what = f"{len(missing)} of the {asked} shards of '{entry}' are missing: {some(missing)}"
-    return f"{what}. {what_is_in(folder, name)} {WAYS}"
-
-
-def what_is_in(folder: str, wanted: str) -> str:
-    """The nearest folder that exists and what it holds, with the names most like ``wanted`` first."""
-    looked = os.path.abspath(folder)
-    if not os.path.isdir(looked):
-        parent = os.path.dirname(looked)
-        return f"The folder {looked} does not exist. " + what_is_in(parent, os.path.basename(looked))
-    names = sorted(names_in(looked))
-    if not names:
-        return f"The folder {looked} is empty."
+    path = os.path.abspath(missing[0])
+    folder, wanted = (path, "") if os.path.isdir(path) else os.path.split(path)
+    while not os.path.isdir(folder):
+        what += f". The folder {folder} does not exist"
+        folder, wanted = os.path.split(folder)
+    names = sorted(names_in(folder))
     near = difflib.get_close_matches(wanted, names, n=3)
-    return f"The folder {looked} holds {some(near + [name for name in names if name not in near])}."
+    shown = some(near + [name for name in names if name not in near]) if names else "nothing"
+    return f"{what}. The folder {folder} holds {shown}. {WAYS}"
 
 
 def some(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from ipa.data.shards.names import is_remote, scheme_of
+from ipa.data.shards.names import REMOTE
 
 READER_LEFT = [-13, 23, 141]  # exit codes of a program, curl and a shell whose output nobody reads any more
 EXIT_TIMEOUT_S = 60
@@ -26,8 +26,8 @@ EXIT_TIMEOUT_S = 60
 def open_shard(shard: str) -> IO[bytes]:
     """Raises OSError. Close it with ``close_shard``."""
     try:
-        if scheme_of(shard) == "file":
-            shard = url2pathname(urlparse(shard).path) if is_remote(shard) else os.path.abspath(shard)
+        if not REMOTE.match(shard) or shard.startswith("file:"):
+            shard = url2pathname(urlparse(shard).path) if REMOTE.match(shard) else os.path.abspath(shard)
             if os.path.exists(shard) and not os.path.isfile(shard):
                 raise OSError("it is no regular file")  # reading a named pipe may never end
         return cast(IO[bytes], gopen(shard))

@@ -18,8 +18,7 @@ from webdataset.tariterators import group_by_keys
 from ipa.data.addresses import digest
 from ipa.data.records import Record
 from ipa.data.rejects import BROKEN_TAR, DUPLICATE_KEY, NO_REFERENCE, Rejected
-from ipa.data.shards.captions import Captions, is_extension, is_weight
-from ipa.data.shards.fields import Fields
+from ipa.data.shards.fields import Captions, Fields, is_extension, is_weight
 from ipa.data.shards.filters import Filter, as_list, read_filters
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.tar import read_members

@@ -75,58 +75,49 @@ def exit_message(file: IO[bytes] | None, error: BaseException) -> str:
 
 
 class Forward:
-    """A file that is read forwards only; ``begin`` are bytes that were read before."""
+    """A file that is read forwards only; ``begin`` are bytes that were read before.
 
-    def __init__(self, file: IO[bytes], begin: bytes = b"") -> None:
-        self.file, self.begin, self.position = file, begin, 0
+    With ``compressed``, the archive that the file is decompressed from, a decompression bomb raises before it is large.
+    """
+
+    def __init__(self, file: Any, begin: bytes = b"", compressed: Forward | None = None) -> None:
+        self.file, self.begin, self.compressed, self.position = file, begin, compressed, 0
 
     def tell(self) -> int:
         return self.position
 
     def read(self, size: int) -> bytes:
         """Fewer bytes than ``size`` only at the end of the file."""
-        if self.begin:
-            data, self.begin = self.begin[:size], self.begin[size:]
-        else:
-            data = self.file.read(min(size, CHUNK_BYTES))
+        data = self.some(size)
         if len(data) < size:
             data = b"".join([data, *self.chunks(size - len(data))])
-        self.position += len(data)
         return data
-
-    def chunks(self, size: int) -> Iterator[bytes]:
-        """A damaged header may ask for any number of bytes."""
-        while size and (part := self.file.read(min(size, CHUNK_BYTES))):
-            size -= len(part)
-            yield part
 
     def skip(self, size: int) -> int:
         """Read without keeping; fewer bytes than ``size`` only at the end of the file."""
-        skipped = 0
-        while skipped < size and (data := self.read(min(CHUNK_BYTES, size - skipped))):
-            skipped += len(data)
-        return skipped
+        return sum(map(len, self.chunks(size)))
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """A damaged header may ask for any number of bytes."""
+        while size and (data := self.some(size)):
+            size -= len(data)
+            yield data
+
+    def some(self, size: int) -> bytes:
+        """At least one byte, except at the end of the file."""
+        data, self.begin = self.begin[:size], self.begin[size:]
+        data = data or self.file.read(min(size, CHUNK_BYTES))
+        self.position += len(data)
+        if self.compressed and self.position > UNCHECKED_BYTES + MAX_EXPANSION * self.compressed.position:
+            raise tarfile.ReadError(f"it expands to over {MAX_EXPANSION} times its size after {self.position:,} bytes")
+        return data
 
 
 def uncompressed(file: Forward) -> Forward:
     """The archive inside gzip, bzip2 or xz, recognised by its first bytes; other files as they are."""
-    file = Forward(cast(IO[bytes], file), file.read(tarfile.BLOCKSIZE))
+    file = Forward(file, file.read(tarfile.BLOCKSIZE))
     opens = [opener for magic, opener in COMPRESSIONS if magic.match(file.begin)]
-    return Forward(cast(IO[bytes], Expanding(opens[0](file), file))) if opens else file
-
-
-class Expanding:
-    """The content of a compressed archive; a decompression bomb raises before it is large."""
-
-    def __init__(self, content: Any, archive: Forward) -> None:
-        self.content, self.archive, self.expanded = content, archive, 0
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self.content.read(size)
-        self.expanded += len(data)
-        if self.expanded > UNCHECKED_BYTES + MAX_EXPANSION * self.archive.tell():
-            raise tarfile.ReadError(f"it expands to over {MAX_EXPANSION} times its size after {self.expanded:,} bytes")
-        return data
+    return Forward(opens[0](file), compressed=file) if opens else file
 
 
 class Unxz:
