@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
 from ipa.contracts import AdapterKind, DenoiserCall, Family, ImageEncoder, TokenHead
-from ipa.data.transforms import fit_named
+from ipa.data.images.transforms import fit_named
 from ipa.errors import UserError
 from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, TextInputs, to_unit_range
 from ipa.weights import hash_weights

@@ -15,11 +15,13 @@ import torch
 from tars import good, png, write_tar
 
 from ipa.cli import refuse_pickles
-from ipa.data import members as members_module
-from ipa.data.members import read_members
-from ipa.data.records import Layout, Record, read_shard
+from ipa.data.records import Record
 from ipa.data.rejects import TOO_LARGE, UNSAFE_MEMBER, Rejected
-from ipa.data.shards import NoShards, expand_shards, open_shard
+from ipa.data.shards import tar as tar_module
+from ipa.data.shards.names import NoShards, expand_shards
+from ipa.data.shards.opening import close_shard, open_shard
+from ipa.data.shards.source import Layout, read_shard
+from ipa.data.shards.tar import Member, read_members
 from ipa.families.sources import check_libraries
 
 BY_HAND, MUTATED = 8, 3  # cases of each kind in the default suite
@@ -133,18 +135,18 @@ def test_nothing_of_an_archive_is_written_to_disk(tmp_path: Path) -> None:
 
 
 def test_what_is_larger_than_any_picture_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(members_module, "LARGEST", 5000)
+    monkeypatch.setattr(tar_module, "MAX_MEMBER_BYTES", 5000)
     shard = write_tar(tmp_path / "00000.tar", [("a.jpg", bytes(5001)), ("a.txt", b"a"), *good("b")])
     found = list(read_members(shard))
 
-    assert [member.refused.reason for member in found if member.refused] == [TOO_LARGE]
-    assert [member.key for member in found if member.key] == ["a", "b", "b", "b"]
+    assert [each.reason for each in found if isinstance(each, Rejected)] == [TOO_LARGE]
+    assert [each.name for each in found if isinstance(each, Member)] == ["a.txt", "b.json", "b.txt", "b.png"]
 
 
 def test_a_pipe_that_is_named_like_a_shard_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "00000.tar")
     (end,) = read_members(str(tmp_path / "00000.tar"))
-    assert end.broken is not None and "no regular file" in end.broken.detail
+    assert isinstance(end, Rejected) and "no regular file" in end.detail
 
 
 # addresses
@@ -195,7 +197,7 @@ def test_a_name_is_no_command(start: str, injected: str, programs: Path, tmp_pat
     name = start + injected.format(canary) + ".tar"
     (shard,) = expand_shards(name, ["https", "http", "s3", "gs", "ais"])
 
-    assert [member.key for member in read_members(shard)] == ["a", "a"]
+    assert [member.name for member in read_members(shard)] == ["a.png", "a.txt"]
     assert not canary.exists()
     assert name in programs.read_text().replace('\\"', '"')
 
@@ -205,7 +207,7 @@ def test_an_address_adds_no_option_and_others_do_not_see_it(programs: Path) -> N
         expand_shards('https://host/0.tar"\noutput = "/tmp/x')
     with pytest.raises(NoShards, match="characters that no address has"):
         expand_shards("https://host/\x0b0.tar")
-    open_shard("https://host/0.tar?token=abc").close()
+    close_shard(open_shard("https://host/0.tar?token=abc"))
     words, _, config = programs.read_text().partition("url = ")
     assert "token" not in words and config.startswith('"https://host/0.tar?token=abc"')
     assert "--proto\n=https\n" in words

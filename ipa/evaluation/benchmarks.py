@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ipa.data.addresses import digest
-from ipa.data.order import Order
+from ipa.data.images.transforms import Opened, open_picture, read_picture
+from ipa.data.order.sequence import Order
 from ipa.data.records import Record
-from ipa.data.shards import TRUSTED
-from ipa.data.sources import Source
-from ipa.data.transforms import Opened, open_picture, read_picture
+from ipa.data.shards.names import TRUSTED
+from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
 from ipa.evaluation.items import Item
 from ipa.files import PICTURE_EXTENSIONS
@@ -36,7 +36,7 @@ class ShardBenchmark:
         schemes: Sequence[str] = TRUSTED,
     ) -> None:
         self.name, self.limit = name, limit
-        self.source = Source.of(name, shards=shards, captions=captions, option="benchmark", schemes=schemes)
+        self.source = ShardSource.of(name, shards=shards, captions=captions, option="benchmark", schemes=schemes)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ipa.data.transforms import to_tensor
+from ipa.data.images.transforms import to_tensor
 from ipa.errors import UserError
 from ipa.evaluation.items import Benchmark, Item, Task
 from ipa.evaluation.methods.method import Method, Prompt

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
-from ipa.data.transforms import FITS
+from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.errors import UserError
 from ipa.export.adapter_file import identify_file, make_head

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ipa.data.datamodule import ShardDataModule
-from ipa.data.lanes import Lane
-from ipa.data.order import Slot
+from ipa.data.images.preparation import Sample
+from ipa.data.order.lanes import Lane
+from ipa.data.order.sequence import Slot
 from ipa.data.rejects import Rejected
-from ipa.data.samples import Sample
 from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.training.parts import read_widths

@@ -61,7 +61,7 @@ def sample(options: Any) -> Path:
     """Generate and write the picture; returns its path. Raises UserError with a message for the user."""
     check_options(options)
     quiet_libraries()
-    from ipa.data.transforms import read_picture
+    from ipa.data.images.transforms import read_picture
     from ipa.export.loading import load_model
 
     pictures = [read_picture(Path(path)) for path in options.image]
@@ -88,7 +88,7 @@ def generate_row(model: Any, pictures: list[Any], options: Any) -> Path:
     import torch
     from PIL import Image
 
-    from ipa.data.transforms import fit_reference
+    from ipa.data.images.transforms import fit_reference
     from ipa.files import write_atomically
     from ipa.sampling import SamplingOptions, generate
     from ipa.types import to_uint8

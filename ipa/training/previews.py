@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ipa.data.lanes import Share
-from ipa.data.transforms import cover, fit_reference, read_picture
+from ipa.data.images.transforms import cover, fit_reference, read_picture
+from ipa.data.order.lanes import Share
 from ipa.distributed import rank_and_world, send_to_first
 from ipa.errors import UserError
 from ipa.files import PICTURE_EXTENSIONS, write_atomically

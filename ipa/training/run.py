@@ -24,7 +24,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from ipa.data.cache import WrongCache
+from ipa.data.cache.format import WrongCache
 from ipa.data.rejects import NoGoodSamples
 from ipa.errors import UserError, brief
 from ipa.export.loading import load_into

@@ -17,11 +17,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from ipa.data.captions import read_texts
-from ipa.data.fields import Fields
+from ipa.data.images.transforms import open_picture
 from ipa.data.records import Record
-from ipa.data.sources import Source
-from ipa.data.transforms import open_picture
+from ipa.data.shards.fields import Fields, read_texts
+from ipa.data.shards.source import ShardSource
 from ipa.tools.pack import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +67,7 @@ def photos(tmp_path: Path) -> Path:
 
 def records(out: Path | str, **layout: object) -> list[Record]:
     """What training reads; it must not reject anything."""
-    source = Source.of("packed", shards=str(out), **layout)
+    source = ShardSource.of("packed", shards=str(out), **layout)
     found = [record for shard in source.shards for record in source.read(shard)]
     assert all(isinstance(record, Record) for record in found), found
     return found

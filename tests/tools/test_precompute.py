@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ipa.data.addresses import Address
-from ipa.data.cache import Header, WrongCache
+from ipa.data.cache.format import Header, WrongCache
 from ipa.data.records import Record
 from ipa.errors import UserError
 from ipa.tools.precomputing.claims import Claims, in_turn, read_share
@@ -311,11 +311,14 @@ def test_shares_that_there_are_not_are_refused(rank: int | None, world: int | No
 RANDOM = [
     ("data.crop=random", r"data\.crop=random \(say center\)"),
     (
-        "data.background={_target_:ipa.data.transforms.Background,white:0.5,colours:[red]}",
+        "data.background={_target_:ipa.data.images.transforms.Background,white:0.5,colours:[red]}",
         r"data\.background, white=0\.5",
     ),
-    ("data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red,blue]}", r"data\.background"),
-    ("++data.augment={_target_:ipa.data.augment.Augmentation,flip:0.5}", r"data\.augment=.*flip=0\.5"),
+    (
+        "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red,blue]}",
+        r"data\.background",
+    ),
+    ("++data.augment={_target_:ipa.data.images.augment.Augmentation,flip:0.5}", r"data\.augment=.*flip=0\.5"),
 ]
 
 
@@ -340,7 +343,7 @@ def test_random_choices_are_refused_by_name_in_training(
 
 
 def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
-    red = "data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red]}"
+    red = "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red]}"
     out = run(tmp_path / "out", *parts, red)
     assert Header.of_shard(str(out / "00000.tar")).choices["background"] == "red"
     for asked in (red, "data.background=null"):

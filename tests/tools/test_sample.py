@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ipa.data.transforms import FITS
+from ipa.data.images.transforms import FITS
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel

@@ -10,7 +10,7 @@ import hydra
 import pytest
 from conftest import ROOT, Run, World, checkpoint, column
 
-from ipa.data.cache import CacheWriter, Header, WrongCache
+from ipa.data.cache.format import CacheWriter, Header, WrongCache
 from ipa.tools.precomputing.run import precompute
 
 

@@ -18,7 +18,7 @@ from conftest import EVERYTHING, Run, column
 from safetensors.torch import load_file
 from torch.profiler import record_function
 
-from ipa.data.stream import TrainStream
+from ipa.data.order.streams import TrainStream
 from ipa.training.profiling import FETCH, MODEL, REST, StepClock, StepProfile, by_part, plan_steps, table
 
 QUIET = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=100")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ipa.data.transforms import Opened, fit_reference
+from ipa.data.images.transforms import Opened, fit_reference
 from ipa.errors import UserError
 from ipa.sampling import SamplingOptions
 

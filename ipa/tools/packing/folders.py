@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ipa.data.fields import PICTURES
-from ipa.data.shards import ENDINGS
+from ipa.data.shards.fields import PICTURE_MEMBERS
+from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError
 
 # pictures that nothing here reads: told, so that they are not overlooked
@@ -50,12 +50,14 @@ class Folder:
         if not folder.pictures:
             shards = any(name.endswith(ENDINGS) for name in folder.files)
             hint = f". It holds shards: data.train={path} trains on them as they are" if shards else ""
-            raise UserError(f"{option}={path} holds no pictures, files that end with {', '.join(PICTURES)}{hint}")
+            raise UserError(
+                f"{option}={path} holds no pictures, files that end with {', '.join(PICTURE_MEMBERS)}{hint}"
+            )
         return folder
 
     @cached_property
     def pictures(self) -> list[str]:
-        return [name for name in self.files if ending(name) in PICTURES]
+        return [name for name in self.files if ending(name) in PICTURE_MEMBERS]
 
     @cached_property
     def unread(self) -> list[str]:

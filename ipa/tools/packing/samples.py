@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ipa.data.fields import open_header, picture_size
+from ipa.data.images.transforms import open_header, picture_size
 from ipa.data.rejects import BROKEN_PICTURE, Rejected
 from ipa.tools.packing.folders import Stamp, ending
 

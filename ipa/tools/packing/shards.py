@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ipa.data.rejects import Rejected
-from ipa.data.shards import ENDINGS
+from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.tools.packing.folders import examples

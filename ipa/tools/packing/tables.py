@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ipa.data.captions import is_unicode
+from ipa.data.shards.fields import is_unicode
 from ipa.errors import UserError
 
 PATHS = ("file_name", "path", "image")

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ipa.data.addresses import Address
+from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
-from ipa.data.samples import Preparation, Sample
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Decoded:
 class Decoding(Dataset[Decoded]):
     """A task is its own index. The records come back without their pictures."""
 
-    def __init__(self, preparation: Preparation) -> None:
+    def __init__(self, preparation: ImagePreparation) -> None:
         self.preparation = preparation
 
     def __getitem__(self, task: Task) -> Decoded:

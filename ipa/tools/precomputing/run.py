@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ipa.data.cache import NAMES, Header
-from ipa.data.cached import frozen_choices
+from ipa.data.cache.datamodule import frozen_choices
+from ipa.data.cache.format import DTYPES, Header
 from ipa.data.datamodule import ShardDataModule
+from ipa.data.images.preparation import ImagePreparation
 from ipa.data.records import Record
-from ipa.data.samples import Preparation
-from ipa.data.shards import is_remote, some
+from ipa.data.shards.names import is_remote, some
 from ipa.errors import UserError
 from ipa.model import fingerprints
 from ipa.tools.precomputing.claims import Claims, read_share
@@ -41,7 +41,7 @@ KEPT = {"pooled": "pooled", "patches": "reference"}
 
 
 class Encoding:
-    """The frozen parts on their device: decoded pictures → what is kept of each, under the names of ``NAMES``.
+    """The frozen parts on their device: decoded pictures → what is kept of each, under the names of ``DTYPES``.
 
     ``kept`` says what of the reference: pooled embedding, reference, or both.
     """
@@ -62,7 +62,7 @@ class Encoding:
             found["pooled_E"] = self.encoder.encode(self.pixels(decoded.reference_B3HW), "pooled").pooled_BE
         if "reference" in self.kept:
             found["reference_3HW"] = decoded.reference_B3HW
-        return {name: tensor.to(NAMES[name]) for name, tensor in found.items()}
+        return {name: tensor.to(DTYPES[name]) for name, tensor in found.items()}
 
     def pixels(self, image_B3HW: Tensor) -> Tensor:
         return to_unit_range(image_B3HW.to(self.device, non_blocking=True))
@@ -75,8 +75,11 @@ class Encoding:
         check_finite(arrived, records)
         numbers = [len(record.captions) for record in records]
         texts = [text for record in records for text, _ in record.captions]
-        ids = self.family.prepare_text(texts)["ids"].unsqueeze(1).split(numbers)
-        return [{name: x[i] for name, x in arrived.items()} | {"ids_MNL": ids[i]} for i in range(len(records))]
+        prepared = {f"text.{name}": x.split(numbers) for name, x in self.family.prepare_text(texts).items()}
+        return [
+            {name: x[i] for name, x in arrived.items()} | {name: rows[i] for name, rows in prepared.items()}
+            for i in range(len(records))
+        ]
 
 
 def check_finite(tensors: dict[str, Tensor], records: Sequence[Record]) -> None:
@@ -102,7 +105,7 @@ def precompute(cfg: DictConfig) -> None:
     headers = make_headers(data, sizes, fingerprints(family, encoder))
     plan = Plan(data.train_order, headers, Path(cfg.out), claims, cfg.batch_size)
     encoding = Encoding(family, encoder, kept, to_device(cfg.device, os.environ))
-    report(plan, make(plan, encoding, make_loader(plan, data.train_preparation(), cfg.num_workers)))
+    report(plan, make(plan, encoding, make_loader(plan, data.images, cfg.num_workers)))
 
 
 def check_options(cfg: DictConfig) -> None:
@@ -159,7 +162,7 @@ def make_headers(data: ShardDataModule, sizes: dict[str, Any], found: dict[str, 
     return {each.name: Header(each.name, found, frozen_choices(data, each.layout), sizes) for each in sources}
 
 
-def make_loader(plan: Plan, preparation: Preparation, num_workers: int | None) -> DataLoader[Decoded]:
+def make_loader(plan: Plan, preparation: ImagePreparation, num_workers: int | None) -> DataLoader[Decoded]:
     """Decoded tasks in the plan's order. Workers start before the first claim, which they would otherwise share."""
     if num_workers is None:
         num_workers = min(8, len(os.sched_getaffinity(0)))

@@ -11,11 +11,12 @@ from typing import IO
 
 from torch import Tensor
 
-from ipa.data.cache import CacheWriter, Header, WrongCache
-from ipa.data.order import Order, Slot, Source, chunks
-from ipa.data.records import Record
+from ipa.data.cache.format import CacheWriter, Header, WrongCache
+from ipa.data.cache.source import read_header
+from ipa.data.order.sequence import Order, Slot, chunks
+from ipa.data.records import Record, Source
 from ipa.data.rejects import BROKEN_TAR, Rejected
-from ipa.data.shards import is_remote, shard_name
+from ipa.data.shards.names import is_remote, shard_name
 from ipa.errors import UserError
 from ipa.tools.precomputing.claims import Claim, Claims, tidy
 from ipa.tools.precomputing.decoding import Decoded, Task
@@ -132,7 +133,7 @@ class Plan:
         """Raises ``WrongCache`` when what is there was made in another way."""
         if not path.exists():
             return False
-        differences = Header.of_shard(str(path)).differences(self.headers[source.name])
+        differences = read_header(str(path)).differences(self.headers[source.name])
         if differences:
             raise WrongCache(
                 f"{path} is there already, made in another way: {'; '.join(differences)}. Give another out=, or remove "

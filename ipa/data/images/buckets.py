@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: sizes of about the same area that pictures are cut to, one size for a batch.
+"""Aspect-ratio buckets: sizes of about the same area that pictures are cropped to, one size per batch.
 
 Podell et al. 2023 (SDXL), section 2.3: data are partitioned by aspect ratio, pixel counts stay as close to 1024² as
-multiples of 64 px allow, and a batch is made of pictures from one bucket.
+multiples of 64 px allow, and a batch has pictures of one bucket.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Self
 
+from ipa.data.images.transforms import Size
 from ipa.errors import UserError
 
-Size = tuple[int, int]
 Group = tuple[list[int], int]
 
 # Podell et al. 2023, appendix I: all (height, width) of SDXL's training. It has 704 × 1344, but not 1344 × 704.
@@ -28,7 +28,7 @@ SDXL = (
 )
 # fmt: on
 SDXL_EDGE_PX = 1024
-MULTIPLE_PX = 8  # a VAE of Stable Diffusion halves three times
+MULTIPLE_PX = 8  # a VAE of Stable Diffusion halves the size three times
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Buckets:
     sizes: tuple[Size, ...]
 
     @classmethod
-    def of(cls, values: Any, edge_px: int, step_px: int | None = None) -> Self:
-        """``sdxl``: SDXL's list at this edge, in steps of ``step_px``; or a list of [width, height] as they are.
+    def of(cls, values: Any, edge_px: int) -> Self:
+        """``sdxl``: SDXL's list for this edge, in steps of 64 px from 512 px on, and smaller steps below.
 
-        Steps are 64 px from 512 px on, and less for less, unless they are given. Raises UserError.
+        Or a list of [width, height]. Raises UserError.
         """
-        step_px = step_px or min(64, max(MULTIPLE_PX, edge_px // 64 * MULTIPLE_PX))
-        if step_px < 1 or step_px % MULTIPLE_PX:
-            raise UserError(f"the step of buckets is a multiple of {MULTIPLE_PX} px, not {step_px}")
+        step_px = min(64, max(MULTIPLE_PX, edge_px // 64 * MULTIPLE_PX))
         if values == "sdxl":
             return cls(ordered(scaled((width, height), edge_px, step_px) for height, width in SDXL))
         if not isinstance(values, Sequence) or isinstance(values, str) or not values or not all(map(is_size, values)):
@@ -56,7 +54,7 @@ class Buckets:
         return cls(ordered((width, height) for width, height in values))
 
     def nearest(self, size: Size | None) -> Size:
-        """The bucket with the nearest aspect ratio (in logarithms), to a square's if the size is not known."""
+        """The bucket with the nearest aspect ratio (in logarithms); an unknown size counts as square."""
         return self.sizes[self.index(size)]
 
     def index(self, size: Size | None) -> int:
@@ -72,7 +70,7 @@ class Buckets:
 
 
 class FixedBuckets(Buckets):
-    """For pictures that are already cut to their buckets: none is put into another, which makes some more groups."""
+    """For pictures that are already cropped: none is moved to another bucket, which gives some more groups."""
 
     def arrange(self, sizes: Sequence[Size | None], group: int) -> list[tuple[list[int], Size]]:
         return self.named(arrange([self.index(size) for size in sizes], group, cut_apart))
@@ -90,7 +88,7 @@ def is_size(value: Any) -> bool:
 
 
 def scaled(size: Size, edge_px: int, step_px: int) -> Size:
-    """SDXL's ``size`` for another edge: of the four nearest in steps the one with the best proportions and area."""
+    """SDXL's ``size`` for another edge: of the four nearest sizes the one with the best aspect ratio and area."""
     exact = [side * edge_px / SDXL_EDGE_PX for side in size]
     sides = [(max(1, math.floor(side / step_px)), math.ceil(side / step_px)) for side in exact]
 
@@ -114,7 +112,7 @@ def cut_apart(buckets: Sequence[int], rest: list[int], group: int) -> list[Group
 
 
 def filled(piece: list[int], group: int) -> list[int]:
-    """As many as a group has: the piece's own, over again."""
+    """The piece, repeated until the group is full."""
     return [piece[i % len(piece)] for i in range(group)]
 
 
@@ -123,10 +121,10 @@ def arrange(
     group: int,
     cut_rest: Callable[[Sequence[int], list[int], int], list[Group]] = cut_mixed,
 ) -> list[Group]:
-    """Cut records, told by their ``buckets``, into groups of ``group`` indices, and say the bucket of each.
+    """Records, given by their ``buckets`` → groups of ``group`` indices, with the bucket of each.
 
-    First whole groups of every bucket in the given order, then what ``cut_rest`` makes of the others. The groups
-    follow each other as their first records do, not by bucket. Every record is there at least once.
+    Every bucket gives whole groups in the given order; ``cut_rest`` groups the others. The groups are sorted by their
+    first records, not by bucket. Every record occurs at least once.
     """
     members: dict[int, list[int]] = {}
     for index, bucket in enumerate(buckets):

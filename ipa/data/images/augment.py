@@ -1,8 +1,6 @@
-"""Optional changes of the reference, and of it alone, so that the adapter cannot learn to copy the picture.
+"""Optional augmentation of the reference only, so that the adapter cannot learn to copy the picture.
 
-    data.augment._target_=ipa.data.augment.Augmentation data.augment.area=0.5 data.augment.flip=0.5
-
-Every draw has the sample's own address.
+'data.augment={_target_: ipa.data.images.augment.Augmentation, area: 0.5, flip: 0.5}'
 """
 
 from __future__ import annotations
@@ -14,21 +12,19 @@ import torch
 from torch import Tensor
 
 from ipa.data.addresses import Address
-from ipa.data.draws import uniform
-from ipa.data.transforms import Opened, Size, covering, fit_reference
+from ipa.data.images.transforms import Opened, Size, covering
 from ipa.errors import UserError
 
-STRETCH = math.log(4 / 3)  # of a crop's proportions against the picture's, at most
+MAX_STRETCH = math.log(4 / 3)  # of a crop's aspect ratio relative to the picture's
 GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop, flip and colours; the defaults change nothing.
+    """Random crop, flip and colour jitter; the defaults change nothing.
 
-    The reference is made from a random part of the picture, with at least the share ``area`` of its area and about its
-    proportions; ``flip`` is the probability of a mirror image. Brightness, contrast and saturation are multiplied by
-    1 ± at most the number that is given.
+    The crop has at least the fraction ``area`` of the picture's area and about its aspect ratio; ``flip`` is the
+    probability of a horizontal flip. Brightness, contrast and saturation are multiplied by 1 ± the given number.
     """
 
     area: float = 1.0
@@ -47,36 +43,34 @@ class Augmentation:
                 raise UserError(f"data.augment.{field.name}={getattr(self, field.name)}: from 0 (as it is) to 1")
 
     def need(self, size_px: int) -> Size:
-        """What ``open_picture`` is to be told, so that the smallest part has pixels enough for this edge."""
+        """What ``open_picture`` needs to know, so that the smallest crop has enough pixels for this edge."""
         side_px = math.ceil(size_px / math.sqrt(self.area) * math.exp(stretch_room(self.area)))
         return side_px, side_px
 
-    def reference(self, picture: Opened, size_px: int, fit: str, address: Address) -> Tensor:
-        """uint8 reference_3HW as ``fit_reference`` makes it, changed."""
-        if self.area < 1:
-            picture = self.part(picture.version_for(covering(picture.size, self.need(size_px))), address)
-        reference_3HW = fit_reference(picture, size_px, fit)
-        if uniform(address, "reference flip") < self.flip:
-            reference_3HW = reference_3HW.flip(-1)
-        return self.coloured(reference_3HW, address)
-
-    def part(self, picture: Opened, address: Address) -> Opened:
-        share = self.area + (1 - self.area) * uniform(address, "reference crop area")
-        stretch = stretch_room(share) * (2 * uniform(address, "reference crop shape") - 1)
+    def crop(self, picture: Opened, need: Size, address: Address) -> Opened:
+        """A random part of the picture, large enough for ``need``."""
+        if self.area == 1:
+            return picture
+        picture = picture.version_for(covering(picture.size, need))
+        share = self.area + (1 - self.area) * address.uniform("reference crop area")
+        stretch = stretch_room(share) * (2 * address.uniform("reference crop shape") - 1)
         whole = [int(side) for side in picture.span]
         shares = [math.sqrt(share) * math.exp(s) for s in (stretch, -stretch)]
         width, height = (max(1, round(side * part)) for side, part in zip(whole, shares, strict=True))
-        left = round(uniform(address, "reference crop x") * (whole[0] - width))
-        top = round(uniform(address, "reference crop y") * (whole[1] - height))
+        left = round(address.uniform("reference crop x") * (whole[0] - width))
+        top = round(address.uniform("reference crop y") * (whole[1] - height))
         pixels_3HW = picture.pixels_3HW[:, top : top + height, left : left + width]
         return Opened(pixels_3HW, (width, height), (width, height))
 
-    def coloured(self, reference_3HW: Tensor, address: Address) -> Tensor:
+    def change(self, reference_3HW: Tensor, address: Address) -> Tensor:
+        """Random flip and colours."""
+        if self.flip and address.uniform("reference flip") < self.flip:
+            reference_3HW = reference_3HW.flip(-1)
         if not (self.brightness or self.contrast or self.saturation):
             return reference_3HW
 
         def factor(name: str, most: float) -> float:
-            return 1 + most * (2 * uniform(address, f"reference {name}") - 1)
+            return 1 + most * (2 * address.uniform(f"reference {name}") - 1)
 
         pixels_3HW = reference_3HW.float() * factor("brightness", self.brightness)
         mean = grey(pixels_3HW).mean()
@@ -87,8 +81,8 @@ class Augmentation:
 
 
 def stretch_room(share: float) -> float:
-    """How much (in logarithms) a side of a part with this share of the area may differ from that of its proportions."""
-    return min(STRETCH, -math.log(share)) / 2
+    """How much (in logarithms) the sides of a crop with this share of the area may be stretched."""
+    return min(MAX_STRETCH, -math.log(share)) / 2
 
 
 def grey(pixels_3HW: Tensor) -> Tensor:

@@ -1,21 +1,19 @@
-"""Records → samples → batches: decode, cut, draw, stack."""
+"""Records of pictures → samples → batches: decode, crop, augment, draw, stack."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ipa.data.addresses import Address
-from ipa.data.augment import Augmentation
-from ipa.data.draws import DropRates, draw, uniform
+from ipa.data.addresses import Address, DropRates, draw
+from ipa.data.images.augment import Augmentation
+from ipa.data.images.transforms import Background, Size, cover, cut_corner, fit_named, fit_reference, open_picture
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
-from ipa.data.transforms import FITS, Background, cover, cut_corner, open_picture
 from ipa.errors import UserError
 from ipa.types import Batch, Position
 
@@ -24,9 +22,9 @@ CROPS = ("center", "random")
 
 @dataclass
 class Sample:
-    """A decoded record. ``address`` is where its draws are made: its own, unless it stands in for a broken one.
+    """A decoded record. ``address`` is where its draws are made: its own, unless it replaces a broken sample.
 
-    ``size_6`` tells how the target was cut, as in ``TextCondition``.
+    ``size_6`` describes the target's crop, as in ``TextCondition``.
     """
 
     image_3HW: Tensor
@@ -37,29 +35,18 @@ class Sample:
     address: Address
 
 
-class Prepares(Protocol):
-    """What turns records into samples of its own kind, and these into batches.
-
-    ``target`` is width and height of an aspect-ratio bucket, None without.
-    """
-
-    def sample(self, record: Record, address: Address, target: tuple[int, int] | None) -> Any: ...
-
-    def batch(self, samples: Sequence[Any], rejects: Counter[str], position: Position | None) -> Batch: ...
-
-
 @dataclass(frozen=True)
-class Preparation:
-    """What becomes of a record: edge of target and reference, size of the latents (C, H, W), drops, background.
+class ImagePreparation:
+    """Image preprocessing: edge of target and reference, size of the latents (C, H, W; all 0 if unknown yet), drops.
 
     Pictures of more than ``max_pixels`` are rejected before they are decoded; ``headroom`` is that of ``open_picture``.
-    ``crop`` says where a target is cut from its picture; the reference is cut by itself, as the encoder is used to it
-    (``reference_fit``), and ``augment`` changes it and it alone.
+    ``crop`` is the target's. The reference is cropped independently, in the way that its encoder expects
+    (``reference_fit``); ``augment`` changes only the reference.
     """
 
-    image_size_px: int
-    reference_size_px: int
-    latent_shape: tuple[int, int, int]
+    image_size_px: int = 0
+    reference_size_px: int = 0
+    latent_shape: tuple[int, int, int] = (0, 0, 0)
     drops: DropRates = field(default_factory=DropRates)
     background: Background = field(default_factory=Background)
     max_pixels: int = 100_000_000
@@ -71,47 +58,48 @@ class Preparation:
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise UserError(f"data.crop={self.crop}: one of {', '.join(CROPS)}")
-        if self.reference_fit not in FITS:
-            raise UserError(f"data.reference_fit={self.reference_fit}: one of {', '.join(FITS)}")
+        fit_named(self.reference_fit)
 
-    def sample(self, record: Record, address: Address, target: tuple[int, int] | None = None) -> Sample:
+    def sample(self, record: Record, address: Address, target: Size | None = None) -> Sample:
         """Raises ``Rejected`` if a picture cannot be used; a second try on the same record costs nothing."""
         if record.broken:
             raise record.broken
         try:
             return self.decode(record, address, target or (self.image_size_px, self.image_size_px))
         except Rejected as reject:
-            # a new one, since this one's traceback holds the picture
-            record.broken, record.picture, record.references = Rejected(reject.reason, reject.detail), b"", ()
+            record.broken, record.picture, record.references = reject.copy(), b"", ()
             raise
 
-    def decode(self, record: Record, address: Address, target: tuple[int, int]) -> Sample:
-        """Target and reference; a record with references of its own is prompted with one of them."""
+    def decode(self, record: Record, address: Address, target: Size) -> Sample:
+        """Target and reference; if a record has references of its own, one is chosen at random."""
         colour, need = self.background.colour(address), self.augment.need(self.reference_size_px)
         needs = [target] if record.references else [target, need]
         picture = open_picture(record.picture, colour, self.max_pixels, needs, self.headroom).shrunk(target)
         shown = picture
         if record.references:
-            chosen = record.references[int(uniform(address, "reference") * len(record.references))]
+            chosen = record.references[int(address.uniform("reference") * len(record.references))]
             shown = open_picture(chosen, colour, self.max_pixels, [need], self.headroom)
         place = self.place(address)
+        reference_3HW = fit_reference(
+            self.augment.crop(shown, need, address), self.reference_size_px, self.reference_fit
+        )
         return Sample(
             cover(picture, target, place),
-            self.augment.reference(shown, self.reference_size_px, self.reference_fit, address),
+            self.augment.change(reference_3HW, address),
             size_condition(picture.size, target, place),
-            record.caption(uniform(address, "caption")),
+            address.choose("caption", record.captions),
             record,
             address,
         )
 
     def place(self, address: Address) -> tuple[float, float]:
-        """Where the target lies in the room that its picture leaves, as fractions across and down."""
+        """Position of the target's crop, as fractions of the margin, across and down."""
         if self.crop == "random":
-            return uniform(address, "crop x"), uniform(address, "crop y")
+            return address.uniform("crop x"), address.uniform("crop y")
         return 0.5, 0.5
 
     def batch(self, samples: Sequence[Sample], rejects: Counter[str], position: Position | None = None) -> Batch:
-        """Samples of one size, stacked, with their draws."""
+        """Stack samples of one size, and make their draws."""
         image_B3HW = torch.stack([sample.image_3HW for sample in samples])
         return Batch(
             image_B3HW=image_B3HW,
@@ -132,11 +120,7 @@ class Preparation:
         return channels, height * rows // self.image_size_px, width * columns // self.image_size_px
 
 
-def size_condition(size: tuple[int, int], target: tuple[int, int], place: tuple[float, float]) -> Tensor:
-    """Height and width before, top and left of the cut, height and width now (px); sizes are width and height."""
+def size_condition(size: Size, target: Size, place: tuple[float, float]) -> Tensor:
+    """Original height and width, top and left of the crop, height and width of the crop (px)."""
     left, top = cut_corner(size, target, place)
     return torch.tensor([size[1], size[0], top, left, target[1], target[0]])
-
-
-def reasons(rejects: Sequence[Rejected]) -> Counter[str]:
-    return Counter(reject.reason for reject in rejects)

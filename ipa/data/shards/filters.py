@@ -1,12 +1,12 @@
-"""Samples that are left out because of a number: a score in the metadata, the picture's size, the caption's length.
+"""Samples that are rejected because of a number: a score in the metadata, the picture's size, the caption's length.
 
     filters:
       watermark: {key: [json.pwatermark, json.watermark_score], max: 0.5, missing: keep}
       small: {key: short_side_px, min: 512}
 
-The name is the reason that is counted, ``filter: watermark``. Of several keys the first that gives a number counts.
-``missing`` says what becomes of samples without one: ``reject`` (``filter: watermark is missing``) or ``keep``. A
-filter that is null is off. The picture is not decoded.
+Rejects are counted under the filter's name, ``filter: watermark``. Of several keys the first that gives a number is
+used. ``missing`` decides about samples without one: ``reject`` (``filter: watermark is missing``) or ``keep``. A filter
+that is null is off. The picture is not decoded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipa.data.fields import ENTRY, Fields
 from ipa.data.rejects import Rejected, filtered, without_number
+from ipa.data.shards.fields import ENTRY, Fields
 from ipa.errors import UserError
 
 OPTIONS = ("key", "min", "max", "missing")
 MISSING = ("reject", "keep")
-
 
 # of a sample and its first usable caption
 QUANTITIES: dict[str, Callable[[Fields, str], float]] = {
@@ -36,7 +35,7 @@ WAYS = f"{', '.join(QUANTITIES)}, or {ENTRY}NAME for a number in the metadata"
 
 @dataclass(frozen=True)
 class Filter:
-    """Lets samples pass whose number is at least ``low`` and at most ``high``."""
+    """Accepts samples whose number is at least ``low`` and at most ``high``."""
 
     name: str
     keys: tuple[str, ...]
@@ -44,8 +43,19 @@ class Filter:
     high: float
     keep_missing: bool = False
 
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Any]) -> Filter:
+        low, high = values.get("min"), values.get("max")
+        return cls(
+            name,
+            tuple(as_list(values["key"])),
+            -math.inf if low is None else float(low),
+            math.inf if high is None else float(high),
+            values.get("missing") == "keep",
+        )
+
     def check(self, fields: Fields, caption: str) -> None:
-        """Raises ``Rejected`` for a sample that is to be left out."""
+        """Raises ``Rejected``."""
         values = (measure(key, fields, caption) for key in self.keys)
         value = next((value for value in values if value is not None), None)
         if value is None and not self.keep_missing:
@@ -55,7 +65,7 @@ class Filter:
 
 
 def measure(key: str, fields: Fields, caption: str) -> float | None:
-    """None if the sample does not tell; numbers may stand as texts."""
+    """None if the sample has no such number; the metadata may hold it as text."""
     if not key.startswith(ENTRY):
         return QUANTITIES[key](fields, caption)
     try:
@@ -66,25 +76,14 @@ def measure(key: str, fields: Fields, caption: str) -> float | None:
 
 
 def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters") -> tuple[Filter, ...]:
-    """From YAML; raises one ValueError for all that is wrong, naming the ``option``."""
+    """From YAML; raises one UserError for everything that is wrong, naming the ``option``."""
     if not isinstance(filters or {}, Mapping):
         raise UserError(f"{option}={filters}: give a mapping name: {{key, min, max, missing}}")
     given = {str(name): values for name, values in (filters or {}).items() if values is not None}
     wrong = [f"{option}.{name}: {what}" for name, values in given.items() for what in faults(values)]
     if wrong:
         raise UserError("\n".join(wrong))
-    return tuple(make_filter(name, values) for name, values in given.items())
-
-
-def make_filter(name: str, values: Mapping[str, Any]) -> Filter:
-    low, high = values.get("min"), values.get("max")
-    return Filter(
-        name,
-        tuple(as_list(values["key"])),
-        -math.inf if low is None else float(low),
-        math.inf if high is None else float(high),
-        values.get("missing") == "keep",
-    )
+    return tuple(Filter.of(name, values) for name, values in given.items())
 
 
 def faults(values: Any) -> list[str]:

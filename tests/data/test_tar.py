@@ -1,4 +1,4 @@
-"""The walk over an archive: it must see what Python's tarfile sees, and every break besides."""
+"""The loop over an archive: it must find what Python's tarfile finds, and every break as well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 from tars import write_tar
 from webdataset import TarWriter
 
-from ipa.data.members import BREAKS, Forward, StrictTarInfo, read_members, uncompressed, walk
+from ipa.data.rejects import Rejected
+from ipa.data.shards.source import Layout, read_shard
+from ipa.data.shards.tar import BREAKS, Forward, Member, StrictTarInfo, read_members, uncompressed, walk
 
 LONG = "folder/" + "a name of more than a hundred letters " * 4 + "0001.jpg"
 NAMES = [
@@ -47,12 +49,10 @@ def written_by_webdataset() -> bytes:
 
 
 def ours(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
-    """What is found and not refused, and whether it ends in a break."""
-    found = []
+    """What is found and not rejected, and whether it ends in a break."""
+    found: list[tuple[str, bytes]] = []
     try:
-        for name, content in walk(uncompressed(Forward(io.BytesIO(data)))):
-            if isinstance(content, bytes):
-                found.append((name, content))
+        found += (member for member in walk(uncompressed(Forward(io.BytesIO(data)))) if isinstance(member, Member))
     except BREAKS:
         return found, True
     return found, False
@@ -155,24 +155,24 @@ def test_compressed_archives(tmp_path: Path, program: str, broken: bool) -> None
 def test_names_are_split_at_the_first_dot_and_files_without_a_key_left_out(tmp_path: Path) -> None:
     names = ["./x/0001.ref.JPG", "0001.txt", "README", ".hidden"]
     shard = write_tar(tmp_path / "00000.tar", [(name, name.encode()) for name in names])
-    found = [(member.key, member.extension) for member in read_members(shard)]
-    assert found == [("./x/0001", "ref.jpg"), ("0001", "txt")]
+    assert [member.name for member in read_members(shard)] == names
+    found = list(read_shard(shard, Layout(references=("ref.jpg",))))
+    assert [each.detail or each.reason for each in found if isinstance(each, Rejected)] == ["no picture", "no picture"]
 
 
 def test_a_program_that_fails_late_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "00000.tar", [(f"{i:04d}.txt", b"x" * 700) for i in range(9)])
     for _ in range(5):
         *found, end = read_members(f"pipe:cat {shard}; exit 3")
-        assert len(found) == 9 and end.broken is not None and "exit 3" in end.broken.detail
+        assert len(found) == 9 and isinstance(end, Rejected) and "exit 3" in end.detail
         *found, end = read_members(f"pipe:head -c 5500 {shard}; exit 3")
-        assert len(found) == 3 and end.broken is not None and "cut off" in end.broken.detail
-        assert "exit 3" in end.broken.detail
+        assert len(found) == 3 and isinstance(end, Rejected) and "cut off" in end.detail and "exit 3" in end.detail
 
 
 def test_what_follows_the_end_of_an_archive_is_no_break(tmp_path: Path) -> None:
     shard = Path(write_tar(tmp_path / "00000.tar", [("0001.txt", b"x")]))
     shard.write_bytes(shard.read_bytes() + bytes(1 << 20))  # more than a pipe holds
-    assert [member.key for member in read_members(f"pipe:cat {shard}")] == ["0001"]
+    assert [member.name for member in read_members(f"pipe:cat {shard}")] == ["0001.txt"]
 
 
 def test_leaving_a_program_in_the_middle_is_no_error(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""The order → batches, shared among ranks and data workers.
+"""The order → batches, sharded across ranks and data workers.
 
-*Training*, endless. Step s takes G = world · batch size samples from its row of lanes (``lanes``): rank r makes sample
-r and every world-th after it, and of a rank's steps worker w makes every workers-th. So one process with batch 2b sees
-in a step what two with b see, and the number of workers changes nothing; only who opens which shard depends on them.
+*Training* is endless. Step s takes G = world · batch size samples from its row of lanes: rank r makes every world-th
+sample from r on, and worker w makes every workers-th of a rank's steps. So one process with batch size 2b sees in a
+step what two with b see, and the number of workers only changes who opens which shard.
 
-A slot whose picture turns out broken is filled with the next good record of its lane, which thereby comes twice in
-that pass; the draws stay the slot's own. This depends on nothing but the data, so all the above holds in dirty data
-too, every rank makes equally many steps, none waits for another, and a resumed run decodes nothing of what lies behind.
+A slot whose picture is broken is filled with the next good record of its lane, which then occurs twice in that pass;
+the draws stay the slot's own. This depends only on the data. So every rank makes equally many steps and waits for no
+other, and a resumed run decodes nothing that comes before its position.
 
-*Audit*, one pass: every good sample exactly once. Each reader has shards of its own, batches have fixed borders within
-a shard, and readers end at different times.
+*Audit* is one pass: every good sample exactly once. Each reader has its own shards, the borders of the batches depend
+on the shard alone, and readers end at different times.
 
-*Validation*, one pass: the first samples in file order, in batches of fixed borders, whoever makes them.
+*Validation* is one pass: the first samples in file order, in fixed batches, regardless of which rank makes them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 
-from ipa.data.lanes import Lanes, Share
-from ipa.data.order import Order, Slot, Source, chunks
+from ipa.data.order.lanes import Lanes, Share
+from ipa.data.order.sequence import Order, Slot, chunks, reasons
+from ipa.data.records import Preparation, Size, Source
 from ipa.data.rejects import Rejected, no_good_samples
-from ipa.data.samples import Prepares, Sample, reasons
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 log = logging.getLogger(__name__)
 
 
-class Ahead:
-    """An endless iterator that can be looked into: ``ahead[i]`` is the i-th item from here, ``drop`` moves on."""
+class Lookahead:
+    """An endless iterator with random access: ``ahead[i]`` is the i-th next item, ``drop`` advances."""
 
     def __init__(self, slots: Iterator[Slot]) -> None:
         self.slots = slots
@@ -53,16 +54,16 @@ class Ahead:
 
 
 class TrainStream(IterableDataset[Batch]):
-    """Endless training batches of this share, from the position that ``begin_at`` was last told.
+    """Endless training batches of this share, from the last position given to ``begin_at``.
 
-    ``step_samples`` (G) is a multiple of ``lanes.ranks``, and with aspect-ratio buckets ``lanes.ranks`` divides the
-    world, so that a batch has one bucket.
+    ``step_samples`` (G) is a multiple of ``lanes.ranks``; with aspect-ratio buckets ``lanes.ranks`` divides the world,
+    so that a batch has one bucket.
     """
 
     def __init__(
         self,
         order: Order,
-        preparation: Prepares,
+        preparation: Preparation,
         batch_size: int,
         share: Share | None = None,
         lanes: Lanes | None = None,
@@ -76,7 +77,7 @@ class TrainStream(IterableDataset[Batch]):
         self.begin_at(Position())
 
     def begin_at(self, position: Position) -> None:
-        """Lanes that the position does not tell of begin their first pass."""
+        """Lanes that the position lacks begin their first pass."""
         self.start.set(position, self.order.begin())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -92,22 +93,21 @@ class TrainStream(IterableDataset[Batch]):
             for lane in mine.intersection(row):
                 readers[lane].drop(self.take)
 
-    def reader(self, lane: int, start: Position, share: Share) -> Ahead:
-        loud = self.lanes.is_told_by(share, lane, start.step)
+    def reader(self, lane: int, start: Position, share: Share) -> Lookahead:
+        loud = self.lanes.is_logged_by(share, lane, start.step)
         place = start.lanes.get(lane, self.order.begin())
-        return Ahead(self.order.lane(self.lanes.lane(lane), self.take, loud).endless(place))
+        return Lookahead(self.order.lane(self.lanes.lane(lane), self.take, loud).endless(place))
 
-    def make(self, readers: dict[int, Ahead], row: Sequence[int], step: int) -> Batch:
-        """Sample p of a step is the (p div ranks)-th of the step's samples from lane p mod ranks of the row."""
-        places = range(self.share.rank, self.step_samples, self.share.world)
-        whence = [(readers[row[place % self.lanes.ranks]], place // self.lanes.ranks) for place in places]
-        filled = [self.fill(reader, i) for reader, i in whence]
+    def make(self, readers: dict[int, Lookahead], row: Sequence[int], step: int) -> Batch:
+        """Sample p of a step is number p div ranks of the step's samples from lane p mod ranks of the row."""
+        numbers = range(self.share.rank, self.step_samples, self.share.world)
+        filled = [self.fill(readers[row[p % self.lanes.ranks]], p // self.lanes.ranks) for p in numbers]
         after = {lane: readers[lane][self.take - 1].after for lane in row if lane in readers}
         rejects = sum((rejects for _, rejects in filled), Counter[str]())
         return self.preparation.batch([sample for sample, _ in filled], rejects, Position(step + 1, after))
 
-    def fill(self, ahead: Ahead, place: int) -> tuple[Sample, Counter[str]]:
-        """The sample for a slot, and what is counted with it: the slot's own rejects, not those of its stand-ins."""
+    def fill(self, ahead: Lookahead, place: int) -> tuple[Any, Counter[str]]:
+        """The sample for a slot, and the slot's own rejects (not those of its replacements)."""
         slot = ahead[place]
         address = self.order.address(slot)
         counted, tried = reasons(slot.record.rejects), dict[tuple[str, str, int], Counter[str]]()
@@ -115,7 +115,7 @@ class TrainStream(IterableDataset[Batch]):
         begun: dict[str, int] = {}
         for i in count(place):
             candidate = ahead[i]
-            # in so many passes a lane reads as many shards as a source has, twice over
+            # in that many passes a lane reads twice as many shards as a source has
             if candidate.epoch - begun.setdefault(candidate.source, candidate.epoch) >= 2 * self.lanes.number:
                 unread.discard(candidate.source)
             if not unread:
@@ -131,7 +131,7 @@ class TrainStream(IterableDataset[Batch]):
 
 
 class SharedPosition:
-    """A position in shared memory: persistent workers hold a copy of the stream and must hear of a new start."""
+    """A position in shared memory: persistent workers hold a copy of the stream and must see a new start."""
 
     def __init__(self, lanes: int, sources: int) -> None:
         self.step = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -152,19 +152,19 @@ class SharedPosition:
 
 
 class AuditStream(IterableDataset[Batch]):
-    """Every good sample once; this share reads its own shards and makes all batches of them, each within one shard.
+    """Every good sample once; this share reads its own shards, and a batch never spans two of them.
 
-    What is rejected is counted with the next batch of this share, what comes after its last one with that.
+    Rejects are counted with the next batch of this share, those after the last batch with that one.
     """
 
-    def __init__(self, order: Order, preparation: Prepares, batch_size: int, share: Share | None = None) -> None:
+    def __init__(self, order: Order, preparation: Preparation, batch_size: int, share: Share | None = None) -> None:
         self.order, self.preparation, self.batch_size, self.share = order, preparation, batch_size, share or Share()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(self.share.in_worker())
 
     def batches(self, share: Share) -> Iterator[Batch]:
-        """The last batch also tells what was rejected after it."""
+        """The last batch also counts what was rejected after it."""
         pending: list[Rejected] = []
         held: Batch | None = None
         shards = [(source, shard) for source in self.order.sources for shard in source.shards]
@@ -176,12 +176,12 @@ class AuditStream(IterableDataset[Batch]):
         if held is not None:
             yield replace(held, rejects=dict(Counter(held.rejects) + reasons(pending)))
         elif pending:
-            log.warning("these shards give nothing but rejected samples: %s", dict(reasons(pending)))
+            log.warning("these shards have only rejected samples: %s", dict(reasons(pending)))
 
     def of_shard(self, source: Source, shard: str, pending: list[Rejected]) -> Iterator[Batch]:
-        """A shard's batches, each of one bucket; rejects that came after the last are left in ``pending``."""
+        """A shard's batches, each of one bucket; the rejects after the last one are left in ``pending``."""
         leftover: list[Rejected] = []
-        waiting: dict[tuple[int, int] | None, list[Sample]] = {}
+        waiting: dict[Size | None, list[Any]] = {}
         for slot in self.order.of_shards(source, [shard], leftover):
             pending.extend(slot.record.rejects)
             target = self.order.target(slot.record)
@@ -197,19 +197,19 @@ class AuditStream(IterableDataset[Batch]):
         for samples in waiting.values():
             yield self.flush(samples, pending)
 
-    def flush(self, samples: list[Sample], pending: list[Rejected]) -> Batch:
+    def flush(self, samples: list[Any], pending: list[Rejected]) -> Batch:
         rejects = reasons(pending)
         pending.clear()
         return self.preparation.batch(samples, rejects, None)
 
 
 class ValStream(IterableDataset[Batch]):
-    """The first ``limit`` samples, once, in file order; this share makes every (world · workers)-th batch."""
+    """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
 
     def __init__(
         self,
         order: Order,
-        preparation: Prepares,
+        preparation: Preparation,
         batch_size: int,
         limit: int | None = None,
         share: Share | None = None,
@@ -224,7 +224,7 @@ class ValStream(IterableDataset[Batch]):
         return self.batches(self.share.in_worker())
 
     def batches(self, share: Share) -> Iterator[Batch]:
-        """Rejects of a batch that is bad altogether are counted with this share's next one."""
+        """Rejects of a batch without any good sample are counted with this share's next batch."""
         rejects, delivered = Counter[str](), False
         for number, slots in enumerate(chunks(self.slots(share.first), self.batch_size)):
             if number % share.readers != share.reader:
@@ -234,14 +234,14 @@ class ValStream(IterableDataset[Batch]):
                 yield self.preparation.batch(samples, rejects, None)
                 rejects, delivered = Counter[str](), True
         if rejects:
-            log.warning("validation ends with rejected samples: %s", dict(rejects))
+            log.warning("the last validation samples are rejected: %s", dict(rejects))
         if rejects and not delivered:
-            self.insist_on_any()
+            self.check_any()
 
     def slots(self, loud: bool = False) -> Iterator[Slot]:
         return islice(self.order.in_file_order(loud), self.limit)
 
-    def good(self, slots: Iterable[Slot], rejects: Counter[str]) -> list[Sample]:
+    def good(self, slots: Iterable[Slot], rejects: Counter[str]) -> list[Any]:
         """The usable ones; adds the others to ``rejects``."""
         samples = []
         for slot in slots:
@@ -252,8 +252,8 @@ class ValStream(IterableDataset[Batch]):
                 rejects[reject.reason] += 1
         return samples
 
-    def insist_on_any(self) -> None:
-        """Nothing good in this share: that is an error only if there is nothing good in the others' either."""
+    def check_any(self) -> None:
+        """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""
         rejects = Counter[str]()
         if not any(self.good([slot], rejects) for slot in self.slots()):
             raise no_good_samples(rejects, self.order.num_shards)

@@ -1,13 +1,13 @@
 """The training order: an endless sequence of records, a pure function of seed, sources and lanes.
 
-Pass e (its *epoch*) over a source reads the shards in an order of its own, dealt to the lanes, and permutes the records
-within consecutive windows, each permutation with its own address. Records that can be seen to be unusable without
-decoding the picture are left out here, so that every reader of the order numbers the rest alike.
+Each pass (*epoch*) over a source permutes its shards, deals them to the lanes, and permutes the records within
+consecutive windows. Every permutation has its own address. Records that are unusable even without decoding are left out
+here, so that every reader gives the others the same numbers.
 
-Several sources are mixed by their weights: a draw at the lane's own address says whose turn it is. Each goes on with
-its own passes, so a small source with a large weight comes round more often.
+Several sources are mixed by their weights: a draw at the lane's own address chooses the next one. Each source has its
+own passes, so a small source with a large weight is repeated more often.
 
-With aspect-ratio buckets a window is cut into groups of one bucket, as many samples as a step takes from the lane.
+With aspect-ratio buckets a window is split into groups of one bucket, as many samples as a step takes from the lane.
 """
 
 from __future__ import annotations
@@ -17,56 +17,37 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count, dropwhile, islice
-from typing import Protocol
+from itertools import accumulate, chain, count, dropwhile, islice
 
 from ipa.data.addresses import Address, Item, digest, permuted, uniform_at
-from ipa.data.buckets import Buckets
-from ipa.data.lanes import Lane
-from ipa.data.records import Record
+from ipa.data.images.buckets import Buckets
+from ipa.data.order.lanes import Lane
+from ipa.data.records import Record, Size, Source
 from ipa.data.rejects import BROKEN_TAR, Rejected, no_good_samples
 from ipa.types import LanePlace, SourcePlace
 
 log = logging.getLogger(__name__)
 
-
 NOWHERE = LanePlace(0, ())
-
-
-class Source(Protocol):
-    """Shards that are read alike: ``read`` gives one in file order, ``fingerprint`` tells all that counts in it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shards(self) -> list[str]: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    def read(self, shard: str) -> Iterator[Record | Rejected]: ...
-
-    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in the order, the record that lies there, and where the lane stands after it.
+    """A position in the order, its record, and the lane's position after it.
 
-    ``target`` is the bucket that the picture is cut to (width and height); None is the training's square.
+    ``target`` is the bucket that the picture is cropped to; None is the training's square.
     """
 
     source: str
     epoch: int
     record: Record
-    target: tuple[int, int] | None = None
+    target: Size | None = None
     after: LanePlace = NOWHERE
 
 
 @dataclass
 class Order:
-    """Where samples come from and how they follow each other.
+    """Which samples there are, and in which order.
 
     ``window`` is in records; each lane holds the bytes of that many (2048 pictures of 512 px are about 150 MB).
     """
@@ -75,25 +56,22 @@ class Order:
     seed: int
     window: int = 2048
     buckets: Buckets | None = None
-    told: set[str] = field(default_factory=set, repr=False)
+    logged: set[str] = field(default_factory=set, repr=False)
 
     @property
     def num_shards(self) -> int:
         return sum(len(source.shards) for source in self.sources)
 
     def begin(self, epoch: int = 0) -> LanePlace:
-        """The beginning of pass ``epoch`` of every source."""
+        """The start of pass ``epoch`` of every source."""
         return LanePlace(0, tuple(SourcePlace(epoch) for _ in self.sources))
 
     def lane(self, lane: Lane, take: int = 1, loud: bool = False) -> LaneOrder:
-        """The part of the order that is one lane's; a step takes ``take`` samples from it."""
+        """The order of one lane; a step takes ``take`` samples from it. ``loud``: log broken shards."""
         return LaneOrder(self, lane, take, loud)
 
     def in_file_order(self, loud: bool = True) -> Iterator[Slot]:
-        """One pass as the files lie; its epoch is 0, so that every time makes the same draws.
-
-        Raises ``NoGoodSamples`` when there is no record in any shard.
-        """
+        """One pass in file order, always with the draws of epoch 0; raises ``NoGoodSamples`` without any record."""
         rejects: list[Rejected] = []
         empty = True
         for source in self.sources:
@@ -101,34 +79,34 @@ class Order:
                 empty = False
                 yield slot
         if empty:
-            raise no_good_samples(Counter(reject.reason for reject in rejects), self.num_shards)
+            raise no_good_samples(reasons(rejects), self.num_shards)
 
     def of_shards(
         self, source: Source, shards: Sequence[str], rejects: list[Rejected], loud: bool = True
     ) -> Iterator[Slot]:
-        """Some shards of a source, in file order; without a record all rejects are left in ``rejects``."""
-        tell = self.tell if loud else lambda found: found
-        pairs = ((0, tell(found)) for shard in shards for found in source.read(shard))
-        return (Slot(source.name, 0, record) for _, record in hang_rejects(pairs, rejects))
+        """Some shards of a source, in file order; without a record all rejects stay in ``rejects``."""
+        pairs = ((0, found) for shard in shards for found in self.read(source, shard, loud))
+        return (Slot(source.name, 0, record) for _, record in attach_rejects(pairs, rejects))
 
-    def target(self, record: Record) -> tuple[int, int] | None:
-        """The bucket that fits a record best; None without buckets."""
+    def read(self, source: Source, shard: str, loud: bool) -> Iterator[Record | Rejected]:
+        """A shard's samples; ``loud``: log a broken shard, once."""
+        for found in source.read(shard):
+            if loud and isinstance(found, Rejected) and found.reason == BROKEN_TAR and found.detail not in self.logged:
+                self.logged.add(found.detail)
+                log.warning("%s, the rest of it is skipped: %s", found.reason, found.detail)
+            yield found
+
+    def target(self, record: Record) -> Size | None:
+        """The best bucket for a record; None without buckets."""
         return None if self.buckets is None else self.buckets.nearest(record.size)
 
     def address(self, slot: Slot) -> Address:
         return Address(self.seed, slot.epoch, slot.source, slot.record.shard, slot.record.index)
 
     def fingerprint(self) -> str:
-        """What positions depend on: equal fingerprints mean that a position is the same place."""
+        """Covers everything that the meaning of a position depends on."""
         sources = [part for source in self.sources for part in (source.name, repr(source.weight), source.fingerprint())]
         return f"{digest(self.seed, self.window, repr(self.buckets), *sources):016x}"
-
-    def tell(self, found: Record | Rejected) -> Record | Rejected:
-        """Warn of broken shards, once each."""
-        if isinstance(found, Rejected) and found.reason == BROKEN_TAR and found.detail not in self.told:
-            self.told.add(found.detail)
-            log.warning("%s; what lies behind the break is left out: %s", found.reason, found.detail)
-        return found
 
 
 class LaneOrder:
@@ -136,13 +114,13 @@ class LaneOrder:
 
     def __init__(self, order: Order, lane: Lane, take: int, loud: bool) -> None:
         self.order, self.lane = order, lane
-        self.run = take if order.buckets else 1  # samples for which one choice of the source holds
+        self.run = take if order.buckets else 1  # samples per choice of a source
         self.sources = [SourceOrder(order, source, lane, take, loud) for source in order.sources]
         total = sum(source.weight for source in order.sources)
         self.borders = [border / total for border in accumulate(source.weight for source in order.sources)]
 
     def endless(self, start: LanePlace) -> Iterator[Slot]:
-        """The lane's samples from ``start`` on; what lies before it in the open window is read but not decoded."""
+        """The lane's samples from ``start`` on; those before it in the open window are read but not decoded."""
         orders = [source.endless(place) for source, place in zip(self.sources, start.sources, strict=True)]
         places = list(start.sources)
         for number in count(start.choices):
@@ -165,7 +143,7 @@ class SourceOrder:
         self.order, self.source, self.lane, self.take, self.loud = order, source, lane, take, loud
 
     def endless(self, start: SourcePlace) -> Iterator[tuple[Slot, SourcePlace]]:
-        """Slots and the place after each. Raises ``NoGoodSamples`` when there is none in any shard."""
+        """Slots and the position after each; raises ``NoGoodSamples`` if no shard has any."""
         rejects: list[Rejected] = []
         tried: set[str] = set()
         for epoch in count(start.epoch):
@@ -177,16 +155,17 @@ class SourceOrder:
                 yield slot
             tried = tried | set(shards) if empty and begin == SourcePlace(epoch) else set()
             if tried.issuperset(self.source.shards):
-                raise no_good_samples(Counter(reject.reason for reject in rejects), len(self.source.shards))
+                raise no_good_samples(reasons(rejects), len(self.source.shards))
 
     def shards(self, epoch: int) -> Sequence[str]:
         """This lane's shards of a pass, in the pass's order."""
-        return self.lane.deal(permuted(self.source.shards, "shards", self.order.seed, epoch, self.source.name))
+        shards = permuted(self.source.shards, "shards", self.order.seed, epoch, self.source.name)
+        return shards[self.lane.number :: self.lane.of]
 
     def one_pass(
         self, shards: Sequence[str], begin: SourcePlace, rejects: list[Rejected]
     ) -> Iterator[tuple[Slot, SourcePlace]]:
-        """The rest of a pass from ``begin``; ``rejects`` of passes without a record wait for the next one."""
+        """The rest of a pass from ``begin``; ``rejects`` keeps those of passes without a record for the next one."""
         records = self.records(shards, begin, rejects)
         while window := list(islice(records, self.order.window)):
             for offset, slot in islice(enumerate(self.shuffled(window, begin)), begin.offset, None):
@@ -206,30 +185,28 @@ class SourceOrder:
     def records(
         self, shards: Sequence[str], begin: SourcePlace, rejects: list[Rejected]
     ) -> Iterator[tuple[int, Record]]:
-        """Records with the number of their shard in the pass; shards before the place are not opened."""
-        pairs = ((n, found) for n, shard in islice(enumerate(shards), begin.shard, None) for found in self.read(shard))
+        """Records with the number of their shard in the pass; shards before the position are not opened."""
+        numbered = islice(enumerate(shards), begin.shard, None)
+        pairs = ((n, found) for n, shard in numbered for found in self.order.read(self.source, shard, self.loud))
 
         def is_behind(pair: tuple[int, Record | Rejected]) -> bool:
-            """Rejects on the way to the first record hang on the one before, and were counted with it."""
+            """Rejects before the first record belong to the record before them, and were counted with it."""
             number, found = pair
             return isinstance(found, Rejected) or (number == begin.shard and found.index < begin.record)
 
         begins = begin.shard == begin.record == 0
-        return hang_rejects(pairs if begins else dropwhile(is_behind, pairs), rejects)
-
-    def read(self, shard: str) -> Iterator[Record | Rejected]:
-        return map(self.order.tell, self.source.read(shard)) if self.loud else self.source.read(shard)
+        return attach_rejects(pairs if begins else dropwhile(is_behind, pairs), rejects)
 
 
-def hang_rejects(
+def attach_rejects(
     pairs: Iterable[tuple[int, Record | Rejected]], rejects: list[Rejected]
 ) -> Iterator[tuple[int, Record]]:
-    """Hang every reject on the record before it, the first ones and what is in ``rejects`` on the first record.
+    """Attach every reject to the record before it; the first ones, and those in ``rejects``, to the first record.
 
-    Without any record all rejects are left in ``rejects``.
+    Without any record all of them are left in ``rejects``.
     """
     held: tuple[int, Record] | None = None
-    for number, found in pairs:
+    for number, found in chain(pairs, [(0, None)]):
         if isinstance(found, Rejected):
             rejects.append(found)
             continue
@@ -237,11 +214,12 @@ def hang_rejects(
             held[1].rejects = rejects[:]
             rejects.clear()
             yield held
-        held = (number, found)
-    if held is not None:
-        held[1].rejects = rejects[:]
-        rejects.clear()
-        yield held
+        if found is not None:
+            held = (number, found)
+
+
+def reasons(rejects: Iterable[Rejected]) -> Counter[str]:
+    return Counter(reject.reason for reject in rejects)
 
 
 def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
