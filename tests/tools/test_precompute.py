@@ -39,6 +39,7 @@ from ipa.types import Batch, to_unit_range
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS, SAMPLES = 3, 20
+TWO_CAPTIONS = "data.captions={keys:[txt,alt],choice:random}"
 
 
 def picture(draw: random.Random, size: tuple[int, int] = (20, 24)) -> bytes:
@@ -118,18 +119,26 @@ def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int |
     return list(islice(data.train_dataloader(), number))
 
 
-@pytest.mark.parametrize(
-    ("experiment", "keep"),
-    [("decoupled_global", None), ("decoupled_fine_grained", None), ("decoupled_global", "reference")],
-)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, shards: Path, base_folder: Path, clip_name: str) -> Path:
+    """A cache that keeps the pooled embedding and the reference, with two captions of some samples."""
+    parts = [
+        f"base.path={base_folder}",
+        f"encoder.name={clip_name}",
+        f"data.train={shards}",
+        "data.val=null",
+        TWO_CAPTIONS,
+    ]
+    return run(tmp_path_factory.mktemp("both") / "features", *parts, "keep=[pooled,reference]")
+
+
+@pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained"])
 def test_training_on_the_cache_has_the_losses_of_training_on_the_pictures(
-    experiment: str, keep: str | None, parts: list[str], tmp_path: Path
+    experiment: str, both: Path, parts: list[str]
 ) -> None:
-    parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "data.background=null", "++data.window=8"]
-    parts.append("data.captions={keys:[txt,alt],choice:random}")
-    out = run(tmp_path / "features", *parts, f"keep={f'[{keep}]' if keep else 'null'}")
-    online = compose("train", *parts)
-    cached = compose("train", *parts, "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1")
+    parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "++data.window=8", TWO_CAPTIONS]
+    online = compose("train", *parts, "data.background=null")
+    cached = compose("train", *parts, "data=cache", f"data.train={both}", "data.lanes.ranks=1", "data.lanes.workers=1")
     model = tiny.shake(build_model(online))
     model.adapter.install()
     pairs = zip(train_batches(online, model, 4), train_batches(cached, model, 4), strict=True)
@@ -352,13 +361,13 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
     misnamed = [caches[0].replace("caches.laion", "caches.mine"), caches[1]]
     with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: call it so"):
         instantiate(compose("train", *plain, "data=cache", *misnamed).data)
-    half = run(tmp_path / "half", *parts, "base.dtype=bfloat16")
     padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "++data.max_pixels=10_000")
-    unlike = r"data\.caches\.train was not made as laion was: "
     for path, said in (
         (made, None),
-        (half, f"{unlike}fingerprints vae"),
-        (padded, rf'{unlike}choices reference_fit: "pad", here "crop"\W+full_key'),
+        (
+            padded,
+            r'data\.caches\.train was not made as laion was: choices reference_fit: "pad", here "crop"\W+full_key',
+        ),
     ):
         cfg = compose("train", *plain, "data=cache", caches[0], f"+data.caches.train.shards={path}")
         with nullcontext() if said is None else pytest.raises(InstantiationException, match=said):
@@ -423,11 +432,10 @@ def test_numbers_that_fp16_does_not_hold_are_not_written() -> None:
         check_finite(tensors, records)
 
 
-@pytest.mark.parametrize("word", ["batch_sise=3", "recipe=sd16"])
-def test_misspelt_options_are_answered_as_in_training(word: str) -> None:
-    command = [sys.executable, "-m", "ipa.tools.precompute", word]
+def test_misspelt_options_are_answered_as_in_training() -> None:
+    command = [sys.executable, "-m", "ipa.tools.precompute", "batch_sise=3"]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
     assert answer.returncode == 2 and "Traceback" not in answer.stderr
-    assert re.search(r"Did you mean (batch_size=3|recipe=sd15)", answer.stderr)
-    assert "`python -m ipa.tools.precompute --help` explains the options" in answer.stderr
+    assert "Did you mean batch_size=3" in answer.stderr
+    assert "`python -m ipa.tools.precompute --help`" in answer.stderr

@@ -44,9 +44,11 @@ def walk(folder: str, closed: tuple[str, ...], prefix: str = "") -> Iterator[tup
     """Regular files without a leading dot. Links to folders are followed, except to one of the ``closed``."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_file() and not entry.name.startswith("."):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
                 yield prefix + entry.name, (entry.stat().st_size, entry.stat().st_mtime_ns)
-            elif entry.is_dir() and not entry.name.startswith(".") and (real := os.path.realpath(entry)) not in closed:
+            elif entry.is_dir() and (real := os.path.realpath(entry)) not in closed:
                 yield from walk(entry.path, (*closed, real), f"{prefix}{entry.name}/")
 
 
@@ -92,13 +94,21 @@ def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
             f"captions={wanted}: {options.folder} has {len(sources)} sources of captions ({', '.join(sources)}). Give "
             f"txt, none, or a table ({', '.join(TABLES)}). missing_caption=empty packs pictures without captions"
         )
-    return read_texts(texts, options) if wanted == "txt" else read_tables(files, tables[wanted], options)
+    if wanted in tables:
+        return read_tables(files, tables[wanted], options)
+    paths = [Path(options.folder, text) for text in texts.values()]
+    read = thread_map(read_text, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
+    found = {name: (captions, Row()) for name, captions in zip(texts, read, strict=True) if captions}
+    return found, "captions: .txt files"
 
 
 def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
     """Name → tables of that name, and where their paths start: ``metadata.*`` anywhere, at the top, or as given."""
-    given = Path(options.captions or "")
-    tables: dict[str, dict[Path, str]] = {str(given): {given: ""}} if given.is_file() else {}
+    tables: dict[str, dict[Path, str]] = {}
+    for given in (Path(options.captions or ""), Path(options.folder, options.captions or "")):
+        if given.is_file():
+            start = os.path.relpath(given.parent, options.folder)
+            tables[options.captions] = {given: "" if start.startswith("..") else start}
     for name in files:
         start, file = posixpath.split(name)
         if extension(name) in TABLES and (not start or stem(file) == "metadata"):
@@ -106,14 +116,8 @@ def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
     return tables
 
 
-def read_texts(texts: Mapping[str, str], options: Any) -> tuple[Entries, str]:
-    def read(name: str) -> tuple[str, ...]:
-        return usable(Path(options.folder, texts[name]).read_text("utf-8-sig", "surrogateescape"))
-
-    found = thread_map(read, texts, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
-    return {
-        name: (captions, {}) for name, captions in zip(texts, found, strict=True) if captions
-    }, "captions: .txt files"
+def read_text(path: Path) -> tuple[str, ...]:
+    return usable(path.read_text("utf-8-sig", "surrogateescape"))
 
 
 def read_tables(files: Files, tables: Mapping[Path, str], options: Any) -> tuple[Entries, str]:

@@ -10,7 +10,7 @@ import random
 import re
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ from ipa.data.fields import open_header, picture_size
 from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected
 from ipa.data.shards import ENDINGS
 from ipa.errors import UserError
-from ipa.files import write_atomically, write_json
+from ipa.files import read_json, write_atomically, write_json
 from ipa.tools.pack import folder
 
+PLAN = "pack.json"  # what the shards in a folder were packed from
 OTHER_FOLDER = "choose another folder with out=FOLDER"
 NOT_SHRUNK = "broken picture, cannot be shrunk"
 NEUTRAL = ("out", "workers", "overwrite")  # options that do not change what a shard holds
@@ -49,14 +50,6 @@ class Sample(NamedTuple):
     columns: folder.Row
 
 
-class Shard(NamedTuple):
-    """``digest`` is of all that decides the bytes: names, captions, sizes and times of the files, and the options."""
-
-    path: Path
-    samples: Sequence[Sample]
-    digest: str
-
-
 def pack(options: Any) -> None:
     """Write the missing shards and print what is in all of them; raises UserError."""
     for name in ("size", "samples_per_shard", "workers"):
@@ -67,11 +60,13 @@ def pack(options: Any) -> None:
     samples, left_out = collect(options)
     if options.shuffle:
         random.Random(options.seed).shuffle(samples)
-    shards = make_shards(samples, options)
-    todo = missing(shards, options)
-    print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", flush=True)
-    write_shards(todo, options)
-    print("\n".join(summary([read_stats(shard.path) for shard in shards], left_out, options.out)))
+    prepare_folder(samples, options)
+    starts = range(0, len(samples), options.samples_per_shard)
+    shards = {Path(options.out, f"{start // starts.step:05d}.tar"): samples[start:][: starts.step] for start in starts}
+    missing = {path: part for path, part in shards.items() if not path.exists()}
+    print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", flush=True)
+    write_shards(missing, options)
+    print("\n".join(summary([read_json(stats_path(path)) for path in shards], left_out, options.out)))
 
 
 def collect(options: Any) -> tuple[list[Sample], LeftOut]:
@@ -97,9 +92,7 @@ def collect(options: Any) -> tuple[list[Sample], LeftOut]:
             stamps = files[name], references.get(reference)
             samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
     if not samples or (options.missing_caption == "error" and NO_CAPTION in left_out):
-        raise UserError(
-            "; ".join([*described(left_out), "missing_caption=skip leaves out what has no caption, empty packs it"])
-        )
+        raise UserError("; ".join([*described(left_out), "missing_caption=skip leaves those out, empty packs them"]))
     return samples, left_out
 
 
@@ -122,87 +115,64 @@ def summary(stats: Sequence[dict[str, Any]], left_out: LeftOut, out: str) -> lis
     return [*described(left_out), what, f"next: {shlex.join(words)}"]
 
 
-def make_shards(samples: Sequence[Sample], options: Any) -> list[Shard]:
-    shards = []
-    for number, start in enumerate(range(0, len(samples), options.samples_per_shard)):
-        part = samples[start : start + options.samples_per_shard]
-        digest = hashlib.blake2b(json.dumps([part, options.size], default=str).encode(), digest_size=16).hexdigest()
-        shards.append(Shard(Path(options.out, f"{number:05d}.tar"), part, digest))
-    return shards
-
-
-def missing(shards: Sequence[Shard], options: Any) -> list[Shard]:
-    """The shards to write. Raises UserError for others in the folder, which training would read too.
+def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
+    """Records what is packed. Raises UserError for shards of anything else, which training would read too.
 
     With ``options.overwrite`` those of an earlier packing are removed.
     """
-    there = {path: read_stats(path) for path in sorted(Path(options.out).glob("*")) if path.name.endswith(ENDINGS)}
-    if foreign := [path.name for path, stats in there.items() if not stats]:
+    out = Path(options.out)
+    shards = [path for path in out.glob("*") if path.name.endswith(ENDINGS)]
+    digest = hashlib.blake2b(json.dumps(samples, default=str).encode(), digest_size=16).hexdigest()
+    plan = {name: value for name, value in options.items() if name not in NEUTRAL}
+    before = read_json(out / PLAN) if (out / PLAN).exists() else {}
+    if shards and not before:
+        raise UserError(f"out={out} has shards that were not packed here, which training would read: {OTHER_FOLDER}")
+    changes = [f"{name}={before.get(name)}, now {plan[name]}" for name in plan if before.get(name) != plan[name]]
+    if before.get("samples") != digest:
+        changes = changes or ["other files: the folder has changed"]
+    if shards and changes and not options.overwrite:
         raise UserError(
-            f"out={options.out} has shards that were not packed here, {folder.examples(foreign)}: {OTHER_FOLDER}"
+            f"out={out} was packed with {'; '.join(changes)}. overwrite=true packs again, or {OTHER_FOLDER}"
         )
-    wanted = {shard.path: shard.digest for shard in shards}
-    earlier = [path for path, stats in there.items() if stats["digest"] != wanted.get(path)]
-    if earlier and not options.overwrite:
-        then = there[earlier[0]]["options"]
-        changes = [f"{name}={value}, now {options[name]}" for name, value in then.items() if options[name] != value]
-        raise UserError(
-            f"{len(earlier)} of the {len(there)} shards in out={options.out} were packed with "
-            f"{'; '.join(changes) or 'other files: the folder has changed'}. overwrite=true packs them again, which "
-            f"changes what trainings read; or {OTHER_FOLDER}"
-        )
-    killed = Path(options.out).glob(".*.tmp")
-    for path in [*killed, *earlier, *map(stats_path, earlier)]:
+    outdated = [*shards, *map(stats_path, shards)] if changes else []
+    for path in [*out.glob(".*.tmp"), *outdated]:  # .tmp: of a process that was killed
         path.unlink()
-    return [shard for shard in shards if shard.path not in there.keys() - earlier]
+    if changes:
+        write_atomically(
+            out / PLAN, lambda path: path.write_text(json.dumps({"samples": digest, **plan})), OTHER_FOLDER
+        )
 
 
 def stats_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}_stats.json")
 
 
-def read_stats(shard: Path) -> dict[str, Any]:
-    """Empty for a shard that was not packed by this tool."""
-    try:
-        stats = json.loads(stats_path(shard).read_text())
-    except (OSError, ValueError):
-        return {}
-    return stats if isinstance(stats, dict) and {"digest", "options"} <= stats.keys() else {}
-
-
-def write_shards(shards: Sequence[Shard], options: Any) -> None:
+def write_shards(shards: Mapping[Path, Sequence[Sample]], options: Any) -> None:
     """Write them all with a progress bar. With one worker everything happens in this process."""
-    samples = [sample for shard in shards for sample in shard.samples]
+    samples = [sample for part in shards.values() for sample in part]
     workers = options.workers or len(os.sched_getaffinity(0))
-    processes = workers if workers > 1 else 0
-    loader: DataLoader[Any] = DataLoader(
-        samples,  # type: ignore[arg-type]
-        batch_size=None,
-        collate_fn=partial(members_of, options=options),
-        num_workers=processes,
-    )
+    loading: dict[str, Any] = {"num_workers": workers if workers > 1 else 0, "batch_size": None}
+    loader: Any = DataLoader(samples, collate_fn=partial(members_of, options=options), **loading)  # type: ignore[arg-type]
     found = iter(tqdm(loader, unit=" pictures", desc=f"shards: {len(shards)}"))
-    for shard in shards:
-        write_atomically(shard.path, partial(write_tar, shard, found, options), OTHER_FOLDER)
+    for path, part in shards.items():
+        write_atomically(path, partial(write_tar, stats_path(path), part, found), OTHER_FOLDER)
 
 
-def write_tar(shard: Shard, found: Iterator[Members | Rejected], options: Any, temporary: Path) -> None:
-    """The tar and its statistics as img2dataset has them, with the names of what failed."""
+def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | Rejected], temporary: Path) -> None:
+    """The tar, and before it gets its name the statistics as img2dataset has them, with the names of what failed."""
     failed, extensions, written = dict[str, list[str]](), set[str](), 0
     with temporary.open("wb") as file, TarWriter(file, "", "", encoder=False, mtime=0, format="PAX_FORMAT") as tar:
-        for sample, members in zip(shard.samples, found, strict=False):  # the next shard's members stay
+        for sample, members in zip(samples, found, strict=False):  # the next shard's members stay
             if isinstance(members, Rejected):
                 failed.setdefault(members.reason, []).append(sample.picture)
             else:
                 tar.write({"__key__": sample.key, **members})
                 extensions, written = extensions | members.keys(), written + 1
     status = {"success": written} | {reason: len(names) for reason, names in failed.items()}
-    counts = {"count": len(shard.samples), "successes": written, "failed_to_resize": status.get(NOT_SHRUNK, 0)}
+    counts = {"count": len(samples), "successes": written, "failed_to_resize": status.get(NOT_SHRUNK, 0)}
     counts["failed_to_download"] = counts["count"] - written - counts["failed_to_resize"]
-    stats = counts | {"status_dict": status, "failed": failed, "extensions": sorted(extensions)}
-    stats |= {"tar_bytes": temporary.stat().st_size, "digest": shard.digest}
-    stats["options"] = {name: value for name, value in options.items() if name not in NEUTRAL}
-    write_json(stats_path(shard.path), stats)  # before the tar gets its name: a tar without stats was not packed here
+    details = {"status_dict": status, "failed": failed, "extensions": sorted(extensions)}
+    write_json(stats, counts | details | {"tar_bytes": temporary.stat().st_size})
 
 
 def members_of(sample: Sample, options: Any) -> Members | Rejected:
