@@ -28,9 +28,17 @@ from ipa.errors import UserError
 from ipa.secrets import hide
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of an options class, with the line that ``--help`` prints."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, at_least: float | None = None, one_of: Sequence[str] = ()) -> Any:
+    """A field of an options class: its default, the line that ``--help`` prints, and its limits."""
+    return field(default=default, metadata={"help": help, "limits": (at_least, one_of)})
+
+
+def check_limits(options: Any, kind: type[Any]) -> None:
+    for each in fields(kind):
+        value, (least, choices) = options[each.name], each.metadata.get("limits", (None, ()))
+        if value is not None and ((least is not None and value < least) or (choices and value not in choices)):
+            possible = f"one of {', '.join(choices)}" if choices else f"at least {least}"
+            raise UserError(f"{each.name}={value}: give {possible}")
 
 
 def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
@@ -45,6 +53,7 @@ def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence
     missing = [name for name in types if OmegaConf.is_missing(options, name)]
     if missing:
         raise UserError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
+    check_limits(options, kind)
     return options
 
 

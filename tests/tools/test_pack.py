@@ -7,11 +7,8 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,24 +172,6 @@ def test_what_a_kill_leaves_is_completed(pack: Pack, photos: Path) -> None:
     assert contents("out") == whole
 
 
-@pytest.mark.slow
-def test_a_kill_at_any_moment_spoils_nothing(pack: Pack, photos: Path) -> None:
-    pack("whole", samples_per_shard=2, size=4)
-    command = [sys.executable, "-m", "ipa.tools.pack", "photos", "out", "samples_per_shard=2", "size=4", "workers=2"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    while not list(Path("out").glob("*.tar")) and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-    for shard in Path("out").glob("*.tar"):
-        assert shard.read_bytes() == Path("whole", shard.name).read_bytes()
-    said = pack(samples_per_shard=2, size=4)
-
-    assert "are there already" in said
-    assert contents("out") == contents("whole")
-
-
 def test_what_was_packed_otherwise_is_overwritten_only_if_asked(pack: Pack, photos: Path) -> None:
     pack(samples_per_shard=10)
     before = contents("out")
@@ -284,7 +263,7 @@ def test_missing_captions(pack: Pack, photos: Path) -> None:
     assert not Path("out").exists()
     assert "for 22 of 23 pictures" in pack(missing_caption="empty")
     assert metadata("out")["cats/00.png"]["caption"] == ""
-    assert "missing_caption=never: one of skip, empty, error" in pack(missing_caption="never")
+    assert "missing_caption=never: give one of skip, empty, error" in pack(missing_caption="never")
 
 
 def table(path: Path, rows: list[dict]) -> None:
@@ -409,7 +388,7 @@ ROW = {"file_name": "cats/00.png", "text": "a"}
         ({"m.csv": [ROW]}, {"captions": "m.csv", "path_column": "bild"}, "path_column=bild.*file_name, text"),
         ({"m.csv": [{**ROW, "file_name": "x"}]}, {"captions": "m.csv"}, r"1 \(x\) are not in the folder: 23 \(cats"),
         ({}, {"captions": "m.csv"}, "captions=m.csv: photos has 1 sources"),
-        ({}, {"size": 0}, "size=0: at least 1"),
+        ({}, {"size": 0}, "size=0: .*at least 1"),
         ({}, {"references": "nowhere"}, "references=nowhere: no such folder"),
         ({}, {"captions": "none"}, "no caption: 23"),
     ],

@@ -28,13 +28,13 @@ class Options:
     captions: str | None = option(None, "txt, none or a table; found automatically if there is only one source")
     path_column: str | None = option(None, "column of a table with the paths; default: file_name, path or image")
     caption_column: str | None = option(None, "column with the captions; default: text, caption or prompt")
-    missing_caption: str = option("skip", "pictures without a usable caption: skip, empty (pack them) or error")
+    missing_caption: str = option("skip", "pictures without a usable caption", one_of=("skip", "empty", "error"))
     references: str | None = option(None, "folder with a reference of the same name for each picture")
-    size: int | None = option(None, "shrink pictures whose shortest side is longer than this, in pixels")
-    samples_per_shard: int = option(1000, "samples in a shard")
+    size: int | None = option(None, "shrink pictures whose shortest side is longer than this (px)", at_least=1)
+    samples_per_shard: int = option(1000, "samples in a shard", at_least=1)
     shuffle: bool = option(True, "shuffle the pictures first; training shuffles only within a window")
     seed: int = option(0, "seed of the shuffling")
-    workers: int | None = option(None, "processes that read and shrink; default: one per core")
+    workers: int | None = option(None, "processes that read and shrink; default: one per core", at_least=1)
     overwrite: bool = option(False, "replace shards that were packed from other files or with other options")
 
 

@@ -52,11 +52,6 @@ class Sample(NamedTuple):
 
 def pack(options: Any) -> None:
     """Write the missing shards and print what is in all of them; raises UserError."""
-    for name in ("size", "samples_per_shard", "workers"):
-        if options[name] is not None and options[name] < 1:
-            raise UserError(f"{name}={options[name]}: at least 1")
-    if options.missing_caption not in ("skip", "empty", "error"):
-        raise UserError(f"missing_caption={options.missing_caption}: one of skip, empty, error")
     samples, left_out = collect(options)
     if options.shuffle:
         random.Random(options.seed).shuffle(samples)
