@@ -218,7 +218,7 @@ def _how_it_was_started() -> str:
     """The words after ``python``: a file, or -m and a module's name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.origin == os.path.abspath(sys.argv[0]):
-        return f"-m {spec.name}"
+        return f"-m {spec.name.removesuffix('.__main__')}"
     return os.path.relpath(sys.argv[0])
 
 

@@ -15,7 +15,7 @@ diffusers' (1 means none). λ, the weight of the image prompt, is called ``scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -208,6 +208,15 @@ def to_unit_range(image_B3HW: Tensor, dtype: torch.dtype = torch.float32) -> Ten
 def to_uint8(pixels_B3HW: Tensor) -> Tensor:
     """Float pixels in [-1, 1] → uint8, rounded and clipped."""
     return ((pixels_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """Name and row (index of the first dimension) of the first value that is infinite or NaN; None without any."""
+    for name, tensor in tensors.items():
+        finite = tensor.isfinite()
+        if not finite.all():
+            return name, int((~finite).nonzero()[0, 0]) if tensor.ndim else 0
+    return None
 
 
 @dataclass

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,22 @@ from ipa.errors import UserError
 from ipa.secrets import hide
 
 
+def option(default: Any, help: str, *, at_least: float | None = None, one_of: Sequence[str] = ()) -> Any:
+    """A field of an options class: its default, the line that ``--help`` prints, and its limits."""
+    return field(default=default, metadata={"help": help, "limits": (at_least, one_of)})
+
+
+def check_limits(options: Any, kind: type[Any]) -> None:
+    for each in fields(kind):
+        value, (least, choices) = options[each.name], each.metadata.get("limits", (None, ()))
+        if value is not None and ((least is not None and value < least) or (choices and value not in choices)):
+            possible = f"one of {', '.join(choices)}" if choices else f"at least {least}"
+            raise UserError(f"{each.name}={value}: give {possible}")
+
+
 def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
     """Words → options; raises UserError that names what is misspelt, wrong, doubled or missing."""
-    types = {field.name: field.type for field in fields(kind)}
+    types = {each.name: each.type for each in fields(kind)}
     options = OmegaConf.structured(kind)
     for argument, name, value in named(arguments, list(types), positional):
         try:
@@ -40,6 +53,7 @@ def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence
     missing = [name for name in types if OmegaConf.is_missing(options, name)]
     if missing:
         raise UserError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
+    check_limits(options, kind)
     return options
 
 
@@ -88,12 +102,14 @@ def run_tool(
     positional: Sequence[str] = (),
 ) -> None:
     """Help, or ``do`` with the options; what the user can mend ends the process with one message."""
-    name = Path(sys.argv[0]).stem
+    script = Path(sys.argv[0])  # of a package: pack/__main__.py
+    name = script.parent.name if script.stem == "__main__" else script.stem
     if not arguments or {"-h", "--help"} & set(arguments):
         print(about)
-        for field in fields(kind):
-            default = "(needed)" if field.default is MISSING else field.default
-            print(f"    {field.name}={'' if default in (None, NO_DEFAULT) else default}")
+        for each in fields(kind):
+            default = "(required)" if each.default is MISSING else each.default
+            print(f"    {each.name}={'' if default in (None, NO_DEFAULT) else default}")
+            print(f"        {each.metadata['help']}" if each.metadata else "", end="\n" if each.metadata else "")
         return
     refuse_pickles()
     try:

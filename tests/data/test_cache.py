@@ -20,7 +20,7 @@ from tars import Members, good, write_tar
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates
-from ipa.data.cache.format import BROKEN_MEMBER, CacheWriter, Header, WrongCache, pack, unpack
+from ipa.data.cache.format import BROKEN_MEMBER, CacheWriter, Header, WrongCache, metadata_of, pack, unpack
 from ipa.data.cache.preparation import OTHER_BUCKET, CachedPreparation
 from ipa.data.cache.source import CacheSource
 from ipa.data.images.preparation import ImagePreparation

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, Run, World, checkpoint, column
 
 from ipa.data.cache.format import CacheWriter, Header, WrongCache
-from ipa.tools.precomputing.run import precompute
+from ipa.tools.precompute.run import precompute
 
 
 @pytest.fixture(scope="module")

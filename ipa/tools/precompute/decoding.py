@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,21 +15,24 @@ from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
 
+Target = tuple[int, int] | None  # width and height of an aspect-ratio bucket; None is the square
+
 
 @dataclass
 class Task:
-    """Records of one aspect bucket, and whether they are the last ones of a window, or the shard ends here."""
+    """Records of one bucket to decode together. The last task of a shard has none, but all that reading rejected."""
 
     records: list[Record] = field(default_factory=list)
     addresses: list[Address] = field(default_factory=list)
-    target: tuple[int, int] | None = None
+    target: Target = None
     ends_window: bool = False
     ends_shard: bool = False
+    rejects: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class Decoded:
-    """What became of a task's records: the rows of the tensors belong to ``good``, ``broken`` could not be decoded."""
+    """The result of a task: the rows of the tensors belong to ``good``; ``broken`` could not be decoded."""
 
     task: Task
     good: list[Record] = field(default_factory=list)
@@ -44,7 +47,7 @@ class Decoded:
 
 
 class Decoding(Dataset[Decoded]):
-    """A task is its own index. The records come back without their pictures."""
+    """Indexed by tasks. The records come back without their pictures."""
 
     def __init__(self, preparation: ImagePreparation) -> None:
         self.preparation = preparation
@@ -59,13 +62,8 @@ class Decoding(Dataset[Decoded]):
                 decoded.good.append(light)
             except Rejected as reject:
                 decoded.broken.append(replace(light, broken=Rejected(reject.reason)))
-        return stacked(decoded, samples) if samples else decoded
-
-
-def stacked(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
-    return replace(
-        decoded,
-        image_B3HW=torch.stack([sample.image_3HW for sample in samples]),
-        reference_B3HW=torch.stack([sample.reference_3HW for sample in samples]),
-        size_B6=torch.stack([sample.size_6 for sample in samples]),
-    )
+        if samples:
+            decoded.image_B3HW = torch.stack([sample.image_3HW for sample in samples])
+            decoded.reference_B3HW = torch.stack([sample.reference_3HW for sample in samples])
+            decoded.size_B6 = torch.stack([sample.size_6 for sample in samples])
+        return decoded
