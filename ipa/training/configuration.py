@@ -59,15 +59,15 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 def read_configuration(path: Path) -> dict[str, Any]:
     """The saved configuration of a run as plain data, nothing resolved; raises UserError."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        run = content["paths"]["run"]  # type: ignore[index, call-overload]
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        Path(content["paths"]["run"])
     except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"{path} is not the configuration of a run ({brief(error)}), so the run cannot be resumed. Restore the "
             "file, or start another run with name=… resume=CHECKPOINT"
         ) from error
-    assert isinstance(content, dict) and isinstance(run, str)
-    return {str(name): value for name, value in content.items()}
+    saved: dict[str, Any] = content
+    return saved
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

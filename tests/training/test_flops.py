@@ -28,7 +28,9 @@ def installed(**options: str) -> IPAdapterModel:
     return model
 
 
-@pytest.mark.parametrize(("head", "kind"), [("global", "decoupled"), ("fine_grained", "simple")])
+@pytest.mark.parametrize(
+    ("head", "kind"), [("global", "decoupled"), pytest.param("fine_grained", "simple", marks=pytest.mark.slow)]
+)
 def test_as_many_as_a_step_that_is_computed(head: str, kind: str) -> None:
     model, batch = installed(head=head, kind=kind), tiny.make_batch()
     counted = count_flops(model, batch)
@@ -66,6 +68,7 @@ def test_the_peak_of_what_is_no_known_card_is_not_made_up() -> None:
     assert peak_flops(torch.device("cpu"), "bf16-mixed") is None
 
 
+@pytest.mark.slow
 def test_stable_diffusion_at_full_size_needs_what_was_counted_for_it() -> None:
     """A sample's UNet forward and backward, base frozen, 1.669 TFLOP; VAE 1.117, ViT-H/14 0.335, CLIP-L 0.013."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -154,7 +154,7 @@ def test_expressions_of_the_environment_are_compared_as_they_were_written(
 def test_only_the_place_of_the_run_may_differ_unnoticed() -> None:
     one = {"paths": {"run": "/a/x"}, "b": {"path": "/a/x/y"}, "c": "/a/xy"}
     other = {"paths": {"run": "/z"}, "b": {"path": "/z/y"}, "c": "/z/xy"}
-    assert differences(one, other) == {"c": ("/a/xy", "/z/xy")} | differences({**one, "c": 1}, {**other, "c": 1})
+    assert list(differences(one, other)) == ["c"]
 
 
 def test_one_process_of_all_saves_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,4 +241,9 @@ def test_the_log_has_one_row_per_step_and_cuts_those_that_are_repeated(tmp_path:
     resumed.log_metrics({"preview": 0.5}, 2)
     log(resumed, 3)
 
-    assert (tmp_path / "log.csv").read_text().splitlines() == ["step,early,late,preview", "1,1,1,", "2,2,2,0.5", "3,3,3,"]
+    assert (tmp_path / "log.csv").read_text().splitlines() == [
+        "step,early,late,preview",
+        "1,1,1,",
+        "2,2,2,0.5",
+        "3,3,3,",
+    ]
