@@ -52,7 +52,7 @@ class BackgroundCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Waits for the previous checkpoint, so that there is one copy at a time; returns when the copy is made."""
         self.wait()
-        content = apply_to_collection(checkpoint, Tensor, copy_to_cpu)
+        content = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
         self.submit(lambda: write_checkpoint(Path(path), content))
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -93,27 +93,20 @@ class BackgroundCheckpointIO(CheckpointIO):
 class Checkpoints(TrainingCallback):
     """Saves every ``every_n_steps``, before every preview, and at the end; keeps the last ``keep_last`` and the best.
 
-    The best is by ``monitor``, a score of the preview that follows a checkpoint. Old files are removed once the new one
-    is on disk.
+    The best has the highest ``monitor``, a score of the preview that follows a checkpoint. Old files are removed once
+    the new one is on disk.
     """
 
     order = Order.CHECKPOINT
 
     def __init__(
-        self,
-        folder: str | Path,
-        every_n_steps: int,
-        preview_every_n_steps: int,
-        monitor: str,
-        mode: str = "max",
-        keep_last: int = 2,
+        self, folder: str | Path, every_n_steps: int, preview_every_n_steps: int, monitor: str, keep_last: int = 2
     ) -> None:
         if keep_last < 1:
             raise UserError(f"checkpoint.keep_last={keep_last}: keep at least 1, or the run cannot be resumed")
         self.folder = Path(folder)
         self.intervals_steps = (every_n_steps, preview_every_n_steps)
         self.monitor = monitor
-        self.sign = {"max": 1, "min": -1}[mode]
         self.keep_last = keep_last
         self.best: dict[str, Any] = {"name": "", "score": None}
         self.saved_step = -1
@@ -157,12 +150,9 @@ class Checkpoints(TrainingCallback):
 
     def take_score(self, trainer: L.Trainer) -> None:
         """Take the score of the preview since the last step, if there was one; only the first rank has it."""
-        score = trainer.callback_metrics.pop(self.monitor, None)
-        if score is not None and self.is_better(float(score)):
+        score, best = trainer.callback_metrics.pop(self.monitor, None), self.best["score"]
+        if score is not None and (best is None or float(score) > best):
             self.best = {"name": file_name(trainer.global_step), "score": float(score)}
-
-    def is_better(self, score: float) -> bool:
-        return self.best["score"] is None or self.sign * score > self.sign * self.best["score"]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         checkpoint_io(trainer).wait()
@@ -188,11 +178,6 @@ def checkpoint_io(trainer: L.Trainer) -> BackgroundCheckpointIO:
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, BackgroundCheckpointIO)
     return io
-
-
-def copy_to_cpu(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def write_checkpoint(path: Path, content: Any) -> None:
@@ -245,6 +230,29 @@ def newest_whole(folder: Path) -> Path | None:
         except BrokenCheckpoint as error:
             log.warning("%s is skipped: %s", path, error)
     return None
+
+
+def where_to_start(folder: Path, resume: str) -> Path | None:
+    """The checkpoint to resume from, None to start anew; raises UserError rather than lose a run's checkpoints.
+
+    ``resume`` is auto, never, or a file that is used until the run has checkpoints of its own.
+    """
+    own = checkpoints_in(folder)
+    if resume == "never" and own:
+        raise UserError(f"resume=never, but {folder} has checkpoints: give another name=, or resume=auto")
+    newest = newest_whole(folder)
+    if newest is None and own:
+        raise UserError(
+            f"none of the {len(own)} checkpoints in {folder} is whole, see above; to start anew, move them away"
+        )
+    if newest is not None or resume in ("auto", "never"):
+        return newest
+    if not Path(resume).is_file():
+        raise UserError(
+            f"resume={resume}: no such checkpoint. Give auto, never, or a file as runs/…/checkpoints/step_00000600.ckpt"
+        )
+    read_checkpoint(Path(resume))
+    return Path(resume)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -13,7 +13,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 
 from ipa.distributed import gather, max_over_ranks
 from ipa.errors import UserError
-from ipa.training.hooks import Order, TrainingCallback, ends_step, is_due, logs_now
+from ipa.training.hooks import Order, TrainingCallback, ends_step, is_due, logs_now, send_to_host
 from ipa.training.strategies import local
 
 LAG_STEPS = 2  # the host waits for a device that is further behind
@@ -39,31 +38,13 @@ class Sample(NamedTuple):
     error: float
 
 
-@dataclass
-class StepRecord:
-    """One step: its samples, and on their way to the host two flags (loss, gradient) and the error of each sample."""
+class StepRecord(NamedTuple):
+    """One step: keys and shards of its samples; ``read`` gives two flags (loss, gradient) and each sample's error."""
 
     step: int
     keys: list[str]
     shards: list[str]
-    numbers: Tensor
-    wait: Callable[[], object]
-
-    @classmethod
-    def send(cls, step: int, keys: list[str], shards: list[str], numbers: Tensor) -> StepRecord:
-        if numbers.device.type != "cuda":
-            return cls(step, keys, shards, numbers, lambda: None)
-        copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return cls(step, keys, shards, copy, event.synchronize)
-
-    def read(self) -> tuple[bool, bool, list[Sample]]:
-        """Whether the loss, and the gradient, of any rank was not finite; the samples of this rank."""
-        self.wait()
-        loss, gradient, *errors = self.numbers.tolist()
-        samples = [Sample(*each) for each in zip(self.keys, self.shards, errors, strict=True)]
-        return bool(loss), bool(gradient), samples
+    read: Callable[[], list[float]]
 
 
 class FiniteGuard(TrainingCallback):
@@ -124,7 +105,7 @@ class FiniteGuard(TrainingCallback):
         if not ends_step(trainer, batch_idx):
             return
         numbers = torch.cat([self.flags, *self.errors])
-        self.records.append(StepRecord.send(trainer.global_step, self.keys, self.shards, numbers))
+        self.records.append(StepRecord(trainer.global_step, self.keys, self.shards, send_to_host(numbers)))
         self.keys, self.shards, self.errors = [], [], []
         lags = numbers.device.type == "cuda" and not is_due(trainer, batch_idx, self.settle_every_n_steps)
         self.read_all_but(LAG_STEPS if lags else 0)
@@ -140,10 +121,11 @@ class FiniteGuard(TrainingCallback):
             self.read(self.records.popleft())
 
     def read(self, record: StepRecord) -> None:
-        loss, gradient, samples = record.read()
+        loss, gradient, *errors = record.read()
         if not loss and (self.is_scaled or not gradient):
             self.in_a_row = 0
             return
+        samples = [Sample(*each) for each in zip(record.keys, record.shards, errors, strict=True)]
         of_all_ranks = [sample for own in gather(samples) for sample in own]
         what = describe_step(record.step, "loss" if loss else "gradient", of_all_ranks)
         self.skipped += 1

@@ -1,12 +1,14 @@
-"""What our callbacks share: the order in which they run, two more hooks, and when something is due."""
+"""What our callbacks share: their order, two more hooks, when something is due, and reading from the device late."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
+from torch import Tensor
 
 
 class Order(IntEnum):
@@ -60,3 +62,18 @@ def falls_on(step: int, max_steps: int, every_n_steps: int) -> bool:
 def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether this batch ended an optimizer step; with gradient accumulation not every batch does."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def send_to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying ``values`` to the host; the function returned waits for the copy and returns the numbers."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> list[float]:
+        event.synchronize()
+        return copy.tolist()
+
+    return read

@@ -14,6 +14,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 import lightning as L
 import numpy as np
+import wandb
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -152,17 +153,11 @@ class RunWandb(WandbLogger):
     def log_image(self, *args: Any, **kwargs: Any) -> None:
         self.attempt(super().log_image, *args, **kwargs)
 
-    def log_table(self, *args: Any, **kwargs: Any) -> None:
-        self.attempt(super().log_table, *args, **kwargs)
-
     def attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Warn once; ``log.csv`` and ``previews/`` have the same values."""
-        import wandb
-
-        if self.lost:
-            return
         try:
-            call(*args, **kwargs)
+            if not self.lost:
+                call(*args, **kwargs)
         except (ConnectionError, wandb.Error) as error:
             self.lost = True
             log.warning("wandb's service has ended (%s): its record of this run stops, log.csv continues", error)

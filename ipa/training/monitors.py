@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from ipa.distributed import mean_over_ranks, sum_over_ranks
@@ -126,26 +125,3 @@ def compare_images(model: IPAdapterModel, batch: Batch) -> tuple[float, float]:
     own = batch.keep_all()
     means = torch.stack([model.errors(each).error_B.mean() for each in (own, own.with_neighbours_image())])
     return tuple(mean_over_ranks(means).tolist())
-
-
-class ParameterTable(TrainingCallback):
-    """Shows name, shape and size of the trainable parameters on the dashboard, and the sizes of the frozen parts."""
-
-    COLUMNS = ("part", "shape", "parameters", "trained")
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        rows = parameter_rows(pl_module.model)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("parameters", columns=list(self.COLUMNS), data=rows)
-            elif isinstance(logger, TensorBoardLogger):
-                lines = [self.COLUMNS, ["---"] * len(self.COLUMNS), *rows]
-                table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-                logger.experiment.add_text("parameters", table)
-
-
-def parameter_rows(model: IPAdapterModel) -> list[list[Any]]:
-    rows = [[name, " × ".join(map(str, p.shape)), p.numel(), "yes"] for name, p in model.trainable.named_parameters()]
-    frozen = [*model.family.named_children(), ("image encoder", model.encoder)]
-    rows += [[name, "", count, "no"] for name, part in frozen if (count := sum(p.numel() for p in part.parameters()))]
-    return [*rows, ["all trained parameters", "", model.count_trainable(), "yes"]]

@@ -92,12 +92,11 @@ class HeldOutPrompts:
 
 def pictures_in(folder: str | Path) -> list[Path]:
     """Sorted by name; raises UserError if there are none."""
-    if not isinstance(folder, str | Path):
-        raise UserError(f"preview.images={folder}: give one folder")
-    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_EXTENSIONS)
+    is_folder = isinstance(folder, str | Path) and Path(folder).is_dir()
+    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS] if is_folder else []
     if not paths:
-        raise UserError(f"preview.images={folder}: no images there ({', '.join(PICTURE_EXTENSIONS)})")
-    return paths
+        raise UserError(f"preview.images={folder}: give a folder with images ({', '.join(PICTURE_EXTENSIONS)})")
+    return sorted(paths)
 
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
@@ -149,10 +148,8 @@ def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[T
     pieces = send_to_first(made, [len(batch) for _, batch in work], model.device)
     if rank != 0:
         return []
-    found: list[list[Tensor]] = [[] for _ in columns]
-    for piece, (column, _) in zip(pieces, work, strict=True):
-        found[column].append(piece)
-    return [torch.cat(column) for column in found]
+    of_column = [number for number, _ in work]
+    return [torch.cat([p for p, c in zip(pieces, of_column, strict=True) if c == n]) for n in range(len(columns))]
 
 
 def generate_from(
@@ -182,10 +179,9 @@ def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Im
     for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
         pen.text((gap_px + x * pitch, 3), title, fill="black")
         for y, picture in enumerate(to_uint8(fit_square(column, column.shape[-1]))):
-            cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
-                (cell_px, cell_px), Image.Resampling.NEAREST
-            )
-            grid.paste(cell, (gap_px + x * pitch, header_px + gap_px + y * pitch))
+            cell = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            resized = cell.resize((cell_px, cell_px), Image.Resampling.NEAREST)
+            grid.paste(resized, (gap_px + x * pitch, header_px + gap_px + y * pitch))
     return grid
 
 
@@ -254,26 +250,21 @@ class Previews(TrainingCallback):
         shown = prompts.head(self.num_prompts)
         columns = [Column(shown, self.options.with_scale(scale), self.seed) for scale in SCALES]
         columns += [Column(shown, self.options, self.seed, self.text)] if self.text else []
-        return columns + ([Column(self.scored(prompts), self.options, self.seed)] if self.scorer is not None else [])
-
-    def scored(self, prompts: HeldOutPrompts) -> HeldOutPrompts:
-        return prompts.head(self.num_scored)
+        scored = Column(prompts.head(self.num_scored), self.options, self.seed)
+        return columns + ([scored] if self.scorer is not None else [])
 
     def show(self, trainer: L.Trainer, prompts: HeldOutPrompts, pictures: list[Tensor]) -> None:
         step = trainer.global_step
         if self.scorer is not None:
-            scores = score_pictures(self.scorer, self.scored(prompts), pictures.pop())
-            self.log_scores(trainer, {f"preview/{name}": value for name, value in scores.items()})
+            scores = score_pictures(self.scorer, prompts.head(self.num_scored), pictures.pop())
+            shown = {f"preview/{name}": value for name, value in scores.items()}
+            log_now(trainer, shown)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})  # Checkpoints
         grid = self.draw(prompts.head(self.num_prompts), pictures)
         self.last = self.folder / f"step_{step:06d}.png"
         write_atomically(self.last, lambda temporary: grid.save(temporary, format="PNG"))
         for logger in trainer.loggers:
             log_picture(logger, "preview/grid", grid, step)
-
-    def log_scores(self, trainer: L.Trainer, scores: dict[str, float]) -> None:
-        """Log them, and let callbacks find the best step."""
-        log_now(trainer, scores)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
 
     def draw(self, prompts: HeldOutPrompts, pictures: list[Tensor]) -> Image.Image:
         titles = ["prompt", *(f"scale {scale:g}" for scale in SCALES), *([f"+ {self.text}"] if self.text else [])]

@@ -7,10 +7,7 @@ between the parts, then a trace of some more (open it on ui.perfetto.dev).
 
 from __future__ import annotations
 
-import gzip
 import logging
-import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -42,8 +39,7 @@ PARTS = {
     "backward": (".backward", "_backward"),
     "optimizer": ("optimizer_step", "zero_grad", "configure_gradient_clipping"),
 }
-CALLBACKS, REST = "[Callback]", "loop and loggers"
-MIN_SHARE = 0.01  # of a step, below which callbacks are summed up
+CALLBACKS, REST = "callbacks", "loop and loggers"
 STEPS = {"warm-up": 5, "timed": 20, "traced": 3}
 
 
@@ -144,17 +140,10 @@ class StepProfile(TrainingCallback):
     def end_trace(self) -> None:
         self.tracer.stop()
         path = self.folder / "trace.json.gz"
-        write_atomically(path, self.export)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.tracer.export_chrome_trace(str(path))
         self.tracer = None
         log.info("the trace is in %s: open it on ui.perfetto.dev or in chrome://tracing", path)
-
-    def export(self, temporary: Path) -> None:
-        """torch compresses by the file's suffix, which a temporary file does not have."""
-        with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
-            plain = Path(folder) / "trace.json"
-            self.tracer.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(temporary, "wb", compresslevel=6) as target:
-                shutil.copyfileobj(source, target)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that stops early writes what it has."""
@@ -179,21 +168,16 @@ def plan_steps(done: int, max_steps: int) -> dict[int, str]:
 
 
 def by_part(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Part of a step → seconds, slow callbacks by name; the sum is that of ``seconds``."""
-    parts = dict.fromkeys([*PARTS, REST], 0.0)
-    callbacks: defaultdict[str, float] = defaultdict(float)
-    for name, value in seconds.items():
-        if name.startswith(CALLBACKS):
-            callbacks[name.removeprefix(CALLBACKS).split(".")[0].split("{")[0]] += value
-        else:
-            parts[part_of(name)] += value
-    rest, least = parts.pop(REST), MIN_SHARE * sum(seconds.values())
-    named = {f"callback {name}": value for name, value in callbacks.items() if value >= least}
-    others = sum(callbacks.values()) - sum(named.values())
-    return {name: value for name, value in parts.items() if value} | named | {"other callbacks": others, REST: rest}
+    """Part of a step → seconds; the sum is that of ``seconds``."""
+    parts = dict.fromkeys([*PARTS, CALLBACKS, REST], 0.0)
+    for action, value in seconds.items():
+        parts[part_of(action)] += value
+    return {name: value for name, value in parts.items() if value}
 
 
 def part_of(action: str) -> str:
+    if action.startswith("[Callback]"):
+        return CALLBACKS
     return next((part for part, ends in PARTS.items() if action.endswith(ends)), REST)
 
 

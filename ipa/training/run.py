@@ -31,13 +31,7 @@ from ipa.files import read_json, write_json
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, Throughput
-from ipa.training.checkpointing import (
-    BackgroundCheckpointIO,
-    Checkpoints,
-    checkpoints_in,
-    newest_whole,
-    read_checkpoint,
-)
+from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, where_to_start
 from ipa.training.configuration import settle_configuration
 from ipa.training.failures import explain_fit_failure
 from ipa.training.guards import FiniteGuard
@@ -52,6 +46,8 @@ from ipa.training.strategies import AdapterFSDP
 
 log = logging.getLogger(__name__)
 
+# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+MALLOC_OPTIONS = {-3: 1 << 30, -1: 2_000_000_000, -2: 100_000_000}
 PAPER_BATCH = 64  # samples of a step (Ye et al. 2023, section 4.1)
 
 Scores = dict[str, dict[str, float]]
@@ -93,29 +89,6 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
         report(cfg, folder, summarise(folder, module.model, trainer), scores)
 
 
-def where_to_start(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to resume from, None to start anew; raises UserError rather than lose a run's checkpoints.
-
-    ``resume`` is auto, never, or a file that is used until the run has checkpoints of its own.
-    """
-    own = checkpoints_in(folder)
-    if resume == "never" and own:
-        raise UserError(f"resume=never, but {folder} has checkpoints: give another name=, or resume=auto")
-    newest = newest_whole(folder)
-    if newest is None and own:
-        raise UserError(
-            f"none of the {len(own)} checkpoints in {folder} is whole, see above; to start anew, move them away"
-        )
-    if newest is not None or resume in ("auto", "never"):
-        return newest
-    if not Path(resume).is_file():
-        raise UserError(
-            f"resume={resume}: no such checkpoint. Give auto, never, or a file as runs/…/checkpoints/step_00000600.ckpt"
-        )
-    read_checkpoint(Path(resume))
-    return Path(resume)
-
-
 def finished_summary(folder: Path, max_steps: int) -> str | None:
     """The summary of a run that made this many steps; None if it did not, or if its summary cannot be read."""
     path = folder / "summary.json"
@@ -137,12 +110,9 @@ def set_up_torch(cfg: DictConfig) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors: page faults cost a CPU about a seventh of its throughput."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, 2_000_000_000)
-        mallopt(top_pad, 100_000_000)
+    for option, value in MALLOC_OPTIONS.items() if mallopt else ():
+        mallopt(option, value)
 
 
 def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal) -> L.Trainer:

@@ -24,7 +24,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -33,11 +32,11 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from torch import Tensor, distributed
+from torch import distributed
 
 from ipa.identity import slurm_job
 from ipa.training.checkpointing import Checkpoints, checkpoint_io
-from ipa.training.hooks import ends_step, our_callbacks
+from ipa.training.hooks import ends_step, our_callbacks, send_to_host
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 LAG_STEPS = 2
@@ -128,28 +127,19 @@ class Signals:
             self.timer.cancel()
 
 
-@dataclass
-class Flag:
-    """The highest signal number of any rank after one step, on its way to the host."""
-
-    value: Tensor
-    wait: Callable[[], object]
-
-    @classmethod
-    def send(cls, number: int, device: torch.device) -> Flag:
-        value = torch.tensor([number], dtype=torch.int32).to(device, non_blocking=True)
-        work = distributed.all_reduce(value, distributed.ReduceOp.MAX, async_op=True)
-        if device.type != "cuda":
-            return cls(value, work.wait)
+def send_flag(number: int, device: torch.device) -> Callable[[], list[float]]:
+    """Start an all-reduce of the highest signal number of any rank; the function returned waits and reads it."""
+    value = torch.tensor([number], dtype=torch.int32).to(device, non_blocking=True)
+    work = distributed.all_reduce(value, distributed.ReduceOp.MAX, async_op=True)
+    if device.type == "cuda":
         work.wait()  # the stream waits, not the host
-        copy = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(value, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return cls(copy, event.synchronize)
+        return send_to_host(value)
 
-    def read(self) -> int:
-        self.wait()
-        return int(self.value)
+    def read() -> list[float]:
+        work.wait()
+        return value.tolist()
+
+    return read
 
 
 class StopOnSignal(Checkpoint):
@@ -161,7 +151,7 @@ class StopOnSignal(Checkpoint):
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
         self.end: Stopped | None = None
-        self.flags: deque[Flag] = deque()
+        self.flags: deque[Callable[[], list[float]]] = deque()
         self.between_steps = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -198,8 +188,8 @@ class StopOnSignal(Checkpoint):
         received = self.signals.number or 0
         if trainer.world_size == 1:
             return received
-        self.flags.append(Flag.send(received, trainer.strategy.root_device))
-        return self.flags.popleft().read() if len(self.flags) > LAG_STEPS else 0
+        self.flags.append(send_flag(received, trainer.strategy.root_device))
+        return int(self.flags.popleft()()[0]) if len(self.flags) > LAG_STEPS else 0
 
     def save(self, trainer: L.Trainer, pl_module: Any, number: int) -> None:
         """Returns on all ranks once the first has written."""
@@ -223,7 +213,7 @@ class StopOnSignal(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the flags of the last steps, after which there was no step to stop at."""
-        number = max((flag.read() for flag in self.flags), default=0)
+        number = int(max((read()[0] for read in self.flags), default=0))
         self.flags.clear()
         if number and self.end is None:
             self.stop(trainer, pl_module, number)

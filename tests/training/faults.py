@@ -103,6 +103,10 @@ class HangingStep(L.Callback):
             hang_in_step(self.file)
 
 
+def hang_in_source() -> None:
+    time.sleep(PATIENCE_S)
+
+
 def hang_in_step(file: Path) -> None:
     wait_until(lambda: has_stack(file, "Timeout", "hang_in_step"))
 

@@ -23,9 +23,9 @@ from ipa.training.checkpointing import (
     newest_whole,
     prune,
     read_checkpoint,
+    where_to_start,
     write_checkpoint,
 )
-from ipa.training.run import where_to_start
 
 CONTENT = {"state_dict": {"weight": torch.arange(300.0)}, "global_step": 7, "lanes": [[0, 1], (2, "x")], "none": None}
 

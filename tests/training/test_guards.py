@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ipa.model import Errors
 from ipa.training.checkpointing import checkpoints_in
 from ipa.training.failures import explain_fit_failure
 from ipa.training.guards import FiniteGuard, StepRecord
-from ipa.training.stalls import StallMonitor
+from ipa.training.stalls import DUMP, StallMonitor
 from ipa.types import Batch
 
 SKIP = "guard.on_nonfinite=skip"
@@ -74,7 +75,7 @@ def test_before_a_checkpoint_the_flags_that_are_on_their_way_are_read() -> None:
     guard: Any = FiniteGuard()
     guard.is_scaled = False
     numbers = torch.tensor([1.0, 1.0, 0.5, torch.nan])
-    guard.records.append(StepRecord.send(7, ["a", "b"], ["0.tar", "1.tar"], numbers))
+    guard.records.append(StepRecord(7, ["a", "b"], ["0.tar", "1.tar"], numbers.tolist))
 
     with pytest.raises(UserError, match=r"the loss of step 7 is nan.* shards 1.tar; keys b\."):
         guard.before_checkpoint(None, None)
@@ -219,6 +220,19 @@ def test_the_stack_is_written_while_c_code_holds_the_interpreter(tmp_path: Path)
     assert faults.has_stack(tmp_path / "stalls/rank_0.txt", "Timeout", "hold_the_interpreter")
     with pytest.raises(UserError, match=r"guard\.stall_minutes=0"):
         StallMonitor(tmp_path, 0)
+
+
+def test_a_data_worker_writes_its_stack_on_request(tmp_path: Path) -> None:
+    trainer: Any = OneRank()
+    monitor = StallMonitor(tmp_path / "stalls", minutes=10)
+    monitor.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    worker = multiprocessing.get_context("fork").Process(target=faults.hang_in_source)
+    worker.start()
+    os.kill(worker.pid or 0, DUMP or 0)
+    faults.wait_until(lambda: faults.has_stack(tmp_path / "stalls/rank_0.txt", "hang_in_source"))
+    worker.kill()
+    worker.join()
+    monitor.close()
 
 
 def test_without_a_stall_no_file_is_left(tmp_path: Path) -> None:

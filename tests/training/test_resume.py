@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from ipa.errors import UserError
-from ipa.training.configuration import differences, settle_configuration
+from ipa.training.configuration import differences, read_configuration, settle_configuration
 from ipa.training.loggers import RunCSV
 from ipa.training.run import finished_summary
 
@@ -118,10 +118,10 @@ def test_an_option_that_changes_no_step_is_taken_and_logged(
 
 
 @pytest.mark.parametrize("content", ["", "a: [", "[1]", "optimizer: {lr: 5}", "paths: {run: 3}", "${x}: {"])
-def test_a_damaged_configuration_is_refused(train_in: Run, half_done: Path, content: str) -> None:
-    (half_done / "config.yaml").write_text(content)
+def test_a_damaged_configuration_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=r"config\.yaml is not the configuration of a run.*resume="):
-        settle(train_in, half_done)
+        read_configuration(tmp_path / "config.yaml")
 
 
 def test_the_saved_configuration_is_never_instantiated(train_in: Run, half_done: Path, tmp_path: Path) -> None:

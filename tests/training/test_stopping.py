@@ -23,7 +23,7 @@ from ipa.data import workers
 from ipa.training.checkpointing import checkpoints_in
 from ipa.training.stopping import Signals, Stopped, replace_handlers, requeue
 
-FOUR = ("trainer.max_steps=4", "image_prompt_check.every_n_steps=3", *FEW)
+FOUR = ("trainer.max_steps=4", "image_prompt_check.every_n_steps=3", "+data.window=4", *FEW)
 LIMIT_S = 60
 
 
@@ -39,7 +39,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "step", "saved", "number"),
     [
-        ("setup", 0, None, signal.SIGTERM),  # nothing is there to be saved, and nothing is lost
+        pytest.param("setup", 0, None, signal.SIGTERM, marks=slow),  # nothing is there to be saved
         pytest.param("start", 0, 0, signal.SIGTERM, marks=slow),
         pytest.param("data", 0, 0, signal.SIGTERM, marks=slow),
         ("step", 1, 1, signal.SIGINT),
