@@ -773,7 +773,6 @@ def read_overrides(path: Path, run: Path) -> None:
     sys.argv = ["train.py", *words]
     command = cli._Command(lambda cfg: None, str(ROOT / "conf"), "train")
     try:
-        command._refuse_typed_secrets()
         cfg = compose(run, *words)
     except Exception as error:
         if (words_for_it := command._explain_usage(error)) is None:

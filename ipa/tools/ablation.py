@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError
-from ipa.tools.options import run_tool
+from ipa.tools.options import option, run_tool
 
 CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf"
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
@@ -41,13 +41,11 @@ COLUMNS = {
 
 @dataclass
 class Options:
-    """What `python -m ipa.tools.ablation` takes, with the defaults."""
-
-    sweep: str = MISSING  # folder of the sweep: one folder in it for each run
-    out: str = MISSING  # markdown file; the picture goes into images/ beside it
-    notes: str | None = None  # markdown that is put under the figures, what you make of them
-    adapters: str | None = None  # folder for a copy of each variant's first adapter file
-    rows: int = 8  # prompts of the picture
+    sweep: str = option(MISSING, "folder of the sweep, with one folder per run")
+    out: str = option(MISSING, "output file (markdown); its figure goes to images/ next to it")
+    notes: str | None = option(None, "markdown file to append to the figures")
+    adapters: str | None = option(None, "folder to copy the first adapter file of each variant to")
+    rows: int = option(8, "image prompts of the figure", at_least=1)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.errors import UserError
-from ipa.tools.options import run_tool
+from ipa.tools.options import option, run_tool
 
 UNCAPTIONED = ("skip", "empty", "error")
 # these change nothing in what a shard holds
@@ -34,29 +34,22 @@ NEUTRAL = ("out", "workers", "overwrite")
 
 @dataclass
 class Options:
-    """What `python -m ipa.tools.pack` takes, with the defaults."""
-
-    folder: str = MISSING  # the pictures, in folders in it, too
-    out: str = MISSING  # folder for the shards
-    captions: str | None = None  # txt, none or a table; found out where there is one source alone
-    path_column: str | None = None  # of a table: file_name, path or image unless given
-    caption_column: str | None = None  # text, caption or prompt
-    missing_caption: str = "skip"  # what becomes of pictures without: skip, empty or error
-    references: str | None = None  # folder with a reference of the same name for each picture
-    size: int | None = None  # px; pictures whose shortest side is larger are shrunk to it
-    samples_per_shard: int = 1000
-    shuffle: bool = True  # folders are often sorted by what they show, and training shuffles only locally
-    seed: int = 0  # of the shuffling
-    workers: int | None = None  # processes; all cores unless given
-    overwrite: bool = False  # shards of an earlier packing
+    folder: str = option(MISSING, "folder with the images, also in subfolders")
+    out: str = option(MISSING, "folder for the shards")
+    captions: str | None = option(None, "txt, none, or a table; null: the only source of captions in the folder")
+    path_column: str | None = option(None, "column of the table with the paths; null: file_name, path or image")
+    caption_column: str | None = option(None, "column of the table with the captions; null: text, caption or prompt")
+    missing_caption: str = option("skip", "what to do with images without a caption", one_of=UNCAPTIONED)
+    references: str | None = option(None, "folder with a reference image of the same name for each image")
+    size: int | None = option(None, "shrink images whose shortest side is longer than this (px)", at_least=1)
+    samples_per_shard: int = option(1000, "samples per shard", at_least=1)
+    shuffle: bool = option(True, "shuffle all samples; training only shuffles locally, and folders are often sorted")
+    seed: int = option(0, "seed of the shuffle")
+    workers: int | None = option(None, "number of processes; null: one per core", at_least=1)
+    overwrite: bool = option(False, "overwrite existing shards")
 
 
 def check_options(options: Any) -> None:
-    for name in ("size", "samples_per_shard", "workers"):
-        if options[name] is not None and options[name] < 1:
-            raise UserError(f"{name}={options[name]}: at least 1")
-    if options.missing_caption not in UNCAPTIONED:
-        raise UserError(f"missing_caption={options.missing_caption}: one of {', '.join(UNCAPTIONED)}")
     if Path(options.out).exists() and not Path(options.out).is_dir():
         raise UserError(f"out={options.out} is a file; the shards need a folder")
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
-from ipa.secrets import complain_of_typed, hide, typed_secrets, unresolved_where_secret, without_secrets
+from ipa.secrets import hide, unresolved_where_secret, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,6 @@ def settle_configuration(cfg: DictConfig, folder: Path, goes_on: bool) -> DictCo
     written: Any = OmegaConf.to_container(cfg)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     asked = unresolved_where_secret(resolved, written)
-    if complaint := complain_of_typed(typed_secrets(asked)):
-        raise UserError(complaint)
     path = folder / "config.yaml"
     if not goes_on:
         save(path, asked)

@@ -313,7 +313,7 @@ def test_missing_captions(pack: Pack, photos: Path) -> None:
     assert not Path("out").exists()
     assert "packed without caption: 1 (cats/00.png)" in pack(missing_caption="empty")
     assert metadata("out")["cats/00.png"]["caption"] == ""
-    assert "missing_caption=never: one of skip, empty, error" in pack(missing_caption="never")
+    assert "missing_caption=never: give one of skip, empty, error" in pack(missing_caption="never")
 
 
 def table(path: Path, rows: list[dict]) -> None:
@@ -444,7 +444,7 @@ ROW = {"file_name": "cats/00.png", "text": "a"}
         ({"m.csv": [{**ROW, "file_name": "x"}]}, {"captions": "m.csv"}, r"names none of the pictures: it says 1 \(x\)"),
         ({}, {"captions": "m.csv"}, "captions=m.csv: no such file, neither here nor in photos"),
         ({}, {"captions": "tags"}, "captions=tags: neither txt, nor none, nor a table"),
-        ({}, {"size": 0}, "size=0: at least 1"),
+        ({}, {"size": 0}, "size=0: give .*at least 1"),
         ({}, {"references": "nowhere"}, "references=nowhere: no such folder"),
         ({}, {"captions": "none"}, "no picture is left to be packed. no caption: 23"),
     ],
