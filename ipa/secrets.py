@@ -49,21 +49,24 @@ def hide(text: str) -> str:
 
 
 def without_secrets(node: Any) -> Any:
-    """A configuration with all secrets hidden."""
+    """A configuration with all secrets hidden, also texts of options with the name of a secret."""
     if isinstance(node, Mapping):
-        return {name: without_secrets(child) for name, child in node.items()}
+        return {
+            name: HIDDEN if VARIABLE.search(str(name)) and isinstance(child, str) else without_secrets(child)
+            for name, child in node.items()
+        }
     if isinstance(node, list):
         return [without_secrets(child) for child in node]
     return hide(node) if isinstance(node, str) else node
 
 
-def unresolved_where_secret(resolved: Any, unresolved: Any) -> Any:
+def unresolved_where_secret(resolved: Any, unresolved: Any, name: Any = "") -> Any:
     """The resolved configuration, but with ``${oc.env:NAME}`` where that is a secret."""
     if isinstance(resolved, Mapping) and isinstance(unresolved, Mapping):
-        return {key: unresolved_where_secret(child, unresolved[key]) for key, child in resolved.items()}
+        return {key: unresolved_where_secret(child, unresolved[key], key) for key, child in resolved.items()}
     if isinstance(resolved, list) and isinstance(unresolved, list):
         return [unresolved_where_secret(*pair) for pair in zip(resolved, unresolved, strict=True)]
-    is_secret = REFERENCE.search(str(unresolved)) or without_secrets(resolved) != resolved
+    is_secret = REFERENCE.search(str(unresolved)) or without_secrets({name: resolved}) != {name: resolved}
     return unresolved if is_secret else resolved
 
 
