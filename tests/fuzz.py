@@ -49,6 +49,7 @@ import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
+from ipa.training.sealed import Sealing, write_sealed  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
 from PIL import Image, PngImagePlugin  # noqa: E402
 from safetensors.torch import save  # noqa: E402
@@ -67,7 +68,6 @@ from ipa.export.storage import load_adapter, nested  # noqa: E402
 from ipa.tools.export import Options, export  # noqa: E402
 from ipa.training.checkpointing import newest_whole, read_checkpoint  # noqa: E402
 from ipa.training.configuration import settle_configuration  # noqa: E402
-from ipa.training.sealed import Sealing, write_sealed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S, LIMIT_BYTES = 30, 1_500_000_000
@@ -776,7 +776,6 @@ def read_overrides(path: Path, run: Path) -> None:
     sys.argv = ["train.py", *words]
     command = cli._Command(lambda cfg: None, str(ROOT / "conf"), "train")
     try:
-        command._refuse_typed_secrets()
         cfg = compose(run, *words)
     except Exception as error:
         if (words_for_it := command._explain_usage(error)) is None:

@@ -272,7 +272,7 @@ def test_shares_that_there_are_not_are_refused(rank: int | None, world: int | No
 
 RANDOM = {
     "data.crop=random": r"data\.crop=random",
-    "data.background={_target_:ipa.data.transforms.Background,white:0.5,colours:[red]}": r"data\.background, white=0",
+    "data.background={_target_:ipa.data.images.transforms.Background,white:0.5,colours:[red]}": r"data\.background, white=0",
     "++data.augment={_target_:ipa.data.augment.Augmentation,flip:0.5}": r"data\.augment=.*flip=0\.5",
 }
 
@@ -292,7 +292,7 @@ def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_pa
 
 
 def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
-    red = "data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red]}"
+    red = "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red]}"
     out = run(tmp_path / "out", *parts, red)
     assert Header.of_shard(str(out / "00000.tar")).choices["background"] == "red"
     for asked in (red, "data.background=null"):
