@@ -110,7 +110,7 @@ def set_up_torch(cfg: DictConfig) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors: page faults cost a CPU about a seventh of its throughput."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, value in MALLOC_OPTIONS.items() if mallopt else ():
         mallopt(option, value)
 

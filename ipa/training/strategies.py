@@ -126,7 +126,7 @@ class AdapterZeRO2(AdapterFSDP):
     shards_base = False
 
 
-STRATEGIES = {"ddp": AdapterDDP, "fsdp": AdapterFSDP, "zero2": AdapterZeRO2}
+STRATEGIES: dict[str, Any] = {"ddp": AdapterDDP, "fsdp": AdapterFSDP, "zero2": AdapterZeRO2}
 
 
 def make_strategy(kind: str, accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:

@@ -272,8 +272,10 @@ def test_shares_that_there_are_not_are_refused(rank: int | None, world: int | No
 
 RANDOM = {
     "data.crop=random": r"data\.crop=random",
-    "data.background={_target_:ipa.data.images.transforms.Background,white:0.5,colours:[red]}": r"data\.background, white=0",
-    "++data.augment={_target_:ipa.data.augment.Augmentation,flip:0.5}": r"data\.augment=.*flip=0\.5",
+    "data.background={_target_:ipa.data.images.transforms.Background,white:0.5,colours:[red]}": (
+        r"data\.background, white=0"
+    ),
+    "++data.augment={_target_:ipa.data.images.augment.Augmentation,flip:0.5}": r"data\.augment=.*flip=0\.5",
 }
 
 
