@@ -87,7 +87,8 @@ class FrozenParts:
     """
 
     def __init__(self, family: Any, encoder: Any, kept: Sequence[str], device: torch.device) -> None:
-        self.family, self.encoder, self.kept, self.device = family.to(device), encoder, kept, device
+        self.family, self.encoder, self.kept, self.device = family, encoder, kept, device
+        family.vae.to(device)  # the other parts do nothing here
         if "pooled" in kept:
             encoder.to(device)
 
