@@ -113,12 +113,6 @@ def test_nor_do_they_in_dirty_data(dirty_members, make_order, preparation, tmp_p
     assert train_rows(order, preparation, batch, 9, world, workers) == train_rows(order, preparation, 4, 9)
 
 
-def test_two_ranks_of_two_workers_are_disjoint_and_complete(clean_shards, make_order, preparation) -> None:
-    seen = train_rows(make_order(clean_shards), preparation, batch=1, steps=10, world=2, workers=2)
-    delivered = [row[0] for step in seen for row in step]
-    assert len(delivered) == len(set(delivered)) == 20
-
-
 def test_more_workers_than_samples_do_not_starve(make_order, preparation, tmp_path: Path) -> None:
     order = make_order([write_tar(tmp_path / "0.tar", good("only"))])
     seen = train_rows(order, preparation, batch=2, steps=4, world=2, workers=4)
@@ -190,12 +184,9 @@ def test_validation_brings_every_sample_once_in_file_order(clean_shards, make_or
     assert keys(batches) == [f"{s:05d}{i:04d}" for s, size in enumerate((7, 5, 8)) for i in range(size)]
     assert [len(batch) for batch in batches] == [6, 6, 6, 2]
     assert batches[0].position is None
+    assert [len(batch) for batch in validate(make_order(clean_shards), preparation, 4, limit=9)[0]] == [4, 4, 1]
     [again] = validate(make_order(clean_shards), preparation, 6)
     assert [rows(batch) for batch in again] == [rows(batch) for batch in batches]
-
-
-def test_validation_can_be_limited(clean_shards, make_order, preparation) -> None:
-    assert [len(batch) for batch in validate(make_order(clean_shards), preparation, 4, limit=9)[0]] == [4, 4, 1]
 
 
 @pytest.mark.parametrize(("batch", "world", "workers"), [(1, 1, 1), (3, 2, 1), (2, 2, 2), (5, 3, 4)])
