@@ -41,14 +41,12 @@ def train(
     start: Position | None = None,
 ) -> list:
     """The batches of each step over all ranks, every one made by the worker whose turn it is."""
-    streams = {
-        (rank, worker): TrainStream(order, preparation, batch, Share(rank, world), lanes).batches(
-            start or Position(), Share(rank, world, worker, workers)
-        )
-        for rank in range(world)
-        for worker in range(workers)
-    }
-    return [[next(streams[rank, step % workers]) for rank in range(world)] for step in range(steps)]
+    streams = [TrainStream(order, preparation, batch, Share(rank, world), lanes) for rank in range(world)]
+    for stream in streams:
+        stream.begin_at(start or Position())
+    shares = [[Share(rank, world, worker, workers) for worker in range(workers)] for rank in range(world)]
+    made = [[stream.batches(share) for share in mine] for stream, mine in zip(streams, shares, strict=True)]
+    return [[next(made[rank][step % workers]) for rank in range(world)] for step in range(steps)]
 
 
 def train_rows(*args: object, **options: object) -> list:
@@ -65,7 +63,7 @@ def endless(order: Order, number: int) -> list[Slot]:
 def validate(
     order: Order, preparation: ImagePreparation, batch: int, limit: int | None = None, world: int = 1, workers=1
 ):
-    stream = ValStream(order, preparation, batch, limit)
+    stream = ValStream(order, preparation, batch, limit=limit)
     shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
     return [list(stream.batches(share)) for share in shares]
 
@@ -161,7 +159,7 @@ def test_training_counts_every_reject_once_a_pass(dirty_members, make_order, pre
         batch
         for share in shares
         for batch in islice(
-            TrainStream(order, preparation, per_rank, Share(share.rank, world)).batches(Position(), share),
+            TrainStream(order, preparation, per_rank, Share(share.rank, world)).batches(share),
             passes // workers,
         )
     ]
