@@ -65,6 +65,11 @@ class CrossAttentionHost:
         self.attention = attention
         self._found: Any = None
 
+    @property
+    def width(self) -> int:
+        """Inner width of the branch."""
+        return self.attention.to_k.out_features
+
     def make_branch(self) -> CrossAttentionBranch:
         return CrossAttentionBranch(self.attention)
 
