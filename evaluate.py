@@ -1,4 +1,4 @@
-"""Evaluate systems with image prompts. `python evaluate.py --help` tells the options.
+"""Evaluate systems that take image prompts; `python evaluate.py --help` lists the options.
 
 python evaluate.py adapter=demo/adapters/decoupled_global.safetensors        the embedded demo world
 python evaluate.py -m 'method=glob(*)' benchmark=coco2017                    the paper's table
@@ -13,14 +13,14 @@ from ipa.cli import command, quiet_libraries
 
 @command(config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    from ipa.evaluation.run import evaluate  # imports torch, so only when there is something to evaluate
+    from ipa.evaluation.run import evaluate  # imports torch, which takes seconds
 
     quiet_libraries()
     try:
         evaluate(cfg)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
-        sys.exit(130)  # as shells say it
+        print("\nStopped. The same command resumes.", file=sys.stderr)
+        sys.exit(130)  # the shells' code for Ctrl-C
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train an IP-Adapter. `python train.py --help` tells the options.
+"""Train an IP-Adapter. `python train.py --help` explains the options.
 
 python train.py experiment=decoupled_global                 the embedded demo world: minutes on a CPU, no downloads
 python train.py experiment=decoupled_global recipe=sd15     the same ablation on Stable Diffusion 1.5
@@ -11,7 +11,7 @@ from ipa.cli import command, quiet_libraries
 
 @command(config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    from ipa.training.run import train  # imports torch, so only when there is something to train
+    from ipa.training.run import train  # imports torch, which help and error messages do not need
 
     quiet_libraries()
     train(cfg)

@@ -35,13 +35,15 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import CLIPImageProcessor
 
-from ipa.data.cache import CachedPreparation, CacheSource, CacheWriter, Header
-from ipa.data.draws import DropRates
-from ipa.data.order import Order
+from ipa.data.addresses import DropRates
+from ipa.data.cache.format import CacheWriter, Header
+from ipa.data.cache.preparation import CachedPreparation
+from ipa.data.cache.source import CacheSource
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.order.sequence import Order
+from ipa.data.order.streams import TrainStream
 from ipa.data.records import Record
-from ipa.data.samples import Preparation
-from ipa.data.sources import Source
-from ipa.data.stream import TrainStream
+from ipa.data.shards.source import ShardSource
 
 HERE = Path(__file__).parent
 PICTURE_PX, IMAGE_PX, REFERENCE_PX, LATENT = 1024, 512, 224, (4, 64, 64)
@@ -108,8 +110,8 @@ def plain(folder: Path) -> Iterator[int]:
 
 def stream(shards: list[str]) -> Iterator[int]:
     """Our training batches, their noise and drops included."""
-    order = Order([Source.of("train", shards=shards)], seed=0, window=64)
-    preparation = Preparation(IMAGE_PX, REFERENCE_PX, LATENT, DropRates())
+    order = Order([ShardSource.of("train", shards=shards)], seed=0, window=64)
+    preparation = ImagePreparation(IMAGE_PX, REFERENCE_PX, LATENT, DropRates())
     for batch in TrainStream(order, preparation, BATCH):
         yield len(batch)
 
@@ -146,8 +148,8 @@ def memory(folder: Path, shards: int = 200, samples: int = 1000) -> dict[str, fl
     """Shards read → PSS in MB of the only data worker, every 20 shards."""
     small = [photo(seed, 64) for seed in range(64)]
     names = write_pictures(folder, shards, samples, small)
-    order = Order([Source.of("train", shards=names)], seed=0)
-    stream = TrainStream(order, Preparation(64, 64, (4, 8, 8), DropRates()), 50)
+    order = Order([ShardSource.of("train", shards=names)], seed=0)
+    stream = TrainStream(order, ImagePreparation(64, 64, (4, 8, 8), DropRates()), 50)
     loader = DataLoader(stream, batch_size=None, num_workers=1)
     seen = {}
     with tqdm(total=shards, desc="shards of a worker") as bar:
@@ -164,7 +166,7 @@ def memory(folder: Path, shards: int = 200, samples: int = 1000) -> dict[str, fl
 START_UP = """
 import time
 from ipa.data.datamodule import ShardDataModule
-from ipa.data.lanes import Lane
+from ipa.data.order.lanes import Lane
 started = time.perf_counter()
 data = ShardDataModule("https://host/{000000..099999}.tar", num_workers=8)
 data.fit_to(image_size_px=512, reference_size_px=224, latent_shape=(4, 64, 64))

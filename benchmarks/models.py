@@ -157,8 +157,8 @@ def make_batch(model: IPAdapterModel, batch: int, image_px: int, cached: bool, s
     )
     texts = ["a picture of a thing"] * batch
     rest: dict[str, Any] = cached_parts(model, normal, latents, batch) if cached else pixels
-    ids = model.family.tokenize(texts)
-    return Batch(text=texts, draws=draws, ids_BNL=ids, **rest).to(model.device)
+    inputs = model.family.prepare_text(texts)
+    return Batch(text=texts, draws=draws, text_inputs=inputs, **rest).to(model.device)
 
 
 def cached_parts(model: IPAdapterModel, normal: Callable[..., Tensor], latents: Any, batch: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class ReferenceStep:
         return loss.item()
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.image_B3HW is not None and batch.reference_B3HW is not None and batch.ids_BNL is not None
+        assert batch.image_B3HW is not None and batch.reference_B3HW is not None and batch.text_inputs is not None
         draws, family = batch.draws, self.family
         schedule = family.alphas_cumprod.to(self.unet.device)
         with torch.no_grad():
@@ -55,10 +55,11 @@ class ReferenceStep:
             reference = (batch.reference_B3HW / 255 - self.encoder.mean) / self.encoder.std
             embeds = self.encoder.visual(reference)
             kept = [torch.zeros_like(e) if drop else e for e, drop in zip(embeds, draws.drop_image_B, strict=True)]
-            empty_NL = family.tokenize([""])[0].to(batch.ids_BNL.device)
-            pairs = zip(batch.ids_BNL, draws.drop_text_B, strict=True)
-            ids_BNL = torch.stack([empty_NL if drop else ids for ids, drop in pairs])
-            text = family.encode_ids(ids_BNL, batch.size_B6)
+            ids_BL = batch.text_inputs["ids"]
+            empty_L = family.prepare_text([""])["ids"][0].to(ids_BL.device)
+            pairs = zip(ids_BL, draws.drop_text_B, strict=True)
+            kept_BL = torch.stack([empty_L if drop else ids_L for ids_L, drop in pairs])
+            text = family.encode_text_inputs({"ids": kept_BL}, batch.size_B6)
         added = {**(family.added_conditions(text) or {}), "image_embeds": [torch.stack(kept)[:, None]]}
         predicted = self.unet(noisy, t_B, text.states_BLD, added_cond_kwargs=added).sample
         if family.prediction_type == "v_prediction":

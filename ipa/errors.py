@@ -5,7 +5,14 @@ Imports only the standard library.
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
 MAX_MESSAGE_LENGTH = 300
+SCHEME = re.compile(r"^[a-z][\w-]+:(//)?")  # local-dir:FOLDER, file://PATH
 
 
 class UserError(ValueError):
@@ -14,6 +21,44 @@ class UserError(ValueError):
     Every command prints the message without a traceback. Nothing else is reported that way, except an ``OSError`` at a
     file that the user named.
     """
+
+
+class MissingWeights(UserError):
+    """Weights, or a package, that are neither here nor downloadable; the message says what to get and where to put it.
+
+    An evaluation goes on without them: it marks the system as skipped or the metric as missing.
+    """
+
+
+def explain(error: BaseException, named: Any = ()) -> str | None:
+    """The message for an error that the user can fix; None for a bug.
+
+    ``named`` holds the values of the command line and of the configuration, nested as they are. An ``OSError`` is the
+    user's if its file is, or is in, a path among them.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and _is_named(error.filename, named):
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _is_named(file: Any, named: Any) -> bool:
+    if not isinstance(file, str | bytes | os.PathLike):
+        return False
+    path = Path(os.path.abspath(os.fsdecode(file)))
+    return any(path.is_relative_to(os.path.abspath(each)) for each in _paths(named))
+
+
+def _paths(node: Any) -> Iterator[Path]:
+    """All strings in a nested structure, as paths; without ``.`` and ``/``, which contain every file."""
+    if isinstance(node, Mapping):
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for child in node:
+            yield from _paths(child)
+    elif isinstance(node, str) and (path := Path(SCHEME.sub("", node))).name:
+        yield path
 
 
 def brief(error: BaseException) -> str:

@@ -1,6 +1,6 @@
-"""The name of a run that was not given one: the same for all its processes, and again when it is started anew.
+"""The default name of a run: the same in all of its processes, and after a restart.
 
-Imports only the standard library, as `ipa.cli` does.
+Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from uuid import UUID
 
 from ipa.errors import UserError
 
-INTERACTIVE = ("interactive", "bash")  # names of Slurm jobs that are a user's shell
+INTERACTIVE = ("interactive", "bash")  # names of Slurm jobs that are interactive shells
 
 
 def run_name(environment: Mapping[str, str], now: datetime) -> str:
     """Slurm's job id (of an array: job_task), torchrun's ``--rdzv-id``, or the time.
 
-    A requeued job and a restarted group keep theirs. Raises UserError for a group that has none.
+    A requeued job and a restarted group of processes keep their id. Raises UserError for a group without an id.
     """
     return slurm_job(environment) or torchrun_group(environment) or now.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:
-    """Of a batch job. Several runs may be started from a shell, so its id is none of theirs."""
+    """The id of a batch job; None in an interactive shell, because several runs can be started from it."""
     if environment.get("SLURM_JOB_NAME") in INTERACTIVE:
         return None
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
@@ -32,12 +32,12 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
 
 
 def torchrun_group(environment: Mapping[str, str]) -> str | None:
-    """``--standalone`` draws a long id, of which a part will do."""
+    """The group's id; of the random UUID of ``--standalone``, the first 8 characters."""
     name = environment.get("TORCHELASTIC_RUN_ID")
     if name == "none":
         raise UserError(
-            "the processes of torchrun, and those that it starts anew after a fault, find each other's run by its "
-            "name: give name=NAME, or torchrun an --rdzv-id"
+            "all processes of torchrun, also after a restart, must use the same run name: give name=NAME, or start "
+            "torchrun with --rdzv-id=ID"
         )
     return f"torchrun-{name[:8]}" if name and is_uuid(name) else name
 

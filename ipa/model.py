@@ -1,35 +1,33 @@
-"""Family, encoder, head, adapter and objective together: the only place where they meet.
+"""Family, encoder, head, adapter and objective together: the only module where they meet.
 
-L = E ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text and c_image dropped now and then
-(Ye et al. 2023, equations 6 and 7)
+L = E w ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text and c_image dropped at random
+(Ye et al. 2023, equations 6 and 7; the family defines x_t, target and weight w)
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
-from ipa.data.transforms import fit_named
-from ipa.encoders.image_encoder import PENULTIMATE
-from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, to_unit_range
+from ipa.contracts import AdapterKind, DenoiserCall, Family, ImageEncoder, TokenHead
+from ipa.data.images.transforms import fit_named
+from ipa.errors import UserError
+from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, TextInputs, to_unit_range
+from ipa.weights import hash_weights
 
-HASHING_THREADS = 4
-MOST_SHAPES = 64  # of the compiled blocks' inputs: widths × resolutions × aspect ratios
+MAX_COMPILED_SHAPES = 64  # of a block's inputs: widths × resolutions × aspect ratios
 
 
 @dataclass
 class Errors:
-    """Squared error of each sample, its weight in the loss, and its place in the noise schedule (0 clean … 1 noise)."""
+    """Squared error of each sample, its weight in the loss, and its position on the noise path (0 clean … 1 noise)."""
 
     error_B: Tensor
     weight_B: Tensor
@@ -41,48 +39,50 @@ class Errors:
 
 
 class IPAdapterModel(nn.Module):
-    """A frozen base and encoder with a trainable head and adapter.
+    """A frozen base and image encoder with a trainable head and adapter.
 
     ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and parameter count use it.
-    ``min_snr_gamma`` weighs the loss over time (see ``objective``), None does not. ``reference_fit`` says how its
-    references are cut (see ``transforms.FITS``), for those who make them and for the metadata.
+    ``min_snr_gamma`` weighs the loss over time (see `ipa.objective`), None does not. ``reference_fit`` says how
+    references are cropped to the encoder's square (see ``transforms.FITS``); it is recorded in the metadata.
+    Raises UserError for parts that do not work together.
     """
 
     def __init__(
         self,
-        family: Any,
-        encoder: Any,
-        head: Any,
-        adapter: Any,
+        family: Family,
+        encoder: ImageEncoder,
+        head: TokenHead,
+        adapter: AdapterKind,
         min_snr_gamma: float | None = None,
         reference_fit: str = "crop",
     ) -> None:
         super().__init__()
+        check_combination(family, head, adapter, min_snr_gamma)
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
         self.is_compiled = False
-        self.recomputes = True  # blocks on the way back, where they are asked to
-        # names the parts of a step, for a trace or for a clock
+        self.recomputes = True  # blocks in the backward pass, after checkpoint_gradients
+        # names the parts of a step, for a profiler or a timer
         self.part: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
     @property
-    def head(self) -> Any:
-        return self.trainable["image_proj"]
+    def head(self) -> TokenHead:
+        return cast(TokenHead, self.trainable["image_proj"])
 
     @property
-    def adapter(self) -> Any:
-        return self.trainable["ip_adapter"]
+    def adapter(self) -> AdapterKind:
+        return cast(AdapterKind, self.trainable["ip_adapter"])
 
     @property
     def device(self) -> torch.device:
         return next(self.trainable.parameters()).device
 
     def checkpoint_gradients(self) -> None:
-        """Keep the borders of the denoiser's blocks only, and compute the blocks again on the way back.
+        """Keep only the inputs of the denoiser's blocks and recompute the blocks in the backward pass, to save memory.
 
-        Memory for time. The prompt that the first pass saw is there again in the second, which comes long after.
+        The recomputation sees the prompt of the first pass.
         """
 
         def run_again(module: nn.Module, *inputs: Any) -> Any:
@@ -94,43 +94,43 @@ class IPAdapterModel(nn.Module):
         self.family.checkpoint_gradients(run_again)
 
     def compile_blocks(self) -> None:
-        """Let torch compile the denoiser's blocks at their first call, for every shape that they get.
+        """Let torch compile the denoiser's blocks at their first call, once per shape.
 
-        More shapes than torch keeps are an error and not run uncompiled; see ``eagerly`` for those that come seldom.
+        More than MAX_COMPILED_SHAPES shapes are an error rather than run uncompiled; ``eagerly`` is for rare shapes.
         """
         import torch._dynamo
 
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
         self.family.compile_blocks()
         self.is_compiled = True
 
     def eagerly(self) -> AbstractContextManager[Any]:
-        """While inside, the blocks run as they were written: pictures have other shapes than steps, no gradients."""
+        """While inside, blocks run uncompiled: sampling has other shapes than training, and no gradients."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def count_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.trainable.parameters())
 
     def frozen_hash(self) -> str:
-        """SHA-256 over every frozen weight and buffer, to show that training left them alone."""
+        """SHA-256 over every frozen weight and buffer, to show that training left them unchanged."""
         return hash_weights(self.family) + hash_weights(self.encoder)
 
     def fingerprints(self) -> dict[str, str]:
         return fingerprints(self.family, self.encoder)
 
     def encode_reference(self, reference_B3HW: Tensor) -> Features:
-        """uint8 reference pictures at the encoder's size → the features that the head reads."""
+        """uint8 reference images at the encoder's size → the features that the head reads."""
         return self.encoder.encode(to_unit_range(reference_B3HW), uses=self.head.uses)
 
     def no_image(self, batch: int) -> Features:
-        """What the head reads when there is no image: zeros, or the encoder's blank picture, as the head says."""
-        if self._blank is None:  # one row, asked of the frozen encoder once
+        """What the head reads without an image: zeros, or the features of the encoder's blank image."""
+        if self._blank is None:  # one row, computed once
             self._blank = self.encoder.blank(1, uses=self.head.uses)
         empty = self._blank if self.head.no_image == "blank" else self._blank.map(torch.zeros_like)
         return empty.map(lambda x: x.to(self.device).expand(batch, *x.shape[1:]))
 
     def describe(self) -> dict[str, str]:
-        """What a reader of the adapter file needs to know of the parts that it was trained with."""
+        """Metadata that a reader of the adapter file needs about the parts it was trained with."""
         return {
             "base_family": self.family.name,
             "kind": self.adapter.name,
@@ -143,11 +143,11 @@ class IPAdapterModel(nn.Module):
             "layer": self.encoder.layer_name(self.head.uses),
             "no_image": self.head.no_image,
             "num_tokens": str(self.head.num_tokens),
-            **({"head_width": str(self.head.head_width)} if hasattr(self.head, "head_width") else {}),
+            **self.head.describe(),
         }
 
     def image_tokens(self, *images: Features, t_B: Tensor | None = None) -> Tensor:
-        """tokens_BTD of one image prompt a sample, or the tokens of several one after the other: B × (N T) × D."""
+        """tokens_BTD of one image prompt per sample, or of several, concatenated: B × (N T) × D."""
         return torch.cat([self.head(features, t_B) for features in images], dim=1)
 
     @contextmanager
@@ -158,33 +158,61 @@ class IPAdapterModel(nn.Module):
         if tokens_BTD is None:
             yield text
             return
-        weight = torch.as_tensor(scale, dtype=torch.float32)
-        with self.adapter.condition(text, ImagePrompt(tokens_BTD, weight)) as conditioned:
+        with self.adapter.condition(text, ImagePrompt(tokens_BTD, as_weight(scale))) as conditioned:
             yield conditioned
 
+    @contextmanager
+    def guided(
+        self,
+        positive: TextCondition,
+        negative: TextCondition | None,
+        images: Sequence[Features],
+        scale: float | Tensor,
+    ) -> Iterator[tuple[TextCondition, TextCondition | None]]:
+        """While inside, a pipeline around ``family`` sees the image prompts; yields the two texts to give it.
+
+        The negative part of guidance gets the "no image" tokens at the same λ. Tokens are computed once, or before
+        every call of the denoiser for a head that depends on the time.
+        """
+        prompts = GuidedPrompts(self, images, None if negative is None else len(negative.states_BLD), scale)
+        texts = self._extended(positive, negative, prompts)
+        if not self.head.depends_on_time and (negative is None or self.family.guidance_calls == "joint"):
+            with self.adapter.carrying(prompts.at(None, "positive" if negative is None else "joint")):
+                yield texts
+            return
+
+        def refill(call: DenoiserCall) -> None:
+            self.adapter.show(prompts.at(call.time_B, call.part))
+
+        with self.adapter.carrying(None), self.family.before_calls(refill, texts[1]):
+            yield texts
+
+    def _extended(
+        self, positive: TextCondition, negative: TextCondition | None, prompts: GuidedPrompts
+    ) -> tuple[TextCondition, TextCondition | None]:
+        if self.head.depends_on_time:  # such a head is never combined with an adapter that extends the text
+            return positive, negative
+        extended = self.adapter.extend(positive, prompts.at(None, "positive"))
+        return extended, None if negative is None else self.adapter.extend(negative, prompts.at(None, "negative"))
+
     def predict(
-        self, latents_BCHW: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor
+        self, noisy: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor
     ) -> Tensor:
         with self.prompted(text, tokens_BTD, scale) as conditioned:
-            return self.family.denoise(latents_BCHW, t_B, conditioned)
+            return self.family.denoise(noisy, t_B, conditioned)
 
     def errors(self, batch: Batch) -> Errors:
         """Squared error of each sample under the drops, noise and times that the batch carries."""
         draws = batch.draws
         with self.part("VAE"):
             x0_BCHW = self.posterior_of(batch).sample(draws.posterior_noise_BCHW)
-        tokens_BTD = self._training_tokens(batch)
+        corrupted = self.family.corrupt(x0_BCHW, draws.noise_BCHW, draws.time_B, self.min_snr_gamma)
+        tokens_BTD = self._training_tokens(batch, corrupted.time_B)
         with self.part("text encoder"):
             text = self.text_of(batch)
-        kind, alphas = self.family.prediction_type, self.family.alphas_cumprod
-        t_B = objective.to_timesteps(draws.time_B, len(alphas))
-        noisy = objective.add_noise(x0_BCHW, draws.noise_BCHW, alphas, t_B)
-        target = objective.make_target(kind, x0_BCHW, draws.noise_BCHW, alphas, t_B)
         with self.part("denoiser"):
-            prediction = self.predict(noisy, t_B, text, tokens_BTD, scale=1.0)
-        error_B = objective.squared_error(prediction, target)
-        weight_B = objective.loss_weight(kind, alphas, t_B, self.min_snr_gamma)
-        return Errors(error_B, weight_B, draws.time_B)
+            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, scale=1.0)
+        return Errors(objective.squared_error(prediction, corrupted.target), corrupted.weight_B, draws.time_B)
 
     def posterior_of(self, batch: Batch) -> Posterior:
         """The target's, from the cache or from the VAE."""
@@ -194,7 +222,7 @@ class IPAdapterModel(nn.Module):
         return self.family.encode_pixels(to_unit_range(batch.image_B3HW))
 
     def features_of(self, batch: Batch) -> Features:
-        """The reference's, from the cache or from the encoder; of several the head says which it uses."""
+        """The reference's, from the cache or from the encoder."""
         if batch.features is not None and batch.features.has(self.head.uses):
             return batch.features
         assert batch.reference_B3HW is not None, f"a batch has references, or {self.head.uses} features of them"
@@ -202,12 +230,11 @@ class IPAdapterModel(nn.Module):
 
     def text_of(self, batch: Batch) -> TextCondition:
         """The encoded text, the empty one where the text is dropped."""
-        ids_BNL = self.family.tokenize(batch.text) if batch.ids_BNL is None else batch.ids_BNL
-        empty_1NL = self.family.tokenize([""]).to(self.device)
-        drop_B = batch.draws.drop_text_B.to(self.device)
-        return self.family.encode_ids(objective.replace_rows(ids_BNL.to(self.device), drop_B, empty_1NL), batch.size_B6)
+        inputs = self.family.prepare_text(batch.text) if batch.text_inputs is None else batch.text_inputs
+        kept = drop_rows(inputs, self.family.prepare_text([""]), batch.draws.drop_text_B, self.device)
+        return self.family.encode_text_inputs(kept, batch.size_B6)
 
-    def _training_tokens(self, batch: Batch) -> Tensor:
+    def _training_tokens(self, batch: Batch, time_B: Tensor) -> Tensor:
         with self.part("image encoder"):
             features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B
         with self.part("image tokens"):
@@ -215,38 +242,59 @@ class IPAdapterModel(nn.Module):
                 replace(features.pooled_BE, drop_B, empty.pooled_BE),
                 replace(features.patches_BPF, drop_B, empty.patches_BPF),
             )
-            return self.image_tokens(kept)
+            return self.image_tokens(kept, t_B=time_B)
+
+
+class GuidedPrompts:
+    """The image prompts of a sampling, for each part of the guided batch; kept for heads that ignore the time."""
+
+    def __init__(
+        self, model: IPAdapterModel, images: Sequence[Features], negatives: int | None, scale: float | Tensor
+    ) -> None:
+        self.model, self.images, self.weight = model, images, as_weight(scale)
+        self.blanks = [] if negatives is None else [model.no_image(negatives)] * len(images)
+        self.kept: dict[str, ImagePrompt] = {}
+
+    def at(self, time_B: Tensor | None, part: str) -> ImagePrompt:
+        if self.model.head.depends_on_time:
+            return ImagePrompt(self.tokens(part, time_B), self.weight)
+        if part not in self.kept:
+            self.kept[part] = ImagePrompt(self.tokens(part, None), self.weight)
+        return self.kept[part]
+
+    def tokens(self, part: str, time_B: Tensor | None) -> Tensor:
+        if part == "joint":  # negative rows first
+            negative_B, positive_B = (None, None) if time_B is None else time_B.chunk(2)
+            return torch.cat([self.tokens("negative", negative_B), self.tokens("positive", positive_B)])
+        return self.model.image_tokens(*(self.images if part == "positive" else self.blanks), t_B=time_B)
+
+
+def check_combination(family: Family, head: TokenHead, adapter: AdapterKind, min_snr_gamma: float | None) -> None:
+    if head.depends_on_time and adapter.name == "simple":
+        raise UserError(
+            f"tokens: the head {type(head).__name__} depends on the time, but kind=simple gives its tokens to the text "
+            "once: choose a decoupled experiment, or another head"
+        )
+    if min_snr_gamma is not None and not family.supports_min_snr:
+        raise UserError(f"min_snr_gamma={min_snr_gamma}: {family.title} has no such loss weighting; give null")
+
+
+def as_weight(scale: float | Tensor) -> Tensor:
+    return torch.as_tensor(scale, dtype=torch.float32)
 
 
 def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
     return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)
 
 
-def fingerprints(family: Any, encoder: Any) -> dict[str, str]:
-    """What tells apart the frozen parts whose work can be kept: type of the numbers, then a hash of all of them."""
-    vae = f"{name_of(family.vae.dtype)} {hash_weights(family.vae)[:32]} × {family.vae.config.scaling_factor:g}"
-    visual = f"{name_of(next(encoder.parameters()).dtype)} {hash_weights(encoder)[:32]}"
-    visual += "" if encoder.layer == PENULTIMATE else f" layer {encoder.layer}"
-    return {"vae": vae, "encoder": visual, "tokenizer": family.tokenizer_hash()[:32]}
+def drop_rows(inputs: TextInputs, empty: TextInputs, drop_B: Tensor, device: torch.device) -> TextInputs:
+    """The text inputs with those of the empty text in the rows marked in ``drop_B``."""
+    drop_B = drop_B.to(device)
+    return {
+        name: objective.replace_rows(value.to(device), drop_B, empty[name].to(device)) for name, value in inputs.items()
+    }
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def hash_weights(module: nn.Module) -> str:
-    """SHA-256 over names, weights and buffers, those too that no file holds; the tensors are read side by side."""
-    tensors = sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0])
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(hash_tensor, (tensor for _, tensor in tensors))
-        whole = hashlib.sha256()
-        for (name, _), digest in zip(tensors, digests, strict=True):
-            whole.update(name.encode() + digest)
-    return whole.hexdigest()
-
-
-def hash_tensor(tensor: Tensor) -> bytes:
-    """Of a tensor that is shared out among ranks, this rank's part."""
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    numbers: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(numbers).digest()
+def fingerprints(family: Family, encoder: ImageEncoder) -> dict[str, str]:
+    """Identifies the frozen parts that a feature cache depends on: precision, then a hash of the weights."""
+    return family.fingerprints() | {"encoder": encoder.fingerprint()}

@@ -5,6 +5,10 @@
     v-prediction:  target = α_t ε − σ_t x_0        (Salimans & Ho 2022)
     sample:        target = x_0
 
+Rectified flow (Liu et al. 2022; Esser et al. 2024), σ from 0 (clean) to 1 (noise):
+
+    x_σ = (1 − σ) x_0 + σ ε,     target = ε − x_0
+
 Min-SNR-γ (Hang et al. 2023) weighs the error of x_0 by min(SNR, γ), SNR = α_t² / σ_t², whatever is predicted:
 
     ε: min(SNR, γ) / SNR      v: min(SNR, γ) / (SNR + 1)      sample: min(SNR, γ)
@@ -36,6 +40,12 @@ def alpha_sigma(alphas_cumprod_S: Tensor, timestep_B: Tensor) -> tuple[Tensor, T
 def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_S: Tensor, timestep_B: Tensor) -> Tensor:
     alpha, sigma = alpha_sigma(alphas_cumprod_S, timestep_B)
     return alpha * x0_BCHW + sigma * noise_BCHW
+
+
+def flow_path(x0: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+    """x_σ and the velocity target of rectified flow, for latents of any shape."""
+    sigma = sigma_B.view(-1, *[1] * (x0.ndim - 1))
+    return (1 - sigma) * x0 + sigma * noise, noise - x0
 
 
 def make_target(

@@ -1,13 +1,13 @@
-"""Pictures from a trained model: public diffusers pipelines with our denoiser in them. No samplers are written here.
+"""Images from a trained model: public diffusers pipelines with our denoiser inside. No samplers are written here.
 
-Every picture has its own seed, so that a picture does not depend on the others in its batch beyond rounding.
+Every image has its own seed, so it does not depend on the other images of its batch beyond rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
-from ipa.types import Features, TextCondition
+from ipa.types import Features
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """``guidance`` as in diffusers (1 means none); ``scale`` is λ; the picture is ``image_size_px`` square.
+    """``guidance`` as in diffusers (1 means none); ``scale`` is λ; images are ``image_size_px`` square.
 
-    ``guidance_rescale`` φ in [0, 1] takes back the contrast that guidance adds,
+    ``guidance_rescale`` φ in [0, 1] removes contrast that guidance adds,
     x = φ · x_cfg · std(x_pos) / std(x_cfg) + (1 − φ) · x_cfg (Lin et al. 2023, eq. 15 and 16, who take 0.7);
-    for bases with zero terminal SNR, as the demo's.
+    for bases with zero terminal SNR, such as the demo's.
     Raises UserError for any other φ.
     """
 
@@ -50,10 +50,10 @@ Images = Features | Sequence[Features]
 def generate(
     model: IPAdapterModel, features: Images, texts: Sequence[str], seeds: Sequence[int], options: SamplingOptions
 ) -> Tensor:
-    """One picture per row of ``features``, or of every one of several image prompts: pixels_B3HW in [-1, 1] on the CPU.
+    """One image per row of ``features``, or of each of several image prompts: pixels_B3HW in [-1, 1] on the CPU.
 
     The unconditional half of guidance gets the empty text and the "no image" tokens at the same λ. With λ = 0 the
-    image plays no part at all.
+    image has no influence at all.
     """
     images = [features] if isinstance(features, Features) else list(features)
     pieces = []
@@ -66,22 +66,23 @@ def generate(
 def _generate_batch(
     model: IPAdapterModel, images: list[Features], texts: list[str], seeds: list[int], options: SamplingOptions
 ) -> Tensor:
-    size_px = options.image_size_px or model.family.image_size_px
-    guided = options.guidance > 1
-    with prompt_arguments(model, images, texts, options.scale, size_px, guided) as arguments:
+    family = model.family
+    size_px = family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px")
+    shape_CHW = family.latent_shape(size_px)
+    with prompt_arguments(model, images, texts, options.scale, size_px, options.guidance > 1) as arguments:
+        noise = family.pack(draw_noise(shape_CHW, seeds)).to(arguments["prompt_embeds"])
         latents = (
-            model.family.pipeline()(
+            family.pipeline()(
                 **arguments,
-                latents=draw_noise(model.family.latent_shape(size_px), seeds).to(arguments["prompt_embeds"]),
+                **family.guidance_arguments(options.guidance, options.guidance_rescale),
+                latents=noise,
                 num_inference_steps=options.num_steps,
-                guidance_scale=options.guidance,
-                guidance_rescale=options.guidance_rescale,
                 height=size_px,
                 width=size_px,
                 output_type="latent",
             )
         ).images
-    return model.family.decode_latents(latents).cpu()
+    return family.decode_latents(family.unpack(latents, shape_CHW)).cpu()
 
 
 @contextmanager
@@ -95,39 +96,19 @@ def prompt_arguments(
 ) -> Iterator[dict[str, Any]]:
     """While inside, ``model.family.pipeline()`` sees the image prompts; yields the arguments to call it with.
 
-    They are the encoded text and, of a simple adapter, the image tokens behind it: those serve any public pipeline on
-    the same base, as ``prompt_embeds`` and ``negative_prompt_embeds``, also after leaving.
+    They are the encoded text, for a simple adapter followed by the image tokens. The latter serve any public pipeline
+    on the same base, as ``prompt_embeds`` and ``negative_prompt_embeds``, also after leaving.
     """
-    size_B6 = whole_picture(size_px or model.family.image_size_px, len(texts))
-    conditions = [model.family.encode_text(list(texts), size_B6)]
-    tokens = [model.image_tokens(*images)]
-    if guided:
-        conditions.insert(0, model.family.encode_text([""] * len(texts), size_B6))
-        tokens.insert(0, model.image_tokens(*[model.no_image(len(texts))] * len(images)))
-    with model.prompted(joined(conditions), torch.cat(tokens), scale) as text:
-        negative, positive = halves(text) if guided else (None, text)
-        yield model.family.prompt_arguments(positive, negative)
+    size_B6 = uncropped(size_px or model.family.image_size_px, len(texts))
+    positive = model.family.encode_text(list(texts), size_B6)
+    negative = model.family.encode_text([""] * len(texts), size_B6) if guided else None
+    with model.guided(positive, negative, images, scale) as (with_image, without_image):
+        yield model.family.prompt_arguments(with_image, without_image)
 
 
-def whole_picture(size_px: int, batch: int) -> Tensor:
-    """The size condition of square pictures that are not cut: size_B6."""
+def uncropped(size_px: int, batch: int) -> Tensor:
+    """The size condition of square images that are not cropped: size_B6."""
     return torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]]).expand(batch, -1)
-
-
-def joined(conditions: Sequence[TextCondition]) -> TextCondition:
-    """The rows of all conditions, one after the other."""
-    found = {
-        field.name: [getattr(condition, field.name) for condition in conditions] for field in fields(TextCondition)
-    }
-    whole: dict[str, Any] = {name: None if parts[0] is None else torch.cat(parts) for name, parts in found.items()}
-    return TextCondition(**whole)
-
-
-def halves(condition: TextCondition) -> tuple[TextCondition, TextCondition]:
-    """The first and the second half of the rows."""
-    split: dict[str, Any] = {name: (None, None) if x is None else x.chunk(2) for name, x in vars(condition).items()}
-    first, second = (TextCondition(**{name: parts[i] for name, parts in split.items()}) for i in (0, 1))
-    return first, second
 
 
 def rows(features: Features, index: Tensor) -> Features:
@@ -135,5 +116,5 @@ def rows(features: Features, index: Tensor) -> Features:
 
 
 def draw_noise(shape_CHW: tuple[int, int, int], seeds: Sequence[int]) -> Tensor:
-    """Starting noise, each picture's from its own seed, drawn on the CPU so that every device starts alike."""
+    """Initial noise, each image's from its own seed, drawn on the CPU so that every device starts from the same."""
     return torch.stack([torch.randn(shape_CHW, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

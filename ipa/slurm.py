@@ -1,18 +1,17 @@
-"""A sweep's jobs on a cluster: Hydra's launcher ``submitit_slurm``.
+"""Hydra's launcher ``submitit_slurm``, which runs each job of a sweep as a Slurm job.
 
     python train.py -m experiment=decoupled_global,simple_global name=study hydra/launcher=submitit_slurm \\
         hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1
 
-The jobs are those of `ipa.launcher`, with the same names, folders and command lines, so what was begun here may be gone
-on with there. Each is one task of a Slurm array, which submitit submits; it runs its command line in a process of its
-own, once for every task of the job, and passes nothing but that command line on. Signals reach the run itself, which
-writes its checkpoint and requeues the job.
+The jobs have the same names, folders and command lines as in `ipa.launcher`, so a sweep can be continued with another
+launcher. submitit submits them as one Slurm array. Each task of a job runs the job's command line in its own process.
+Signals reach the run itself, which writes a checkpoint and requeues the job.
 
-(The launcher that Hydra has for submitit pickles the configuration and all of Hydra's state instead, runs jobs
-in a process that has signal handlers of its own, names their folders after Slurm's numbers, so that no second sweep
-goes on with them, and gives up at the first job that fails. Its options are the same.)
+(Hydra's own submitit launcher pickles the configuration and Hydra's state, runs jobs in a process with other signal
+handlers, names folders after Slurm's job numbers, so that a second sweep cannot continue them, and stops at the first
+job that fails. Its options are the same.)
 
-Imports only Hydra and the standard library; submitit when there is something to submit.
+Imports only Hydra and the standard library; imports submitit to submit.
 """
 
 from __future__ import annotations
@@ -25,31 +24,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ipa.errors import UserError
-from ipa.launcher import KILLED_BY_SIGNAL, Job, SweepLauncher
+from ipa.launcher import KILLED_BY_SIGNAL, Job, SweepLauncher, environment
 
 OF_ALL_EXECUTORS = {"nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name"}
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT") if hasattr(signal, name)]
 POLL_S = 1.0
 ASK_SLURM_S = 10.0
-# Preempted with a grace time: Slurm tells the tasks, and would take a job that obeys for a failed one. The script of a
-# job that is cancelled is ended before it comes to these lines.
-AFTERWARDS = ["code=$?", 'if [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
-LOST = 1  # exit code of a job that ended without telling one
+# After preemption with a grace time, Slurm counts a job that stops in time as failed. In a cancelled job, the script
+# ends before these lines.
+REQUEUE_IF_PREEMPTED = ["code=$?", 'if [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
+LOST = 1  # exit code of a job that ended without one
 
 log = logging.getLogger(__name__)
 
 
 class SlurmLauncher(SweepLauncher):
-    """What Hydra makes of ``hydra/launcher=submitit_slurm``; the options are explained in its YAML."""
+    """``hydra/launcher=submitit_slurm``; its YAML explains the options."""
 
-    __module__ = "hydra_plugins.ipa"  # Hydra refuses plug-ins from elsewhere; see `ipa.launcher.register`
+    __module__ = "hydra_plugins.ipa"  # Hydra only accepts plug-ins of this package; see `ipa.launcher.register`
 
     def __init__(self, submitit_folder: str, **options: Any) -> None:
         super().__init__()
@@ -63,58 +61,45 @@ class SlurmLauncher(SweepLauncher):
             raise UserError("hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'") from error
         if absent := [program for program in ("sbatch", "srun", "squeue") if shutil.which(program) is None]:
             raise UserError(
-                f"hydra/launcher=submitit_slurm: this machine has no {' and no '.join(absent)}. Start the sweep where "
-                "Slurm is, or here with hydra/launcher=processes"
+                f"hydra/launcher=submitit_slurm: this machine has no {' and no '.join(absent)}. Start the sweep on a "
+                "machine with Slurm, or here with hydra/launcher=processes"
             )
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Submit them and wait; a sweep that is interrupted meanwhile leaves its jobs to Slurm."""
+        """Submit the jobs and wait; when interrupted, the sweep leaves its jobs in Slurm."""
         submitted = self.submit([job.command for job in jobs])
         for job, one in zip(jobs, submitted, strict=True):
-            job.unfinished = f"left to Slurm as its job {one.job_id}"
+            job.unfinished = f"left in Slurm as job {one.job_id}"
             log.info("\t#%d %s : Slurm's job %s, %s", job.number, job.name, one.job_id, one.paths.stdout)
-        log.info("Ctrl-C ends the waiting; the jobs, scancel %s", submitted[0].job_id.partition("_")[0])
+        log.info("Ctrl-C stops waiting; to stop the jobs: scancel %s", submitted[0].job_id.partition("_")[0])
         try:
             wait_for(jobs, submitted)
         except KeyboardInterrupt:
             self.sweep.stopped_by = signal.SIGINT
 
     def submit(self, commands: list[list[str]]) -> list[Any]:
-        """submitit's jobs; raises UserError with what sbatch has against them."""
+        """Submit with submitit; raises UserError with the message of sbatch."""
         from submitit import AutoExecutor
         from submitit.core.utils import FailedJobError
 
         executor = AutoExecutor(self.folder, cluster="slurm")
         executor.update_parameters(**submitit_options(self.options))
         try:
-            with environment(self.sweep.environment):  # which sbatch hands on to the jobs
+            with environment(self.sweep.variables):  # sbatch passes them to the jobs
                 return executor.map_array(run_command, commands)
         except FailedJobError as error:
-            told = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [str(error)]
-            raise UserError("\n".join([*told, "The options are hydra.launcher.…, see docs/cluster.md."])) from error
-
-
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Just these variables, for what is started inside."""
-    before = dict(os.environ)
-    try:
-        os.environ.clear()
-        os.environ.update(variables)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+            messages = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [str(error)]
+            raise UserError("\n".join([*messages, "Set hydra.launcher.…, see docs/cluster.md."])) from error
 
 
 def submitit_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """As submitit's executor takes them, those that are null left to Slurm."""
+    """The options with the names that submitit's executor takes; options that are null are left to Slurm."""
     given: dict[str, Any] = {name: plain(value) for name, value in options.items() if value is not None}
-    # submitit's own signal, USR2, would have the process end at once
+    # submitit's own signal, USR2, would end the process at once
     others = {"signal": f"USR1@{given['signal_delay_s']}", **given["additional_parameters"]}
     given["additional_parameters"] = {name: value for name, value in others.items() if value is not False}
     if others.get("requeue"):
-        given["teardown"] = AFTERWARDS
+        given["teardown"] = REQUEUE_IF_PREEMPTED
     return {
         "stderr_to_stdout": True,
         **{name if name in OF_ALL_EXECUTORS else f"slurm_{name}": value for name, value in given.items()},
@@ -126,26 +111,26 @@ def plain(value: Any) -> Any:
 
 
 def run_command(command: list[str]) -> int:
-    """One task of a job, called by submitit; returns the exit code, which is this process's own as well.
+    """Run one task of a job (called by submitit); the exit code is also this process's own.
 
-    Slurm sends signals to all processes of a task, so they need not be passed on. A run that one of them ended may be
-    requeued, and then this has no result yet.
+    Slurm sends signals to all processes of a task, so they are not forwarded. A run that was ended by a signal may be
+    requeued; it has no result yet.
     """
-    heard: list[int] = []
+    received: list[int] = []
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: heard.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
     code = subprocess.call(command, stdin=subprocess.DEVNULL)
     if code < 0:
         code = KILLED_BY_SIGNAL - code
-    if code and set(heard) - {signal.SIGCONT}:
+    if code and set(received) - {signal.SIGCONT}:
         sys.exit(code)
-    if code:  # submitit would let Slurm take it for a success
+    if code:  # or submitit would let Slurm count it as a success
         atexit.register(os._exit, code)
     return code
 
 
 def wait_for(jobs: Sequence[Job], submitted: Sequence[Any]) -> None:
-    """Until every job has a result, or has none and is unknown to Slurm; one that was requeued is known."""
+    """Wait until every job has a result or is unknown to Slurm, which knows requeued jobs."""
     waiting = list(zip(jobs, submitted, strict=True))
     asked = time.monotonic()
     while waiting:
@@ -162,12 +147,12 @@ def wait_for(jobs: Sequence[Job], submitted: Sequence[Any]) -> None:
 
 
 def has_result(job: Any) -> bool:
-    """Of all its tasks; submitit would ask Slurm's accounting, which not every cluster has."""
+    """Whether all tasks have one; submitit would ask Slurm's accounting, which some clusters lack."""
     return all(job.task(task).paths.result_pickle.exists() for task in range(job.num_tasks))
 
 
 def result(task: Any) -> int:
-    """The exit code of a task's command; an error of submitit's own is told, and is a failure."""
+    """The exit code of a task's command; an error in submitit itself is logged and counts as a failure."""
     error = task.exception()
     if error is not None:
         log.error("%s", error)
@@ -176,11 +161,11 @@ def result(task: Any) -> int:
 
 
 def known_to_slurm(names: Sequence[str]) -> set[str] | None:
-    """Which of these jobs wait, run, or will run again; None if Slurm does not answer."""
+    """Which of these jobs wait, run, or will run again; None if squeue fails."""
     ids = ",".join({name.partition("_")[0] for name in names})
     command = ["squeue", "--array", "--noheader", "--format=%i", f"--jobs={ids}"]
-    told = subprocess.run(command, capture_output=True, text=True)
-    if told.returncode and "Invalid job id" not in told.stderr:
-        log.warning("squeue: %s; asked again in %g s", told.stderr.strip(), ASK_SLURM_S)
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode and "Invalid job id" not in listed.stderr:
+        log.warning("squeue: %s; next attempt in %g s", listed.stderr.strip(), ASK_SLURM_S)
         return None
-    return set(told.stdout.split())
+    return set(listed.stdout.split())

@@ -15,15 +15,16 @@ diffusers' (1 means none). λ, the weight of the image prompt, is called ``scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Made = TypeVar("Made")
+TextInputs = dict[str, Tensor]  # see `ipa.contracts.Family.prepare_text`
 
 
 @dataclass
@@ -72,6 +73,19 @@ class TextCondition:
     states_BLD: Tensor
     pooled_BE: Tensor | None = None
     size_B6: Tensor | None = None
+
+
+@dataclass
+class Corrupted:
+    """One training problem per sample, in the denoiser's own layout and units.
+
+    The denoiser gets ``noisy`` and ``time_B`` and is to predict ``target``; ``weight_B`` weighs its squared error.
+    """
+
+    noisy: Tensor
+    time_B: Tensor
+    target: Tensor
+    weight_B: Tensor
 
 
 @dataclass
@@ -129,7 +143,8 @@ class Batch:
 
     ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A cache has
     in their place what frozen parts made of them, in fp16: ``posterior`` for the target, and for the reference the
-    ``features`` that a head reads, or the reference still. ``ids_BNL`` are the text's ids of all N tokenizers.
+    ``features`` that a head reads, or the reference still. ``text_inputs`` is the result of the family's
+    ``prepare_text``, where a cache has it.
     ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
     the way to this batch. ``position`` is where training goes on after it; validation has none.
@@ -141,7 +156,7 @@ class Batch:
     reference_B3HW: Tensor | None = None
     posterior: Posterior | None = None
     features: Features | None = None
-    ids_BNL: Tensor | None = None
+    text_inputs: TextInputs | None = None
     size_B6: Tensor | None = None
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
@@ -173,6 +188,8 @@ class Batch:
                 mapped[name] = function(value)
             elif isinstance(value, Draws | Posterior | Features):
                 mapped[name] = value.map(function)
+        if self.text_inputs is not None:
+            mapped["text_inputs"] = {name: function(tensor) for name, tensor in self.text_inputs.items()}
         return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -191,6 +208,15 @@ def to_unit_range(image_B3HW: Tensor, dtype: torch.dtype = torch.float32) -> Ten
 def to_uint8(pixels_B3HW: Tensor) -> Tensor:
     """Float pixels in [-1, 1] → uint8, rounded and clipped."""
     return ((pixels_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """Name and row (index of the first dimension) of the first value that is infinite or NaN; None without any."""
+    for name, tensor in tensors.items():
+        finite = tensor.isfinite()
+        if not finite.all():
+            return name, int((~finite).nonzero()[0, 0]) if tensor.ndim else 0
+    return None
 
 
 @dataclass
@@ -252,24 +278,3 @@ class EncoderWidths(NamedTuple):
     patch: int
     num_patches: int
     image_size_px: int
-
-
-class Host(Protocol):
-    """A frozen place in a base model where a branch can be plugged in."""
-
-    name: str
-
-    def make_branch(self) -> nn.Module:
-        """A new trainable branch for this place; called with (query, tokens_BTD, time embedding or None, scale, once).
-
-        ``once`` is the prompt's, which keeps what a branch makes of the tokens alone.
-        """
-        ...
-
-    def plug(self, branch: nn.Module, channel: Channel) -> None:
-        """Add the branch's result to this place's output whenever the channel carries a prompt."""
-        ...
-
-    def unplug(self) -> None:
-        """Put the place back as it was found."""
-        ...

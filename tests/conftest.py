@@ -1,4 +1,4 @@
-"""What all tests share: seed 0, and tiny real models (see ``tiny.py``)."""
+"""Fixtures for all tests: seed 0, and tiny real models (see ``tiny.py``)."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from ipa.model import IPAdapterModel
 
-# the scripts that made the demo world; the weights beside them are not needed
+# the scripts that made the demo world, without its weights
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 
 
@@ -20,7 +20,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def model() -> IPAdapterModel:
-    """A tiny model whose adapter has moved away from its start and is not installed."""
+    """A tiny model with random adapter weights; the adapter is not installed."""
     return tiny.shake(tiny.make_model())
 
 

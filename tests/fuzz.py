@@ -49,24 +49,25 @@ import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
+from ipa.training.sealed import Sealing, write_sealed  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
 from PIL import Image, PngImagePlugin  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from ipa import cli  # noqa: E402
 from ipa.data.addresses import Address  # noqa: E402
-from ipa.data.cache import CachedPreparation, CacheWriter, Header  # noqa: E402
-from ipa.data.cached import CachedDataModule  # noqa: E402
+from ipa.data.cache.datamodule import CachedDataModule  # noqa: E402
+from ipa.data.cache.format import CacheWriter, Header  # noqa: E402
+from ipa.data.cache.preparation import CachedPreparation  # noqa: E402
+from ipa.data.images.preparation import ImagePreparation  # noqa: E402
 from ipa.data.records import Record  # noqa: E402
 from ipa.data.rejects import Rejected  # noqa: E402
-from ipa.data.samples import Preparation  # noqa: E402
-from ipa.data.sources import Source  # noqa: E402
+from ipa.data.shards.source import ShardSource  # noqa: E402
 from ipa.export.published import from_published  # noqa: E402
 from ipa.export.storage import load_adapter, nested  # noqa: E402
 from ipa.tools.export import Options, export  # noqa: E402
 from ipa.training.checkpointing import newest_whole, read_checkpoint  # noqa: E402
 from ipa.training.configuration import settle_configuration  # noqa: E402
-from ipa.training.sealed import Sealing, write_sealed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S, LIMIT_BYTES = 30, 1_500_000_000
@@ -176,7 +177,7 @@ def cached_tensors(seed: int) -> dict[str, torch.Tensor]:
         "mean_CHW": torch.randn(4, 2, 2, generator=generator),
         "logvar_CHW": torch.randn(4, 2, 2, generator=generator),
         "pooled_E": torch.randn(5, generator=generator),
-        "ids_MNL": torch.arange(6).view(1, 2, 3),
+        "text.ids": torch.arange(6).view(1, 6),
         "size_6": torch.tensor([20, 30, 0, 5, 16, 16]),
     }
 
@@ -729,7 +730,7 @@ def read_training(path: Path, run: Path) -> None:
 def read_pictures(path: Path, run: Path) -> None:
     placed = run / "00000.tar"
     shutil.copyfile(path, placed)
-    source = Source.of(
+    source = ShardSource.of(
         "train",
         shards=str(placed),
         captions=["txt", "json.caption"],
@@ -738,7 +739,7 @@ def read_pictures(path: Path, run: Path) -> None:
             "side": {"key": "short_side_px", "min": 1},
         },
     )
-    preparation = Preparation(16, 8, (4, 2, 2))
+    preparation = ImagePreparation(16, 8, (4, 2, 2))
     for found in source.read(str(placed)):
         if isinstance(found, Record):
             with contextlib.suppress(Rejected):
@@ -760,7 +761,9 @@ def read_configuration_of(path: Path, run: Path) -> None:
     shutil.copyfile(path, run / "config.yaml")
     cfg = settle_configuration(compose(run), run, goes_on=True)
     datamodule: Any = instantiate(cfg.data)
-    for batch in islice(Source.read(datamodule.train_order.sources[0], datamodule.train_order.sources[0].shards[0]), 1):
+    for batch in islice(
+        ShardSource.read(datamodule.train_order.sources[0], datamodule.train_order.sources[0].shards[0]), 1
+    ):
         assert batch is not None
     instantiate(cfg.callbacks)
     instantiate(cfg.optimizer)
@@ -773,7 +776,6 @@ def read_overrides(path: Path, run: Path) -> None:
     sys.argv = ["train.py", *words]
     command = cli._Command(lambda cfg: None, str(ROOT / "conf"), "train")
     try:
-        command._refuse_typed_secrets()
         cfg = compose(run, *words)
     except Exception as error:
         if (words_for_it := command._explain_usage(error)) is None:

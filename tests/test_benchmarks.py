@@ -1,8 +1,9 @@
-"""The benchmarks on tiny parts: that they compare like with like and tell what they found. Nothing is timed here."""
+"""The benchmarks on tiny parts: they compare the same computation, and report their results. Nothing is timed here."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -27,9 +28,10 @@ import step
 from reference import ReferenceStep
 
 
-@pytest.mark.parametrize("head", sample.HEADS)
-@pytest.mark.parametrize("family", [tiny.make_family, tiny_sdxl.make_family])
-def test_sampling_with_us_and_with_diffusers_gives_the_same_pictures(head: str, family) -> None:
+@pytest.mark.parametrize(
+    ("head", "family"), [("global", tiny.make_family), ("fine_grained", tiny_sdxl.make_family)], ids=sample.HEADS
+)
+def test_sampling_with_us_and_with_diffusers_gives_the_same_images(head: str, family) -> None:
     model = tiny.shake(tiny.make_model(head=head, family=family()))
     found = sample.compare(model, batch=2, image_px=tiny.IMAGE_PX, steps=2, rounds=1)
     told = sample.in_markdown({"rounds": 1, "results": [{"size": "tiny", "head": head, **found}]})
@@ -38,7 +40,7 @@ def test_sampling_with_us_and_with_diffusers_gives_the_same_pictures(head: str, 
     assert f"| tiny, {head} | 2 | {tiny.IMAGE_PX} | 2 |" in told
 
 
-def test_pictures_that_are_not_made_alike_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.shake(tiny.make_model())
     stock = sample.stock_pipeline(model)
     tiny.shake(model, seed=2)
@@ -59,7 +61,7 @@ import time:         1 |        163 | lightning
 """
 
 
-def test_imports_are_told_by_package_and_by_who_brought_them() -> None:
+def test_imports_are_grouped_by_package_and_importer() -> None:
     packages = startup.by_package(list(startup.read_imports(IMPORTS.splitlines())))
 
     assert [(each.name, each.modules, each.brought_by) for each in packages] == [
@@ -76,7 +78,7 @@ def test_a_package_is_used_when_a_function_of_its_files_runs() -> None:
     assert startup.used_packages(files) == {"torch", "filelock"}
 
 
-def test_startup_is_told() -> None:
+def test_startup_table() -> None:
     package = {"name": "scipy", "modules": 2, "seconds": 0.5, "brought_by": "torchmetrics", "used": False}
     cheap = {**package, "name": "tqdm", "seconds": 0.001, "used": True}
     found = {"imported_s": [5.0, 7.0, 6.0], "first_step_s": [2.0], "answers_s": {"help": [0.5]}}
@@ -87,7 +89,7 @@ def test_startup_is_told() -> None:
 
 
 def test_the_reference_computes_our_loss() -> None:
-    """Of the same batch, with its drops; ours through the adapter, the reference's through diffusers' processors."""
+    """For the same batch with drops; ours through the adapter, the reference through diffusers' processors."""
     model = tiny.shake(tiny.make_model())
     model.adapter.install()
     batch = memory.models.make_batch(model, 8, tiny.IMAGE_PX, cached=False)
@@ -98,9 +100,11 @@ def test_the_reference_computes_our_loss() -> None:
     torch.testing.assert_close(ReferenceStep(model).loss(batch).detach(), ours, rtol=1e-5, atol=1e-6)
 
 
-def test_steps_are_compared_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(step.models.MAKERS, "tiny", tiny.make_model)
     monkeypatch.setitem(step.SETTINGS, "tiny", step.Setting())
+    monkeypatch.setattr(step, "take_turns", partial(step.take_turns, warm_up=0))
     found = step.compare("tiny", 2, tiny.IMAGE_PX, rounds=1, device=torch.device("cpu"), compiles=False)
     told = step.in_markdown({"results": [found, {**found, "seconds": None}], "each": {}})
 
@@ -110,7 +114,7 @@ def test_steps_are_compared_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def standing(step: memory.OurStep, batch: Batch) -> int:
-    """Bytes of what a step finds: weights, the optimizer's state, the batch."""
+    """Bytes allocated before a step: weights, optimizer state, batch."""
     tensors: list[Tensor] = [*step.model.parameters(), *step.model.buffers()]
     tensors += [value for state in step.optimizer.state.values() for value in state.values()]
     batch.map(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
@@ -118,16 +122,17 @@ def standing(step: memory.OurStep, batch: Batch) -> int:
 
 
 def real_peak(step: memory.OurStep, batch: Batch) -> int:
-    """Bytes that torch's CPU allocator gives out at most in a step, over what it had given out before."""
+    """Maximum of the bytes that torch's CPU allocator hands out in a step, on top of those allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step(batch)
     events = profiled.profiler.kineto_results.events()
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [memory.Setting(), memory.Setting(cached=True, checkpointing=True)])
 def test_estimated_memory_is_what_is_allocated(setting: memory.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 on the CPU, where both can be had; on tiny parts blocks of 512 bytes make some percent."""
+    """In fp32 on the CPU, where both can be measured; on tiny parts, blocks of 512 bytes make up some percent."""
     monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
     step = memory.OurStep(memory.prepare(tiny.make_model(), setting), setting, average=False)
     batch = memory.models.make_batch(step.model, 16, tiny.IMAGE_PX, setting.cached)
@@ -146,14 +151,14 @@ def test_memory_grows_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_fits_a_card_leaves_the_reserve() -> None:
-    """Beyond four samples something else is largest, and each takes more."""
+    """Beyond four samples another part dominates, and each sample takes more."""
     found = {1: 5 * memory.GIB, 4: 6 * memory.GIB, 16: 18 * memory.GIB}
 
     assert [memory.largest_batch(found, card) for card in (4, 6.9, 8, 16)] == [0, 2, 4, 12]
     assert memory.usable(8) == 0.95 * 7 * memory.GIB
 
 
-def test_steps_with_previews_are_told_from_those_between() -> None:
+def test_steps_with_previews_are_separated_from_those_between() -> None:
     seconds = [9.0] * (loop.WARM_UP - 1) + [0.1] * 4 + [5.0] + [0.1] * 5  # of steps 2 to 20; the fifteenth has previews
     between, own = loop.sort_steps(seconds, every=15)
 

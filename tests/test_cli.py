@@ -1,13 +1,12 @@
-"""What `python train.py` answers before anything heavy is loaded, and how it tells errors.
+"""What the commands print before anything heavy is loaded, and how they report errors."""
 
-The commands run as a user runs them, in a process of their own, from another folder than the repository's.
-"""
-
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -15,38 +14,36 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ipa.cli import explain_failure, nearest
+from ipa.errors import UserError
+from ipa.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "open_clip", "webdataset", "wandb", "numpy", "PIL"}
 
 
 @pytest.fixture
-def python(tmp_path: Path):
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
-        variables = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **environment}
-        return subprocess.run(
-            command, cwd=tmp_path, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-        )
-
-    return run
+def train(tmp_path: Path):
+    """``python train.py`` in an empty folder."""
+    (tmp_path / "here").mkdir()
+    return lambda *arguments, **environment: forked.run(
+        ROOT / "train.py", *arguments, cwd=tmp_path / "here", environment=environment
+    )
 
 
 @pytest.fixture
-def train(python):
-    return lambda *arguments, **environment: python(str(ROOT / "train.py"), *arguments, **environment)
+def here(tmp_path: Path) -> Path:
+    return tmp_path / "here"
 
 
-def test_help_reads_like_documentation(train) -> None:
-    result = train("--help")
+def test_help_explains_the_options_with_their_values(train) -> None:
+    result = train("--help", "optimizer.lr=0.5")
 
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Train an IP-Adapter")
     for expected in (
         "python train.py experiment=decoupled_global\n",
         "experiment: decoupled_fine_grained, decoupled_global, simple_fine_grained, simple_global",
         "recipe: demo",
-        "optimizer.lr=",
+        "optimizer.lr=0.5\n",
         "seed=1",
         "runs/<experiment>/<name>/",
     ):
@@ -56,54 +53,48 @@ def test_help_reads_like_documentation(train) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
-def test_help_tells_the_values_of_this_command_line(train) -> None:
-    assert "optimizer.lr=0.5\n" in train("optimizer.lr=0.5", "--help").stdout
-
-
-def test_cfg_job_shows_the_configuration(train) -> None:
-    result = train("--cfg", "job", "seed=7")
-
-    assert result.returncode == 0, result.stderr
-    assert "seed: 7\n" in result.stdout
-    assert "optimizer:\n" in result.stdout
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["optimzer.lr=1"]], ids=" ".join)
-def test_answers_load_nothing_heavy(python, arguments: list[str]) -> None:
-    result = python("-X", "importtime", str(ROOT / "train.py"), *arguments)
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--cfg", "job", "seed=7"], "seed: 7\n"), (["optimzer.lr=1"], "Did you mean optimizer.lr=1?")],
+    ids=["configuration", "misspelled"],
+)
+def test_nothing_heavy_is_loaded_to_answer(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *arguments]
+    variables = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
     imported = {
         line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time")
     }
 
+    assert expected in result.stdout + result.stderr
     assert "hydra.main" in imported  # the list is read correctly
     assert not HEAVY & imported
 
 
-@pytest.mark.parametrize(
-    ("misspelt", "hydra_says", "suggested"),
-    [
-        ("optimzer.lr=1", "Could not override 'optimzer.lr'", "optimizer.lr=1"),
-        ("optimizer.lrr=1", "Key 'lrr' is not in struct", "optimizer.lr=1"),
-        ("lr=1", "Could not override 'lr'", "optimizer.lr=1"),
-        ("sed=1", "Could not override 'sed'", "seed=1"),
-        ("experiment=decoupled_globl", "Available options in 'experiment'", "experiment=decoupled_global"),
-        ("experimnt=decoupled_global", "Could not override 'experimnt'", "experiment=decoupled_global"),
-        ("tokns=global", "Could not override 'tokns'", "tokens=global"),
-        ("~encodr", "Could not delete from config", "~encoder"),
-        ("hydra.run.dri=x", "Could not override 'hydra.run.dri'", "hydra.run.dir=x"),
-    ],
-)
-def test_misspelt_option_gets_hydras_message_and_the_nearest_name(
-    train, tmp_path: Path, misspelt: str, hydra_says: str, suggested: str
-) -> None:
-    result = train(misspelt)
+MISSPELLED = {
+    "optimizer.lrr=1": ("Key 'lrr' is not in struct", "optimizer.lr=1"),
+    "lr=1": ("Could not override 'lr'", "optimizer.lr=1"),
+    "sed=1": ("Could not override 'sed'", "seed=1"),
+    "experiment=decoupled_globl": ("Available options in 'experiment'", "experiment=decoupled_global"),
+    "experimnt=decoupled_global": ("Could not override 'experimnt'", "experiment=decoupled_global"),
+    "~encodr": ("Could not delete from config", "~encoder"),
+    "hydra.run.dri=x": ("Could not override 'hydra.run.dri'", "hydra.run.dir=x"),
+}
+
+
+def test_misspelled_options_get_hydras_messages_and_the_nearest_names(train, here: Path) -> None:
+    """All together, and nothing else: choices of groups count before keys, in whatever order they come."""
+    result = train(*MISSPELLED, "hydra.job_logging.version=1", "hydra/job_logging=default", "seed=3")
 
     assert result.returncode == 2
-    assert hydra_says in result.stderr
-    assert re.search(rf"Did you mean ([^?]* or )?{re.escape(suggested)}( or [^?]*)?\?", result.stderr)
+    for hydra_says, suggested in MISSPELLED.values():
+        assert hydra_says in result.stderr
+        assert re.search(rf"Did you mean ([^?]* or )?{re.escape(suggested)}( or [^?]*)?\?", result.stderr)
+    assert result.stderr.count("Did you mean") == len(MISSPELLED)
+    assert "job_logging" not in result.stderr
     assert "--help" in result.stderr
     assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -113,50 +104,27 @@ def test_misspelt_option_gets_hydras_message_and_the_nearest_name(
         (["optimizer"], "Error parsing override 'optimizer'"),
         (["seed=1,2"], "add --multirun"),
         (["--config-name", "trian"], "trian"),
+        (["-m", "experiment=decoupled_global,decoupled_globl", "seed=1,2"], "experiment=decoupled_global"),
     ],
     ids=" ".join,
 )
-def test_other_wrong_usage_gets_hydras_message(train, tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_other_wrong_usage_gets_hydras_message(train, here: Path, arguments: list[str], expected: str) -> None:
     result = train(*arguments)
 
     assert result.returncode == 2
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
-def test_all_misspelt_options_are_told_together(train) -> None:
-    result = train("optimzer.lr=1", "seed=3", "optimizer.wieght_decay=0")
-
-    assert "Did you mean optimizer.lr=1" in result.stderr
-    assert "Did you mean optimizer.weight_decay=0" in result.stderr
-    assert "'seed'" not in result.stderr
-
-
-def test_choice_of_a_group_counts_before_its_keys(train) -> None:
-    """Only what is really wrong is told, in whatever order the options come."""
-    result = train("hydra.job_logging.version=1", "hydra/job_logging=default", "optimzer.lr=1")
-
-    assert result.stderr.count("Could not override") == 1
-
-
-def test_sweep_with_a_misspelt_value_leaves_no_folder(train, tmp_path: Path) -> None:
-    result = train("-m", "experiment=decoupled_global,decoupled_globl", "seed=1,2")
-
-    assert result.returncode == 2
-    assert "Did you mean experiment=decoupled_global" in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-COMMAND = """
+COMMAND = f"""
+import os, sys
 from ipa.cli import command
 
-@command(config_path={conf!r}, config_name="train")
+@command(config_path={str(ROOT / "conf")!r}, config_name="train")
 def main(cfg):
-    import os
-    from {module} import {function}
     print("the task sees", os.environ.get("HYDRA_FULL_ERROR"))
-    {function}({argument})
+    BODY
 
 if __name__ == "__main__":
     main()
@@ -164,94 +132,128 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def failing(python, tmp_path: Path):
-    """A command whose task calls a function of the standard library."""
+def task(here: Path):
+    """Run a command with this body of the task."""
 
-    def run(module: str, function: str, argument: str, *options: str, **environment: str):
-        script = tmp_path / "fail.py"
-        script.write_text(COMMAND.format(conf=str(ROOT / "conf"), module=module, function=function, argument=argument))
-        return python(str(script), "name=x", *options, **environment)
+    def run(body: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        here.mkdir(exist_ok=True)
+        script = here.with_name("fail.py")
+        script.write_text(COMMAND.replace("BODY", body))
+        return forked.run(script, "name=x", *options, cwd=here, environment=environment)
 
     return run
 
 
-def test_missing_file_is_told_without_traceback(failing, tmp_path: Path) -> None:
-    result = failing("builtins", "open", "'nowhere.tar'")
+DENIED = "raise PermissionError(13, 'Permission denied', '/data/shards/0.tar')"
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "message"),
+    [
+        ("from ipa.errors import UserError; raise UserError('give another')", [], "give another"),
+        (DENIED, ["data.train=/data/shards"], "PermissionError: [Errno 13] Permission denied: '/data/shards/0.tar'"),
+        (DENIED, ["+data.more=[file:///data/shards/0.tar]"], "PermissionError: "),
+        ("open(cfg.paths.run + '/nowhere/a')", [], "FileNotFoundError: "),
+        ("cfg.missing_value", ["+missing_value=???"], "missing_value"),
+    ],
+)
+def test_errors_that_the_user_can_fix_are_one_message(
+    task, here: Path, body: str, options: list[str], message: str
+) -> None:
+    result = task(body, *options)
 
     assert result.returncode == 1
-    assert "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.tar'" in result.stderr
-    assert "Traceback" not in result.stderr
-    log_file = tmp_path / "runs/decoupled_global/x/fail.log"
-    assert "Traceback" in log_file.read_text()
+    assert result.stdout == "the task sees None\n"  # the environment is as the user left it
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert "Traceback" in (here / "runs/decoupled_global/x/fail.log").read_text()
 
 
-def test_bug_keeps_its_traceback_without_hydras_frames(failing) -> None:
-    result = failing("json", "loads", "'{'")  # a ValueError too, but not one that our code raised
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("list(zip([1], [], strict=True))", "ValueError: zip()"),
+        (
+            "from ipa.files import write_json; from pathlib import Path; write_json(Path('a'), {'a': {1}})",
+            "TypeError: ",
+        ),
+        ("raise OSError(28, 'No space left on device', '/tmp/torch_compile/a')", "OSError: [Errno 28]"),
+        (DENIED, "PermissionError: "),  # at a file that is not named
+        ("import json; json.loads('{')", "JSONDecodeError: "),
+    ],
+)
+def test_bugs_keep_their_traceback_without_hydras_frames(task, body: str, error: str) -> None:
+    result = task(body)
 
     assert result.returncode == 1
-    assert "Traceback" in result.stderr
-    assert "JSONDecodeError" in result.stderr
+    assert "Traceback" in result.stderr and error in result.stderr
     assert "run_job" not in result.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "environment"), [([], {"HYDRA_FULL_ERROR": "1"}), (["debug=default"], {})], ids=["variable", "debug"]
 )
-def test_whole_traceback_on_demand(failing, options: list[str], environment: dict[str, str]) -> None:
-    result = failing("builtins", "open", "'nowhere.tar'", *options, **environment)
+def test_complete_traceback_on_demand(task, options: list[str], environment: dict[str, str]) -> None:
+    result = task("raise ValueError", *options, **environment)
 
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "run_job" in result.stderr
 
 
-def test_task_sees_the_environment_as_the_user_left_it(failing) -> None:
-    assert "the task sees None\n" in failing("builtins", "int", "'1'").stdout
+def test_console_hides_secrets_of_the_environment(task) -> None:
+    result = task("raise ValueError(os.environ['MY_TOKEN'])", MY_TOKEN="0123456789")
+
+    assert "ValueError: …" in result.stderr
+    assert "0123456789" not in result.stdout + result.stderr
 
 
-def raised_in(module: str, error: Exception) -> Exception:
-    """The error as it comes out of a function of this module."""
-    namespace = {"__name__": module, "error": error}
-    exec("def refuse():\n    raise error", namespace)
-    with pytest.raises(type(error)) as caught:
-        namespace["refuse"]()
-    return caught.value
-
-
-def test_value_error_is_the_users_only_when_our_code_raised_it() -> None:
-    assert explain_failure(raised_in("ipa.data.shards", ValueError("no shards in x"))) == "no shards in x"
-    assert explain_failure(raised_in("torch.nn", ValueError("internal"))) is None
-    assert explain_failure(raised_in("ipadic", ValueError("internal"))) is None
-    assert explain_failure(raised_in("ipa.model", TypeError("a bug"))) is None
-
-
-def test_error_inside_a_constructor_is_told_in_its_own_words() -> None:
+def refused(node: dict) -> str | None:
     with pytest.raises(InstantiationException) as caught:
-        instantiate({"_target_": "builtins.open", "file": "nowhere.tar"})
-
-    assert explain_failure(caught.value) == "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.tar'"
-
-
-def test_argument_that_a_constructor_does_not_take_is_told_with_its_key() -> None:
-    with pytest.raises(InstantiationException) as caught:
-        instantiate({"part": {"_target_": "collections.Counter"}, "other": {"_target_": "pathlib.PurePath", "lrr": 1}})
-
-    assert "lrr" in explain_failure(caught.value)
-    assert "full_key: other" in explain_failure(caught.value)
+        instantiate(node)
+    return explain_failure(caught.value, ["nowhere.tar"])
 
 
-def test_bug_inside_a_constructor_keeps_its_traceback() -> None:
-    with pytest.raises(InstantiationException) as caught:
-        instantiate({"_target_": "json.loads", "s": 3})
+def test_errors_in_constructors() -> None:
+    message = refused({"_target_": "builtins.open", "file": "nowhere.tar"})
+    assert message == "FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.tar'"
+    message = refused(
+        {"part": {"_target_": "collections.Counter"}, "other": {"_target_": "pathlib.PurePath", "lrr": 1}}
+    )
+    assert message is not None and "lrr" in message and "full_key: other" in message
+    assert refused({"_target_": "json.loads", "s": 3}) is None  # a bug
 
-    assert explain_failure(caught.value) is None
 
-
-def test_missing_value_is_the_users() -> None:
-    with pytest.raises(MissingMandatoryValue) as caught:
+def test_error_types() -> None:
+    with pytest.raises(MissingMandatoryValue) as missing:
         _ = OmegaConf.create({"adapter": "???"}).adapter
+    assert "adapter" in str(explain_failure(missing.value))
+    assert explain_failure(UserError("no shards in x")) == "no shards in x"
+    assert explain_failure(ValueError("internal")) is None
 
-    assert "adapter" in explain_failure(caught.value)
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("data/a/0.tar", ["data"]),
+        ("data/0.tar", {"data": {"train": ["data/0.tar"]}}),
+        ("data/a", ["file:data"]),
+        (b"data/a", [1, None, "data/../data"]),
+    ],
+)
+def test_a_file_is_named_by_itself_or_by_a_folder_above_it(file: str | bytes, named: object) -> None:
+    error = PermissionError(13, "Permission denied", file)
+
+    assert explain_failure(error, named) == f"PermissionError: {error}"
+    for others in ([], ["other"], ["."], ["/", ""], ["dat"], ["data/0.tarx"]):
+        assert explain_failure(error, others) is None
+    assert explain_failure(OSError("without a file"), named) is None
+
+
+def test_an_error_of_the_writing_function_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(TypeError) as caught:
+        write_atomically(tmp_path / "a.json", lambda path: path.write_text(json.dumps({1})))
+
+    assert explain_failure(caught.value, [str(tmp_path)]) is None
 
 
 def test_nearest() -> None:

@@ -1,4 +1,4 @@
-"""The name of a run that was given none."""
+"""The default name of a run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SLURM = {"SLURM_JOB_ID": "812", "SLURM_JOB_NAME": "train"}
         ({**SLURM, "TORCHELASTIC_RUN_ID": "none"}, "812"),
     ],
 )
-def test_who_names_a_run(environment: dict[str, str], name: str) -> None:
+def test_default_name(environment: dict[str, str], name: str) -> None:
     assert run_name(environment, NOW) == name
 
 
-def test_processes_that_could_not_find_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"give name=NAME, or torchrun an --rdzv-id"):
+def test_a_group_of_processes_without_an_id_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"name=NAME.*--rdzv-id"):
         run_name({"TORCHELASTIC_RUN_ID": "none"}, NOW)
 
 
 def test_a_command_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time is taken once, however often it is asked for."""
+    """The time is read once per command."""
     for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     with hydra.initialize(config_path="../conf", version_base="1.3"):

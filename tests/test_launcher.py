@@ -1,6 +1,6 @@
-"""A sweep runs every job in a process of its own.
+"""A sweep runs each job in its own process.
 
-The sweeps run as a user runs them, through `ipa.cli.command`, with a task that tells what it sees.
+The sweeps run as a user runs them, through `ipa.cli.command`, with a task that prints what it sees.
 """
 
 import os
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import hydra
 import pytest
 from hydra._internal.callbacks import Callbacks
@@ -19,18 +20,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext, RunMode
 
-from ipa.launcher import ProcessLauncher, Sweep, shared_fairly
+from ipa.errors import UserError
+from ipa.launcher import Job, ProcessLauncher, Sweep, divide_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 
 JOB = f"""
 import os, signal, sys, time
-from pathlib import Path
 from ipa.cli import command
-
-def wait_for(path):
-    while not path.exists():
-        time.sleep(0.01)
 
 @command(config_path={str(ROOT / "conf")!r}, config_name="train")
 def main(cfg):
@@ -43,18 +40,20 @@ def main(cfg):
 if __name__ == "__main__":
     main()
 """
-NOTHING = "pass"
-SECOND_FAILS = "assert cfg.seed != 2, 'seed two is bad'"
-MEET = "me = Path(cfg.paths.run); (me / 'here').touch(); [wait_for(me.parent / f'seed{n}' / 'here') for n in (1, 2)]"
+END_IN_THREE_WAYS = """
+    assert cfg.seed != 2, "seed two is bad"
+    if cfg.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 COUNT_SIGNALS = """
-    heard = []
+    received = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+        signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name))
     print("ready", flush=True)
-    while not heard:
+    while not received:
         time.sleep(0.01)
     time.sleep(0.3)
-    print("heard", *heard, flush=True)
+    print("received", *received, flush=True)
     sys.exit(3)
 """
 
@@ -65,25 +64,27 @@ class SweepCommand:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def start(self, body: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, body: str, *arguments: str) -> subprocess.Popen[str]:
+        """In a process of its own, which can be signalled."""
         (self.folder / "job.py").write_text(JOB.replace("BODY", body))
         return subprocess.Popen(
             [sys.executable, "job.py", "-m", *arguments],
             cwd=self.folder,
-            env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", **environment},
+            env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # a shell's background job, as the tests may be one, hears no Ctrl-C, nor do its children
+            # a shell's background job ignores Ctrl-C, and so would its children
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def run(self, body: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    def run(self, body: str, *arguments: str) -> tuple[int, str]:
         """Exit code and output."""
-        process = self.start(body, *arguments, **environment)
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
+        script = self.folder / "job.py"
+        script.write_text(JOB.replace("BODY", body))
+        result = forked.run(script, "-m", *arguments, cwd=self.folder, environment={})
+        return result.returncode, result.stdout + result.stderr
 
     def files(self) -> set[str]:
         return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.log")}
@@ -91,71 +92,59 @@ class SweepCommand:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> SweepCommand:
-    return SweepCommand(tmp_path)
+    (tmp_path / "here").mkdir()
+    return SweepCommand(tmp_path / "here")
 
 
 def jobs_in(output: str) -> list[dict[str, str]]:
-    """What the jobs said they see."""
-    told = re.findall(r"^(?:\[.*?\] )?job (.*)$", output, re.MULTILINE)
-    return [dict(pair.split("=", 1) for pair in line.split()) for line in told]
+    """What the jobs printed."""
+    lines = re.findall(r"^(?:\[.*?\] )?job (.*)$", output, re.MULTILINE)
+    return [dict(pair.split("=", 1) for pair in line.split()) for line in lines]
 
 
-def test_every_job_is_a_single_run_in_a_process_of_its_own(sweep: SweepCommand, tmp_path: Path) -> None:
-    code, output = sweep.run(NOTHING, "experiment=decoupled_global", "seed=1,2", "name=study")
+def test_each_job_is_a_single_run_in_its_own_process_and_failures_do_not_stop_the_others(sweep: SweepCommand) -> None:
+    code, output = sweep.run(END_IN_THREE_WAYS, "experiment=decoupled_global", "seed=1,2,3", "name=study")
     jobs = jobs_in(output)
 
-    assert code == 0, output
-    assert len({job["pid"] for job in jobs}) == 2
-    for job, seed in zip(jobs, "12", strict=True):
+    assert code == 1, output
+    assert len({job["pid"] for job in jobs}) == 3
+    for job, seed in zip(jobs, "123", strict=True):
         name = f"decoupled_global-seed{seed}"
         assert (job["seed"], job["name"], job["group"]) == (seed, name, "study")
-        assert job["run"] == str(tmp_path / "runs/study" / name)
+        assert job["run"] == str(sweep.folder / "runs/study" / name)
         assert (job["HYDRA_FULL_ERROR"], job["OMP_NUM_THREADS"]) == ("None", "None")
-    assert sweep.files() == {f"runs/study/decoupled_global-seed{seed}/job.log" for seed in (1, 2)}
-    assert "[HYDRA] Launching 2 jobs in runs/study, 1 at a time" in output
+    assert sweep.files() == {f"runs/study/decoupled_global-seed{seed}/job.log" for seed in (1, 2, 3)}
+    assert "[HYDRA] Launching 3 jobs in runs/study" in output
     assert "#1 decoupled_global-seed2 : experiment=decoupled_global seed=2" in output
-    assert "2 of 2 jobs done" in output
+    assert "1 of 3 jobs done" in output and "name=study" in output
+    assert "seed2  failed with exit code 1, see runs/study/decoupled_global-seed2/job.log" in output
+    assert "seed1  ended by SIGKILL" in output
+    log = (sweep.folder / "runs/study/decoupled_global-seed2/job.log").read_text()
+    assert "Traceback" in log and "seed two is bad" in log
 
 
-@pytest.mark.parametrize("options", [(), ("hydra.sweeper.max_batch_size=1",)], ids=["together", "in batches"])
-def test_failing_job_stops_no_other_and_fails_the_sweep(
-    sweep: SweepCommand, tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    code, output = sweep.run(SECOND_FAILS, "seed=1,2,3", "name=study", *options)
-
-    assert code == 1
-    assert [job["seed"] for job in jobs_in(output)] == ["1", "2", "3"]
-    assert output.count("jobs done") == 1
-    assert "2 of 3 jobs done" in output
-    assert "seed2  failed with exit code 1, see runs/study/seed2/job.log" in output
-    assert "name=study goes on" in output
-    log = (tmp_path / "runs/study/seed2/job.log").read_text()
-    assert "Traceback" in log
-    assert "seed two is bad" in log
-
-
-def test_two_at_a_time_share_the_console_and_the_cores(sweep: SweepCommand, tmp_path: Path) -> None:
-    code, output = sweep.run(MEET, "seed=1,2", "name=study", "hydra.launcher.jobs=2")  # ends only if both run at once
+def test_hydras_options_reach_the_jobs_of_all_batches(sweep: SweepCommand) -> None:
+    """Also folders with characters of Hydra's grammar; the outcome is reported once."""
+    options = ("hydra.job.name=other", "hydra.sweep.subdir='${seed}, a=it\\'s'", "group=mine", "hydra.mode=MULTIRUN")
+    code, output = sweep.run("pass", "seed=1,2", "name=study", "hydra.sweeper.max_batch_size=1", *options)
 
     assert code == 0, output
-    for seed in (1, 2):
-        assert f"[seed{seed}] job pid=" in output
-        assert (tmp_path / f"runs/study/seed{seed}/console.log").read_text().startswith("job pid=")
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert {job["OMP_NUM_THREADS"] for job in jobs_in(output)} == {str(threads)}
+    assert sweep.files() == {f"runs/study/{seed}, a=it's/other.log" for seed in (1, 2)}
+    assert output.count("group=mine") == 4  # two starts, two jobs
+    assert output.count("jobs done") == 1 and "2 of 2 jobs done" in output
 
 
 def test_variables_of_the_user_win() -> None:
-    assert shared_fairly({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
-    assert shared_fairly({"HOME": "/"}, 1000)["OMP_NUM_THREADS"] == "1"
-    assert shared_fairly({"HOME": "/"}, 1) == {"HOME": "/"}
+    assert divide_cores({"OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
+    assert divide_cores({"HOME": "/"}, 1000)["OMP_NUM_THREADS"] == "1"
+    assert divide_cores({"HOME": "/"}, 1) == {"HOME": "/"}
 
 
 @pytest.mark.parametrize(
     "number",
     [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGUSR1))],
 )
-def test_signal_ends_the_jobs_and_the_sweep(sweep: SweepCommand, number: signal.Signals) -> None:
+def test_two_jobs_at_a_time_share_the_cores_and_end_at_a_signal(sweep: SweepCommand, number: signal.Signals) -> None:
     process = sweep.start(COUNT_SIGNALS, "seed=1,2,3", "name=study", "hydra.launcher.jobs=2")
     assert process.stdout is not None
     lines: list[str] = []
@@ -164,65 +153,45 @@ def test_signal_ends_the_jobs_and_the_sweep(sweep: SweepCommand, number: signal.
         assert lines[-1], "".join(lines)
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
+    output = "".join(lines)
 
     assert process.returncode == 128 + number, rest
-    assert re.findall("heard (.*)", rest) == [number.name] * 2
+    assert re.findall("received (.*)", rest) == [number.name] * 2
     assert "seed2  failed with exit code 3, see runs/study/seed2/console.log" in rest
     assert "seed3  not started" in rest
-    for job in jobs_in("".join(lines)):
+    for seed in (1, 2):
+        assert f"[seed{seed}] job pid=" in output
+        assert (sweep.folder / f"runs/study/seed{seed}/console.log").read_text().startswith("job pid=")
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {job["OMP_NUM_THREADS"] for job in jobs_in(output)} == {str(threads)}
+    for job in jobs_in(output):
         with pytest.raises(ProcessLookupError):
             os.kill(int(job["pid"]), 0)
 
 
-def test_killed_job_is_told_by_the_signals_name(sweep: SweepCommand) -> None:
-    code, output = sweep.run("os.kill(os.getpid(), signal.SIGKILL)", "seed=1", "name=study")
-
-    assert code == 1
-    assert "seed1  ended by SIGKILL" in output
-
-
-def test_a_job_that_was_asked_to_stop_is_told_so(sweep: SweepCommand) -> None:
-    code, output = sweep.run("sys.exit({1: 128 + signal.SIGTERM, 2: 255}[cfg.seed])", "seed=1,2", "name=study")
-
-    assert code == 1
-    assert "seed1  stopped by SIGTERM, see runs/study/seed1/job.log" in output
-    assert "seed2  failed with exit code 255" in output
-
-
-def test_hydras_own_launcher_on_demand(sweep: SweepCommand, tmp_path: Path) -> None:
-    code, output = sweep.run(NOTHING, "seed=1,2", "name=study", "hydra/launcher=basic")
+def test_hydras_own_launcher_on_demand(sweep: SweepCommand) -> None:
+    code, output = sweep.run("pass", "seed=1,2", "name=study", "hydra/launcher=basic")
 
     assert code == 0, output
     assert len({job["pid"] for job in jobs_in(output)}) == 1
-    assert [job["run"] for job in jobs_in(output)] == [str(tmp_path / "runs/study" / str(n)) for n in (0, 1)]
+    assert [job["run"] for job in jobs_in(output)] == [str(sweep.folder / "runs/study" / str(n)) for n in (0, 1)]
 
 
-def test_hydras_options_reach_the_jobs(sweep: SweepCommand, tmp_path: Path) -> None:
-    """Also with folders that Hydra's grammar would not take as they are."""
-    options = ("hydra.job.name=other", "hydra.sweep.subdir='${seed}, a=it\\'s'", "group=mine", "hydra.mode=MULTIRUN")
-    code, output = sweep.run(NOTHING, "seed=1,2", "name=study", *options)
-
-    assert code == 0, output
-    assert sweep.files() == {f"runs/study/{seed}, a=it's/other.log" for seed in (1, 2)}
-    assert output.count("group=mine") == 4  # two starts, two jobs
-
-
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    [
-        ("hydra.launcher.jobs=0", "hydra.launcher.jobs=0: give the number of jobs at a time"),
-        ("hydra.launcher.jobs=two", "hydra.launcher.jobs=two: give the number of jobs at a time"),
-        ("hydra.launcher.job=2", "hydra.launcher.jobs=2"),
-        ("hydra.sweep.subdir=same", "more than one job the folder runs/study/same"),
-    ],
-)
-def test_bad_options_of_a_sweep_are_refused_in_words(sweep: SweepCommand, option: str, expected: str) -> None:
-    code, output = sweep.run(NOTHING, "seed=1,2", "name=study", option)
+def test_wrong_options_of_a_sweep_are_refused(sweep: SweepCommand) -> None:
+    code, output = sweep.run("pass", "seed=1,2", "name=study", "hydra.launcher.jobs=0")
 
     assert code == 2
-    assert expected in output
+    assert "hydra.launcher.jobs=0: " in output
     assert "Traceback" not in output
     assert jobs_in(output) == []
+    with pytest.raises(UserError, match="jobs=two"):
+        ProcessLauncher("two").check()  # type: ignore[arg-type]
+
+
+def test_a_run_that_stops_for_a_signal_is_reported_by_its_name() -> None:
+    job = Job(0, "a", [], Path("a"), [], Path("a.log"), exit_code=128 + signal.SIGTERM)
+
+    assert job.outcome() == "stopped by SIGTERM, see a.log"
 
 
 @pytest.fixture
@@ -261,7 +230,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_job_is_named_after_what_makes_it_differ(planned, arguments: list[str], expected: list[str]) -> None:
+def test_a_job_is_named_after_what_differs(planned, arguments: list[str], expected: list[str]) -> None:
     assert planned(*arguments) == expected
 
 
@@ -269,3 +238,8 @@ def test_names_do_not_depend_on_the_order_of_the_options(planned) -> None:
     options = ["seed=1", "optimizer.lr=0.1,0.2", "experiment=decoupled_global"]
 
     assert planned(*options) == planned(*reversed(options)) == [f"decoupled_global-lr{lr}-seed1" for lr in (0.1, 0.2)]
+
+
+def test_jobs_that_would_share_a_folder_are_refused(planned) -> None:
+    with pytest.raises(UserError, match="more than one job the folder runs/study/same"):
+        planned("seed=1,2", "hydra.sweep.subdir=same")

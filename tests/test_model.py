@@ -187,7 +187,7 @@ def as_cached(model: IPAdapterModel, batch: Batch, keep: str, dtype: torch.dtype
         reference_B3HW=batch.reference_B3HW if keep == "reference" else None,
         posterior=model.family.encode_pixels(to_unit_range(batch.image_B3HW)).map(lambda x: x.to(dtype)),
         features=features if keep == "pooled" else None,
-        ids_BNL=model.family.tokenize(batch.text),
+        text_inputs=model.family.prepare_text(batch.text),
     )
 
 

@@ -59,7 +59,7 @@ def cached_batch() -> Batch:
         batch,
         posterior=Posterior(*torch.randn(2, 3, 4, 2, 2).half()),
         features=Features(torch.randn(3, 5), torch.randn(3, 7, 6)),
-        ids_BNL=torch.arange(12).view(3, 1, 4),
+        text_inputs={"ids": torch.arange(12).view(3, 4)},
         size_B6=torch.zeros(3, 6, dtype=torch.int64),
     )
 
@@ -83,7 +83,8 @@ def test_a_batch_is_mapped_in_all_its_tensors_and_nothing_else() -> None:
     mapped = batch.map(lambda x: seen.append(x) or x.to("meta"))
 
     assert len(seen) == 5 + 2 + 2 + 2 + 2
-    assert mapped.posterior.mean_BCHW.is_meta and mapped.features.patches_BPF.is_meta and mapped.ids_BNL.is_meta
+    assert mapped.posterior.mean_BCHW.is_meta and mapped.features.patches_BPF.is_meta
+    assert mapped.text_inputs["ids"].is_meta
     assert mapped.draws.time_B.is_meta and mapped.size_B6.is_meta and mapped.reference_B3HW.is_meta
     assert mapped.text == batch.text and len(mapped) == 3
     few = replace(batch, image_B3HW=None, posterior=None, features=None).map(lambda x: x)
@@ -97,6 +98,6 @@ def test_neighbours_lend_their_picture_and_nothing_else() -> None:
     assert torch.equal(other.reference_B3HW, batch.reference_B3HW[[2, 0, 1]])
     assert torch.equal(other.features.pooled_BE, batch.features.pooled_BE[[2, 0, 1]])
     assert torch.equal(other.features.patches_BPF, batch.features.patches_BPF[[2, 0, 1]])
-    assert other.posterior is batch.posterior and other.ids_BNL is batch.ids_BNL and other.draws is batch.draws
+    assert other.posterior is batch.posterior and other.text_inputs is batch.text_inputs and other.draws is batch.draws
     nothing = replace(batch, reference_B3HW=None, features=None).with_neighbours_image()
     assert (nothing.reference_B3HW, nothing.features) == (None, None)

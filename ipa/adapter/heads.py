@@ -1,17 +1,17 @@
 """Heads: image features → image tokens in the space that the base's cross-attention reads.
 
-Each head is made by ``fitting``, from the widths of an encoder and of a base, and says what it ``uses`` of the features
-and what stands for "no image": the features of a blank picture (``blank``) or zeros in their place (``zeros``).
+``fitting`` builds a head from the widths of an encoder and of a base. See `ipa.contracts.TokenHead`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ipa.adapter.resampler import PerceiverLayer
+from ipa.contracts import NoImage, TokenHead
 from ipa.errors import UserError
 from ipa.types import EncoderWidths, Features
 
@@ -28,10 +28,8 @@ def patch_width(encoder: EncoderWidths) -> int:
     return encoder.patch
 
 
-class Head(nn.Module):
-    """What all heads share; ``forward`` turns features into tokens_BTD, T = ``num_tokens``."""
-
-    uses: Literal["pooled", "patches"]
+class Head(TokenHead):
+    """Base class of the heads here; checks what they share."""
 
     def __init__(self, num_tokens: int, context_width: int, no_image: str) -> None:
         super().__init__()
@@ -42,13 +40,13 @@ class Head(nn.Module):
             )
         if no_image not in NO_IMAGE:
             raise UserError(f"tokens.no_image={no_image}: give one of {', '.join(NO_IMAGE)}")
-        self.num_tokens, self.context_width, self.no_image = num_tokens, context_width, no_image
+        self.num_tokens, self.context_width, self.no_image = num_tokens, context_width, cast(NoImage, no_image)
 
 
 class GlobalHead(Head):
     """Linear map and LayerNorm from the pooled embedding to T tokens (Ye et al. 2023, section 3.2.1).
 
-    tokens = LayerNorm(reshape(W e + b)), with e not normalised. "No image" is a zero embedding.
+    tokens = LayerNorm(reshape(W e + b)), where e is not normalised. "No image" is a zero embedding.
     """
 
     uses = "pooled"
@@ -63,20 +61,20 @@ class GlobalHead(Head):
         return cls(encoder.pooled, context_width, num_tokens, no_image)
 
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
-        """Read ``features.pooled_BE``, ignore ``t_B``; return tokens_BTD."""
+        """Read ``features.pooled_BE``; ignore ``t_B``. Return tokens_BTD."""
         assert features.pooled_BE is not None, "the global head reads pooled features"
         tokens = self.proj(features.pooled_BE.to(self.proj.weight.dtype))
         return self.norm(tokens.unflatten(-1, (self.num_tokens, self.context_width)))
 
 
 class ResamplerHead(Head):
-    """Learnable queries that read the patch features through a perceiver resampler (Ye et al. 2023, section 4.4.2).
+    """Learnable queries that read patch features through a perceiver resampler (Ye et al. 2023, section 4.4.2).
 
     x = W_in patches;  q ← q + Attention(q; [x, q]),  q ← q + FeedForward(q), ``depth`` times;
-    tokens = LayerNorm(W_out q).   The published weights take a blank picture for "no image", the paper says zeros.
+    tokens = LayerNorm(W_out q).   "No image" is a blank image in the published weights, zeros in the paper.
 
-    ``width`` is that of the queries, ``heads`` × ``head_width`` that of attention, ``expansion`` widens the
-    feed-forward layer. Other readers of the published file assume depth 4, head width 64 and expansion 4.
+    ``width`` is the width of the queries, ``heads`` × ``head_width`` the inner width of attention, ``expansion`` the
+    factor of the feed-forward layer. Other programs assume depth 4, head width 64 and expansion 4.
     """
 
     uses = "patches"
@@ -115,11 +113,14 @@ class ResamplerHead(Head):
         no_image: str = "blank",
         **sizes: int,
     ) -> Self:
-        """``width`` None is the base's context width; ``sizes`` are the other ones of the constructor."""
+        """``width`` None is the base's context width; ``sizes`` are the constructor's other sizes."""
         return cls(patch_width(encoder), context_width, num_tokens, width or context_width, no_image=no_image, **sizes)
 
+    def describe(self) -> dict[str, str]:
+        return {"head_width": str(self.head_width)}
+
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
-        """Read ``features.patches_BPF`` (penultimate layer, not normalised), ignore ``t_B``; return tokens_BTD."""
+        """Read ``features.patches_BPF`` (penultimate layer, not normalised); ignore ``t_B``. Return tokens_BTD."""
         assert features.patches_BPF is not None, "the fine-grained head reads patch features"
         states_BPW = self.proj_in(features.patches_BPF.to(self.proj_in.weight.dtype))
         queries_BTW = self.latents.expand(len(states_BPW), -1, -1)
@@ -129,7 +130,7 @@ class ResamplerHead(Head):
 
 
 class FullHead(Head):
-    """One token for every patch feature, through two linear maps: the published full-face adapters.
+    """One token per patch feature, through two linear layers, as in the published full-face adapters.
 
     tokens = LayerNorm(W₂ GELU(W₁ patches)), T = P.
     """
@@ -150,7 +151,7 @@ class FullHead(Head):
         return cls(patch_width(encoder), context_width, encoder.num_patches, no_image)
 
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
-        """Read ``features.patches_BPF``, ignore ``t_B``; return tokens_BTD."""
+        """Read ``features.patches_BPF``; ignore ``t_B``. Return tokens_BTD."""
         assert features.patches_BPF is not None, "the full head reads patch features"
         weight: Tensor = self.proj[0].weight  # type: ignore[assignment]
         return self.proj(features.patches_BPF.to(weight.dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class PerceiverAttention(nn.Module):
-    """Attention of T queries over the states and the queries themselves; both are normalised first."""
+    """Attention of T queries over the states and the queries; both are normalised first."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(nn.ModuleList):
-    """Attention and feed-forward, each added to the queries; a list, as the published names count ``0`` and ``1``."""
+    """Attention and feed-forward with residuals; a list, since the published names index them ``0`` and ``1``."""
 
     def __init__(self, width: int, heads: int, head_width: int, expansion: int) -> None:
         feed_forward = nn.Sequential(

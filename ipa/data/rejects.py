@@ -1,4 +1,4 @@
-"""Samples that cannot be used: skipped, counted by reason, and never repaired in silence."""
+"""Samples that cannot be used: skipped and counted by reason, never repaired silently."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ NOT_UTF8 = "caption is not UTF-8"
 NO_REFERENCE = "no reference"
 BROKEN_METADATA = "broken metadata"
 DUPLICATE_KEY = "duplicate key"
-UNSAFE_MEMBER = "unsafe member"  # a link, a device, or a name that would leave the folder that it is unpacked in
+UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name
 TOO_LARGE = "too large a member"
 
 
 def filtered(name: str) -> str:
-    """The reason of a sample that this filter leaves out."""
+    """The reason of a sample that the filter ``name`` rejects."""
     return f"filter: {name}"
 
 
 def without_number(name: str) -> str:
-    """The reason of a sample that does not tell what this filter asks."""
+    """The reason of a sample that lacks the number that the filter ``name`` needs."""
     return f"filter: {name} is missing"
 
 
 class Rejected(Exception):
-    """A sample, or the rest of a shard, cannot be used: ``reason`` is what is counted, ``detail`` is for the log."""
+    """A sample, or the rest of a shard, cannot be used: ``reason`` is counted, ``detail`` is for the log."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 
+    def copy(self) -> Rejected:
+        """Without a traceback, whose frames would keep the sample in memory."""
+        return Rejected(self.reason, self.detail)
+
 
 class NoGoodSamples(UserError):
-    """A whole pass over the shards gave nothing to train on."""
+    """A whole pass over the shards gave no usable sample."""
 
 
 def no_good_samples(rejects: Mapping[str, int], shards: int) -> NoGoodSamples:
     counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(rejects.items())) or "they are empty"
     return NoGoodSamples(
-        f"no usable sample in a whole pass over {shards} shards ({counts}). Expected img2dataset's layout: per sample "
-        "a picture and its caption under one key. Check data.captions and data.filters, and look into a shard with "
-        "`tar tf`."
+        f"no usable sample in a whole pass over {shards} shards ({counts}). Expected img2dataset's layout: a picture "
+        "and its caption under one key per sample. Check data.captions and data.filters, and list a shard: `tar tf`."
     )

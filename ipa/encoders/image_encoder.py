@@ -6,23 +6,24 @@ network is run once on torch's meta device, which computes shapes without weight
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ipa import contracts
+from ipa.contracts import Uses
 from ipa.errors import UserError, brief
 from ipa.types import EncoderWidths, Features
-
-Uses = Literal["pooled", "patches"]
+from ipa.weights import fingerprint
 
 DTYPES = ("float32", "bfloat16", "float16")
 PENULTIMATE = -2
 
 
-class ImageEncoder(nn.Module, ABC):
+class ImageEncoder(contracts.ImageEncoder):
     """A frozen network that reads square images of ``image_size_px``.
 
     ``source`` and ``weights`` identify it in an adapter's metadata (see `ipa.encoders.open_encoder`). ``layer`` is the
@@ -93,6 +94,9 @@ class ImageEncoder(nn.Module, ABC):
             head = {"pooled": "fine_grained", "patches": "global"}[uses]
             raise UserError(f"the encoder {self.source} has no {uses} features: use tokens={head} or another encoder")
         return width
+
+    def fingerprint(self) -> str:
+        return fingerprint(self) + ("" if self.layer == PENULTIMATE else f" layer {self.layer}")
 
     def layer_name(self, uses: Uses) -> str:
         """Which layer the features come from, as adapter files record it."""

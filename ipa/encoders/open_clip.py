@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, read_dtype, square_edge
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -125,7 +125,7 @@ def resolve_name(name: str, option: str = "encoder.name") -> str:
         return name
     folder = Path(name.removeprefix(LOCAL))
     if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"{option}={name}: there is no open_clip_config.json in {folder}")
+        raise MissingWeights(f"{option}={name}: there is no open_clip_config.json in {folder}")
     return f"{LOCAL}{folder.resolve()}"
 
 
@@ -137,7 +137,7 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         config = open_clip.get_model_config(resolved)
     except (OSError, ValueError) as error:
-        raise UserError(f"encoder.name={name}: open_clip_config.json cannot be read: {brief(error)}") from error
+        raise MissingWeights(f"encoder.name={name}: open_clip_config.json cannot be read: {brief(error)}") from error
     if config is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), 1)
         question = f" Did you mean {near[0]}?" if near else ""
@@ -168,7 +168,7 @@ def check_weights(name: str, pretrained: str | None) -> None:
     elif not pretrained.endswith(WEIGHT_EXTENSIONS):
         raise UserError(f"{given}: open_clip knows no such weights; {offer_weights(name)}")
     elif not Path(pretrained).is_file():
-        raise UserError(f"{given}: there is no such file; {offer_weights(name)}")
+        raise MissingWeights(f"{given}: there is no such file; {offer_weights(name)}")
 
 
 def offer_weights(name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, read_dtype, square_edge
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths
 
 CLIP = "clip_vision_model"
@@ -35,7 +35,9 @@ class Folder(NamedTuple):
         try:
             file = self._find(name)
             return None if file is None else json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise MissingWeights(f"encoder.path={self.source}: {name} cannot be read: {brief(error)}") from error
+        except ValueError as error:
             raise UserError(f"encoder.path={self.source}: {name} cannot be read: {brief(error)}") from error
 
     def _find(self, name: str) -> Path | None:
@@ -125,7 +127,7 @@ def locate(path: str, subfolder: str | None = None) -> Folder:
     if Path(source).is_dir():
         return Folder(source, source, "")
     if "/" not in source or source.startswith((".", "/", "~")):
-        raise UserError(
+        raise MissingWeights(
             f"encoder.path={source}: no such folder. Give a folder in transformers' layout, or a hub id owner/name, "
             "followed by the subfolder if there is one"
         )
@@ -139,7 +141,7 @@ def read_config(folder: Folder) -> Any:
 
     content = folder.read_json("config.json")
     if content is None:
-        raise UserError(f"encoder.path={folder.source}: {explain_missing_config(Path(folder.source))}")
+        raise MissingWeights(f"encoder.path={folder.source}: {explain_missing_config(Path(folder.source))}")
     try:
         config: Any = AutoConfig.for_model(**content)
         config = getattr(config, "vision_config", config)

@@ -1,4 +1,4 @@
-"""Where items come from: shards, a folder, COCO."""
+"""Where items come from: shards, a folder of pictures, or COCO."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ipa.data.addresses import digest
-from ipa.data.order import Order
+from ipa.data.images.transforms import Opened, open_picture, read_picture
+from ipa.data.order.sequence import Order
 from ipa.data.records import Record
-from ipa.data.shards import TRUSTED
-from ipa.data.sources import Source
-from ipa.data.transforms import Opened, open_picture, read_picture
+from ipa.data.shards.names import TRUSTED
+from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
 from ipa.evaluation.items import Item
 from ipa.files import PICTURE_EXTENSIONS
@@ -36,7 +36,7 @@ class ShardBenchmark:
         schemes: Sequence[str] = TRUSTED,
     ) -> None:
         self.name, self.limit = name, limit
-        self.source = Source.of(name, shards=shards, captions=captions, option="benchmark", schemes=schemes)
+        self.source = ShardSource.of(name, shards=shards, captions=captions, option="benchmark", schemes=schemes)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -48,9 +48,7 @@ class ShardBenchmark:
         found: dict[str, Record] = {}
         for slot in islice(slots, self.limit):
             if found.setdefault(slot.record.key, slot.record) is not slot.record:
-                raise UserError(
-                    f"benchmark={self.name}: two samples have the key {slot.record.key}, which names pictures"
-                )
+                raise UserError(f"benchmark={self.name}: two samples have the key {slot.record.key}")
         return found
 
     def items(self) -> Sequence[Item]:
@@ -61,7 +59,7 @@ class ShardBenchmark:
 
 
 class FolderBenchmark:
-    """The first ``limit`` pictures of a folder, by name, captions in ``.txt`` files beside them (a line each)."""
+    """The first ``limit`` pictures of a folder, by name; a ``.txt`` file of the same name has captions, one a line."""
 
     def __init__(self, name: str, folder: str, limit: int | None = None) -> None:
         self.name, self.folder, self.limit = name, Path(folder), limit
@@ -72,15 +70,15 @@ class FolderBenchmark:
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Raises UserError, and ValueError for two pictures of one name."""
+        """By name; raises UserError for no pictures, or two with the same name."""
         if not self.folder.is_dir():
             raise UserError(f"benchmark.folder={self.folder}: no such folder")
         found = sorted(path for path in self.folder.iterdir() if is_picture(path))
         if not found:
-            raise UserError(f"benchmark.folder={self.folder}: no pictures there ({', '.join(PICTURE_EXTENSIONS)})")
+            raise UserError(f"benchmark.folder={self.folder}: no pictures ({', '.join(PICTURE_EXTENSIONS)})")
         paths = {path.stem: path for path in found[: self.limit]}
         if len(paths) < len(found[: self.limit]):
-            raise UserError(f"benchmark.folder={self.folder}: some pictures differ in their endings only")
+            raise UserError(f"benchmark.folder={self.folder}: some pictures differ only in their extension")
         return paths
 
     @property
@@ -88,14 +86,14 @@ class FolderBenchmark:
         return fingerprint_of(list(self.paths.values()))
 
     def items(self) -> Sequence[Item]:
-        return [Item(name, captions_beside(path)) for name, path in self.paths.items()]
+        return [Item(name, read_captions(path)) for name, path in self.paths.items()]
 
     def read(self, item: Item) -> Tensor:
         return pixels(read_picture(self.paths[item.id], "benchmark.folder"))
 
 
 class CocoBenchmark:
-    """COCO's pictures and captions (Lin et al. 2014), the first ``limit`` by id; the paper took val2017, all 5,000."""
+    """The first ``limit`` pictures of COCO by id with captions (Lin et al. 2014); the paper used all of val2017."""
 
     def __init__(self, name: str, images: str, annotations: str, limit: int | None = None) -> None:
         self.name, self.images, self.annotations, self.limit = name, Path(images), Path(annotations), limit
@@ -120,7 +118,7 @@ class CocoBenchmark:
                 captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
             names = {image["id"]: image["file_name"] for image in content["images"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"benchmark.annotations={self.annotations} is no file of captions: {error!r}") from error
+            raise UserError(f"benchmark.annotations={self.annotations} is not a file of captions: {error!r}") from error
         chosen = sorted(names)[: self.limit]
         return {f"{number:012d}": (names[number], tuple(captions[number])) for number in chosen}
 
@@ -128,8 +126,8 @@ class CocoBenchmark:
         missing = [name for name, _ in self.entries.values() if not (self.images / name).is_file()]
         if missing:
             raise UserError(
-                f"benchmark.images={self.images}: {len(missing)} of {len(self.entries)} pictures that "
-                f"{self.annotations.name} lists are not there ({missing[0]} …)"
+                f"benchmark.images={self.images}: {len(missing)} of the {len(self.entries)} pictures in "
+                f"{self.annotations.name} are missing ({missing[0]} …)"
             )
         return [Item(number, captions) for number, (_, captions) in self.entries.items()]
 
@@ -138,20 +136,20 @@ class CocoBenchmark:
 
 
 def pixels(picture: Opened) -> Tensor:
-    """uint8 image_3HW, all of it."""
+    """The whole picture: uint8 image_3HW."""
     return picture.pixels_3HW.contiguous()
 
 
 def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")  # macOS puts ._NAME beside files
+    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")  # macOS adds ._NAME files
 
 
 def fingerprint_of(files: Sequence[Path]) -> str:
-    """Of names and sizes: a resized copy of the same pictures is another one."""
+    """A hash of names and file sizes: it differs for a resized copy of the same pictures."""
     return f"{digest(*(part for path in files for part in (path.stem, path.stat().st_size))):016x}"
 
 
-def captions_beside(path: Path) -> tuple[str, ...]:
+def read_captions(path: Path) -> tuple[str, ...]:
     """Raises UserError for a file that is not UTF-8."""
     file = path.with_suffix(".txt")
     try:

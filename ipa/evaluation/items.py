@@ -1,7 +1,7 @@
-"""What is asked of every system: items, each an image prompt with captions, and the pictures to make of each.
+"""Items, each an image prompt with captions, and the plan of pictures to make from each.
 
-Sources of items are *benchmarks*, one class each: ``ShardBenchmark`` (the demo world, or any shards),
-``FolderBenchmark``, ``CocoBenchmark`` (the paper's: 5,000 pictures of COCO val2017).
+Items come from *benchmarks*: ``ShardBenchmark`` (the demo world, or any shards), ``FolderBenchmark``, ``CocoBenchmark``
+(the paper's: 5,000 pictures of COCO val2017).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PROMPTS = ("empty", "caption")
 
 @dataclass(frozen=True)
 class Item:
-    """An image prompt by its id, with the captions that are known of it; the first is the one that is asked for."""
+    """The id of an image prompt, and its captions; the first one is used as text."""
 
     id: str
     captions: tuple[str, ...]
 
 
 class Benchmark(Protocol):
-    """Items in a fixed order. ``settings`` tell how they were chosen; ``fingerprint`` changes with any of them."""
+    """Items in a fixed order. ``settings`` say how they were chosen; their ``fingerprint`` changes with any item."""
 
     name: str
 
@@ -36,7 +36,7 @@ class Benchmark(Protocol):
     def settings(self) -> dict[str, Any]: ...
 
     def items(self) -> Sequence[Item]:
-        """Raises UserError with a message for the user, also when there is none."""
+        """Raises UserError, also when there are none."""
         ...
 
     def read(self, item: Item) -> Tensor:
@@ -46,7 +46,7 @@ class Benchmark(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to make: the ``number``-th of an item."""
+    """One picture to make, the ``number``-th of an item."""
 
     item: Item
     number: int
@@ -59,18 +59,15 @@ class Task:
 
 
 def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[Task]:
-    """All pictures in order. A picture's seed depends on ``seed``, its item's id and its number alone.
+    """All pictures in order. A picture's seed only depends on ``seed``, its item's id and its number.
 
-    ``prompt`` says what text the systems get: empty, or the item's first caption. Raises UserError.
+    ``prompt`` is one of ``PROMPTS``: the text is empty, or the item's first caption. Raises UserError.
     """
-    if prompt not in PROMPTS:
-        raise UserError(f"prompt={prompt}: one of {', '.join(PROMPTS)}")
-    if num_seeds < 1:
-        raise UserError(f"num_seeds={num_seeds}: at least 1")
+    assert prompt in PROMPTS and num_seeds >= 1, f"prompt={prompt} num_seeds={num_seeds}"
     if strange := [item.id for item in items if not names_a_file(item.id)]:
         raise UserError(f"{len(strange)} items have ids that cannot name files ({strange[0]!r} …)")
     if prompt == "caption" and (without := [item.id for item in items if not item.captions]):
-        raise UserError(f"prompt=caption, but {len(without)} items have none ({without[0]} …): say prompt=empty")
+        raise UserError(f"prompt=caption, but {len(without)} items have no caption ({without[0]} …): give prompt=empty")
     return [
         Task(item, number, seed_of(seed, item, number), item.captions[0] if prompt == "caption" else "")
         for item in items
@@ -79,7 +76,7 @@ def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[
 
 
 def names_a_file(name: str) -> bool:
-    """Whether ``name`` with an ending is a file below a folder, whatever a tar archive calls its samples."""
+    """Whether ``name`` with an extension is a file inside a folder: a tar archive can give its samples any name."""
     return bool(name) and "\0" not in name and not {"/", "..", "."} & set(PurePosixPath(name).parts)
 
 

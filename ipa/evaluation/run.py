@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,108 +17,110 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ipa.errors import UserError
-from ipa.evaluation.generation import begin, check_made, device_name, finish, generate, manifest, skip, write_items
-from ipa.evaluation.items import PROMPTS, Benchmark, Task, plan
-from ipa.evaluation.methods.method import Method, MissingWeights, Sampling
+from ipa.errors import MissingWeights, UserError
+from ipa.evaluation.generation import (
+    begin,
+    check_made,
+    device_name,
+    finish,
+    generate,
+    manifest,
+    skip,
+    write_items,
+)
+from ipa.evaluation.items import PROMPTS, Benchmark, plan
+from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
 from ipa.files import hash_file
+from ipa.sampling import SamplingOptions
 
 log = logging.getLogger(__name__)
 
-# what changes no picture, or is told by the folder, and so stays out of a label
-UNNAMED = {
+# options that change no picture, or that the folder already shows, and so are not part of a label
+NOT_IN_LABEL = {
     *("benchmark", "out", "label", "device", "generate", "name", "num_seeds"),
     *("paths", "judge", "metric", "metrics", "hydra", "method", "sweep"),
 }
-# what else is in a benchmark's folder
-TAKEN = ("references", "jobs", "wandb")
-LONGEST_LABEL = 200  # file systems have names of 255 bytes
-READ_AHEAD = 32  # image prompts that are kept, since those of a batch belong together
+COUNTS = ("num_seeds", "sampling.batch_size", "sampling.num_steps")
+OPTIONAL_COUNTS = ("benchmark.limit", "sampling.image_size_px")
+RESERVED_LABELS = ("references", "jobs", "wandb")  # other folders next to the systems'
+MAX_LABEL_BYTES = 200  # file systems allow 255
+MAX_PROMPTS_IN_MEMORY = 32
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Run one system; raises UserError with a message for the user.
+    """Run one system; raises UserError.
 
-    Missing weights are no failure: the folder then says what to download, and so does the report.
+    Missing weights are not an error: the folder records what to download, and the report shows it.
     """
     label, out = cfg.label or label_of(cfg), Path(cfg.out)
-    if complaints := [*complaints_about(cfg), *complaints_about_label(label)]:
-        raise UserError("\n".join(complaints))
-    device = choose_device(cfg.device)
+    if problems := [*problems_in(cfg), *problems_in_label(label)]:
+        raise UserError("\n".join(problems))
+    sampling: SamplingOptions = make(cfg.sampling)
+    method_class(cfg.method).check(sampling)
+    rank, world = rank_and_world(os.environ)
+    device = choose_device(cfg.device, rank)
     benchmark: Benchmark = instantiate(cfg.benchmark)
     items = benchmark.items()
     if not items:
         raise UserError(f"benchmark={benchmark.name} has no items: {benchmark.settings}")
     tasks = plan(items, cfg.num_seeds, cfg.seed, cfg.prompt)
     write_items(out, benchmark, items, cfg.num_seeds)
-    read = functools.lru_cache(maxsize=READ_AHEAD)(benchmark.read)
-    folder = out / label
-    try:
-        complete = is_made(cfg, folder, label, benchmark, tasks, read, device)
-    except MissingWeights as error:
-        log.warning("%s skipped: %s", label, error)
-        if not skip(folder, label, name_of(cfg.method), str(error)):
-            log.warning("Pictures that are there can be scored without them: generate=false")
+    read, folder = functools.lru_cache(maxsize=MAX_PROMPTS_IN_MEMORY)(benchmark.read), out / label
+    if cfg.generate:
+        method = load_or_skip(cfg.method, folder, label)
+        if method is None:
+            return
+        begin(folder, manifest(label, benchmark, method, sampling, tasks, **settings_of(cfg)))
+        started = time.perf_counter()
+        generate(folder, method.to(device), tasks, read, sampling, rank, world)
+        is_last = finish(folder, tasks, time.perf_counter() - started, device_name(device))
+    else:
+        check_made(folder, benchmark, tasks)
+        is_last = rank == 0
+    if not is_last:
+        log.info("%s: this process is done; the last one to finish computes the scores", label)
         return
-    if not complete:
-        log.info("%s: this process is done, others still make pictures; the last one scores them", label)
-        return
-    settings: Any = OmegaConf.to_container(cfg.metrics, resolve=True)  # with the judge, so that another is noticed
-    scores = score(folder, tasks, read, metrics_of(cfg), settings, device)
-    log.info("\n%s", describe(label, scores))
+    log.info("\n%s", describe(label, score(folder, tasks, read, cfg.metrics, make, device)))
     log.info("\nNext: python -m ipa.tools.report %s", out)
 
 
-def is_made(
-    cfg: DictConfig, folder: Path, label: str, benchmark: Benchmark, tasks: Sequence[Task], read: Any, device: str
-) -> bool:
-    """Whether all pictures are there, after this process made its share, or with ``generate=false`` as they are."""
-    if cfg.generate:
-        return make_pictures(cfg, folder, label, benchmark, tasks, read, device)
-    check_made(folder, benchmark, tasks)
-    return share()[0] == 0  # of several processes one scores
+def load_or_skip(method: DictConfig, folder: Path, label: str) -> Method | None:
+    """The system; None, with a record of what to download, if its weights are missing."""
+    try:
+        return make(method)
+    except MissingWeights as error:
+        log.warning("%s skipped: %s", label, error)
+        if not skip(folder, label, method_class(method).name, str(error)):
+            log.warning("To score the pictures that are already there: generate=false")
+        return None
 
 
-def make_pictures(
-    cfg: DictConfig, folder: Path, label: str, benchmark: Benchmark, tasks: Sequence[Task], read: Any, device: str
-) -> bool:
-    """Generate this process's share; whether all pictures are there now."""
-    sampling: Sampling = instantiate(cfg.sampling)
-    rank, world = share()
-    method: Method = make(cfg.method)
-    asked = manifest(
-        label,
-        benchmark,
-        method,
-        sampling,
-        tasks,
-        cfg.batch_size,
-        prompt=cfg.prompt,
-        seed=cfg.seed,
-        num_seeds=cfg.num_seeds,
-        settings=OmegaConf.to_container(cfg.method, resolve=True),
-        files=hashes_of_files(cfg.method),
-    )
-    begin(folder, asked)
-    placed = f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
-    started = time.perf_counter()
-    generate(folder, method.to(placed), tasks, read, sampling, cfg.batch_size, rank, world)
-    return finish(folder, tasks, time.perf_counter() - started, device_name(placed))
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The other options that determine the pictures, with the SHA-256 of weights that were given as files."""
+    paths = {str(name): Path(value) for name, value in cfg.method.items() if isinstance(value, str)}
+    return {
+        "prompt": cfg.prompt,
+        "seed": cfg.seed,
+        "num_seeds": cfg.num_seeds,
+        "settings": OmegaConf.to_container(cfg.method, resolve=True),
+        "files": {name: hash_file(path) for name, path in paths.items() if path.is_file()},
+    }
 
 
-def complaints_about(cfg: DictConfig) -> Iterator[str]:
-    """What cannot be, of all that is a plain value, before anything is loaded."""
-    wholes = {"num_seeds": cfg.num_seeds, "batch_size": cfg.batch_size, "sampling.num_steps": cfg.sampling.num_steps}
-    optional = {"benchmark.limit": cfg.benchmark.get("limit"), "sampling.image_size_px": cfg.sampling.image_size_px}
-    for name, value in {**wholes, **{name: value for name, value in optional.items() if value is not None}}.items():
+def problems_in(cfg: DictConfig) -> Iterator[str]:
+    """Every value that is out of range, before anything is loaded."""
+    for name in (*COUNTS, *OPTIONAL_COUNTS):
+        value = OmegaConf.select(cfg, name)
+        if value is None and name in OPTIONAL_COUNTS:
+            continue
         if not (is_whole(value) and value >= 1):
             yield f"{name}={value}: a whole number from 1"
         elif name == "sampling.image_size_px" and value % 8:
             yield f"{name}={value}: a multiple of 8, the pixels of a latent"
     if not (is_whole(cfg.seed) and cfg.seed >= 0):
         yield f"seed={cfg.seed}: a whole number from 0"
-    for name in ("scale", "guidance"):
+    for name in ("scale", "guidance", "guidance_rescale"):
         value = cfg.sampling[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             yield f"sampling.{name}={value}: a number"
@@ -130,68 +132,65 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def complaints_about_label(label: Any) -> Iterator[str]:
+def problems_in_label(label: Any) -> Iterator[str]:
     """A label is the name of one folder."""
     name = str(label)
-    if name in TAKEN or name.startswith(".") or {"/", "\\"} & set(name):
-        yield f"label={name}: the name of a folder for this system, without slashes, and not {', '.join(TAKEN)}"
-    elif len(name.encode()) > LONGEST_LABEL:
-        yield f"label={name} is too long for a folder's name: say label=SHORTER"
+    if name in RESERVED_LABELS or name.startswith(".") or {"/", "\\"} & set(name):
+        yield f"label={name}: give the name of a folder, without slashes, other than {', '.join(RESERVED_LABELS)}"
+    elif len(name.encode()) > MAX_LABEL_BYTES:
+        yield f"label={name} is too long for a folder's name: give label=SHORTER"
 
 
-def choose_device(asked: str | None) -> str:
-    """Raises UserError for what torch does not know or does not find here."""
-    device = str(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+def choose_device(name: str | None, rank: int) -> str:
+    """The GPU of this process where ``name`` is cuda; raises UserError for a device that torch does not find here."""
+    device = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device={device}: null for a GPU if there is one, cpu, cuda, cuda:1 …") from error
+        raise UserError(f"device={device}: give cpu, cuda, cuda:1 …, or null for a GPU if there is one") from error
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
-        raise UserError(f"device={device}: torch finds {count} GPUs here; device=null takes what there is")
-    return device
+        raise UserError(f"device={device}: torch finds {count} GPUs here; device=null uses one if there is one")
+    return f"cuda:{rank % count}" if device == "cuda" else device
 
 
-def hashes_of_files(method: DictConfig) -> dict[str, str]:
-    """SHA-256 of the weights that are given as files: one that was trained further is another system."""
-    return {str(name): hash_file(Path(value)) for name, value in method.items() if is_file(value)}
+def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun or srun set them.
 
-
-def is_file(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).is_file()
+    Raises UserError for one process in a Slurm allocation of several tasks: without srun there are no others.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    tasks = int(environment.get("SLURM_NTASKS", 1))
+    if tasks == 1:
+        return 0, 1
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) != tasks:  # set by srun for the tasks that it starts
+        raise UserError(
+            f"this is one process in a Slurm allocation of {tasks} tasks: start all of them with `srun python "
+            "evaluate.py …`, or one with `srun --ntasks=1 python evaluate.py …`"
+        )
+    return int(environment["SLURM_PROCID"]), tasks
 
 
 def make(part: DictConfig) -> Any:
-    """A part from its configuration; what the system refuses keeps its own kind: OSError, ``MissingWeights``."""
+    """Instantiate a part; a UserError of its own is raised as it is, without Hydra's around it."""
     try:
         return instantiate(part)
     except InstantiationException as error:
         cause: BaseException | None = error
         while isinstance(cause, InstantiationException):
             cause = cause.__cause__
-        if isinstance(cause, OSError):
+        if isinstance(cause, UserError):
             raise cause from error
         raise
 
 
-def share() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun or Slurm say."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
-
-
-def metrics_of(cfg: DictConfig) -> dict[str, Any]:
-    return {str(name): functools.partial(make, metric) for name, metric in cfg.metrics.items()}
-
-
-def name_of(method: DictConfig) -> str:
-    return get_class(method._target_.rpartition(".")[0]).name  # type: ignore[attr-defined]
+def method_class(method: DictConfig) -> type[Method]:
+    return get_class(method._target_.removesuffix(".from_pretrained"))
 
 
 def label_of(cfg: DictConfig) -> str:
-    """The method, and what of the command line makes its pictures others: ip_adapter-simple_global-scale0.5."""
+    """The method and the options that change its pictures: ip_adapter-simple_global-scale0.5."""
     hydra: Any = HydraConfig.get()
     adapters, others = [], []
     for override in hydra.overrides.task:
@@ -199,13 +198,13 @@ def label_of(cfg: DictConfig) -> str:
         if key == "adapter":
             if cfg.method.get("adapter") == cfg.adapter:  # other systems do not read it
                 adapters.append(name_of_adapter(Path(value)))
-        elif key.partition(".")[0].partition("@")[0] not in UNNAMED or key.startswith("method."):
+        elif key.partition(".")[0].partition("@")[0] not in NOT_IN_LABEL or key.startswith("method."):
             others.append(f"{key.rpartition('.')[2]}{value}")
     return "-".join([hydra.runtime.choices.method, *adapters, *others]).replace("/", "_")
 
 
 def name_of_adapter(path: Path) -> str:
-    """A run's file is called as all runs' are: then its folder's names say which."""
+    """The file's name; for a run's adapter.safetensors, which all runs have, the names of its folders."""
     return "-".join(path.parts[-3:-1]) or path.stem if path.stem == "adapter" else path.stem
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from ipa import __version__
-from ipa.adapter.heads import Head
+from ipa.contracts import TokenHead
 from ipa.encoders import public_name
 from ipa.errors import UserError
 from ipa.export.heads import HEAD, HEADS, Metadata, Shapes, recognise
@@ -158,7 +158,7 @@ def read_sizes(shapes: Shapes, metadata: Metadata) -> AdapterFile:
     )
 
 
-def make_head(file: AdapterFile) -> Head:
+def make_head(file: AdapterFile) -> TokenHead:
     """A new head of the file's sizes."""
     cls: Any = HEADS[file.head].cls
     return cls(file.feature_width, no_image=file.no_image, **file.sizes)

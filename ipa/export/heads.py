@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
+from ipa.adapter.heads import FullHead, GlobalHead, ResamplerHead
+from ipa.contracts import TokenHead
 from ipa.errors import UserError
 
 HEAD = "image_proj."
@@ -30,7 +31,7 @@ class HeadRow:
     programs do not read from the file; None for a head that they do not know.
     """
 
-    cls: type[Head]
+    cls: type[TokenHead]
     title: str
     read: Callable[[Shapes, Metadata], tuple[int, dict[str, int]]]
     key: str = ""
@@ -115,7 +116,7 @@ def recognise(shapes: Shapes, metadata: Metadata) -> str:
     raise UserError(f"it has none of {', '.join(keys)}, but {found} …")
 
 
-def name_of(head: Head) -> str:
+def name_of(head: TokenHead) -> str:
     """The name of a head's row; the class name of one that has none."""
     return next((name for name, row in HEADS.items() if type(head) is row.cls), type(head).__name__)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ipa.adapter.heads import Head
+from ipa.contracts import TokenHead
 from ipa.errors import UserError
 from ipa.export.heads import HEADS, name_of, title_of
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
 
 
-def check_layout(head: Head, kind: str, layout: str) -> None:
+def check_layout(head: TokenHead, kind: str, layout: str) -> None:
     """Raise UserError, with advice, if the readers of ``layout`` would misread such an adapter.
 
     The head can be on the meta device, so that this is checked before anything is loaded.
@@ -25,7 +25,7 @@ def check_layout(head: Head, kind: str, layout: str) -> None:
         )
 
 
-def misreadings(head: Head, kind: str, layout: str) -> list[str]:
+def misreadings(head: TokenHead, kind: str, layout: str) -> list[str]:
     """Why the readers of ``layout`` cannot read such an adapter, in words; empty if they can."""
     if layout == "ipa":
         return []
@@ -41,7 +41,7 @@ def misreadings(head: Head, kind: str, layout: str) -> list[str]:
     ]
 
 
-def check_same_sizes(file_head: Head, file_kind: str, head: Head, kind: str, source: str) -> None:
+def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind: str, source: str) -> None:
     """Raise UserError if a training of ``head`` and ``kind`` cannot start from the weights of a file."""
     given, wanted = name_of(file_head), name_of(head)
     if (given, file_kind) != (wanted, kind):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
-from ipa.data.transforms import FITS
+from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.errors import UserError
 from ipa.export.adapter_file import differences, identify_file, make_head
@@ -20,7 +20,6 @@ from ipa.export.published import check_fits, from_published
 from ipa.export.storage import load_adapter, read_metadata
 from ipa.families import family_of
 from ipa.model import IPAdapterModel
-from ipa.types import BaseWidths
 
 KINDS = {kind.name: kind for kind in (DecoupledAdapter, SimpleAdapter)}
 
@@ -72,9 +71,13 @@ def read_fit(metadata: Mapping[str, str], source: str) -> str:
 def load_into(model: IPAdapterModel, path: Path) -> None:
     """Load the weights of ``path`` into the model's trainable set; raises UserError if it is for other parts."""
     file = identify_file(path)
-    widths = BaseWidths(model.family.context_width, [host.width for host in model.family.hosts()])
     check_fits(
-        file, widths, model.encoder.widths, source=str(path), base=model.family.source, encoder=model.encoder.source
+        file,
+        model.family.widths,
+        model.encoder.widths,
+        source=str(path),
+        base=model.family.source,
+        encoder=model.encoder.source,
     )
     with torch.device("meta"):  # before torch loads whatever fits and then complains about the rest
         check_same_sizes(make_head(file), file.kind, model.head, model.adapter.name, str(path))

@@ -1,21 +1,32 @@
-"""Frozen base models, one file per family: VAE, text encoders, denoiser, noise schedule, and the hosts for branches."""
+"""Frozen base models, one file per family: VAE, text encoders, denoiser, noise path, and the hosts for branches."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ipa.errors import UserError
+
 if TYPE_CHECKING:
-    from ipa.families.latent_diffusion import LatentDiffusion
+    from ipa.contracts import Family
+
+EXTRA: list[type[Family]] = []  # families from outside this package, asked first
 
 
-def family_of(path: str, config: str | None = None, **ignored: Any) -> type[LatentDiffusion]:
-    """The class that reads this base (folder, hub id or file); takes ``from_pretrained``'s arguments, reads no weight.
-
-    Raises UserError for a base that no family reads, OSError for one that cannot be read.
-    """
+def families() -> list[type[Family]]:
+    """Every known family; a new one is a line here."""
     from ipa.families.sdxl import StableDiffusionXL
-    from ipa.families.sources import read_kind
     from ipa.families.stable_diffusion import StableDiffusion
 
-    kinds: dict[str, type[LatentDiffusion]] = {family.name: family for family in (StableDiffusion, StableDiffusionXL)}
-    return kinds[read_kind(path)]
+    return [*EXTRA, StableDiffusion, StableDiffusionXL]
+
+
+def family_of(path: str, config: str | None = None, *, key: str = "base.path", **ignored: Any) -> type[Family]:
+    """The class that reads this base (folder, hub id or file); takes ``from_pretrained``'s arguments, reads no weight.
+
+    ``key`` names the option in messages. Raises UserError for a base that no family reads or that cannot be read.
+    """
+    for family in families():
+        if family.recognises(path, key):
+            return family
+    known = " and ".join(f"{family.title} ({family.advice})" for family in families())
+    raise UserError(f"{key}={path} is none of the bases that ipa knows: {known}, made for text to image")

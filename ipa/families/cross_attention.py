@@ -24,12 +24,12 @@ Once = Callable[[Hashable, Callable[[], Any]], Any]
 
 
 def every_time(key: Hashable, make: Callable[[], Any]) -> Any:
-    """``ImagePrompt.once`` for tokens without a prompt: keeps nothing."""
+    """``ImagePrompt.once`` for tokens without a prompt: nothing is kept."""
     return make()
 
 
 class CrossAttentionBranch(nn.Module):
-    """K′ and V′ of one layer; they start as copies of the layer's own K and V."""
+    """K′ and V′ of one layer, initialised as copies of the layer's own K and V."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class CrossAttentionBranch(nn.Module):
 
 
 class CrossAttentionHost:
-    """The cross-attention of one transformer block; SD 1.x, 2.x and SDXL share this kind."""
+    """The cross-attention of one transformer block, in SD 1.x, 2.x and SDXL."""
 
     def __init__(self, name: str, attention: Attention) -> None:
         self.name = name
@@ -67,7 +67,6 @@ class CrossAttentionHost:
 
     @property
     def width(self) -> int:
-        """Inner width of the branch."""
         return self.attention.to_k.out_features
 
     def make_branch(self) -> CrossAttentionBranch:
@@ -87,7 +86,7 @@ class CrossAttentionHost:
 
 
 class BranchProcessor:
-    """Stands in for a layer's processor: without a prompt in the channel it is the processor that it replaced."""
+    """Replaces a layer's processor; without a prompt in the channel it calls the processor that it replaced."""
 
     def __init__(self, replaced: Any, branch: nn.Module, channel: Channel) -> None:
         self.replaced = replaced

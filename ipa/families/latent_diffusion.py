@@ -1,6 +1,6 @@
-"""What the families of latent diffusion with a UNet share: loading, sizes, the VAE, the schedule, hosts, the call.
+"""What the families of latent diffusion with a UNet share: loading, sizes, VAE, noise schedule, hosts, sampling.
 
-A family adds its text: ``encode_ids``, what of it goes to the UNet besides the states, and to the public pipeline.
+A subclass adds its text: how it is encoded, and what of it the UNet and the public pipeline get besides the states.
 """
 
 from __future__ import annotations
@@ -8,31 +8,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from torch import Tensor, nn
+from torch import Tensor
 
-from ipa.errors import UserError, brief
+from ipa import objective
+from ipa.contracts import DenoiserCall, Family
+from ipa.errors import MissingWeights, UserError, brief
+from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, find_hosts
-from ipa.families.sources import check_kind, is_single_file, read_host_widths, read_image_size
-from ipa.types import BaseWidths, Posterior, TextCondition
+from ipa.families.sources import is_single_file
+from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
+from ipa.types import BaseWidths, Corrupted, Posterior, TextCondition, TextInputs
+from ipa.weights import fingerprint
 
 
-class LatentDiffusion(nn.Module, ABC):
-    """VAE, text encoders and UNet in eval mode without gradients; pixels are float in [-1, 1].
+class LatentDiffusion(Family):
+    """VAE, text encoders and UNet; ``parts`` have the names that the public pipeline gives them."""
 
-    ``parts`` carry the names that the public pipeline has for them.
-    """
-
-    name: ClassVar[str]
     pipeline_class: ClassVar[Any]
-    # what the public pipeline can have besides the parts, and is to go without
+    # components that the public pipeline can have besides the parts, and is built without
     absent: ClassVar[dict[str, Any]]
+    conditions: ClassVar[str]  # see `unet_layout.read_conditions`
+    supports_min_snr = True
 
     vae: Any
     unet: Any
@@ -48,8 +52,7 @@ class LatentDiffusion(nn.Module, ABC):
                 f"base.path={source} samples with {type(self.scheduler).__name__}, which is no schedule of ᾱ_t: "
                 "ipa trains ε- and v-prediction"
             )
-        sampler: Any = self.make_sampler()
-        self.alphas_cumprod: Tensor = sampler.alphas_cumprod
+        self.alphas_cumprod: Tensor = self.make_sampler().alphas_cumprod
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -63,19 +66,19 @@ class LatentDiffusion(nn.Module, ABC):
     ) -> Self:
         """Load a diffusers folder, a hub id, or one ``.safetensors`` file in the original layout.
 
-        Weights come in ``dtype`` (torch's name), the VAE's in ``vae_dtype`` if that is given. ``config`` is the folder
-        or hub id of a diffusers pipeline whose layout a single file has; None asks the hub, folders do not need it.
-        ``channels_last`` lays the convolutions' weights out as their kernels read them, which changes roundings.
+        Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given. ``config`` is the
+        folder or hub id of a diffusers pipeline with the layout of a single file; None asks the hub, folders do not
+        need it. ``channels_last`` stores the convolutions' weights as their kernels read them, which changes rounding.
 
-        Raises UserError for a base of another family and OSError for one that cannot be read; of the first kind
-        nothing but configuration and headers is read.
+        Raises UserError for a base of another family, of which only configuration and headers are read, and for one
+        that cannot be read.
         """
         dtypes = {"default": to_dtype(dtype, "base.dtype"), "vae": to_dtype(vae_dtype or dtype, "base.vae_dtype")}
-        check_kind(path, config, cls.name)
+        cls.check(path, config)
         if is_single_file(path):
             pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, cls.absent)
         else:
-            pipeline = cls.pipeline_class.from_pretrained(path, dtype=dtypes, **cls.absent)
+            pipeline = load_folder(cls.pipeline_class, path, dtypes, cls.absent)
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
         if channels_last:
             for name in ("unet", "vae"):
@@ -83,30 +86,52 @@ class LatentDiffusion(nn.Module, ABC):
         return cls(**parts, source=path)
 
     @classmethod
-    def read_widths(cls, path: str, config: str | None = None, **ignored: Any) -> BaseWidths:
-        """What an adapter must fit, from configuration or header alone; takes ``from_pretrained``'s arguments."""
-        check_kind(path, config, cls.name)
+    def recognises(cls, path: str, key: str = "base.path") -> bool:
+        return read_conditions(path, key) == cls.conditions
+
+    @classmethod
+    def check(cls, path: str, config: str | None) -> None:
+        """Refuse a base, or a layout for its file, of another family; raises UserError."""
+        family = family_of(path)
+        if family is not cls:
+            raise UserError(f"base.path={path} is a {family.title} pipeline: use {family.advice}")
+        if config is None or not is_single_file(path):
+            return
+        if is_single_file(config):
+            raise UserError(f"base.config={config} is a file: give the diffusers folder or hub id whose layout it has")
+        layout = family_of(config, key="base.config")
+        contexts = read_host_widths(config).context, read_host_widths(path).context
+        if contexts[0] != contexts[1]:
+            raise UserError(
+                f"base.config={config} is the layout of {layout.title} with context width {contexts[0]}, but "
+                f"base.path={path} holds {family.title} with {contexts[1]}: give the layout of its own base"
+            )
+
+    @classmethod
+    def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
+        """Takes ``from_pretrained``'s arguments."""
+        cls.check(path, config)
         return read_host_widths(path)
 
     @classmethod
-    def read_image_size_px(cls, path: str, config: str | None = None, **ignored: Any) -> int:
-        """The picture size that the UNet was made for, from configuration files; takes ``from_pretrained``'s arguments.
+    def read_image_size_px(cls, path: str, config: str | None = None, **options: Any) -> int:
+        """The image size that the UNet was trained for, from configuration; takes ``from_pretrained``'s arguments.
 
-        Raises UserError for a single file without ``config``, since its header does not say.
+        Raises UserError for a single file without ``config``, since its header does not tell.
         """
-        check_kind(path, config, cls.name)
+        cls.check(path, config)
         layout = config if is_single_file(path) else path
         if layout is None:
-            raise UserError(f"base.path={path} does not say its picture size: give image_size_px=… or base.config=…")
+            raise UserError(f"base.path={path} does not tell its image size: give image_size_px=… or base.config=…")
         return read_image_size(layout)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the trainer asks: frozen parts do not drop out."""
-        return super().train(False)
 
     @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
 
     @property
     def context_width(self) -> int:
@@ -114,16 +139,15 @@ class LatentDiffusion(nn.Module, ABC):
 
     @property
     def image_size_px(self) -> int:
-        """The picture size that the UNet was made for."""
-        return self.unet.config.sample_size * self.downsampling
+        return self.unet.config.sample_size * self.size_multiple_px
 
     @property
-    def downsampling(self) -> int:
+    def size_multiple_px(self) -> int:
+        """Pixels per latent cell."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def latent_shape(self, image_size_px: int) -> tuple[int, int, int]:
-        """C, H, W of the latents of a square picture."""
-        cells = image_size_px // self.downsampling
+        cells = image_size_px // self.size_multiple_px
         return (self.vae.config.latent_channels, cells, cells)
 
     @property
@@ -134,14 +158,11 @@ class LatentDiffusion(nn.Module, ABC):
         return find_hosts(self.unet)
 
     def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
-        """Let ``function(module, *inputs)`` run every block of the UNet that gradients go through.
-
-        It must set up around a block again, when it recomputes it, whatever was set up around the first call.
-        """
+        """``function`` must restore, when it recomputes a block, the context of the block's first call."""
         self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=function)
 
     def compile_blocks(self) -> None:
-        """Let torch compile what the UNet repeats, its transformer blocks: seconds, where all of it takes minutes."""
+        """Compiles the transformer blocks, which takes seconds; the whole UNet would take minutes."""
         self.unet.compile_repeated_blocks(fullgraph=True)
 
     @torch.no_grad()
@@ -154,7 +175,6 @@ class LatentDiffusion(nn.Module, ABC):
 
     @torch.no_grad()
     def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        """Scaled latents → pixels in [-1, 1], clipped."""
         latents = (latents_BCHW / self.vae.config.scaling_factor).to(self.vae.dtype)
         with self._in_own_dtype():
             return self.vae.decode(latents).sample.float().clamp(-1, 1)
@@ -167,56 +187,84 @@ class LatentDiffusion(nn.Module, ABC):
     def tokenizers(self) -> list[Any]:
         return [getattr(self, name) for name in self.part_names if name.startswith("tokenizer")]
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """ids_BNL of N tokenizers, cut and padded to their length."""
-        return torch.stack([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)
+    def prepare_text(self, texts: list[str]) -> TextInputs:
+        """``ids``, B × (N L): the ids of all N tokenizers one after the other, each cut and padded to its length."""
+        return {"ids": torch.cat([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)}
 
-    @abstractmethod
-    def encode_ids(self, ids_BNL: Tensor, size_B6: Tensor | None = None) -> TextCondition:
-        """What ``tokenize`` gives → what ``denoise`` takes; ``size_B6`` as in ``TextCondition``."""
+    def split_ids(self, inputs: TextInputs) -> list[Tensor]:
+        """The ids of each tokenizer, ids_BL, on the base's device."""
+        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+        return list(inputs["ids"].to(self.device).split(lengths, dim=1))
 
-    def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
-        return self.encode_ids(self.tokenize(texts), size_B6)
+    def fingerprints(self) -> dict[str, str]:
+        vae = f"{fingerprint(self.vae)} × {self.vae.config.scaling_factor:g}"
+        return {"vae": vae, "tokenizer": self.tokenizer_hash()[:32]}
 
     def tokenizer_hash(self) -> str:
-        """Tells apart tokenizers that could give other ids: by vocabulary, length, special tokens and a sample."""
+        """Distinguishes tokenizers that could give other ids: by vocabulary, length, special tokens and samples."""
         identity = [
             [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.special_tokens_map]
             for tokenizer in self.tokenizers
         ]
-        written = json.dumps([identity, self.tokenize(PROBES).tolist()], sort_keys=True, default=str)
+        ids_BNL = torch.stack([tokenize(tokenizer, PROBES) for tokenizer in self.tokenizers], dim=1)
+        written = json.dumps([identity, ids_BNL.tolist()], sort_keys=True, default=str)
         return hashlib.sha256(written.encode()).hexdigest()
 
+    def corrupt(
+        self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
+    ) -> Corrupted:
+        """ε-, v- or sample prediction on the checkpoint's own schedule; see `ipa.objective`."""
+        kind, alphas = self.prediction_type, self.alphas_cumprod
+        time_B = objective.to_timesteps(u_B, len(alphas))
+        noisy = objective.add_noise(x0_BCHW, noise_BCHW, alphas, time_B)
+        target = objective.make_target(kind, x0_BCHW, noise_BCHW, alphas, time_B)
+        return Corrupted(noisy, time_B, target, objective.loss_weight(kind, alphas, time_B, min_snr_gamma))
+
+    def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
+        states_BLD = text.states_BLD.to(self.dtype)
+        added = self.added_conditions(text)
+        return self.unet(noisy.to(self.dtype), time_B, states_BLD, added_cond_kwargs=added).sample
+
+    @abstractmethod
+    def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
+        """What the UNet gets of the text besides its states."""
+
     def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        """Encoded text as keyword arguments of ``pipeline()``; no ``negative`` leaves its arguments out."""
         arguments = {"prompt_embeds": positive.states_BLD}
         if negative is not None:
             arguments["negative_prompt_embeds"] = negative.states_BLD
         return arguments
 
-    def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
-        """What the UNet is given of the text besides its states."""
-        return None
+    def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
+        return {"guidance_scale": guidance, "guidance_rescale": guidance_rescale}
 
-    def denoise(self, latents_BCHW: Tensor, timestep_B: Tensor, text: TextCondition) -> Tensor:
-        """The UNet's prediction (ε or v, see ``prediction_type``), in the latents' shape."""
-        dtype = self.unet.dtype
-        states_BLD = text.states_BLD.to(dtype)
-        added = self.added_conditions(text)
-        return self.unet(latents_BCHW.to(dtype), timestep_B, states_BLD, added_cond_kwargs=added).sample
+    @contextmanager
+    def before_calls(self, function: Callable[[DenoiserCall], None], negative: TextCondition | None) -> Iterator[None]:
+        part: Any = "positive" if negative is None else "joint"
 
-    def make_sampler(self) -> DDIMScheduler:
-        """DDIM on the checkpoint's own schedule; latents go beyond ±1, so they are never clipped."""
+        def hook(unet: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            sample = named["sample"] if "sample" in named else inputs[0]
+            time = named["timestep"] if "timestep" in named else inputs[1]
+            function(DenoiserCall(torch.as_tensor(time, device=sample.device).expand(len(sample)), part))
+
+        handle = self.unet.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def make_sampler(self) -> Any:
+        """DDIM on the checkpoint's own schedule; latents exceed ±1, so they are never clipped."""
         return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
 
-    def pipeline(self) -> Any:
-        """A public pipeline around these very parts, sampling with DDIM on the checkpoint's own schedule.
+    def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
+        """Samples with DDIM on the checkpoint's own schedule.
 
         With a ``vae_dtype`` of its own the VAE cannot read the pipeline's latents: ask for ``output_type="latent"`` and
         give them to ``decode_latents``.
         """
-        parts = {name: getattr(self, name) for name in self.part_names}
-        pipeline = self.pipeline_class(**{**parts, **self.absent, "scheduler": self.make_sampler()})
+        own = {name: getattr(self, name) for name in self.part_names} | {"scheduler": self.make_sampler()}
+        pipeline = (pipeline_class or self.pipeline_class)(**{**own, **self.absent, **parts})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -231,6 +279,14 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
+def load_folder(pipeline_class: Any, path: str, dtypes: dict[str, torch.dtype], absent: dict[str, Any]) -> Any:
+    """A pipeline from a folder or hub id; raises UserError for one that lacks a file."""
+    try:
+        return pipeline_class.from_pretrained(path, dtype=dtypes, **absent)
+    except OSError as error:
+        raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
+
+
 def load_single_file(
     pipeline_class: Any, path: str, config: str | None, dtypes: dict[str, torch.dtype], absent: dict[str, Any]
 ) -> Any:
@@ -243,8 +299,8 @@ def load_single_file(
         return pipeline_class.from_single_file(path, config=config, dtype=dtype, **parts)
     except OSError as error:
         if config is not None:
-            raise UserError(f"base.config={config} lacks a part of the layout: {brief(error)}") from error
-        raise UserError(
+            raise MissingWeights(f"base.config={config} lacks a part of the layout: {brief(error)}") from error
+        raise MissingWeights(
             f"base.path={path}: the hub could not be asked for the layout of this file ({brief(error)}). Give "
             "base.config=FOLDER, a diffusers pipeline folder of the same base; its weights are not needed."
         ) from error

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.families.latent_diffusion import LatentDiffusion
-from ipa.types import TextCondition
+from ipa.families.unet_layout import TEXT_AND_SIZES
+from ipa.types import TextCondition, TextInputs
 
 
 class StableDiffusionXL(LatentDiffusion):
     """The base model, not its refiner."""
 
     name = "sdxl"
+    title = "Stable Diffusion XL"
+    advice = "base=sdxl (recipe=sdxl)"
+    conditions = TEXT_AND_SIZES
     pipeline_class = StableDiffusionXLPipeline
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
 
@@ -53,19 +57,19 @@ class StableDiffusionXL(LatentDiffusion):
         )
 
     @torch.no_grad()
-    def encode_ids(self, ids_BNL: Tensor, size_B6: Tensor | None = None) -> TextCondition:
-        """Both encoders' penultimate states side by side, and the second one's pooled text.
+    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """Both encoders' penultimate states concatenated, and the second one's pooled text.
 
-        Without ``size_B6`` all pictures are whole ones of the size that the UNet was made for.
+        Without ``size_B6``, every image is an uncropped one of the size that the UNet was trained for.
         """
+        first_BL, second_BL = self.split_ids(inputs)
         if size_B6 is None:
             edge = self.image_size_px
-            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(ids_BNL), 6)
-        first_BL, second_BL = ids_BNL.to(self.device).unbind(1)
+            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(first_BL), 6)
         first = self.text_encoder(first_BL, output_hidden_states=True)
         second = self.text_encoder_2(second_BL, output_hidden_states=True)
         states_BLD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        # float32 whatever the weights are in: bfloat16 has no numbers between 1020 and 1024
+        # float32 whatever the weights' precision: bfloat16 has no numbers between 1020 and 1024
         return TextCondition(states_BLD, second.text_embeds, size_B6.to(self.device, torch.float32))
 
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor]:
@@ -73,7 +77,7 @@ class StableDiffusionXL(LatentDiffusion):
         return {"text_embeds": text.pooled_BE.to(self.unet.dtype), "time_ids": text.size_B6}
 
     def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        """The public pipeline takes one set of sizes for a whole call: ValueError when the rows differ."""
+        """The public pipeline takes one set of sizes per call: raises UserError if the rows differ."""
         arguments = super().prompt_arguments(positive, negative) | {"pooled_prompt_embeds": positive.pooled_BE}
         if negative is not None:
             arguments["negative_pooled_prompt_embeds"] = negative.pooled_BE
@@ -82,10 +86,10 @@ class StableDiffusionXL(LatentDiffusion):
 
 
 def size_arguments(size_B6: Tensor) -> dict[str, tuple[int, int]]:
-    """The pipeline's names for the one row that all rows must equal.
+    """The sizes as the pipeline names them; all rows must be equal.
 
-    It has ``negative_*`` names as well, but repeats its two rows in turn while texts stand in two halves, so that with
-    more than one picture they reach the wrong ones: negative texts must have the same sizes.
+    The pipeline has ``negative_*`` sizes too, but repeats its two rows alternately while the texts are two halves, so
+    that with more than one image they reach the wrong rows: negative texts must have the same sizes.
     """
     if not torch.equal(size_B6, size_B6[:1].expand_as(size_B6)):
         raise UserError(

@@ -12,13 +12,17 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ipa.families.latent_diffusion import LatentDiffusion
-from ipa.types import BaseWidths, TextCondition
+from ipa.families.unet_layout import TEXT_ALONE
+from ipa.types import TextCondition, TextInputs
 
 
 class StableDiffusion(LatentDiffusion):
-    """1.x and 2.x differ by what their own configuration says: widths, heads, prediction type."""
+    """1.x and 2.x differ in their own configuration: widths, heads, prediction type."""
 
     name = "stable_diffusion"
+    title = "Stable Diffusion 1.x or 2.x"
+    advice = "base=sd15 or base=sd21 (recipe=sd15)"
+    conditions = TEXT_ALONE
     pipeline_class = StableDiffusionPipeline
     absent: ClassVar = {
         "safety_checker": None,
@@ -38,11 +42,10 @@ class StableDiffusion(LatentDiffusion):
         )
 
     @torch.no_grad()
-    def encode_ids(self, ids_BNL: Tensor, size_B6: Tensor | None = None) -> TextCondition:
-        """One tokenizer's ids → states_BLD; sizes mean nothing to this family."""
-        (ids_BL,) = ids_BNL.to(self.device).unbind(1)
+    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """One tokenizer's ids → states_BLD; this family has no size condition."""
+        (ids_BL,) = self.split_ids(inputs)
         return TextCondition(self.text_encoder(ids_BL)[0])
 
-
-def read_widths(path: str) -> BaseWidths:
-    return StableDiffusion.read_widths(path)
+    def added_conditions(self, text: TextCondition) -> None:
+        return None

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.networks import MissingNetwork
 from ipa.metrics.picture_metric import ItemMetric
 from ipa.metrics.pixels import Pictures
 
@@ -44,7 +43,7 @@ class AestheticScore(ItemMetric):
 def load_head(path: str) -> nn.Sequential:
     """The layers of a file, or of a hub id with the file behind it: owner/name/FILE.
 
-    Raises MissingNetwork when it cannot be had, ValueError for a file without such layers.
+    Raises MissingWeights when it cannot be had, ValueError for a file without such layers.
     """
     weights = torch.load(find_head(path), map_location="cpu", weights_only=True)
     names = sorted((name for name in weights if re.fullmatch(r"layers\.\d+\.weight", name)), key=layer_number)
@@ -69,9 +68,9 @@ def find_head(path: str) -> Path:
     repository, _, file = rest.partition("/")
     try:
         if not file or path.startswith((".", "/", "~")):
-            raise UserError("There is no such file.")
+            raise FileNotFoundError("There is no such file.")
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except OSError as error:
-        raise MissingNetwork(
+        raise MissingWeights(
             f"aesthetic head path={path}: {brief(error)} Download it from {ORIGINAL} and give the file as path"
         ) from error

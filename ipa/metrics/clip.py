@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -10,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipa.encoders.open_clip import resolve_name
-from ipa.errors import brief
-from ipa.metrics.networks import MissingNetwork, PictureNetwork
+from ipa.errors import MissingWeights, brief
+from ipa.metrics.networks import PictureNetwork
 
 
 class ClipScorer(PictureNetwork):
@@ -27,23 +29,31 @@ class ClipScorer(PictureNetwork):
     def from_pretrained(cls, name: str, pretrained: str | None = None) -> Self:
         """``name`` as open_clip has it: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
 
-        Raises MissingNetwork, an OSError, when folder or weights cannot be had.
+        Raises MissingWeights when folder or weights cannot be had.
         """
         import open_clip
 
         try:
             name = resolve_name(name)
-        except FileNotFoundError as error:  # which takes it for the adapter's encoder
-            raise MissingNetwork(str(error).replace("encoder.name", "judge.name", 1)) from error
+        except MissingWeights as error:  # which takes it for the adapter's encoder
+            raise MissingWeights(str(error).replace("encoder.name", "judge.name", 1)) from error
         options: dict[str, Any] = {"pretrained": pretrained, "precision": "fp32"}
         try:
             clip = open_clip.create_model(name, **options, require_pretrained=True, weights_only=True)
         except RuntimeError as error:  # open_clip's word for a download that failed
-            raise MissingNetwork(
+            raise MissingWeights(
                 f"judge.name={name} judge.pretrained={pretrained}: {brief(error)} Give a folder with "
                 "judge.name=local-dir:FOLDER judge.pretrained=null, or do without scores: judge=null"
             ) from error
         return cls(clip, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(clip), name)
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[Self]:
+        """Moved to ``device`` while inside, and back to the CPU afterwards, since training needs the memory."""
+        try:
+            yield self.to(device)
+        finally:
+            self.to("cpu")
 
     def _embed(self, prepared_B3HW: Tensor) -> Tensor:
         return F.normalize(self.clip.encode_image(prepared_B3HW), dim=-1)

@@ -14,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.metrics.pixels import Pictures, fit_square, in_pieces, on_each_size
 from ipa.types import to_uint8
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class MissingNetwork(UserError):
-    """A package or weights that are neither here nor to be had: the message says what to get, and where to put it."""
 
 
 class PictureNetwork(nn.Module):
@@ -81,7 +77,7 @@ class DinoNetwork(PictureNetwork):
     def from_pretrained(cls, path: str, size_px: int = 256, crop_px: int = 224) -> Self:
         """``path`` is a folder or hub id, such as facebook/dinov2-base or facebook/dino-vits16.
 
-        Raises MissingNetwork when it cannot be had, ValueError for one that lacks weights.
+        Raises MissingWeights when it cannot be had, ValueError for one that lacks weights.
         """
         from transformers import AutoModel
 
@@ -91,7 +87,7 @@ class DinoNetwork(PictureNetwork):
                 path, dtype=torch.float32, weights_only=True, output_loading_info=True
             )
         except OSError as error:
-            raise MissingNetwork(
+            raise MissingWeights(
                 f"DINO network path={path}: {brief(error)} Download config.json and model.safetensors of "
                 "https://huggingface.co/facebook/dinov2-base into a folder and give the folder as path"
             ) from error
@@ -122,17 +118,17 @@ class InceptionNetwork(PictureNetwork):
     def from_pretrained(cls, path: str | None = None) -> Self:
         """``path`` is the file of weights; None is torch hub's folder, where it is downloaded to when it is missing.
 
-        Raises MissingNetwork without torch-fidelity or weights, and for a pickle that holds more than tensors.
+        Raises MissingWeights without torch-fidelity or weights, and for a pickle that holds more than tensors.
         """
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
-            raise MissingNetwork(
+            raise MissingWeights(
                 "FID and KID need the package torch-fidelity: pip install -e '.[fid]', or leave the two out"
             ) from error
         file = download(fidelity.URL_INCEPTION_V3, cls.FILE) if path is None else Path(path)
         if not file.is_file():
-            raise MissingNetwork(f"Inception path={path}: no such file; {tell_where(fidelity.URL_INCEPTION_V3)}")
+            raise MissingWeights(f"Inception path={path}: no such file; {tell_where(fidelity.URL_INCEPTION_V3)}")
         torch.load(file, map_location="cpu", weights_only=True)  # the package itself would unpickle anything
         return cls(fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file)))
 
@@ -156,13 +152,13 @@ class DreamSimNetwork(PictureNetwork):
         """``folder`` holds the unpacked weights of this kind, or is where they are downloaded to.
 
         The kinds with DINO run code of GitHub repositories through torch hub, as their package does. Raises
-        MissingNetwork without package or weights.
+        MissingWeights without package or weights.
         """
         try:
             from dreamsim import dreamsim
             from dreamsim.config import dreamsim_weights
         except ImportError as error:
-            raise MissingNetwork("DreamSim needs its package: pip install dreamsim, or leave it out") from error
+            raise MissingWeights("DreamSim needs its package: pip install dreamsim, or leave it out") from error
         if kind not in dreamsim_weights:
             raise UserError(f"DreamSim kind={kind}: one of {', '.join(dreamsim_weights)}")
         folder = Path(folder).expanduser()
@@ -171,7 +167,7 @@ class DreamSimNetwork(PictureNetwork):
         try:
             network, _ = dreamsim(device="cpu", cache_dir=str(folder), dreamsim_type=kind)
         except OSError as error:
-            raise MissingNetwork(
+            raise MissingWeights(
                 f"DreamSim kind={kind} folder={folder}: {brief(error)}. Download and unpack "
                 f"{dreamsim_weights[kind]} there"
             ) from error
@@ -198,14 +194,14 @@ class DreamSimNetwork(PictureNetwork):
 
 
 def download(url: str, name: str) -> Path:
-    """The file in torch hub's folder of weights; raises MissingNetwork when it is neither there nor to be had."""
+    """The file in torch hub's folder of weights; raises MissingWeights when it is neither there nor to be had."""
     file = Path(torch.hub.get_dir(), "checkpoints", name)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(file), progress=False)
         except OSError as error:  # urllib's errors are of this kind
-            raise MissingNetwork(f"{name}: {brief(error)}. {tell_where(url)}, or put it into {file.parent}") from error
+            raise MissingWeights(f"{name}: {brief(error)}. {tell_where(url)}, or put it into {file.parent}") from error
     return file
 
 

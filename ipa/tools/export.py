@@ -1,11 +1,10 @@
-"""Convert and describe adapter files.
+"""Convert adapter files, and describe them.
 
-    python -m ipa.tools.export adapter=FILE                                    # what it is, and who can read it
+    python -m ipa.tools.export adapter=FILE                                    # only describe it
     python -m ipa.tools.export adapter=plus.bin out=plus.safetensors dtype=bfloat16
     python -m ipa.tools.export adapter=runs/…/checkpoints/step_00000600.ckpt out=raw.safetensors weights=raw
 
-``adapter`` is an adapter file (.safetensors or .bin), a training checkpoint (.ckpt), or a run folder, of which the last
-checkpoint is read. The extension of ``out`` selects the format; .bin, the published pickle, has no metadata.
+The extension of ``out`` selects the format. A .bin, the published pickle, cannot hold metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.errors import UserError
-from ipa.tools.options import run_tool
+from ipa.tools.options import option, run_tool
 
 DTYPES = ("float16", "bfloat16", "float32")
 WEIGHTS = {"average": "average.", "raw": "trainable."}
@@ -29,20 +28,21 @@ NEEDED = ("head", "head_width", "num_tokens", "no_image", "layer")
 
 @dataclass
 class Options:
-    """What `python -m ipa.tools.export` takes, with the defaults."""
-
-    adapter: str = MISSING  # adapter file, training checkpoint, or run folder
-    out: str | None = None  # .safetensors or .bin; without it the adapter is only described
-    dtype: str = "float16"
-    layout: str = "diffusers"  # program that must be able to read it: diffusers, comfyui, or ipa alone
-    weights: str | None = None  # of a checkpoint: average or raw; default: the average if there is one
-    licence: str | None = None  # free text for the metadata
+    adapter: str = option(
+        MISSING, "adapter file (.safetensors, .bin), training checkpoint (.ckpt), or run folder (its last checkpoint)"
+    )
+    out: str | None = option(None, "output file, .safetensors or .bin; null: only describe the adapter")
+    dtype: str = option("float16", "data type of the output", one_of=DTYPES)
+    layout: str = option("diffusers", "program that must be able to read the output: diffusers, comfyui, or only ipa")
+    weights: str | None = option(
+        None,
+        "which weights of a checkpoint; null: the average if there is one, or else raw",
+        one_of=tuple(WEIGHTS),
+    )
+    licence: str | None = option(None, "free text for the metadata")
 
 
 def check_options(options: Any) -> None:
-    for name, known in (("dtype", DTYPES), ("weights", (*WEIGHTS, None))):
-        if options[name] not in known:
-            raise UserError(f"{name}={options[name]}: one of {', '.join(filter(None, known))}")
     if options.out is not None and Path(options.out).suffix not in (".safetensors", ".bin"):
         raise UserError(f"out={options.out}: an adapter file ends with .safetensors or .bin")
 

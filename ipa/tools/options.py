@@ -1,83 +1,140 @@
-"""How the tools read their command line: ``key=value`` words against a data class, errors in one line.
+"""The command line of the tools: ``key=value`` arguments, merged into a data class by OmegaConf.
 
-@dataclass
-class Options:
-    adapter: str = MISSING  # comments after fields are for readers of the code
+    @dataclass
+    class Options:
+        adapter: str = option(MISSING, "an adapter file")
+        rows: int = option(8, "images of the grid", at_least=1)
 
-run_tool(sys.argv[1:], Options, do, __doc__)
+    run_tool(sys.argv[1:], Options, do, __doc__)
 
-``positional=("folder", "out")`` lets words without a name fill these fields, in this order.
+``positional=("folder", "out")`` lets arguments without a name set these fields, in this order.
 """
 
 from __future__ import annotations
 
-import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields
+from dataclasses import Field, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ipa.cli import refuse_pickles
+from ipa.cli import explain_failure, nearest, refuse_pickles, typed_values
 from ipa.errors import UserError
 from ipa.secrets import hide
 
+TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list[str]: "a list [a,b]"}
+
+
+def option(
+    default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None, one_of: Sequence[str] = ()
+) -> Any:
+    """A field of an ``Options`` class: its default (MISSING for a required option), its meaning, and its limits."""
+    return field(default=default, metadata={"help": help, "limits": (at_least, at_most, tuple(one_of))})
+
 
 def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
-    """Words → options; raises UserError that names what is misspelt, wrong, doubled or missing."""
-    types = {field.name: field.type for field in fields(kind)}
-    options = OmegaConf.structured(kind)
-    for argument, name, value in named(arguments, list(types), positional):
+    """Arguments → options; raises UserError for one that is misspelled, wrong, given twice or missing."""
+    known = {each.name: each for each in fields(kind)}
+    hints = get_type_hints(kind)
+    options: Any = OmegaConf.structured(kind)
+    for name, value in named(arguments, list(known), positional):
         try:
-            options[name] = value_of(value, is_list=str(types[name]).startswith("list"))
-        except OmegaConfBaseException as error:
-            raise UserError(f"{argument}: {str(error).splitlines()[0]}") from error
-    missing = [name for name in types if OmegaConf.is_missing(options, name)]
+            options = OmegaConf.merge(options, {name: parse(value, hints[name])})
+            fits = is_within(options[name], known[name])
+        except OmegaConfBaseException:
+            fits = False
+        if not fits:
+            raise UserError(f"{name}={value}: give {possible(known[name], hints[name])}")
+    missing = [name for name in known if OmegaConf.is_missing(options, name)]
     if missing:
         raise UserError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
     return options
 
 
-def named(arguments: Sequence[str], names: Sequence[str], positional: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """The words as they stand, each with the option that it sets and the value."""
-    places = iter(positional)
+def named(arguments: Sequence[str], names: Sequence[str], positional: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The name of the option that each argument sets, and the value."""
+    remaining = iter(positional)
     filled: dict[str, str] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if positional and not re.match(r"[^\W\d]\w*=", argument):  # a path may hold = behind a / or a .
-            name, equals, value = next(places, ""), "=", argument
+        if positional and not re.match(r"[^\W\d]\w*=", argument):  # a path may contain = after a / or a .
+            name, equals, value = next(remaining, ""), "=", argument
         if not equals or name not in names:
             raise UserError(unknown(argument, name, names, positional))
         if name in positional and name in filled:
             raise UserError(f"{name} is given twice, {filled[name]!r} and {value!r}")
         filled[name] = value
-        yield argument, name, value
+        yield name, value
 
 
 def unknown(argument: str, name: str, names: Sequence[str], positional: Sequence[str]) -> str:
-    """What to say of a word that sets no option; without a ``name`` it is one of those that need none."""
-    listed = ", ".join(f"{n}=" for n in names)
+    """The message for an argument that sets no option; its ``name`` is empty if there are too many without a name."""
+    listed = ", ".join(f"{each}=" for each in names)
     if positional and not name:
         places = " ".join(place.upper() for place in positional)
-        return f"{argument!r} is one word too many: after {places} come the options {listed}"
-    near = difflib.get_close_matches(name, names, 1)
-    question = f" Did you mean {near[0]}=…?" if near else ""
+        return f"{argument!r} is one argument too many: after {places} come the options {listed}"
+    near = nearest(name, names)
+    question = f" Did you mean {' or '.join(f'{each}=…' for each in near)}?" if near else ""
     return f"{argument!r} is not one of the options {listed}.{question}"
 
 
-def value_of(word: str, is_list: bool) -> Any:
-    """None for ``null``; ``[a,b]`` and ``a`` as lists where a list is wanted; else the word itself."""
-    if word == "null":
-        return None
-    if not is_list:
-        return word
-    inside = word[1:-1].split(",") if word.startswith("[") and word.endswith("]") else [word]
-    return [part.strip() for part in inside if part.strip()]
+def parse(typed: str, hint: Any) -> Any:
+    """The value as YAML, as in Hydra; but a text needs no quotes, and a list of one needs no brackets."""
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={typed}"]))
+        value = parsed["value"]
+    except yaml.YAMLError:
+        value = typed
+    if hint == list[str]:
+        return value if isinstance(value, list) else [typed]
+    if str not in kinds_of(hint) or isinstance(value, str):
+        return value
+    return None if typed == "null" and NoneType in kinds_of(hint) else typed
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """``int | None`` → ``int`` and ``NoneType``."""
+    return (hint,) if hint == list[str] else get_args(hint) or (hint,)
+
+
+def limits_of(known: Field[Any]) -> tuple[float | None, float | None, Sequence[str]]:
+    return known.metadata.get("limits", (None, None, ()))
+
+
+def is_within(value: Any, known: Field[Any]) -> bool:
+    least, most, choices = limits_of(known)
+    return value is None or (
+        (least is None or value >= least) and (most is None or value <= most) and (not choices or value in choices)
+    )
+
+
+def possible(known: Field[Any], hint: Any) -> str:
+    """The possible values of an option in words: "an integer, at least 1"."""
+    least, most, choices = limits_of(known)
+    if choices:
+        return f"one of {', '.join(choices)}"
+    words = " or ".join(TYPES.get(each, "null") for each in kinds_of(hint))
+    limits = [f"{word} {value:g}" for word, value in (("at least", least), ("at most", most)) if value is not None]
+    return ", ".join([words, *limits])
+
+
+def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:
+    """The help for all options: default, possible values, meaning."""
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(kind))
+    lines = [f"Options (KEY=VALUE{', or VALUE for ' + ' and '.join(positional) if positional else ''})"]
+    for known in fields(kind):
+        default = defaults[known.name]
+        shown = "(required)" if default == MISSING else default if isinstance(default, str) else json.dumps(default)
+        lines += ["", f"  {known.name}={shown}", f"      {known.metadata.get('help', '')}"]
+        lines[-1] += f" ({possible(known, get_type_hints(kind)[known.name])})"
+    return "\n".join(lines)
 
 
 def run_tool(
@@ -87,18 +144,21 @@ def run_tool(
     about: str | None,
     positional: Sequence[str] = (),
 ) -> None:
-    """Help, or ``do`` with the options; what the user can mend ends the process with one message."""
-    name = Path(sys.argv[0]).stem
+    """Print the help, or call ``do`` with the options; errors that the user can fix end the process with a message."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(about)
-        for field in fields(kind):
-            default = "(needed)" if field.default is MISSING else field.default
-            print(f"    {field.name}={'' if default in (None, NO_DEFAULT) else default}")
+        print(about, describe(kind, positional), sep="\n")
         return
     refuse_pickles()
+    values: list[Any] = [typed_values(arguments)]
     try:
-        written = do(read_options(arguments, kind, positional))
-    except (UserError, OSError) as error:
-        sys.exit(hide(f"{name}: {error}"))
+        options = read_options(arguments, kind, positional)
+        values.append(OmegaConf.to_container(options))
+        written = do(options)
+    except Exception as error:
+        message = explain_failure(error, values)
+        if message is None:
+            raise
+        script = Path(sys.argv[0])  # of a package: pack/__main__.py
+        sys.exit(hide(f"{script.parent.name if script.stem == '__main__' else script.stem}: {message}"))
     if written is not None:
         print(f"wrote {written}")

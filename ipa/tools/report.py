@@ -1,13 +1,13 @@
-"""Merge what an evaluation left into a table and a page that opens offline.
+"""Write a table and a page, which opens offline, from the results of an evaluation.
 
     python -m ipa.tools.report runs/evaluation/demo
     python -m ipa.tools.report folder=runs/evaluation/coco2017 rows=20 system=ip_adapter
-    python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # also to this project of wandb
+    python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # log them to this wandb project, too
 
-Reads a benchmark's folder as `python evaluate.py` writes it and puts results.json, results.csv, table.md and
-report.html there. Systems that were skipped or are not finished are in it with the reason. Run it again as often as
-you like. With wandb=PROJECT the table and the pictures of the grid go there as one run named after the folder: offline,
-into FOLDER/wandb, unless you are logged in.
+Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, results.csv, table.md and
+report.html into it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
+like. wandb=PROJECT logs the table and the images of the grid as one run named after the folder: offline, into
+FOLDER/wandb, unless you are logged in.
 """
 
 from __future__ import annotations
@@ -20,31 +20,25 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
-from ipa.errors import UserError
-from ipa.tools.options import run_tool
+from ipa.tools.options import option, run_tool
 
 
 @dataclass
 class Options:
-    """What `python -m ipa.tools.report` takes, with the defaults."""
-
-    folder: str = MISSING  # one benchmark's results
-    rows: int = 12  # image prompts of the grid of pictures, drawn by lot
-    seed: int = 0  # of that lot
-    best: int = 6  # best and worst items, each
-    system: str | None = None  # label of the system whose best and worst are shown; null: that of the highest CLIP-I
-    thumbnail_px: int = 160  # longest edge of the pictures in the page
-    limit_mb: float = 8.0  # what they may take; rows beyond are left out
-    wandb: str | None = None  # project of wandb that gets the tables too; null: none
+    folder: str = option(MISSING, "folder with a benchmark's results")
+    rows: int = option(12, "image prompts of the grid, sampled at random", at_least=0)
+    seed: int = option(0, "seed of this sample")
+    best: int = option(6, "number of best and of worst items", at_least=0)
+    system: str | None = option(None, "label of the system that they are from; null: the one with the highest CLIP-I")
+    thumbnail_px: int = option(160, "longest edge of the images on the page", at_least=16)
+    limit_mb: float = option(8.0, "maximum size of the images on the page; further rows are left out")
+    wandb: str | None = option(None, "wandb project to log the tables to; null: none")
 
 
 def report(options: Any) -> Path:
     from ipa.evaluation.report.files import write_report
     from ipa.evaluation.report.page import Shown
 
-    for name, least in (("rows", 0), ("best", 0), ("thumbnail_px", 16)):
-        if options[name] < least:
-            raise UserError(f"{name}={options[name]}: at least {least}")
     shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px, options.limit_mb)
     page = write_report(Path(options.folder), shown)
     if options.wandb is not None:
@@ -53,7 +47,7 @@ def report(options: Any) -> Path:
 
 
 def show(folder: Path, project: str, shown: Any) -> None:
-    """The report as a run of this project of wandb; one folder is one run, however often it is told."""
+    """Log the report to a wandb project; a folder is one run, however often it is logged."""
     from ipa.evaluation.report.dashboard import log_report
     from ipa.evaluation.report.reading import read_evaluation
     from ipa.training.loggers import make_wandb

@@ -1,9 +1,9 @@
-"""Make pictures with a trained adapter.
+"""Generate images with a trained adapter.
 
     python -m ipa.tools.sample adapter=runs/…/adapter.safetensors image=photo.png text="red heart" scale=0.5 out=new.png
 
-Base and encoder come from the adapter's metadata unless given; misfits are found before any weight is read. Several
-image prompts at once are image=[a.png,b.png].
+Base and encoder come from the adapter's metadata, unless they are given. If they do not fit the adapter, this fails
+before any weights are read. Several image prompts: image=[a.png,b.png].
 """
 
 from __future__ import annotations
@@ -17,54 +17,50 @@ from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError
-from ipa.tools.options import run_tool
+from ipa.tools.options import option, run_tool
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 @dataclass
 class Options:
-    """What `python -m ipa.tools.sample` takes, with the defaults."""
-
-    adapter: str = MISSING  # an adapter file, .safetensors or .bin
-    image: list[str] = MISSING  # the image prompt, or several
-    text: str = ""  # the text prompt
-    scale: float = 1.0  # λ, the weight of the image prompt: 0 ignores it
-    out: str = "picture.png"  # written here; several pictures become a row
-    num_images: int = 1
-    seed: int = 0
-    steps: int = 25
-    guidance: float = 2.0  # 1 means none
-    guidance_rescale: float = 0.0  # φ, takes back contrast that guidance adds; 0.7 for bases with zero terminal SNR
-    base: str | None = None  # diffusers folder, hub id or .safetensors file instead of the metadata's
-    base_config: str | None = None  # layout of a base that is one file
-    encoder: str | None = None  # open_clip name, local-dir:FOLDER or transformers folder instead of the metadata's
-    encoder_weights: str | None = None  # open_clip's tag, or a file
-    device: str = "cpu"
-    dtype: str = "float32"  # of the frozen weights
-
-
-def check_options(options: Any) -> None:
-    """Refuse at once what would fail only after the picture was made; raises UserError."""
-    for name in ("num_images", "steps"):
-        if options[name] < 1:
-            raise UserError(f"{name}={options[name]}: at least 1")
-    if Path(options.out).suffix.lower() not in FORMATS:
-        raise UserError(f"out={options.out}: a picture's name ends with one of {', '.join(FORMATS)}")
-    if not options.image:
-        raise UserError("image=[]: at least one image prompt")
-    if not 0 <= options.guidance_rescale <= 1:
-        raise UserError(f"guidance_rescale={options.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
+    adapter: str = option(MISSING, "adapter file, .safetensors or .bin")
+    image: list[str] = option(MISSING, "image prompt, or several")
+    text: str = option("", "text prompt")
+    scale: float = option(1.0, "λ, the weight of the image prompt; 0 ignores it")
+    out: str = option("picture.png", f"output file, one of {', '.join(FORMATS)}; several images form a row")
+    num_images: int = option(1, "number of images, each with its own seed", at_least=1)
+    seed: int = option(0, "seed of the first image")
+    num_steps: int = option(25, "denoising steps", at_least=1)
+    guidance: float = option(2.0, "classifier-free guidance scale; 1: none")
+    guidance_rescale: float = option(
+        0.0, "φ, reduces the contrast that guidance adds; 0.7 for bases with zero terminal SNR", at_least=0, at_most=1
+    )
+    image_size_px: int | None = option(None, "width and height of an image; null: the base's native size", at_least=8)
+    base: str | None = option(None, "base model in place of the metadata's: diffusers folder, hub id or .safetensors")
+    base_config: str | None = option(None, "for a base in one file: diffusers folder or hub id with its layout")
+    encoder: str | None = option(
+        None, "image encoder in place of the metadata's: open_clip name, local-dir:FOLDER or transformers folder"
+    )
+    encoder_weights: str | None = option(None, "open_clip's tag of pretrained weights, or a file")
+    device: str | None = option(None, "torch device; null: a GPU if there is one, or else the CPU")
+    dtype: str = option("float32", "data type of the frozen weights", one_of=("float32", "float16", "bfloat16"))
 
 
 def sample(options: Any) -> Path:
-    """Generate and write the picture; returns its path. Raises UserError with a message for the user."""
-    check_options(options)
+    """Generate the images and write them; returns the file. Raises UserError for options that cannot be used."""
+    out = Path(options.out)
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"out={out}: the name of an image ends with one of {', '.join(FORMATS)}")
+    if not options.image:
+        raise UserError("image=[]: give at least one image prompt")
+    if options.image_size_px is not None and options.image_size_px % 8:
+        raise UserError(f"image_size_px={options.image_size_px}: give a multiple of 8")
     quiet_libraries()
-    from ipa.data.transforms import read_picture
+    from ipa.data.images.transforms import read_picture
     from ipa.export.loading import load_model
 
-    pictures = [read_picture(Path(path)) for path in options.image]
+    images = [read_picture(Path(path)) for path in options.image]
     model = load_model(
         Path(options.adapter),
         base=options.base,
@@ -73,41 +69,44 @@ def sample(options: Any) -> Path:
         base_config=options.base_config,
         dtype=options.dtype,
     )
-    return generate_row(move(model, options.device), pictures, options)
+    write_row(generate_images(move(model, options.device), images, options), out)
+    return out
 
 
-def move(model: Any, device: str) -> Any:
-    """The model on ``device``; raises UserError in the words of torch, which has several exceptions for this."""
+def move(model: Any, device: str | None) -> Any:
+    """The model on ``device``; raises UserError with torch's message, for which torch has several exceptions."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
 
 
-def generate_row(model: Any, pictures: list[Any], options: Any) -> Path:
+def generate_images(model: Any, images: list[Any], options: Any) -> Any:
+    """pixels_B3HW in [-1, 1], one image per seed."""
+    from ipa.data.images.transforms import fit_reference
+    from ipa.sampling import SamplingOptions, generate
+
+    size_px = model.encoder.image_size_px
+    references = [fit_reference(image, size_px, model.reference_fit).to(model.device) for image in images]
+    features = [model.encode_reference(each.expand(options.num_images, -1, -1, -1)) for each in references]
+    names = ("num_steps", "guidance", "scale", "guidance_rescale", "image_size_px")
+    sampling = SamplingOptions(**{name: options[name] for name in names})
+    seeds = range(options.seed, options.seed + options.num_images)
+    return generate(model, features, [options.text] * options.num_images, seeds, sampling)
+
+
+def write_row(pixels_B3HW: Any, out: Path) -> None:
     import torch
     from PIL import Image
 
-    from ipa.data.transforms import fit_reference
     from ipa.files import write_atomically
-    from ipa.sampling import SamplingOptions, generate
     from ipa.types import to_uint8
 
-    edge_px = model.encoder.image_size_px
-    references = [fit_reference(picture, edge_px, model.reference_fit).to(model.device) for picture in pictures]
-    features = [model.encode_reference(each.expand(options.num_images, -1, -1, -1)) for each in references]
-    how = SamplingOptions(
-        num_steps=options.steps,
-        guidance=options.guidance,
-        scale=options.scale,
-        guidance_rescale=options.guidance_rescale,
-    )
-    seeds = range(options.seed, options.seed + options.num_images)
-    pixels = generate(model, features, [options.text] * options.num_images, seeds, how)
-    row = torch.cat(list(to_uint8(pixels)), dim=-1).permute(1, 2, 0).numpy()
-    out = Path(options.out)
-    write_atomically(out, lambda beside: Image.fromarray(row).save(beside, format=FORMATS[out.suffix.lower()]))
-    return out
+    row = torch.cat(list(to_uint8(pixels_B3HW)), dim=-1).permute(1, 2, 0).numpy()
+    write_atomically(out, lambda path: Image.fromarray(row).save(path, format=FORMATS[out.suffix.lower()]))
 
 
 def main() -> None:

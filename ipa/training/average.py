@@ -2,11 +2,11 @@
 
     θ̄ ← d θ̄ + (1 − d) θ,     d = min(decay, (1 + n) / (10 + n)) after n steps
 
-from θ̄ = θ after the first step, so that an average with a long horizon does not hang on to the start of a short run
-(Polyak & Juditsky 1992; the warm-up as in TensorFlow's ExponentialMovingAverage).
+starting from θ̄ = θ after the first step, so that a long average does not remember the start of a short run (Polyak &
+Juditsky 1992; warm-up as in TensorFlow's ExponentialMovingAverage).
 
-torch's ``AveragedModel`` asks its count in every step whether it is the first, for which a GPU would be waited for, and
-Lightning's ``WeightAveraging`` copies the frozen parts, too.
+torch's ``AveragedModel`` synchronises with the GPU in every step to see whether it is the first; Lightning's
+``WeightAveraging`` copies the frozen base into every checkpoint. Hence our own.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ COUNT = "count"
 
 
 class WeightAverage:
-    """The average of ``module``'s parameters; it starts as they are, and its count lies where they lie."""
+    """The average of ``module``'s parameters, on their device."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         check_decay(decay)
         self.decay = decay
         self.names = [name for name, _ in module.named_parameters()]
-        self.watched = list(module.parameters())
-        self.averaged = [parameter.detach().clone() for parameter in self.watched]
+        self.parameters = list(module.parameters())
+        self.averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.count = torch.zeros((), dtype=torch.long)
 
     @torch.no_grad()
-    def update(self, left_out: Tensor | None = None) -> None:
-        """Take in the weights of one more step; where ``left_out`` is 1, on the device, nothing changes."""
-        device = self.watched[0].device
-        self.averaged = [average.to(device) for average in self.averaged]  # Lightning has moved the weights since
+    def update(self, skip: Tensor | None = None) -> None:
+        """Take in the weights of one more step; nothing changes where ``skip``, a tensor on the device, is 1."""
+        device = self.parameters[0].device
+        self.averaged = [average.to(device) for average in self.averaged]  # Lightning moves the weights after __init__
         self.count = self.count.to(device)
         decay = torch.clamp((1 + self.count) / (10 + self.count), max=self.decay)
-        taken_in = torch.ones((), device=device) if left_out is None else 1 - left_out
-        weight = torch.where(self.count == 0, 1.0, 1 - decay) * taken_in
+        taken = torch.ones((), device=device) if skip is None else 1 - skip
+        weight = torch.where(self.count == 0, 1.0, 1 - decay) * taken
         averaged = local(self.averaged)
-        steps = torch._foreach_sub(local(self.watched), averaged)
+        steps = torch._foreach_sub(local(self.parameters), averaged)
         torch._foreach_mul_(steps, weight.to(averaged[0]))
         torch._foreach_add_(averaged, steps)
-        self.count += taken_in.long()
+        self.count += taken.long()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -55,7 +55,7 @@ class WeightAverage:
         if not self.count:
             yield
             return
-        current = [parameter.detach().clone() for parameter in self.watched]
+        current = [parameter.detach().clone() for parameter in self.parameters]
         self.put(self.averaged)
         try:
             yield
@@ -64,11 +64,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def put(self, weights: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.watched, weights, strict=True):
+        for parameter, value in zip(self.parameters, weights, strict=True):
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the module's own names, shared out as it is, and how many steps they took in."""
+        """The averaged weights under the module's names, sharded as they are, and the number of steps taken in."""
         return dict(zip(self.names, self.averaged, strict=True)) | {COUNT: self.count}
 
     @torch.no_grad()
@@ -80,4 +80,4 @@ class WeightAverage:
 
 def check_decay(decay: float) -> None:
     if not 0 <= decay < 1:
-        raise UserError(f"ema.decay={decay}: at least 0 and below 1, for example 0.9999")
+        raise UserError(f"ema.decay={decay}: give at least 0 and below 1, for example 0.9999")

@@ -1,4 +1,4 @@
-"""What happens around the steps: throughput, the adapter file, the data position."""
+"""Throughput, the position in the data, and the adapter file."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ import torch
 from ipa.errors import brief
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
-from ipa.training.checkpointing import check_finite, ends_step, is_due
+from ipa.model import IPAdapterModel
+from ipa.training.checkpointing import check_finite
 from ipa.training.flops import count_flops, peak_flops
+from ipa.training.hooks import Order, TrainingCallback, ends_step, is_due, logs_now
 from ipa.training.profiling import FETCH, StepClock
 from ipa.training.strategies import whole
 
 log = logging.getLogger(__name__)
 
 
-class Throughput(L.Callback):
-    """Logs samples per second over all processes, and this one's mean step and wait for data, between log steps.
+class Throughput(TrainingCallback):
+    """Logs samples per second over all processes, and the mean step time and data wait of this process.
 
-    What other callbacks do at every ``pause_every_n_steps``, previews and checkpoints, is left out. On a CUDA device
-    the model-FLOP utilisation, too: FLOPs that the steps needed (see ``count_flops``, asked once, as batches are alike)
-    over what the card could do in the same time at best.
+    What other callbacks do every ``pause_every_n_steps``, previews and checkpoints, is left out. On CUDA it also logs
+    the model-FLOP utilisation: FLOPs that the steps needed (``count_flops``, counted once) over the card's peak.
+    Lightning's ``ThroughputMonitor`` does not fit: it synchronises the device in every step.
     """
 
     def __init__(self, pause_every_n_steps: int = 0) -> None:
@@ -39,28 +41,24 @@ class Throughput(L.Callback):
         self.total_seconds = 0.0
         self.started, self.waited_before = math.nan, 0.0
         self.has_begun = False
-        self.best_rate: float | None = None  # samples per second of a card at its best
+        self.peak_rate: float | None = None  # samples per second of a card at its peak
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.clock: StepClock = trainer.profiler  # type: ignore[attr-defined]
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not math.isnan(self.started):
             return
-        # the wait for data is part of the cost, but for the first one, in which the workers start
+        # the wait for data counts, except the first, in which the workers start
         now = time.perf_counter()
         self.started = self.clock.fetching_since if self.has_begun else now
         self.waited_before = self.clock.own_s[FETCH] - (self.clock.last_fetch_s if self.has_begun else 0.0)
         self.has_begun = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples += len(batch) * trainer.world_size
         self.steps += ends_step(trainer, batch_idx)
-        logs = is_due(trainer, batch_idx, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        logs = logs_now(trainer, batch_idx)
         if logs or is_due(trainer, batch_idx, self.pause_every_n_steps):
             self.seconds += time.perf_counter() - self.started
             self.waited_s += self.clock.own_s[FETCH] - self.waited_before
@@ -79,9 +77,9 @@ class Throughput(L.Callback):
             "train/data_wait_s": self.waited_s / self.steps,
         }
         if trainer.strategy.root_device.type == "cuda" and trainer.is_global_zero:
-            if self.best_rate is None:
-                self.best_rate = best_rate(pl_module.model, batch, trainer)
-            figures |= {"train/mfu": rate / trainer.world_size / self.best_rate} if self.best_rate else {}
+            if self.peak_rate is None:
+                self.peak_rate = peak_rate(pl_module.model, batch, trainer)
+            figures |= {"train/mfu": rate / trainer.world_size / self.peak_rate} if self.peak_rate else {}
         return figures
 
     @property
@@ -89,52 +87,49 @@ class Throughput(L.Callback):
         return self.total_samples / self.total_seconds if self.total_seconds else math.nan
 
 
-def best_rate(model: Any, batch: Any, trainer: L.Trainer) -> float:
-    """Samples per second at which this process's card would do its best; 0 where that is not known, which is told."""
+def peak_rate(model: IPAdapterModel, batch: Any, trainer: L.Trainer) -> float:
+    """Samples per second of this process's card at its peak; 0, with the reason in the log, where it is unknown."""
     device = trainer.strategy.root_device
     try:
         with trainer.precision_plugin.forward_context():
             flops = count_flops(model, batch)
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ) as error:  # an operation whose shapes cannot be followed ends no training
-        log.warning("train/mfu is left out, since the FLOPs of a step could not be counted: %s", brief(error))
+    except (RuntimeError, NotImplementedError) as error:  # an operation without a shape function
+        log.warning("train/mfu is left out: the FLOPs of a step could not be counted (%s)", brief(error))
         return 0.0
     peak = peak_flops(device, str(trainer.precision))
     if flops is None or peak is None:
-        log.info(
-            "train/mfu is left out: %s", "weights are shared out" if flops is None else f"no peak known of {device}"
-        )
+        log.info("train/mfu is left out: %s", "weights are sharded" if flops is None else f"unknown peak of {device}")
         return 0.0
     return peak * len(batch) / flops
 
 
-class DataPosition(L.Callback):
-    """Tells the datamodule which batch was consumed, so that a checkpoint holds the place to go on from.
+class DataPosition(TrainingCallback):
+    """Records the position of each consumed batch, from which a checkpoint resumes.
 
-    ``rejects`` counts by reason what all ranks skipped up to the last log step, which the last step is.
+    ``rejects`` counts by reason the samples that all ranks skipped up to the last log step, which the last step is.
     """
+
+    order = Order.DATA
 
     def __init__(self) -> None:
         self.rejects: Counter[str] = Counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         datamodule.consumed(batch)
-        if is_due(trainer, batch_idx, trainer.log_every_n_steps):  # type: ignore[attr-defined]
+        if logs_now(trainer, batch_idx):
             self.rejects = datamodule.all_rejects()
             counts = {f"data/rejected/{reason}": float(n) for reason, n in self.rejects.items()}
             pl_module.log_dict(counts, rank_zero_only=True)
 
 
-class ExportAdapter(L.Callback):
-    """Writes the adapter file at every ``every_n_steps`` and at the last step, for the readers of ``layout``.
+class ExportAdapter(TrainingCallback):
+    """Writes the adapter file every ``every_n_steps`` and at the last step, in ``layout``.
 
-    It holds the averaged weights when there is an average, and the raw ones then lie beside it as ``*_raw``.
+    With an average it holds the averaged weights, and the raw ones are written next to it as ``*_raw``.
     """
+
+    order = Order.EXPORT
 
     def __init__(self, path: str | Path, every_n_steps: int, layout: str = "diffusers", dtype: str = "float16") -> None:
         self.path = Path(path)
@@ -150,7 +145,7 @@ class ExportAdapter(L.Callback):
                 self.write(pl_module, self.path.with_stem(f"{self.path.stem}_raw"))
 
     def write(self, pl_module: Any, path: Path) -> None:
-        """Called by all ranks, which put the weights together; the first writes."""
+        """All ranks gather the weights; the first writes."""
         tensors = to_published(whole(pl_module.model.trainable.state_dict()), self.dtype)
         check_finite(tensors, pl_module.global_step)
         if pl_module.global_rank == 0:

@@ -1,4 +1,4 @@
-"""Loggers: a CSV always, wandb as the dashboard, offline unless the user is logged in."""
+"""Loggers: always ``log.csv``; wandb as the dashboard, offline unless the user is logged in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import logging
 import netrc
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,116 +14,112 @@ from uuid import NAMESPACE_URL, uuid5
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+import wandb
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ipa.errors import UserError
+from ipa.errors import UserError, brief
 from ipa.files import write_atomically
 from ipa.secrets import without_secrets
+from ipa.training.hooks import TrainingCallback
 
 log = logging.getLogger(__name__)
 
 
-class ContinuedWriter(ExperimentWriter):
-    """Lightning's writer, but with one row per step, and what an earlier part of the run wrote is continued."""
+class RunCSV(Logger):
+    """``log.csv`` in the run's folder, one row per logged step, appended.
 
-    NAME_METRICS_FILE = "log.csv"
-    written: int | None = None  # the step of the last row of an earlier part of the run
-
-    def _check_log_dir_exists(self) -> None:
-        """Lightning would delete the file here."""
-
-    def continue_after(self, step: int, row: dict[str, float]) -> None:
-        """Drop the rows of later steps, which are run again; ``row`` is this step's, if it should be missing."""
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            self.metrics_keys, found = read_rows(path)
-            rows = [row for row in found if int(row["step"]) <= step]
-            self._write(rows)
-            self.written = int(rows[-1]["step"]) if rows else None
-            if row and self.written != step:
-                self.log_metrics(row, step)
-                self.save()
-                self.written = step
-
-    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        if step is not None and step == self.written:
-            self._add_to_last_row(metrics_dict)
-            return
-        super().log_metrics(metrics_dict, step)
-        if len(self.metrics) > 1 and self.metrics[-2]["step"] == self.metrics[-1]["step"]:
-            last = self.metrics.pop()
-            self.metrics[-1].update(last)
-
-    def _add_to_last_row(self, values: dict[str, float]) -> None:
-        """What an earlier part of the run did not come to, as its last preview, belongs into the row that it wrote."""
-        with open(self.metrics_file_path, newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-        self.metrics_keys = sorted({*self.metrics_keys, *values})  # as Lightning's writer keeps them
-        rows[-1].update(values)
-        self._write(rows)
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with open(self.metrics_file_path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        self._write(rows)
-
-    def _write(self, rows: list[dict[str, str]]) -> None:
-        write_atomically(Path(self.metrics_file_path), lambda beside: self._write_to(beside, rows))
-
-    def _write_to(self, path: Path, rows: list[dict[str, str]]) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows; what a full disk tore off in the middle is none. Raises UserError for another file."""
-    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
-    reader = csv.DictReader(whole.split("\n"))
-    rows = [row for row in reader if (row.get("step") or "").isdecimal() and None not in row]
-    names = list(reader.fieldnames or [])
-    if names and "step" not in names:
-        raise UserError(f"{path} is damaged: it has no column step. Move it away, and the same command goes on")
-    return names, rows
-
-
-class RunCSV(CSVLogger):
-    """``log.csv`` straight in the run folder, one row per logged step; a resumed run goes on in the same file."""
+    A row is kept in memory until the trainer saves or a later step is logged. A new column rewrites the file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        # the trainer saves after every logged step; the logger by itself would tear the rows of a step apart
-        super().__init__(Path(folder), name="", version="", flush_logs_every_n_steps=sys.maxsize)
+        super().__init__()
+        self.path = Path(folder) / "log.csv"
+        self.columns: list[str] = []
+        self.row: dict[str, Any] = {}
 
     @property
-    def log_dir(self) -> str:
-        return str(self.root_dir)
+    def name(self) -> str:
+        return ""
 
     @property
-    @rank_zero_experiment
-    def experiment(self) -> ContinuedWriter:
-        if self._experiment is None:
-            self._experiment = ContinuedWriter(self.log_dir)
-        assert isinstance(self._experiment, ContinuedWriter)
-        return self._experiment
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run's folder has its configuration."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if self.row.get("step") != step:
+            self.save()
+        self.row |= {**metrics, "step": int(step)}
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self.row:
+            return
+        if new := sorted({*self.row} - {*self.columns}):
+            rows = read_rows(self.path) if self.columns else []
+            self.columns += new if self.columns else ["step", *(name for name in new if name != "step")]
+            self.rewrite(rows)
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(self.row)
+        except OSError as error:
+            raise UserError(f"could not write {self.path} ({brief(error)}): free some space, then resume") from error
+        self.row = {}
+
+    def rewrite(self, rows: list[dict[str, str]]) -> None:
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.path, write)
+
+    def resume(self, step: int, row: dict[str, float]) -> None:
+        """Cut the rows after ``step``, which will be repeated.
+
+        The row of ``step`` is taken back into memory, with the values of ``row``, the checkpoint's copy: a kill may
+        have come before it was written, or before the preview of that step.
+        """
+        if not self.path.is_file():
+            return
+        rows = [each for each in read_rows(self.path) if int(each["step"]) <= step]
+        self.columns = list(rows[0]) if rows else []
+        last = rows.pop() if rows and int(rows[-1]["step"]) == step else {}
+        if row or last:
+            self.row = {**{name: value for name, value in last.items() if value}, **row, "step": step}
+        self.rewrite(rows)
 
 
-class ContinuedLog(L.Callback):
-    """Lets ``log.csv`` go on at the step where training goes on.
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows; the last may have been cut off by a full disk. Raises UserError for another file."""
+    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    reader = csv.DictReader(whole.split("\n"))
+    if reader.fieldnames and "step" not in reader.fieldnames:
+        raise UserError(f"{path} is damaged: it has no column step. Move it away, then run the same command")
+    return [row for row in reader if (row.get("step") or "").isdecimal() and None not in row]
 
-    A kill may come long after the last checkpoint, or between the checkpoint and the row of its step, which Lightning
-    writes after all callbacks. So the checkpoint has that row, too.
+
+class LogPosition(TrainingCallback):
+    """Resumes ``log.csv`` at the step where training resumes.
+
+    Lightning logs a step after all callbacks, so a checkpoint also holds the row of its own step.
     """
 
     def __init__(self) -> None:
         self.row: dict[str, float] = {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["log_row"] = row_to_come(trainer)
+        checkpoint["log_row"] = row_of_step(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.row = checkpoint["log_row"]
@@ -132,24 +127,23 @@ class ContinuedLog(L.Callback):
     def on_ready(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RunCSV) and trainer.is_global_zero:
-                logger.experiment.continue_after(trainer.global_step, self.row)
+                logger.resume(trainer.global_step, self.row)
 
 
-def row_to_come(trainer: Any) -> dict[str, float]:
-    """What `log.csv` gets of the step that was just made; nothing where the step is not logged."""
+def row_of_step(trainer: Any) -> dict[str, float]:
+    """What ``log.csv`` gets for the step that was just made; empty if the step is not logged."""
     if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
         return {}
-    told = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items() if name != "step"}
+    row = {name: float(value) for name, value in trainer.logged_metrics.items()}
     for logger in trainer.loggers:
-        if isinstance(logger, RunCSV) and trainer.is_global_zero and logger.experiment.metrics:
-            held = logger.experiment.metrics[-1]
-            told |= held if held["step"] == trainer.global_step else {}
-    told.pop("step", None)
-    return told
+        if isinstance(logger, RunCSV) and logger.row.get("step") == trainer.global_step:
+            row |= logger.row
+    row.pop("step", None)
+    return row
 
 
 class RunWandb(WandbLogger):
-    """wandb's logger, for a run that outlives wandb's service: a signal to all processes of a job ends that first."""
+    """wandb's logger for a run that may outlive wandb's service: a signal to all processes ends the service first."""
 
     lost = False
 
@@ -159,45 +153,38 @@ class RunWandb(WandbLogger):
     def log_image(self, *args: Any, **kwargs: Any) -> None:
         self.attempt(super().log_image, *args, **kwargs)
 
-    def log_table(self, *args: Any, **kwargs: Any) -> None:
-        self.attempt(super().log_table, *args, **kwargs)
-
-    def attempt(self, tell: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """What it misses is in log.csv and previews/; told once."""
-        import wandb
-
-        if self.lost:
-            return
+    def attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Warn once; ``log.csv`` and ``previews/`` have the same values."""
         try:
-            tell(*args, **kwargs)
+            if not self.lost:
+                call(*args, **kwargs)
         except (ConnectionError, wandb.Error) as error:
             self.lost = True
-            log.warning("wandb's service has ended (%s): its record of this run stops here, log.csv goes on", error)
+            log.warning("wandb's service has ended (%s): its record of this run stops, log.csv continues", error)
 
 
 def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> WandbLogger:
-    """A wandb run in ``folder``; it goes to the network only for a user who is logged in and did not say otherwise.
+    """A wandb run in ``folder``; online only for a user who is logged in and did not choose otherwise.
 
-    The run's id is the folder's, so that a resumed training goes on in the same run (offline: in a further file of it,
-    which `wandb sync` puts behind the first). What wandb would lay in the home folder, tables that it stages among it,
-    stays in the run's.
+    The id of the run comes from its folder, so a resumed training continues the same wandb run (offline: another file,
+    which `wandb sync` appends). wandb's staging and cache folders are in the run's folder too, not in the home folder.
     """
     mode = os.environ.get("WANDB_MODE")
     offline = mode in ("offline", "dryrun") or (mode is None and not logged_in())
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # else a killed run loses 15 s of its log
+    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # a killed run would lose 15 s of its log
     for kind in ("DATA", "CACHE"):
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path(folder).resolve() / "wandb" / kind.lower()))
     run_id = uuid5(NAMESPACE_URL, Path(folder).resolve().as_uri()).hex
     options = {"id": run_id, "resume": "allow", **options}
     logger = RunWandb(name=name, project=project, save_dir=str(folder), offline=offline, **options)
-    logger._wandb_init.pop("anonymous", None)  # wandb warns of an option that Lightning always passes
+    logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and wandb warns of it
     return logger
 
 
 def make_tensorboard(folder: str | Path) -> TensorBoardLogger:
-    """TensorBoard's files in ``folder``; raises UserError when the package is missing."""
+    """TensorBoard's files in ``folder``; raises UserError if the package is missing."""
     try:
         return TensorBoardLogger(Path(folder), name="", version="tensorboard")
     except ModuleNotFoundError as error:
@@ -205,7 +192,7 @@ def make_tensorboard(folder: str | Path) -> TensorBoardLogger:
 
 
 def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:
-    """Show a picture on the dashboard, where the logger is one."""
+    """Show an image on the dashboard, if the logger is one."""
     if isinstance(logger, WandbLogger):
         logger.log_image(name, [picture], step=step)
     elif isinstance(logger, TensorBoardLogger):
@@ -213,13 +200,13 @@ def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None
 
 
 def log_now(trainer: L.Trainer, values: dict[str, float]) -> None:
-    """To the loggers at this step alone: what ``pl_module.log`` was told it repeats in the rows of later steps."""
+    """Log values at this step only; Lightning repeats values of ``pl_module.log`` at later steps."""
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
 
 
 def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
-    """Show what a run was asked for on the dashboard, where the logger is one; secrets stay in the run's folder."""
+    """Show the configuration on the dashboard, if the logger is one, without secrets."""
     public = without_secrets(configuration)
     if isinstance(logger, WandbLogger):
         logger.log_hyperparams(public)
@@ -229,7 +216,7 @@ def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
 
 
 def logged_in() -> bool:
-    """Whether wandb would find a key, without asking the network: the environment, or the netrc file."""
+    """Whether wandb would find a key in the environment or the netrc file; the network is not asked."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,4 +1,4 @@
-"""The LightningModule: one loss, one optimizer over the trainable set, checkpoints that hold nothing else."""
+"""The LightningModule: one loss, one optimizer over the trainable set, checkpoints that hold only that set."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TRAINABLE, AVERAGE = "trainable.", "average."
 class AdapterTraining(L.LightningModule):
     """Trains ``model.trainable``.
 
-    ``make_optimizer`` takes its parameters and returns the optimizer, ``make_schedule`` takes ``optimizer=`` and
-    returns a learning rate scheduler that counts steps. ``ema_decay`` keeps an average of the weights. ``metadata``
-    describes the adapter and goes into every checkpoint, so that one can be exported by itself.
+    ``make_optimizer`` takes its parameters and returns the optimizer; ``make_schedule`` takes ``optimizer=`` and
+    returns a learning rate scheduler that counts steps. With ``ema_decay`` an average of the weights is kept.
+    ``metadata`` goes into every checkpoint, so that it can be exported by itself.
 
     The state dict is the trainable set (`trainable.image_proj.…`, `trainable.ip_adapter.…`) and its average
-    (`average.…`): the frozen parts are never in a checkpoint, and loading one leaves them as they are.
+    (`average.…`), never the frozen parts; loading one leaves those unchanged.
     """
 
     def __init__(
@@ -45,14 +45,13 @@ class AdapterTraining(L.LightningModule):
         self.average = None if ema_decay is None else WeightAverage(model.trainable, ema_decay)
         self.metadata = metadata or {}
         self.strict_loading = False
-        # 1 on the device while FiniteGuard keeps a step from the weights
-        self.left_out: Tensor | None = None
+        self.skip: Tensor | None = None  # 1 on the device where FiniteGuard skips the step
         model.adapter.install()
 
     def configure_model(self) -> None:
-        """Share the weights out among the ranks, for a strategy that does; Lightning calls it before all else."""
+        """Shard the weights, if the strategy does; Lightning calls this first."""
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.shares_base)  # type: ignore[attr-defined]
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.shards_base)  # type: ignore[attr-defined]
             if self.average is not None:
                 self.average = WeightAverage(self.model.trainable, self.average.decay)
 
@@ -60,13 +59,13 @@ class AdapterTraining(L.LightningModule):
         errors = self.model.errors(batch)
         loss = mean_over_ranks(errors.loss) if self.will_log(batch_idx) else errors.loss  # waits for the other ranks
         self.log("train/loss", loss, batch_size=len(batch))
-        # loggers take this for the row's step: the number of steps done, as files and checkpoints count them; a tensor,
-        # since Lightning would copy a number to the device and wait for it
+        # loggers take this as the row's step: the number of steps done, as in file names; Lightning would copy a plain
+        # number to the device and wait for it
         self.log("step", torch.tensor(self.global_step + 1.0), batch_size=len(batch))
         return {"loss": errors.loss, "errors": errors}
 
     def will_log(self, batch_idx: int) -> bool:
-        """Whether the step that this batch ends is one that loggers hear of."""
+        """Whether the step that this batch ends is logged."""
         trainer: Any = self.trainer
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         return ends_step and (self.global_step + 1) % trainer.log_every_n_steps == 0
@@ -79,13 +78,13 @@ class AdapterTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step, and the average takes it in before any callback looks at it."""
+        """One step, then the average, before any callback runs."""
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
-            self.average.update(self.left_out)
+            self.average.update(self.skip)
 
     def product(self) -> AbstractContextManager[None]:
-        """While inside, the model has the weights that the adapter file gets: the average's, if there is one."""
+        """While inside, the model has the weights of the adapter file: the average, if there is one."""
         return nullcontext() if self.average is None else self.average.inside()
 
     def describe(self) -> dict[str, str]:
@@ -96,12 +95,12 @@ class AdapterTraining(L.LightningModule):
         checkpoint["adapter_metadata"] = self.describe()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Whole plain tensors, so it is to be called by all ranks."""
+        """Whole plain tensors; all ranks call this."""
         state: dict[str, Any] = prefixed(self.model.trainable.state_dict(), TRAINABLE)
         return whole(state if self.average is None else state | prefixed(self.average.state_dict(), AVERAGE))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load the trainable set, which must be there whole; ``strict`` is about the frozen rest, which never is."""
+        """Load the trainable set, which must be complete; the frozen rest is never in a state dict."""
         if self.average is not None:
             self.average.load_state_dict(part(state_dict, AVERAGE))
         own = dict(self.model.trainable.named_parameters())

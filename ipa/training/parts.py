@@ -1,4 +1,4 @@
-"""The parts of a training from its configuration: first whether they fit each other, then the parts themselves."""
+"""The parts of a training from its configuration: checked for fit first, then built."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ipa.types import BaseWidths, EncoderWidths
 
 
 def check_parts(cfg: DictConfig, begins: bool = True) -> None:
-    """Refuse, before any weight is read, what cannot be trained, started from, or written.
+    """Raise UserError, before any weight is read, if the parts cannot be trained, initialised, or exported.
 
-    Widths come from the configuration files and headers of base and encoder. A run that does not begin but goes on
-    needs ``adapter.init_from`` no more. Raises UserError.
+    Widths come from the configuration files and headers of base and encoder. A resumed run (``begins`` false)
+    no longer needs ``adapter.init_from``.
     """
     base: BaseWidths = read_widths(cfg.base)
     encoder: EncoderWidths = read_widths(cfg.encoder)
@@ -40,7 +40,7 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
 
 
 def read_widths(part: DictConfig) -> Any:
-    """What the class that the configuration names says of the part, without loading it."""
+    """The widths of a part as its class reads them, without loading it."""
     return instantiate({**part, "_target_": part._target_.replace("from_pretrained", "read_widths")})
 
 
@@ -49,7 +49,7 @@ def name_of(encoder: DictConfig) -> str:
 
 
 def build_model(cfg: DictConfig) -> IPAdapterModel:
-    """Load the frozen parts and make the trainable ones; all widths come from the loaded objects."""
+    """Load the frozen parts and make the trainable ones, with the widths of the loaded objects."""
     family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
     head = instantiate(cfg.tokens)(encoder.widths, family.context_width)
     adapter = instantiate(cfg.adapter.make)(family.hosts())

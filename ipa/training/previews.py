@@ -1,7 +1,7 @@
 """Previews: the same held-out image prompts with the same seeds at fixed steps, as a grid and as scores.
 
-Loss says little about an adapter; these pictures do. Rows are held-out image prompts; columns are the prompt itself,
-λ = 0, 0.5 and 1 with the empty text, and λ = 1 with a text.
+The loss says little about an adapter; these images do. Rows are held-out image prompts; columns are the prompt, λ = 0,
+0.5 and 1 with the empty text, and λ = 1 with a text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ipa.data.lanes import Share
-from ipa.data.transforms import cover, fit_reference, read_picture
+from ipa.data.images.transforms import cover, fit_reference, read_picture
+from ipa.data.order.lanes import Share
 from ipa.distributed import rank_and_world, send_to_first
 from ipa.errors import UserError
 from ipa.files import PICTURE_EXTENSIONS, write_atomically
@@ -29,7 +29,7 @@ from ipa.metrics.clip_scores import ClipCosines
 from ipa.metrics.pixels import fit_square
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate, rows
-from ipa.training.checkpointing import falls_on, is_due
+from ipa.training.hooks import Order, TrainingCallback, falls_on, is_due
 from ipa.training.loggers import log_now, log_picture
 from ipa.training.stopping import Stopped
 from ipa.types import Features, to_uint8, to_unit_range
@@ -40,17 +40,14 @@ SCALES = (0.0, 0.5, 1.0)
 
 
 class HeldOutPrompts:
-    """Held-out pictures as image prompts: uint8 images and references (B3HW) and their captions."""
+    """Held-out images as image prompts: uint8 images and references (B3HW) and their captions."""
 
     def __init__(self, images_B3HW: Tensor, references_B3HW: Tensor, captions: list[str]) -> None:
         self.images_B3HW, self.references_B3HW, self.captions = images_B3HW, references_B3HW, captions
 
     @classmethod
     def from_datamodule(cls, datamodule: Any, count: int) -> HeldOutPrompts | None:
-        """The first ``count`` validation samples, fewer if there are fewer; None without validation data.
-
-        Every rank has them all: who makes which picture is another question.
-        """
+        """Up to ``count`` validation samples, the same on every rank; None without validation data."""
         loader = datamodule.val_dataloader(Share())
         if isinstance(loader, list):
             return None
@@ -67,9 +64,9 @@ class HeldOutPrompts:
     def from_folder(
         cls, folder: str | Path, image_size_px: int, reference_size_px: int, reference_fit: str = "crop"
     ) -> HeldOutPrompts:
-        """Every picture of a folder, by name, its caption from the `.txt` beside it (empty without one).
+        """All images of a folder, sorted by name, with captions from `.txt` files of the same name (or empty).
 
-        Raises UserError without pictures, ValueError for one that cannot be read.
+        Raises UserError if there are none, or if one cannot be read.
         """
         paths = pictures_in(folder)
         pictures = [read_picture(path, "preview.images") for path in paths]
@@ -80,7 +77,7 @@ class HeldOutPrompts:
 
     @classmethod
     def find(cls, datamodule: Any, folder: str | Path | None, count: int) -> HeldOutPrompts | None:
-        """The first ``count`` prompts of ``folder``, without one those of the validation shards."""
+        """The first ``count`` prompts of ``folder``, or of the validation shards if it is None."""
         if folder is None:
             return cls.from_datamodule(datamodule, count)
         sizes = (datamodule.image_size_px, datamodule.reference_size_px)
@@ -94,24 +91,28 @@ class HeldOutPrompts:
 
 
 def pictures_in(folder: str | Path) -> list[Path]:
-    """By name; raises UserError when there are none, ValueError for what names no folder."""
-    if not isinstance(folder, str | Path):
-        raise UserError(f"preview.images={folder}: give one folder")
-    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in PICTURE_EXTENSIONS)
+    """Sorted by name; raises UserError if there are none."""
+    is_folder = isinstance(folder, str | Path) and Path(folder).is_dir()
+    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS] if is_folder else []
     if not paths:
-        raise UserError(f"preview.images={folder}: no pictures there ({', '.join(PICTURE_EXTENSIONS)})")
-    return paths
+        raise UserError(f"preview.images={folder}: give a folder with images ({', '.join(PICTURE_EXTENSIONS)})")
+    return sorted(paths)
 
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
     pieces = [model.encode_reference(piece.to(model.device)) for piece in prompts.references_B3HW.split(batch_size)]
-    fields = [[getattr(piece, name) for piece in pieces] for name in ("pooled_BE", "patches_BPF")]
-    return Features(*(None if found[0] is None else torch.cat(found) for found in fields))
+    pooled, patches = [piece.pooled_BE for piece in pieces], [piece.patches_BPF for piece in pieces]
+    return Features(concatenate(pooled), concatenate(patches))
+
+
+def concatenate(pieces: list[Tensor | None]) -> Tensor | None:
+    tensors = [piece for piece in pieces if piece is not None]
+    return torch.cat(tensors) if tensors else None
 
 
 @dataclass
 class Column:
-    """What is asked for: one picture per prompt, all with the same ``text``, seeds ``seed``, ``seed + 1`` …"""
+    """One image per prompt, all with the same ``text``, from seeds ``seed``, ``seed + 1`` …"""
 
     prompts: HeldOutPrompts
     options: SamplingOptions
@@ -119,22 +120,22 @@ class Column:
     text: str = ""
 
     def batches(self) -> list[range]:
-        """A fixed partition, whoever makes which: processors round differently at other sizes."""
+        """A fixed partition, regardless of which rank runs it: kernels round differently at other batch sizes."""
         size = self.options.batch_size
         return [range(start, min(start + size, len(self.prompts))) for start in range(0, len(self.prompts), size)]
 
     def generate(self, model: IPAdapterModel, features: Features, batch: range) -> Tensor:
         chosen, seeds = rows(features, torch.tensor(batch)), [self.seed + number for number in batch]
         pixels = generate(model, chosen, [self.text] * len(batch), seeds, self.options)
-        return pixels.contiguous()  # as it is after a journey, or a scorer would round differently
+        return pixels.contiguous()  # as received from another rank, or a scorer would round differently
 
 
 def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[Tensor]:
-    """The pictures of every column, pixels_B3HW: to be called by all ranks, which share the work; the first gets them.
+    """The images of every column, pixels_B3HW, on the first rank; the others return an empty list.
 
-    Batch i, counted through all columns, is made by rank i % world. In the last turn a rank for which none is left
-    makes the first once more, since with shared weights every rank takes part in every pass. Other ranks than the first
-    return an empty list.
+    All ranks call this and share the work: batch i, counted through all columns, is generated by rank i % world. In
+    the last round a rank without a batch repeats the first, since with sharded weights every rank takes part in every
+    pass.
     """
     features = [encode(model, column.prompts) for column in columns]
     work = [(column, batch) for column in range(len(columns)) for batch in columns[column].batches()]
@@ -147,32 +148,33 @@ def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[T
     pieces = send_to_first(made, [len(batch) for _, batch in work], model.device)
     if rank != 0:
         return []
-    found: list[list[Tensor]] = [[] for _ in columns]
-    for piece, (column, _) in zip(pieces, work, strict=True):
-        found[column].append(piece)
-    return [torch.cat(column) for column in found]
+    of_column = [number for number, _ in work]
+    return [torch.cat([p for p, c in zip(pieces, of_column, strict=True) if c == n]) for n in range(len(columns))]
 
 
 def generate_from(
     model: IPAdapterModel, prompts: HeldOutPrompts, options: SamplingOptions, seed: int, text: str = ""
 ) -> Tensor:
-    """One picture per prompt, see ``Column``; for a process that has no others beside it."""
+    """One image per prompt, see ``Column``; for a single process."""
     return generate_columns(model, [Column(prompts, options, seed, text)])[0]
 
 
-def score_pictures(scorer: ClipScorer, prompts: HeldOutPrompts, pixels_B3HW: Tensor) -> dict[str, float]:
-    """Scores of the pictures that were made from the prompts: see ``ClipCosines`` and ``BorderColour``."""
+def score_pictures(
+    scorer: ClipScorer, prompts: HeldOutPrompts, pixels_B3HW: Tensor, device: torch.device | str
+) -> dict[str, float]:
+    """Scores of the images generated from the prompts, with the scorer on ``device``; see the two metrics."""
     captions = [[caption] for caption in prompts.captions] if any(prompts.captions) else None
     references = to_unit_range(prompts.images_B3HW)
     scores: dict[str, float] = {}
-    for metric in (ClipCosines(scorer, sync_on_compute=False), BorderColour(sync_on_compute=False)):
-        metric.update(pixels_B3HW, references, captions)
-        scores |= {name: float(value) for name, value in metric.compute().items()}
+    with scorer.on(device):
+        for metric in (ClipCosines(scorer, sync_on_compute=False), BorderColour(sync_on_compute=False)):
+            metric.update(pixels_B3HW, references, captions)
+            scores |= {name: float(value) for name, value in metric.compute().items()}
     return scores
 
 
 def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Image.Image:
-    """Pictures in [-1, 1] as a grid, one tensor B3HW per column, titles above."""
+    """Images in [-1, 1] as a grid, one tensor B3HW per column, with titles."""
     header_px, gap_px = 18, 4
     pitch = cell_px + gap_px
     grid = Image.new("RGB", (pitch * len(columns) + gap_px, pitch * len(columns[0]) + header_px + gap_px), "white")
@@ -180,20 +182,21 @@ def draw_grid(columns: list[Tensor], titles: list[str], cell_px: int = 96) -> Im
     for x, (column, title) in enumerate(zip(columns, titles, strict=True)):
         pen.text((gap_px + x * pitch, 3), title, fill="black")
         for y, picture in enumerate(to_uint8(fit_square(column, column.shape[-1]))):
-            cell = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
-                (cell_px, cell_px), Image.Resampling.NEAREST
-            )
-            grid.paste(cell, (gap_px + x * pitch, header_px + gap_px + y * pitch))
+            cell = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            resized = cell.resize((cell_px, cell_px), Image.Resampling.NEAREST)
+            grid.paste(resized, (gap_px + x * pitch, header_px + gap_px + y * pitch))
     return grid
 
 
-class Previews(L.Callback):
-    """At every ``every_n_steps`` and at the last step: a grid in ``folder``, and scores over ``num_scored`` prompts.
+class Previews(TrainingCallback):
+    """Every ``every_n_steps`` and at the last step: a grid in ``folder``, and scores over ``num_scored`` prompts.
 
-    Prompts are the pictures in ``images``, or the held-out shards'. ``text`` is what the last column asks for. Without
-    a scorer there are pictures only. A run that goes on from such a step makes its preview first: a kill may have come
-    before it, since the checkpoint is written first. What is done within ``interruptible`` may be left for then.
+    Prompts are the images in ``images``, or the held-out shards. ``text`` is the prompt of the last column. Without a
+    scorer there are images only. The checkpoint of a step is written before its preview, so a run that resumes there
+    makes the preview first. Previews may be interrupted within ``interruptible``.
     """
+
+    order = Order.PREVIEW
 
     def __init__(
         self,
@@ -208,7 +211,7 @@ class Previews(L.Callback):
         scorer: ClipScorer | None = None,
     ) -> None:
         if images is not None:
-            pictures_in(images)  # told at once, and not when all is loaded
+            pictures_in(images)  # raises before the models are loaded
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.options = options
@@ -222,7 +225,7 @@ class Previews(L.Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.prompts = HeldOutPrompts.find(datamodule, self.images, max(self.num_prompts, self.num_scored))
         if self.prompts is None and trainer.is_global_zero:
-            log.info("no previews: give preview.images=FOLDER, pictures to prompt with, or data.val=SHARDS")
+            log.info("no previews: give preview.images=FOLDER, images to prompt with, or data.val=SHARDS")
 
     def on_ready(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_step > 0 and falls_on(trainer.global_step, trainer.max_steps, self.every_n_steps):
@@ -233,7 +236,7 @@ class Previews(L.Callback):
             self.preview(trainer, pl_module)
 
     def preview(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """To be called by all ranks, which share the work."""
+        """All ranks call this and share the work."""
         if self.prompts is None:
             return
         try:
@@ -243,33 +246,29 @@ class Previews(L.Callback):
                 if trainer.is_global_zero:
                     self.show(trainer, self.prompts, pictures)
         except Stopped:
-            log.info("the preview of step %d is left for when the run goes on", trainer.global_step)
+            log.info("the preview of step %d is made when the run resumes", trainer.global_step)
 
     def columns(self, prompts: HeldOutPrompts) -> list[Column]:
-        """The grid's, and the scored pictures if there is a scorer."""
+        """The columns of the grid, then the scored images if there is a scorer."""
         shown = prompts.head(self.num_prompts)
         columns = [Column(shown, self.options.with_scale(scale), self.seed) for scale in SCALES]
         columns += [Column(shown, self.options, self.seed, self.text)] if self.text else []
-        return columns + ([Column(self.scored(prompts), self.options, self.seed)] if self.scorer is not None else [])
-
-    def scored(self, prompts: HeldOutPrompts) -> HeldOutPrompts:
-        return prompts.head(self.num_scored)
+        scored = Column(prompts.head(self.num_scored), self.options, self.seed)
+        return columns + ([scored] if self.scorer is not None else [])
 
     def show(self, trainer: L.Trainer, prompts: HeldOutPrompts, pictures: list[Tensor]) -> None:
         step = trainer.global_step
         if self.scorer is not None:
-            scores = score_pictures(self.scorer, self.scored(prompts), pictures.pop())
-            self.tell(trainer, {f"preview/{name}": value for name, value in scores.items()})
+            scored = prompts.head(self.num_scored)
+            scores = score_pictures(self.scorer, scored, pictures.pop(), trainer.strategy.root_device)
+            shown = {f"preview/{name}": value for name, value in scores.items()}
+            log_now(trainer, shown)
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})  # Checkpoints
         grid = self.draw(prompts.head(self.num_prompts), pictures)
         self.last = self.folder / f"step_{step:06d}.png"
-        write_atomically(self.last, lambda beside: grid.save(beside, format="PNG"))
+        write_atomically(self.last, lambda temporary: grid.save(temporary, format="PNG"))
         for logger in trainer.loggers:
             log_picture(logger, "preview/grid", grid, step)
-
-    def tell(self, trainer: L.Trainer, scores: dict[str, float]) -> None:
-        """To the loggers, and to the callbacks that want to know the best step."""
-        log_now(trainer, scores)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
 
     def draw(self, prompts: HeldOutPrompts, pictures: list[Tensor]) -> Image.Image:
         titles = ["prompt", *(f"scale {scale:g}" for scale in SCALES), *([f"+ {self.text}"] if self.text else [])]

@@ -1,16 +1,13 @@
 """Where the time of a training step goes.
 
-Lightning names all that it does to a profiler. ``StepClock`` always listens and adds up each action's own time, for
-`train/data_wait_s` in the log. With ``profile=true``, ``StepProfile`` makes a table of some steps, in which the device
-is waited for at the borders of every part, and after them a trace of some more (open it on ui.perfetto.dev).
+Lightning reports every action to its profiler. ``StepClock`` always runs and sums each action's own time, for
+`train/data_wait_s`. With ``profile=true``, ``StepProfile`` writes a table of some steps, timed with a synchronisation
+between the parts, then a trace of some more (open it on ui.perfetto.dev).
 """
 
 from __future__ import annotations
 
-import gzip
 import logging
-import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,13 +20,13 @@ from lightning.pytorch.profilers import Profiler
 from torch.profiler import record_function
 
 from ipa.files import write_atomically
-from ipa.training.checkpointing import ends_step
+from ipa.training.hooks import Order, TrainingCallback, ends_step
 
 log = logging.getLogger(__name__)
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
-MODEL = "[Model]"  # before the names that ``IPAdapterModel.errors`` gives its parts
-# part of a step → how the names of its actions end; the first that fits counts
+MODEL = "[Model]"  # prefix of the parts that ``IPAdapterModel.errors`` names
+# part of a step → suffixes of its actions; the first match counts
 PARTS = {
     "data wait": (".train_dataloader_next",),
     "transfer": ("batch_transfer", "batch_to_device"),
@@ -42,21 +39,20 @@ PARTS = {
     "backward": (".backward", "_backward"),
     "optimizer": ("optimizer_step", "zero_grad", "configure_gradient_clipping"),
 }
-CALLBACKS, REST = "[Callback]", "loop and loggers"
-SMALL = 0.01  # share of a step below which callbacks are told together
+CALLBACKS, REST = "callbacks", "loop and loggers"
 STEPS = {"warm-up": 5, "timed": 20, "traced": 3}
 
 
 class StepClock(Profiler):
-    """Own seconds of every action, without those of the actions inside it, since the clock was made."""
+    """Own seconds of every action since the clock was made, without the actions inside it."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
-        self.device = device  # a CUDA device is waited for at the borders of actions
+        self.device = device  # synchronised between actions, if it is CUDA
         self.own_s: defaultdict[str, float] = defaultdict(float)
         self.running: list[str] = []
         self.since = time.perf_counter()
-        self.fetching_since = self.since  # when the newest batch was first waited for
+        self.fetching_since = self.since  # when the wait for the newest batch began
         self.last_fetch_s = 0.0
 
     def start(self, action_name: str) -> None:
@@ -72,7 +68,7 @@ class StepClock(Profiler):
             self.last_fetch_s = self.since - self.fetching_since
 
     def account(self) -> None:
-        """Give the time since the last border to the innermost action."""
+        """Add the time since the last call to the innermost action."""
         if self.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -85,19 +81,21 @@ class StepClock(Profiler):
         return dict(self.own_s)
 
     def since_reading(self, before: Mapping[str, float]) -> dict[str, float]:
-        """Own seconds since an earlier reading, which add up to the time that has gone by."""
+        """Own seconds since an earlier reading; their sum is the time that passed."""
         return {name: seconds - before.get(name, 0.0) for name, seconds in self.read().items()}
 
 
-class StepProfile(L.Callback):
-    """Writes ``folder/table.md`` and ``folder/trace.json.gz`` of the first steps that this process makes.
+class StepProfile(TrainingCallback):
+    """Writes ``folder/table.md`` and ``folder/trace.json.gz`` of the first steps of this process, on the first rank.
 
-    To be the last callback, so that a step ends here. Only the first rank writes, and only its device is waited for.
+    It runs last, so that a step ends here.
     """
+
+    order = Order.LAST
 
     def __init__(self, folder: Path, clock: StepClock) -> None:
         self.folder, self.clock = folder, clock
-        self.plan: dict[int, str] = {}  # step → what begins when it has ended
+        self.plan: dict[int, str] = {}  # step → what begins after it
         self.before: dict[str, float] = {}
         self.from_step = 0
         self.tracer: Any = None
@@ -107,9 +105,7 @@ class StepProfile(L.Callback):
             self.plan = plan_steps(trainer.global_step, trainer.max_steps)
             self.turn_to(self.plan.pop(trainer.global_step, None), trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if ends_step(trainer, batch_idx):
             self.turn_to(self.plan.pop(trainer.global_step, None), trainer, pl_module)
 
@@ -134,36 +130,27 @@ class StepProfile(L.Callback):
     def end_timing(self, step: int, model: Any) -> None:
         seconds, steps = self.clock.since_reading(self.before), step - self.from_step
         self.clock.device, model.part = None, record_function
-        if not steps:  # a run that was stopped before its first one
+        if not steps:  # the run was stopped before its first step
             return
-        title = f"Steps {self.from_step + 1} to {step}, mean, the device waited for between the parts"
+        title = f"Steps {self.from_step + 1} to {step}, mean, synchronised between the parts"
         text = f"{title}:\n\n{table(by_part(seconds), steps)}\n"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "table.md", lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_atomically(self.folder / "table.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
         log.info("\n%s", text)
 
     def end_trace(self) -> None:
         self.tracer.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "trace.json.gz"
-        write_atomically(path, self.export)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.tracer.export_chrome_trace(str(path))
         self.tracer = None
-        log.info("a trace is in %s: open it on ui.perfetto.dev, or in chrome://tracing", path)
-
-    def export(self, beside: Path) -> None:
-        """torch names its file by the ending, which the one that is renamed later does not have."""
-        with tempfile.TemporaryDirectory(dir=beside.parent) as folder:
-            plain = Path(folder) / "trace.json"
-            self.tracer.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(beside, "wb", compresslevel=6) as target:
-                shutil.copyfileobj(source, target)
+        log.info("the trace is in %s: open it on ui.perfetto.dev or in chrome://tracing", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that was stopped early has what it came to."""
+        """A run that stops early writes what it has."""
         self.turn_to("end" if self.plan else None, trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """What a step that failed came to is not told, and nothing is left running."""
+        """Drop the measurement of a step that failed, and leave nothing running."""
         self.plan.clear()
         self.clock.device, pl_module.model.part = None, record_function
         if self.tracer is not None:
@@ -172,7 +159,7 @@ class StepProfile(L.Callback):
 
 
 def plan_steps(done: int, max_steps: int) -> dict[int, str]:
-    """Step → what begins after it: a run that is short spends a quarter each on warm-up and trace."""
+    """Step → what begins after it; a short run spends a quarter each on warm-up and trace."""
     left = max_steps - done
     warm_up, traced = (min(STEPS[name], left // 4) for name in ("warm-up", "traced"))
     begin = done + warm_up
@@ -181,26 +168,21 @@ def plan_steps(done: int, max_steps: int) -> dict[int, str]:
 
 
 def by_part(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Part of a step → seconds, callbacks of some weight by name; adds up to the sum of ``seconds``."""
-    parts = dict.fromkeys([*PARTS, REST], 0.0)
-    callbacks: defaultdict[str, float] = defaultdict(float)
-    for name, value in seconds.items():
-        if name.startswith(CALLBACKS):
-            callbacks[name.removeprefix(CALLBACKS).split(".")[0].split("{")[0]] += value
-        else:
-            parts[part_of(name)] += value
-    rest, least = parts.pop(REST), SMALL * sum(seconds.values())
-    named = {f"callback {name}": value for name, value in callbacks.items() if value >= least}
-    others = sum(callbacks.values()) - sum(named.values())
-    return {name: value for name, value in parts.items() if value} | named | {"other callbacks": others, REST: rest}
+    """Part of a step → seconds; the sum is that of ``seconds``."""
+    parts = dict.fromkeys([*PARTS, CALLBACKS, REST], 0.0)
+    for action, value in seconds.items():
+        parts[part_of(action)] += value
+    return {name: value for name, value in parts.items() if value}
 
 
 def part_of(action: str) -> str:
+    if action.startswith("[Callback]"):
+        return CALLBACKS
     return next((part for part, ends in PARTS.items() if action.endswith(ends)), REST)
 
 
 def table(parts: Mapping[str, float], steps: int) -> str:
-    """Milliseconds of each part in a step, and its share, in markdown."""
+    """Milliseconds per step and share of each part, in Markdown."""
     whole = sum(parts.values())
     rows = [f"| {name} | {1000 * value / steps:.2f} | {value / whole:.1%} |" for name, value in parts.items()]
     return "\n".join(

@@ -1,11 +1,10 @@
-"""Several processes that train one adapter: DDP, where its gradients travel, and FSDP, where the base is shared out.
+"""Several processes that train one adapter: DDP and FSDP.
 
-Every process takes its part of a step's samples; the gradient is the mean over all of them. With DDP each holds all
-weights. With FSDP (torch's ``fully_shard``) each holds a part of every block's, and a block is put together while it is
-computed: the base may then be larger than a GPU, at the price of sending it around. With ZeRO-2 (Rajbhandari et al.
-2020) each holds the base and a part of the adapter's gradients and moments. In all cases a checkpoint has whole
-tensors, so that any number of processes goes on from it, with any strategy. (DeepSpeed's is a folder with a file for
-each process, that only as many can read, and Lightning lets nobody else write there.)
+Every process takes its part of a step's samples; the gradient is the mean over all of them. With DDP each process holds
+all weights. With FSDP (torch's ``fully_shard``) each holds a part of every block and gathers a block to compute it, so
+that the base may be larger than a GPU, at the price of communication. With ZeRO-2 (Rajbhandari et al. 2020) each holds
+the base, and a part of the adapter's gradients and moments. A checkpoint always has whole tensors, so any number of
+processes can resume with any strategy. (DeepSpeed's checkpoints need the same number of processes.)
 
 python train.py trainer=fsdp        torchrun --nnodes=2 --nproc-per-node=8 … train.py trainer=ddp trainer.num_nodes=2
 """
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -35,9 +33,8 @@ from torch.optim import Optimizer
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 
-# previews are made and scored while other ranks wait for the first
-PATIENCE_MINUTES = 60.0
-# what open_clip calls its blocks; diffusers and transformers say themselves what is one, in _no_split_modules
+TIMEOUT_MINUTES = 60.0  # the other ranks wait while the first scores previews
+# open_clip's blocks; diffusers and transformers name theirs in _no_split_modules
 OPEN_CLIP_BLOCKS = {"ResidualAttentionBlock", "CustomResidualAttentionBlock"}
 STARTED_WITH = {"Slurm": "sbatch --ntasks-per-node=… --nodes=…", "torchrun": "--nproc-per-node=… --nnodes=…"}
 
@@ -45,17 +42,17 @@ log = logging.getLogger(__name__)
 
 
 class AdapterDDP(DDPStrategy):
-    """Lightning's DDP, blind to what is frozen: it is neither sent around at the start nor has a place in a bucket.
+    """Lightning's DDP without the frozen parts: they are not broadcast at the start and are in no bucket.
 
-    Every step uses all that is trained, in the same order, so the graph is static and nothing is searched for. With
-    accumulated gradients DDP is not told so: it learns a static graph from its first pass, and takes the passes whose
-    gradients do not travel for a part of it.
+    Every step uses all trained weights in the same order, so the graph is static. With accumulated gradients DDP must
+    not assume so: it would learn the graph from its first pass, which does not reduce gradients.
     """
 
-    def __init__(self, timeout_minutes: float = PATIENCE_MINUTES) -> None:
+    def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+        self.patience = timedelta(minutes=timeout_minutes)
         super().__init__(
             cluster_environment=found_environment(),
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=self.patience,
             find_unused_parameters=False,
             gradient_as_bucket_view=True,
         )
@@ -65,7 +62,7 @@ class AdapterDDP(DDPStrategy):
         super()._configure_launcher()
 
     def setup_distributed(self) -> None:
-        join_restarted_group(self._get_process_group_backend(), self._timeout, self.root_device)
+        join_restarted_group(self.patience, self.root_device)
         super().setup_distributed()
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -78,26 +75,27 @@ class AdapterDDP(DDPStrategy):
 class AdapterFSDP(ModelParallelStrategy):
     """Lightning's strategy for ``fully_shard``, which ``AdapterTraining.configure_model`` applies; see ``shard``.
 
-    The whole world shares every block. Lightning's own checkpoints of this strategy are made of all that the module
-    holds, the base among it; here they are as of every other strategy: one file with what is trained, in whole
-    tensors, written by the first process.
+    Every block is sharded over all processes. Lightning's checkpoints of this strategy hold the whole module with the
+    base; here they are those of every other strategy: one file with the trained weights as whole tensors, written by
+    the first process.
     """
 
-    shares_base = True
+    shards_base = True
 
-    # passes by what ModelParallelStrategy makes of them
+    # bypass what ModelParallelStrategy overrides
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     load_model_state_dict = Strategy.load_model_state_dict
     load_checkpoint = Strategy.load_checkpoint
     save_checkpoint = Strategy.save_checkpoint
     lightning_restore_optimizer = Strategy.lightning_restore_optimizer
 
-    def __init__(self, timeout_minutes: float = PATIENCE_MINUTES) -> None:
+    def __init__(self, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+        self.patience = timedelta(minutes=timeout_minutes)
         super().__init__(
-            data_parallel_size=1,  # the world's size, once that is known
+            data_parallel_size=1,  # becomes the world size in setup_environment
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=self.patience,
         )
         self.cluster_environment = found_environment()
 
@@ -107,7 +105,7 @@ class AdapterFSDP(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.world_size
-        join_restarted_group(self._get_process_group_backend(), self._timeout, self.root_device)
+        join_restarted_group(self.patience, self.root_device)
         super().setup_environment()
 
     def teardown(self) -> None:
@@ -119,39 +117,33 @@ class AdapterFSDP(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shared_out(state, optimizer))
-            _optimizer_to_device(optimizer, self.root_device)
+            optimizer.load_state_dict(sharded(state, optimizer))  # to the parameters' device
 
 
 class AdapterZeRO2(AdapterFSDP):
-    """The base is whole everywhere; what is trained is put together for a step, until its gradients are made."""
+    """Only the trained weights are sharded; they are gathered from the forward pass until their gradients are made."""
 
-    shares_base = False
-
-
-def data_parallel(accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:
-    """DDP for several processes, and for one what Lightning has for one."""
-    return AdapterDDP(timeout_minutes) if are_several(accelerator, devices, num_nodes) else "auto"
+    shards_base = False
 
 
-def fully_sharded(accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:
-    """FSDP for several processes; one has nothing to share out."""
-    return AdapterFSDP(timeout_minutes) if are_several(accelerator, devices, num_nodes) else "auto"
+STRATEGIES: dict[str, Any] = {"ddp": AdapterDDP, "fsdp": AdapterFSDP, "zero2": AdapterZeRO2}
 
 
-def zero_two(accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:
-    """ZeRO-2 for several processes; one has nothing to share out."""
-    return AdapterZeRO2(timeout_minutes) if are_several(accelerator, devices, num_nodes) else "auto"
+def make_strategy(kind: str, accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:
+    """``kind`` is ddp, fsdp or zero2, for several processes; one process gets Lightning's choice."""
+    if kind not in STRATEGIES:
+        raise UserError(f"trainer.strategy.kind={kind}: give one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[kind](timeout_minutes) if are_several(accelerator, devices, num_nodes) else "auto"
 
 
 def are_several(accelerator: str, devices: Any, num_nodes: int) -> bool:
-    """Whether several processes are asked for, or were started."""
+    """Whether several processes are configured or were started."""
     started = environment.world_size() if (environment := found_environment()) else 1
     return max(num_nodes, started) > 1 or count_devices(accelerator, devices) > 1
 
 
 def count_devices(accelerator: str, devices: Any) -> int:
-    """How many devices of a machine Lightning's ``devices`` means; 1 where it will say itself that there are none."""
+    """Number of devices of a machine that ``devices`` means; 1 where Lightning will report that there are none."""
     kind: Any = CPUAccelerator if accelerator == "cpu" or not CUDAAccelerator.is_available() else CUDAAccelerator
     if kind is CPUAccelerator and accelerator not in ("cpu", "auto"):
         return 1
@@ -160,10 +152,10 @@ def count_devices(accelerator: str, devices: Any) -> int:
 
 
 def found_environment() -> ClusterEnvironment | None:
-    """What started this process as one of several: torchrun or Slurm, in Lightning's order; None for nobody.
+    """What started this process as one of several: torchrun or Slurm, in Lightning's order; None if nothing did.
 
-    Slurm's jobs are requeued by `ipa.training.stopping`, not by Lightning. Raises UserError for one that says how many
-    tasks it has, but not how many on each node.
+    `ipa.training.stopping` requeues Slurm's jobs, not Lightning. Raises UserError for a job that does not say how many
+    tasks it has on each node.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
@@ -171,41 +163,41 @@ def found_environment() -> ClusterEnvironment | None:
         return None
     if (tasks := int(os.environ["SLURM_NTASKS"])) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
-            f"the Slurm job has {tasks} tasks, but does not say how many on each node: give sbatch or srun --nodes=… "
-            "--ntasks-per-node=… in place of --ntasks, one task for each GPU"
+            f"the Slurm job has {tasks} tasks, but not a number of tasks per node: give sbatch or srun --nodes=… "
+            "--ntasks-per-node=… instead of --ntasks, one task per GPU"
         )
     return SLURMEnvironment(auto_requeue=False)
 
 
 def check_processes(strategy: Any) -> None:
-    """Raise UserError where others were started than the configuration asks for: some would wait for ever."""
+    """Raise UserError if not as many processes were started as are configured: some would wait forever."""
     environment: ClusterEnvironment = strategy.cluster_environment
     asked, started = strategy.num_processes * strategy.num_nodes, environment.world_size()
     if environment.creates_processes_externally and asked != started:
         starter = "Slurm" if isinstance(environment, SLURMEnvironment) else "torchrun"
         raise UserError(
             f"trainer.devices and trainer.num_nodes ask for {strategy.num_processes} × {strategy.num_nodes} processes, "
-            f"but {starter} started {started}: give trainer.devices=PROCESSES_OF_A_NODE trainer.num_nodes=NODES as "
-            f"{STARTED_WITH[starter]} says"
+            f"but {starter} started {started}: give trainer.devices=PROCESSES_PER_NODE trainer.num_nodes=NODES, "
+            f"to match {STARTED_WITH[starter]}"
         )
 
 
-def join_restarted_group(backend: str, timeout: timedelta | None, device: torch.device) -> None:
-    """Make the process group where torchrun has started the processes anew; Lightning takes it as it is then.
+def join_restarted_group(timeout: timedelta, device: torch.device) -> None:
+    """Create the process group after torchrun restarted the processes; Lightning then uses it as it is.
 
-    They meet in the store of torchrun's agent, where the addresses of the processes before them still stand; some would
-    wait for those (pytorch/pytorch issue 135712). So each start has a prefix of its own. When a node comes anew nobody
-    counts a start, which only a store for each group helps against.
+    They meet in the store of torchrun's agent, which still has the addresses of the previous processes, and some would
+    wait for those (pytorch/pytorch issue 135712). So every restart has a prefix of its own. When a whole node restarts,
+    nothing counts it: that needs a store per group (TORCH_DISABLE_SHARE_RDZV_TCP_STORE).
     """
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
         return
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and not starts:
-        log.warning("to come again after a node has died, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+        log.warning("to restart after a node has died, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     if starts:
         store, rank, world_size = next(distributed.rendezvous("env://"))
         distributed.init_process_group(
-            backend,
+            "nccl" if device.type == "cuda" else "gloo",
             store=distributed.PrefixStore(f"start_{starts}", store),
             rank=rank,
             world_size=world_size,
@@ -215,30 +207,30 @@ def join_restarted_group(backend: str, timeout: timedelta | None, device: torch.
 
 
 def frozen_names(module: nn.Module) -> list[str]:
-    """Parameters that are not trained, and all buffers: the trainable set has none that training changes."""
+    """Parameters that are not trained, and all buffers: those of the trainable set never change."""
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     return frozen + [name for name, _ in module.named_buffers()]
 
 
 def shard(model: IPAdapterModel, mesh: DeviceMesh, base: bool = True) -> None:
-    """Give every rank of ``mesh`` its part of the blocks, and of what is trained, which begins as on the first rank.
+    """Shard the blocks and the trained weights, which start as on the first rank, over ``mesh``.
 
-    Without ``base`` the frozen blocks stay whole, and what is trained is put together once a step.
+    Without ``base`` the frozen blocks stay whole, and the trained weights are gathered once a step.
 
-    Units are the blocks of denoiser, text and image encoders, the head, and every branch by itself, since those are
-    called from within the blocks. What is left, embeddings, the convolutions at both ends and the VAE, which is not
-    called as a module and small, stays whole. Precision is autocast's business, as without shards: what is trained
-    travels in float32, the base in its own type.
+    Units are the blocks of denoiser, text and image encoders, the head, and each branch by itself, since branches are
+    called from within the blocks. The rest stays whole: embeddings, the convolutions at both ends, and the VAE, which
+    is small and not called as a module. Precision is left to autocast: trained weights are sent in float32, the base in
+    its own dtype.
     """
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": base}
-    model.family.to(memory_format=torch.contiguous_format)  # fully_shard takes no other layout
+    model.family.to(memory_format=torch.contiguous_format)  # the only layout of fully_shard
     for parameter in model.trainable.to(mesh.device_type).parameters():
         distributed.broadcast(parameter.detach(), 0)
     for block in [*(frozen_blocks(model) if base else ()), *trained_parts(model)]:
         fully_shard(block, **options)
     rest = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
-    # a common root without weights of its own, so that the blocks share streams and are fetched ahead; it has to know
-    # of it before a preview calls one of them by itself
+    # a common root without weights lets the blocks share streams and prefetch; they must know it before a preview calls
+    # one of them by itself
     fully_shard(model, ignored_params=rest, **options)
     register_fsdp_forward_method(model, "errors")
     root: Any = fully_shard
@@ -246,7 +238,7 @@ def shard(model: IPAdapterModel, mesh: DeviceMesh, base: bool = True) -> None:
 
 
 def frozen_blocks(model: IPAdapterModel) -> list[nn.Module]:
-    """Inner ones before those that they stand in."""
+    """Inner blocks before those that contain them."""
     parts = [part for name, part in model.family.named_children() if name != "vae"] + [model.encoder]
     blocks = []
     for part in parts:
@@ -257,36 +249,38 @@ def frozen_blocks(model: IPAdapterModel) -> list[nn.Module]:
 
 
 def trained_parts(model: IPAdapterModel) -> list[nn.Module]:
-    parts = [model.head, *getattr(model.adapter, "branches", ())]
+    """The head and every branch."""
+    branches = [branch for branches in model.adapter.children() for branch in branches.children()]
+    parts = [model.head, *branches]
     missed = {*model.trainable.parameters()} - {p for part in parts for p in part.parameters()}
-    assert not missed, "something is trained outside of head and branches"
+    assert not missed, "trained weights outside of head and branches"
     return parts
 
 
 def whole(tree: Any) -> Any:
-    """A tree of plain containers with every shared tensor put together, on the CPU: to be called by all ranks."""
+    """Nested containers with every sharded tensor gathered, on the CPU; all ranks call this."""
     return apply_to_collection(tree, DTensor, lambda shared: shared.detach().full_tensor().cpu())
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """This rank's part of ``value``, which all ranks have, as ``target`` is shared out; the value if that is not."""
+    """This rank's part of ``value``, which all ranks have, sharded as ``target``; ``value`` if that is not sharded."""
     if not isinstance(target, DTensor):
         return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's parts; what is done to them is done to the tensors."""
+    """This rank's parts, as views."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def shared_out(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's whole state as its parameters are shared out."""
+def sharded(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """The whole state of an optimizer, sharded as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def fit(value: Any, parameter: Tensor) -> Any:
-        moment = isinstance(value, Tensor) and value.shape == parameter.shape  # and not the count of steps
-        return like(value, parameter) if moment else value
+        is_moment = isinstance(value, Tensor) and value.shape == parameter.shape  # not the step count
+        return like(value, parameter) if is_moment else value
 
     moments = {
         number: {name: fit(value, parameters[number]) for name, value in values.items()}
@@ -296,6 +290,6 @@ def shared_out(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all of them, over all parts: to be called by all ranks."""
+    """The Euclidean norm over all gradients and all ranks' parts; all ranks call this."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -72,7 +72,7 @@ def test_the_output_jumps_at_zero() -> None:
 def test_scale_zero_for_a_part_of_the_batch_is_refused() -> None:
     model = make_simple()
     latents, t_B, text, tokens = tiny.make_inputs(model)
-    with pytest.raises(ValueError, match="cannot be 0 for a part of a batch only"):
+    with pytest.raises(ValueError, match="scale cannot be 0 for a part of a batch"):
         model.predict(latents, t_B, text, tokens, torch.tensor([0.0, 1.0]).view(2, 1, 1))
 
 

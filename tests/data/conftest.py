@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tars import Members, good, png, write_tar
 
-from ipa.data.draws import DropRates
-from ipa.data.order import Order
-from ipa.data.samples import Preparation
-from ipa.data.sources import Source
-from ipa.data.transforms import Background
+from ipa.data.addresses import DropRates
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.images.transforms import Background
+from ipa.data.order.sequence import Order
+from ipa.data.shards.source import ShardSource
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def dirty_members() -> Members:
 
 
 @pytest.fixture
-def preparation() -> Preparation:
-    return Preparation(8, 6, (2, 3, 3), DropRates(), Background(), max_pixels=10_000)
+def preparation() -> ImagePreparation:
+    return ImagePreparation(8, 6, (2, 3, 3), DropRates(), Background(), max_pixels=10_000)
 
 
 @pytest.fixture
 def make_order() -> Callable[..., Order]:
     def make(shards: Sequence[str], seed: int = 0, window: int = 6) -> Order:
-        return Order([Source.of("train", shards=list(shards))], seed, window)
+        return Order([ShardSource.of("train", shards=list(shards))], seed, window)
 
     return make

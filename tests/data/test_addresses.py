@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from ipa.data.addresses import Address, digest, permuted
-from ipa.data.draws import NO_DROPS, DropRates, draw
+from ipa.data.addresses import NO_DROPS, Address, DropRates, digest, draw, permuted
 
 HERE = Address(seed=1, epoch=2, source="laion", shard="00003.tar", index=4)
 LATENT = (4, 2, 2)

@@ -9,21 +9,21 @@ import pytest
 from dirt import KINDS, Content, write_dirty_shard
 from torch.utils.data import DataLoader
 
-from ipa.data.draws import NO_DROPS
-from ipa.data.lanes import Share
-from ipa.data.order import Order
-from ipa.data.samples import Preparation
-from ipa.data.sources import Source
-from ipa.data.stream import AuditStream
+from ipa.data.addresses import NO_DROPS
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.order.lanes import Share
+from ipa.data.order.sequence import Order
+from ipa.data.order.streams import AuditStream
+from ipa.data.shards.source import ShardSource
 
-PREPARATION = Preparation(16, 16, (1, 2, 2), NO_DROPS)
+PREPARATION = ImagePreparation(16, 16, (1, 2, 2), NO_DROPS)
 
 
 def audit(shards: list[str], world: int, workers: int, batch: int = 16) -> tuple[Counter[str], Counter[str]]:
     """How often each key came, and the rejects, over all ranks with real data workers."""
     keys, rejects = Counter[str](), Counter[str]()
     for rank in range(world):
-        order = Order([Source.of("train", shards=shards)], seed=0)
+        order = Order([ShardSource.of("train", shards=shards)], seed=0)
         stream = AuditStream(order, PREPARATION, batch, Share(rank, world))
         for made in DataLoader(stream, batch_size=None, num_workers=workers):
             keys.update(made.keys)

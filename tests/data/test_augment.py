@@ -2,11 +2,12 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from ipa.data.addresses import Address
-from ipa.data.augment import Augmentation
-from ipa.data.transforms import FITS, Opened, fit_reference
+from ipa.data.images.augment import Augmentation
+from ipa.data.images.transforms import FITS, Opened, fit_reference
 
 
 def at(index: int, epoch: int = 0) -> Address:
@@ -20,17 +21,22 @@ def ramps(width: int, height: int) -> Opened:
     return Opened.of(picture.resize((width, height)))
 
 
+def augmented(augment: Augmentation, picture: Opened, size_px: int, address: Address, fit: str = "crop") -> Tensor:
+    shown = augment.crop(picture, augment.need(size_px), address)
+    return augment.change(fit_reference(shown, size_px, fit), address)
+
+
 @pytest.mark.parametrize("fit", FITS)
 def test_by_default_nothing_changes(fit: str) -> None:
     picture = ramps(90, 60)
     plain = Augmentation()
 
-    assert torch.equal(plain.reference(picture, 24, fit, at(0)), fit_reference(picture, 24, fit))
+    assert torch.equal(augmented(plain, picture, 24, at(0), fit), fit_reference(picture, 24, fit))
     assert plain.need(24) == (24, 24)
 
 
 def test_it_comes_from_yaml() -> None:
-    values = {"_target_": "ipa.data.augment.Augmentation", "area": 0.5, "flip": 0.5, "brightness": 0.1}
+    values = {"_target_": "ipa.data.images.augment.Augmentation", "area": 0.5, "flip": 0.5, "brightness": 0.1}
     assert instantiate(values) == Augmentation(area=0.5, flip=0.5, brightness=0.1)
 
 
@@ -44,11 +50,11 @@ def test_impossible_values_are_told(values: dict[str, float]) -> None:
 
 def test_draws_belong_to_the_sample() -> None:
     picture, augment = ramps(90, 60), Augmentation(area=0.5, flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
-    made = [augment.reference(picture, 16, "crop", at(i)) for i in range(8)]
+    made = [augmented(augment, picture, 16, at(i)) for i in range(8)]
 
-    assert all(torch.equal(made[i], augment.reference(picture, 16, "crop", at(i))) for i in range(8))
+    assert all(torch.equal(made[i], augmented(augment, picture, 16, at(i))) for i in range(8))
     assert len({tuple(each.flatten().tolist()) for each in made}) == 8
-    assert not torch.equal(made[0], augment.reference(picture, 16, "crop", at(0, epoch=1)))
+    assert not torch.equal(made[0], augmented(augment, picture, 16, at(0, epoch=1)))
     assert {(each.shape, each.dtype) for each in made} == {((3, 16, 16), torch.uint8)}
 
 
@@ -56,7 +62,7 @@ def test_draws_belong_to_the_sample() -> None:
 @pytest.mark.parametrize("area", [0.3, 0.8])
 def test_parts_have_at_least_their_share_and_about_the_pictures_proportions(size: tuple[int, int], area: float) -> None:
     picture, augment = ramps(*size), Augmentation(area=area)
-    parts = [augment.part(picture, at(i)) for i in range(200)]
+    parts = [augment.crop(picture, (1, 1), at(i)) for i in range(200)]
     shares = [part.size[0] * part.size[1] / (size[0] * size[1]) for part in parts]
     stretches = [part.size[0] / part.size[1] / (size[0] / size[1]) for part in parts]
     lefts = [int(part.pixels_3HW[0].min()) for part in parts]
@@ -73,21 +79,21 @@ def test_the_smallest_part_still_has_the_pixels_that_are_needed() -> None:
     picture = ramps(*augment.need(64))
 
     assert augment.need(64)[0] in range(128, 160)
-    assert all(min(augment.part(picture, at(i)).size) >= 63 for i in range(300))
+    assert all(min(augment.crop(picture, (1, 1), at(i)).size) >= 63 for i in range(300))
 
 
 def test_parts_come_from_the_larger_picture_when_the_reduced_one_has_too_few_pixels() -> None:
     picture, augment = ramps(400, 400), Augmentation(area=0.25)
     small = picture.shrunk((100, 100))
 
-    assert torch.equal(augment.reference(small, 80, "crop", at(0)), augment.reference(picture, 80, "crop", at(0)))
-    assert augment.part(small.version_for((20, 20)), at(0)).size[0] <= 100
+    assert torch.equal(augmented(augment, small, 80, at(0)), augmented(augment, picture, 80, at(0)))
+    assert augment.crop(small, (20, 20), at(0)).size[0] <= 100
 
 
 def test_flips_mirror() -> None:
     picture = ramps(64, 64)
-    plain, mirrored = (Augmentation(flip=flip).reference(picture, 16, "crop", at(0)) for flip in (0, 1))
-    flipped = [not torch.equal(Augmentation(flip=0.3).reference(picture, 16, "crop", at(i)), plain) for i in range(300)]
+    plain, mirrored = (augmented(Augmentation(flip=flip), picture, 16, at(0)) for flip in (0, 1))
+    flipped = [not torch.equal(augmented(Augmentation(flip=0.3), picture, 16, at(i)), plain) for i in range(300)]
 
     assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
     assert sum(flipped) == pytest.approx(90, abs=30)
@@ -99,7 +105,7 @@ def test_colours_change_as_torchvisions_do(name: str) -> None:
     plain = fit_reference(picture, 16)
     factors = []
     for i in range(40):
-        ours = Augmentation(**{name: 0.4}).reference(picture, 16, "crop", at(i))
+        ours = augmented(Augmentation(**{name: 0.4}), picture, 16, at(i))
         candidates = [0.6 + 0.8 * n / 400 for n in range(401)]
         adjust = getattr(functional, f"adjust_{name}")
         errors = [float((adjust(plain, factor).float() - ours).abs().mean()) for factor in candidates]

@@ -19,26 +19,17 @@ from dirt import write_dirty_shard
 from tars import Members, good, write_tar
 from torch import Tensor
 
-from ipa.data.addresses import Address
-from ipa.data.cache import (
-    BROKEN_MEMBER,
-    OTHER_BUCKET,
-    CachedPreparation,
-    CacheSource,
-    CacheWriter,
-    Header,
-    WrongCache,
-    pack,
-    unpack,
-)
-from ipa.data.draws import DropRates
-from ipa.data.lanes import Lanes, Share
-from ipa.data.order import Order
+from ipa.data.addresses import Address, DropRates
+from ipa.data.cache.format import BROKEN_MEMBER, CacheWriter, Header, WrongCache, metadata_of, pack, unpack
+from ipa.data.cache.preparation import OTHER_BUCKET, CachedPreparation
+from ipa.data.cache.source import CacheSource
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.order.lanes import Lanes, Share
+from ipa.data.order.sequence import Order
+from ipa.data.order.streams import TrainStream
 from ipa.data.records import Record
 from ipa.data.rejects import BROKEN_PICTURE, BROKEN_TAR, DUPLICATE_KEY, NO_PICTURE, Rejected
-from ipa.data.samples import Preparation
-from ipa.data.sources import Source
-from ipa.data.stream import TrainStream
+from ipa.data.shards.source import ShardSource
 from ipa.types import Batch
 
 HEADER = Header("train", {"vae": "float32 1"}, {"crop": "center", "buckets": None}, {"image_size_px": 16})
@@ -57,7 +48,7 @@ def make_tensors(seed: int = 0) -> dict[str, Tensor]:
         "logvar_CHW": torch.randn(2, 3, 4, generator=generator) - 20,
         "pooled_E": torch.randn(5, generator=generator),
         "reference_3HW": torch.randint(256, (3, 6, 6), generator=generator, dtype=torch.uint8),
-        "ids_MNL": torch.arange(12).view(2, 2, 3) + seed,
+        "text.ids": torch.arange(12).view(2, 6) + seed,
         "size_6": torch.tensor([20, 30, 0, 5, 16, 16]),
     }
 
@@ -85,12 +76,13 @@ def address(index: int = 0) -> Address:
 
 def test_a_sample_comes_back_in_the_types_of_the_format() -> None:
     tensors = make_tensors()
-    about, arrays = unpack(pack(make_record(7), tensors, (16, 24)))
+    data = pack(make_record(7), tensors, (16, 24))
+    about, arrays = metadata_of(data), unpack(data)
 
     assert (about["index"], about["size"], about["target"]) == (7, [30, 20], [16, 24])
     assert about["captions"] == [["a cat", 0.25], ["a red cat", 0.75]]
     halves = {name: tensors[name].half() for name in ("mean_CHW", "logvar_CHW", "pooled_E")}
-    expected = {**tensors, **halves, "ids_MNL": tensors["ids_MNL"].int(), "size_6": tensors["size_6"].int()}
+    expected = {**tensors, **halves, "text.ids": tensors["text.ids"].int(), "size_6": tensors["size_6"].int()}
     assert arrays.keys() == expected.keys()
     for name, array in arrays.items():
         assert torch.equal(torch.from_numpy(array.copy()), expected[name]), name
@@ -210,7 +202,7 @@ def test_other_tars_are_no_cache(first: tuple[str, bytes], complaint: str, tmp_p
 def test_a_file_that_is_no_tar_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     path.write_bytes(content)
-    with pytest.raises((OSError, WrongCache), match=re.escape(str(path))):
+    with pytest.raises(WrongCache, match=re.escape(str(path))):
         CacheSource.of(str(path))
 
 
@@ -255,15 +247,32 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
     ]
     batch = preparation.batch(samples, Counter({NO_PICTURE: 2}))
     chosen = [["a cat", "a red cat"].index(text) for text in batch.text]
-    expected = torch.stack([make_tensors(i)["ids_MNL"][chosen[i]] for i in range(8)])
+    expected = torch.stack([make_tensors(i)["text.ids"][chosen[i]] for i in range(8)])
 
     assert set(chosen) == {0, 1}
-    assert torch.equal(batch.ids_BNL, expected) and batch.ids_BNL.dtype == torch.int64
+    assert torch.equal(batch.text_inputs["ids"], expected) and batch.text_inputs["ids"].dtype == torch.int64
     assert torch.equal(batch.posterior.mean_BCHW, torch.stack([make_tensors(i)["mean_CHW"].half() for i in range(8)]))
     assert batch.features.pooled_BE.shape == (8, 5) and batch.reference_B3HW.shape == (8, 3, 6, 6)
     assert batch.size_B6[0].tolist() == [20, 30, 0, 5, 16, 16] and batch.image_B3HW is None
     assert batch.draws.noise_BCHW.shape == (8, 2, 3, 4) and batch.rejects == {NO_PICTURE: 2}
     batch.posterior.mean_BCHW += 1  # no view into bytes that others read
+
+
+def test_text_inputs_have_any_names_and_lengths() -> None:
+    tensors = make_tensors() | {"text.second": torch.arange(8).view(2, 4)}
+    record = make_record(picture=pack(make_record(), tensors, None))
+    batch = CachedPreparation().batch([CachedPreparation().sample(record, address())], Counter())
+    chosen = ["a cat", "a red cat"].index(batch.text[0])
+
+    assert {name: tuple(x.shape) for name, x in batch.text_inputs.items()} == {"ids": (1, 6), "second": (1, 4)}
+    assert torch.equal(batch.text_inputs["second"][0], tensors["text.second"][chosen])
+
+
+def test_caches_of_the_first_release_have_ids_of_captions_and_tokenizers() -> None:
+    """``ids_MNL``: M captions, N tokenizers, which are read one after the other."""
+    ids_MNL = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
+    arrays = unpack(safetensors.torch.save({"ids_MNL": ids_MNL}))
+    assert list(arrays) == ["text.ids"] and torch.equal(torch.from_numpy(arrays["text.ids"].copy()), ids_MNL.flatten(1))
 
 
 def test_a_sample_is_not_given_to_another_bucket() -> None:
@@ -277,7 +286,7 @@ def test_a_sample_is_not_given_to_another_bucket() -> None:
     assert record.broken is None
 
 
-def cache_of(source: Source, preparation: Preparation, folder: Path) -> CacheSource:
+def cache_of(source: ShardSource, preparation: ImagePreparation, folder: Path) -> CacheSource:
     """A cache whose latents tell of the pictures' colours, without any model."""
     order = Order([source], 0)
     folder.mkdir()
@@ -293,9 +302,9 @@ def cache_of(source: Source, preparation: Preparation, folder: Path) -> CacheSou
                 try:
                     sample = preparation.sample(record, order.address(slot), None)
                     colour = sample.image_3HW.float().mean() / 255
-                    ids = torch.tensor([[[len(text)]] for text, _ in record.captions])
+                    ids = torch.tensor([[len(text)] for text, _ in record.captions])
                     latents = torch.full(preparation.latent_shape, float(colour))
-                    tensors = {"mean_CHW": latents, "logvar_CHW": latents, "ids_MNL": ids, "size_6": sample.size_6}
+                    tensors = {"mean_CHW": latents, "logvar_CHW": latents, "text.ids": ids, "size_6": sample.size_6}
                     writer.sample(light, tensors, None)
                 except Rejected as reject:
                     rejects[reject.reason] += 1
@@ -319,8 +328,8 @@ def test_training_sees_the_same_in_dirty_data_as_online(share: Share, tmp_path: 
     with_two = [m for i in range(20) for m in [*good(f"two{i:02d}"), (f"two{i:02d}.alt", b"another caption")]]
     write_tar(tmp_path / "00004.tar", with_two)
     captions = {"keys": ["txt", "alt"], "choice": "random"}
-    source = Source.of("train", shards=str(tmp_path), captions=captions)
-    online = Preparation(8, 6, (2, 3, 3), DROPS)
+    source = ShardSource.of("train", shards=str(tmp_path), captions=captions)
+    online = ImagePreparation(8, 6, (2, 3, 3), DROPS)
     cache = cache_of(source, online, tmp_path / "cache")
     batches: list[Sequence[Batch]] = []
     for each, preparation in ((source, online), (cache, CachedPreparation(DROPS))):
@@ -331,15 +340,15 @@ def test_training_sees_the_same_in_dirty_data_as_online(share: Share, tmp_path: 
     assert from_cache == from_pictures
     assert {"a thing", "another caption"} <= {text for batch in batches[1] for text in batch.text}
     for pictures, cached in zip(*batches, strict=True):
-        assert torch.equal(cached.ids_BNL[:, 0, 0], torch.tensor([len(text) for text in pictures.text]))
+        assert torch.equal(cached.text_inputs["ids"][:, 0], torch.tensor([len(text) for text in pictures.text]))
         colours = (pictures.image_B3HW.float().mean((1, 2, 3)) / 255).half()
         assert torch.equal(cached.posterior.mean_BCHW[:, 0, 0, 0], colours)
 
 
 def test_a_pass_counts_the_rejects_that_a_pass_over_the_pictures_counts(dirty_members: Members, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "00000.tar", [*good("first"), *dirty_members, ("z.txt", b"x"), ("z.jpg", b"x")])
-    source = Source.of("train", shards=path)
-    preparation = Preparation(8, 6, (2, 3, 3), DROPS, max_pixels=10_000)
+    source = ShardSource.of("train", shards=path)
+    preparation = ImagePreparation(8, 6, (2, 3, 3), DROPS, max_pixels=10_000)
     cache = cache_of(source, preparation, tmp_path / "cache")
     online, cached = Counter[str](), Counter[str]()
     for each, how, counted in ((source, preparation, online), (cache, CachedPreparation(), cached)):

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from ipa.data.captions import Captions
-from ipa.data.fields import Fields
-from ipa.data.records import Record
+from ipa.data.addresses import Address
 from ipa.data.rejects import Rejected
+from ipa.data.shards.fields import Captions, Fields
 
 MEMBERS = {
     "txt": b" from the web\n",
@@ -100,17 +99,16 @@ def test_what_cannot_be_read_is_told_with_the_option_and_the_ways(captions: Any)
         Captions.of(captions, "data.known.mine.captions")
 
 
-def record(*captions: tuple[str, float]) -> Record:
-    return Record("a", "00000.tar", 0, b"", captions)
+class At(Address):
+    """An address whose draw is given by its index."""
+
+    def uniform(self, draw: str) -> float:
+        return self.index / 1000
 
 
-def test_draws_meet_the_chances() -> None:
-    drawn = Counter(record(("a", 0.5), ("b", 0.2), ("c", 0.3)).caption(i / 1000) for i in range(1000))
+def test_every_draw_gives_a_caption_and_draws_meet_the_chances() -> None:
+    drawn = Counter(At(0, 0, "", "", i).choose("caption", [("a", 0.5), ("b", 0.2), ("c", 0.3)]) for i in range(1000))
     assert [drawn[text] for text in "abc"] == pytest.approx([500, 200, 300], abs=1)
-
-
-def test_every_draw_gives_a_caption() -> None:
-    below_one = 1 - 2**-53
-    assert record(*[(str(i), 1 / 7) for i in range(7)]).caption(below_one) == "6"
-    assert record(("a", 1.0)).caption(below_one) == "a"
-    assert record(("a", 0.5), ("b", 0.5)).caption(0) == "a" and record(("a", 0.5), ("b", 0.5)).caption(0.5) == "b"
+    halves = [("a", 0.5), ("b", 0.5)]
+    assert [At(0, 0, "", "", i).choose("caption", halves) for i in (0, 499, 500, 999)] == ["a", "a", "b", "b"]
+    assert At(0, 0, "", "", 1000 - 2**-43).choose("caption", [(str(i), 1 / 7) for i in range(7)]) == "6"

@@ -14,12 +14,12 @@ from lightning import Callback, LightningModule, Trainer
 from tars import good, png, write_tar
 from torch import Tensor, nn
 
+from ipa.data.addresses import DropRates
 from ipa.data.datamodule import ShardDataModule
-from ipa.data.draws import DropRates
-from ipa.data.lanes import Lanes, Share
+from ipa.data.images.transforms import Background
+from ipa.data.order.lanes import Lanes, Share
 from ipa.data.rejects import NoGoodSamples
-from ipa.data.shards import NoShards
-from ipa.data.transforms import Background
+from ipa.data.shards.names import NoShards
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 DEMO = Path(__file__).parents[2] / "demo" / "data"
@@ -128,7 +128,7 @@ def test_other_readers_are_told(clean_shards: list[str], caplog: pytest.LogCaptu
     resumed.load_state_dict(stopped.state_dict())
     with caplog.at_level(logging.WARNING):
         resumed.train_dataloader()
-    assert "read by 1 ranks × 3 workers, now by 1 × 2: the samples and their order stay the same" in caplog.text
+    assert "1 ranks × 3 workers read the data before, now 1 × 2: samples and order stay the same" in caplog.text
 
 
 def test_another_number_of_samples_in_a_step_is_told(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -151,12 +151,12 @@ def test_lanes_that_a_step_cannot_be_shared_among_begin_a_new_pass(clean_shards,
     with caplog.at_level(logging.WARNING):
         data.train_dataloader()
     assert data.position == Position(5, {0: LanePlace(0, (SourcePlace(2),))}) and data.lanes == Lanes(1, 1)
-    assert "a new pass (2): its order was dealt out for 2 ranks, but 3 samples × 1 ranks are no multiple" in caplog.text
+    assert "a new pass (2): its order was made for 2 ranks, but 3 samples × 1 ranks are not a multiple" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("lanes", "complaint"),
-    [({"ranks": 3, "workers": None}, "no multiple of 3"), ({"ranks": 2, "workers": 2}, "3 shards only")],
+    [({"ranks": 3, "workers": None}, "not a multiple of 3"), ({"ranks": 2, "workers": 2}, "only 3 shards")],
 )
 def test_lanes_that_cannot_be_are_refused(clean_shards: list[str], lanes, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -170,7 +170,7 @@ def test_sources_are_chosen_by_name(clean_shards: list[str]) -> None:
     assert [(source.name, source.weight) for source in data.train_order.sources] == [("other", 1.0), ("one", 2.0)]
     with pytest.raises(ValueError, match=r"data.sources=\['oen'\]: give one or several of one, other, none"):
         make(None, sources=["oen"], known=known)
-    with pytest.raises(ValueError, match=r"say where the shards are: data.known.none.shards="):
+    with pytest.raises(ValueError, match=r"give the shards: data.known.none.shards="):
         make(None, sources=["one", "none"], known=known)
     with pytest.raises(ValueError, match=r"no data are given: say data.train=SHARDS, or data.sources="):
         make(None, known=known)

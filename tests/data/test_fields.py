@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from tars import png
 
-from ipa.data.fields import Fields, picture_size
+from ipa.data.images.transforms import open_picture, picture_size
 from ipa.data.rejects import Rejected
-from ipa.data.transforms import open_picture
+from ipa.data.shards.fields import Fields
 
 
 def saved(kind: str, orientation: int | None = None, size: tuple[int, int] = (30, 20)) -> bytes:

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 from tars import png
 
-from ipa.data.fields import Fields
-from ipa.data.filters import read_filters
 from ipa.data.rejects import Rejected
+from ipa.data.shards.fields import Fields
+from ipa.data.shards.filters import read_filters
 
 
 def reason(

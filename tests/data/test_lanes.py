@@ -12,13 +12,13 @@ import pytest
 from tars import good, write_tar
 from test_stream import keys, rows, train, train_rows
 
-from ipa.data.lanes import Lane, Lanes, Share
-from ipa.data.order import Order
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.order.lanes import Lanes, Share
+from ipa.data.order.sequence import Order
+from ipa.data.order.streams import TrainStream
 from ipa.data.records import Record
 from ipa.data.rejects import NoGoodSamples, Rejected
-from ipa.data.samples import Preparation
-from ipa.data.sources import Source
-from ipa.data.stream import TrainStream
+from ipa.data.shards.source import ShardSource
 from ipa.types import Position
 
 SHARDS, SAMPLES = 8, 10
@@ -36,7 +36,7 @@ def many_shards(tmp_path: Path) -> list[str]:
 class Watched:
     """A source that remembers which shards were opened."""
 
-    source: Source
+    source: ShardSource
     opened: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> object:
@@ -48,11 +48,11 @@ class Watched:
 
 
 def watched(shards: list[str], window: int = 6) -> tuple[Order, list[str]]:
-    source = Watched(Source.of("train", shards=shards))
+    source = Watched(ShardSource.of("train", shards=shards))
     return Order([source], 0, window), source.opened  # type: ignore[list-item]
 
 
-def opened_by(shards: list[str], preparation: Preparation, share: Share, lanes: Lanes, steps: int) -> set[str]:
+def opened_by(shards: list[str], preparation: ImagePreparation, share: Share, lanes: Lanes, steps: int) -> set[str]:
     order, opened = watched(shards)
     stream = TrainStream(order, preparation, 2, share, lanes)
     list(islice(stream.batches(Position(), share), steps))
@@ -127,8 +127,8 @@ def test_a_bad_shard_of_a_lane_stops_nobody(many_shards, make_order, preparation
 
 def test_sources_are_mixed_by_their_weights(many_shards, preparation) -> None:
     sources = [
-        Source.of("much", shards=many_shards[:6], weight=3.0),
-        Source.of("little", shards=many_shards[6:], weight=1.0),
+        ShardSource.of("much", shards=many_shards[:6], weight=3.0),
+        ShardSource.of("little", shards=many_shards[6:], weight=1.0),
     ]
     order = Order(sources, seed=0, window=7)
     steps = train(order, preparation, 5, 80, lanes=Lanes(1, 2))
@@ -148,52 +148,49 @@ def test_a_broken_picture_of_a_large_source_is_replaced_though_the_small_one_is_
     """Passes of several sources are no measure of each other."""
     broken = [("x.txt", b"a thing"), ("x.png", b"?")]
     little = write_tar(tmp_path / "little.tar", good("only"))
-    much = Source.of("much", shards=write_tar(tmp_path / "much.tar", [*good("first"), *broken, *good("second")]))
-    order = Order([much, Source.of("little", shards=little, weight=20.0)], seed=0, window=9)
+    much = ShardSource.of("much", shards=write_tar(tmp_path / "much.tar", [*good("first"), *broken, *good("second")]))
+    order = Order([much, ShardSource.of("little", shards=little, weight=20.0)], seed=0, window=9)
     steps = train(order, preparation, 4, 60)
     assert {key for [batch] in steps for key in batch.keys} == {"only", "first", "second"}
 
 
 def test_nothing_good_in_any_source_is_an_error(tmp_path, preparation) -> None:
     broken = [("x.txt", b"a thing"), ("x.png", b"?")]
-    sources = [Source.of(name, shards=write_tar(tmp_path / f"{name}.tar", broken)) for name in ("one", "other")]
+    sources = [ShardSource.of(name, shards=write_tar(tmp_path / f"{name}.tar", broken)) for name in ("one", "other")]
     with pytest.raises(NoGoodSamples, match=r"whole pass over 2 shards \(broken picture: 2\)"):
         train(Order(sources, seed=0), preparation, 2, 1)
 
 
 def test_a_sample_of_two_sources_draws_apart(many_shards, preparation) -> None:
-    names = [Order([Source.of(name, shards=many_shards)], seed=0, window=80) for name in ("one", "other")]
+    names = [Order([ShardSource.of(name, shards=many_shards)], seed=0, window=80) for name in ("one", "other")]
     seen = [{row[0]: row[1:] for row in train_rows(order, preparation, 80, 1)[0]} for order in names]
     assert seen[0].keys() == seen[1].keys()
     assert all(seen[0][key] != seen[1][key] for key in seen[0])
 
 
 @pytest.mark.parametrize(
-    ("share", "shards", "lanes"),
+    ("share", "shards", "lanes", "message"),
     [
-        (Share(0, 2, 0, 4), 100, Lanes(2, 4)),
-        (Share(0, 2, 0, 4), 8, Lanes(2, 4)),
-        (Share(0, 2, 0, 4), 7, Lanes(2, 1)),
-        (Share(0, 8, 0, 4), 4, Lanes(1, 4)),
-        (Share(0, 8, 0, 4), 1, Lanes(1, 1)),
+        (Share(0, 2, 0, 4), 100, Lanes(2, 4), ""),
+        (Share(0, 2, 0, 4), 8, Lanes(2, 4), ""),
+        (Share(0, 2, 0, 4), 7, Lanes(2, 1), "7 shards for 8 workers: 4 workers read each shard in full"),
+        (Share(0, 8, 0, 4), 4, Lanes(1, 4), "4 shards for 32 workers: 8 workers read each shard in full"),
+        (Share(0, 8, 0, 4), 3, Lanes(1, 1), "3 shards for 32 workers: each worker reads all of them in full"),
+        (Share(0, 1, 0, 4), 1, Lanes(1, 1), "1 shard for 4 workers: each worker reads it in full"),
     ],
 )
-def test_lanes_fit_readers_and_shards(share: Share, shards: int, lanes: Lanes, caplog) -> None:
+def test_lanes_fit_readers_and_shards(share: Share, shards: int, lanes: Lanes, message: str, caplog) -> None:
     assert Lanes.fitting(share, shards) == lanes
-    assert ("too few" in caplog.text) == (lanes.number < share.readers)
+    assert [record.getMessage() for record in caplog.records] == [message] * bool(message)
 
 
 @pytest.mark.parametrize("lanes", [Lanes(), Lanes(2, 2), Lanes(4, 3)], ids=str)
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 2), (4, 3), (2, 5)])
 @pytest.mark.parametrize("step", [0, 5])
-def test_every_lane_is_read_and_told_by_one(lanes: Lanes, world: int, workers: int, step: int) -> None:
+def test_every_lane_is_read_and_logged_by_one(lanes: Lanes, world: int, workers: int, step: int) -> None:
     shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
     read = {share: lanes.read_by(share, step, 4 * world) for share in shares}
     assert set.union(*read.values()) == set(range(lanes.number))
     for lane in range(lanes.number):
-        tellers = [share for share in shares if lanes.is_told_by(share, lane, step)]
+        tellers = [share for share in shares if lanes.is_logged_by(share, lane, step)]
         assert len(tellers) == 1 and lane in read[tellers[0]]
-
-
-def test_a_lane_deals_every_shard_to_one() -> None:
-    assert sorted(s for n in range(3) for s in Lane(n, 3).deal(range(10))) == list(range(10))

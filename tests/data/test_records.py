@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from tars import DIRT, Members, good, png, write_tar
 
-from ipa.data.captions import Captions
-from ipa.data.filters import read_filters
-from ipa.data.records import Layout, Record, read_shard, try_record
+from ipa.data.records import Record
 from ipa.data.rejects import Rejected
+from ipa.data.shards.fields import Captions
+from ipa.data.shards.filters import read_filters
+from ipa.data.shards.source import Layout, read_shard
 
 TEXT = Layout()
 
@@ -61,7 +62,7 @@ def test_every_kind_of_dirt_has_its_reason(tmp_path: Path, dirty_members: list[t
 
 def test_of_adjacent_doubles_the_first_counts(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "00000.tar", [*good("a", "first"), *good("a", "second"), *good("b")])
-    found = [item.caption(0) for item in read_shard(shard, TEXT) if isinstance(item, Record)]
+    found = [item.captions[0][0] for item in read_shard(shard, TEXT) if isinstance(item, Record)]
     assert found == ["first", "a thing"]
     assert read(shard)[1] == {"duplicate key": 1}
 
@@ -77,7 +78,6 @@ def test_caption_from_another_member_or_from_the_metadata(tmp_path: Path) -> Non
 def test_several_captions_have_chances(tmp_path: Path) -> None:
     [record] = records(tmp_path, [*good("a", "from txt"), ("a.blip", b"from blip")], captioned({"txt": 3, "blip": 1}))
     assert record.captions == (("from txt", 0.75), ("from blip", 0.25))
-    assert [record.caption(u) for u in (0, 0.74, 0.75, 0.99)] == ["from txt", "from txt", "from blip", "from blip"]
 
 
 REFERENCES = Layout(references=("ref.jpg", "ref.png"))
@@ -154,7 +154,7 @@ def test_nothing_of_a_sample_stays_in_memory(members: dict[str, bytes], reason: 
     gone = weakref.ref(sample)
     gc.disable()
     try:
-        found = try_record(Layout(Captions.of(["json.alt", "txt", "blip"]), (), filters), "a", "0.tar", 0, sample)
+        found = Layout(Captions.of(["json.alt", "txt", "blip"]), (), filters).try_record("a", "0.tar", 0, sample)
         del sample
         assert (found.reason if isinstance(found, Rejected) else None) == reason and gone() is None
     finally:

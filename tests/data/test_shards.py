@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ipa.data.shards import NoShards, expand_shards, shard_name
+from ipa.data.shards.names import NoShards, expand_shards, shard_name
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_holes_in_a_brace_list_are_counted(folder: Path) -> None:
 
 
 def test_a_folder_without_shards(tmp_path: Path) -> None:
-    with pytest.raises(NoShards, match="is empty"):
+    with pytest.raises(NoShards, match="holds nothing"):
         expand_shards(str(tmp_path))
 
 

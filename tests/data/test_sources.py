@@ -11,9 +11,9 @@ import yaml
 from omegaconf import OmegaConf
 from tars import good, png, write_tar
 
-from ipa.data.records import Layout, Record
-from ipa.data.shards import NoShards
-from ipa.data.sources import Source
+from ipa.data.records import Record
+from ipa.data.shards.names import NoShards
+from ipa.data.shards.source import Layout, ShardSource
 
 CONF = Path(__file__).parents[2] / "conf" / "source"
 VALUES: dict[str, Any] = {
@@ -24,8 +24,8 @@ VALUES: dict[str, Any] = {
 }
 
 
-def make(shards: Any, **values: Any) -> Source:
-    return Source.of("mine", shards=shards, **values)
+def make(shards: Any, **values: Any) -> ShardSource:
+    return ShardSource.of("mine", shards=shards, **values)
 
 
 def test_a_source_reads_its_shards_as_its_values_say(clean_shards: list[str], tmp_path: Path) -> None:
@@ -33,13 +33,13 @@ def test_a_source_reads_its_shards_as_its_values_say(clean_shards: list[str], tm
     source = make(write_tar(tmp_path / "x/0.tar", members), captions="blip", reference="REF.jpg")
     record, reject = source.read(source.shards[0])
     assert isinstance(record, Record) and not isinstance(reject, Record)
-    assert (record.caption(0), record.references, reject.reason) == ("from blip", (b"reference",), "no caption")
+    assert (record.captions[0][0], record.references, reject.reason) == ("from blip", (b"reference",), "no caption")
     assert [len(list(make(clean_shards).read(shard))) for shard in clean_shards] == [7, 5, 8]
 
 
 def test_values_from_hydra_become_plain(clean_shards: list[str]) -> None:
     source = make(clean_shards, **VALUES)
-    assert source == Source.of("mine", **OmegaConf.create({"shards": clean_shards, **VALUES}))  # type: ignore[arg-type]
+    assert source == ShardSource.of("mine", **OmegaConf.create({"shards": clean_shards, **VALUES}))  # type: ignore[arg-type]
     assert source.weight == 2.0 and source.layout.references == ("ref.jpg",)
     assert (
         make(clean_shards).layout == make(clean_shards, captions="txt", reference=None, filters={}).layout == Layout()
@@ -74,7 +74,7 @@ def test_the_fingerprint_tells_all_that_decides_what_is_read(clean_shards: list[
 def test_the_fingerprint_tells_shards_and_their_order_but_not_where_they_lie(clean_shards: list[str]) -> None:
     source = make(clean_shards)
     elsewhere = [f"s3://bucket/{Path(shard).name}" for shard in clean_shards]
-    assert make(elsewhere).fingerprint() == source.fingerprint() == Source.of("it", shards=elsewhere).fingerprint()
+    assert make(elsewhere).fingerprint() == source.fingerprint() == ShardSource.of("it", shards=elsewhere).fingerprint()
     assert make(clean_shards[::-1]).fingerprint() != source.fingerprint() != make(clean_shards[:2]).fingerprint()
     assert (
         make(["s3://b/1.tar", "s3://b/23.tar"]).fingerprint() != make(["s3://b/12.tar", "s3://b/3.tar"]).fingerprint()
@@ -121,6 +121,6 @@ def test_configurations_can_be_read(path: Path, tmp_path: Path) -> None:
     members = [("a.jpg", png((600, 512))), ("a.txt", b"a red thing"), ("a.json", metadata)]
     values = yaml.safe_load(path.read_text())
     assert values.pop("shards") is None
-    source = Source.of(path.stem, shards=write_tar(tmp_path / "0.tar", members), **values)
+    source = ShardSource.of(path.stem, shards=write_tar(tmp_path / "0.tar", members), **values)
     [record] = source.read(source.shards[0])
     assert isinstance(record, Record)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tars import DIRT, Members, good, png, write_tar
 
-from ipa.data.lanes import Lane, Lanes, Share
-from ipa.data.order import Order, Slot
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.order.lanes import Lane, Lanes, Share
+from ipa.data.order.sequence import Order, Slot
+from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.rejects import NoGoodSamples
-from ipa.data.samples import Preparation
-from ipa.data.stream import TrainStream, ValStream
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 MakeOrder = Callable[..., Order]
@@ -32,7 +32,7 @@ def rows(batch: Batch) -> list[Row]:
 
 def train(
     order: Order,
-    preparation: Preparation,
+    preparation: ImagePreparation,
     batch: int,
     steps: int,
     world: int = 1,
@@ -62,7 +62,9 @@ def endless(order: Order, number: int) -> list[Slot]:
     return list(islice(order.lane(Lane()).endless(order.begin()), number))
 
 
-def validate(order: Order, preparation: Preparation, batch: int, limit: int | None = None, world: int = 1, workers=1):
+def validate(
+    order: Order, preparation: ImagePreparation, batch: int, limit: int | None = None, world: int = 1, workers=1
+):
     stream = ValStream(order, preparation, batch, limit)
     shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
     return [list(stream.batches(share)) for share in shares]

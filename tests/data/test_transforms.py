@@ -13,9 +13,8 @@ from tars import png
 from torchvision.transforms import v2
 
 from ipa.data.addresses import Address
-from ipa.data.rejects import Rejected
-from ipa.data.samples import size_condition
-from ipa.data.transforms import (
+from ipa.data.images.preparation import size_condition
+from ipa.data.images.transforms import (
     FITS,
     HEADROOM,
     PAD_COLOUR,
@@ -28,6 +27,7 @@ from ipa.data.transforms import (
     open_picture,
     to_tensor,
 )
+from ipa.data.rejects import Rejected
 
 BLUE = (59, 111, 212)
 MILLION = 1_000_000

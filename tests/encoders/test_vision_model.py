@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ipa.data.transforms import Opened, fit_reference
+from ipa.data.images.transforms import Opened, fit_reference
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.encoders.vision_model import VisionModelEncoder, locate
 from ipa.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def run(prompts: Path, adapter: Path, clip_name: str, tmp_path: Path) -> Run:
         return tmp_path / "out"
 
     return run
+
+
+@pytest.fixture(scope="session")
+def evaluated(prompts: Path, adapter: Path, clip_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of ``label=x``; not to be changed."""
+    out = tmp_path_factory.mktemp("evaluated")
+    evaluate(compose(*usual(prompts, adapter, clip_name, out), "label=x"))
+    return out
+
+
+@pytest.fixture
+def out(evaluated: Path, tmp_path: Path) -> Path:
+    """A copy of them where ``run`` writes."""
+    return Path(shutil.copytree(evaluated, tmp_path / "out"))
 
 
 def usual(prompts: Path, adapter: Path, clip_name: str, out: Path) -> list[str]:

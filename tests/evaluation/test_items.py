@@ -31,18 +31,11 @@ def test_seeds_depend_on_the_item_alone() -> None:
     assert plan(ITEMS, 1, 1, "empty")[0].seed != seeds["a", 0]
 
 
-@pytest.mark.parametrize(
-    ("items", "seeds", "prompt", "complaint"),
-    [
-        (ITEMS, 1, "captoin", "prompt=captoin: one of empty, caption"),
-        (ITEMS, 0, "empty", "num_seeds=0"),
-        ([*ITEMS, Item("c", ())], 1, "caption", r"1 items have none \(c"),
-        ([Item("../c", ()), Item("a/b", ())], 1, "empty", r"1 items have ids that cannot name files \('\.\./c'"),
-    ],
-)
-def test_impossible_plans_are_refused(items, seeds, prompt, complaint) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        plan(items, seeds, 0, prompt)
+def test_items_without_captions_or_usable_ids_are_refused() -> None:
+    with pytest.raises(UserError, match=r"1 items have no caption \(c"):
+        plan([*ITEMS, Item("c", ())], 1, 0, "caption")
+    with pytest.raises(UserError, match=r"1 items have ids that cannot name files \('\.\./c'"):
+        plan([Item("../c", ()), Item("a/b", ())], 1, 0, "empty")
 
 
 def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
@@ -57,11 +50,11 @@ def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         FolderBenchmark("folder", str(tmp_path / "nowhere")).items()
-    with pytest.raises(UserError, match="no pictures there"):
+    with pytest.raises(UserError, match="no pictures"):
         FolderBenchmark("folder", str(tmp_path)).items()
     for ending in ("png", "jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"same.{ending}")
-    with pytest.raises(ValueError, match="differ in their endings only"):
+    with pytest.raises(UserError, match="differ only in their extension"):
         FolderBenchmark("folder", str(tmp_path)).items()
 
 
@@ -74,7 +67,7 @@ def test_shards_give_their_good_samples(tmp_path: Path) -> None:
 
 def test_samples_of_one_key_are_told(tmp_path: Path) -> None:
     shards = [write_tar(tmp_path / f"{number}.tar", good("a", f"thing {number}")) for number in range(2)]
-    with pytest.raises(ValueError, match="two samples have the key a"):
+    with pytest.raises(UserError, match="two samples have the key a"):
         ShardBenchmark("mine", shards).items()
     assert len(ShardBenchmark("mine", shards, limit=1).items()) == 1
 
@@ -87,7 +80,7 @@ def test_files_that_are_no_captions_or_pictures(tmp_path: Path) -> None:
     benchmark = FolderBenchmark("folder", str(tmp_path))
     assert benchmark.items() == [Item("a", ("ein Café",)), Item("b", ())]
     (tmp_path / "b.txt").write_bytes("Café".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8 \(.* at byte 3\)"):
+    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 \(.* at byte 3\)"):
         benchmark.items()
 
 
@@ -123,10 +116,10 @@ def test_a_resized_copy_of_coco_is_another_benchmark(tmp_path: Path) -> None:
 
 def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:
     images, annotations = coco(tmp_path)
-    with pytest.raises(UserError, match=r"1 of 3 pictures that captions.json lists are not there \(0+12"):
+    with pytest.raises(UserError, match=r"1 of the 3 pictures in captions\.json are missing \(0+12"):
         CocoBenchmark("coco2017", str(images), str(annotations)).items()
     with pytest.raises(UserError, match=r"annotations_trainval2017\.zip"):
         CocoBenchmark("coco2017", str(images), str(tmp_path / "nowhere.json")).items()
     annotations.write_text("[]")
-    with pytest.raises(ValueError, match="is no file of captions"):
+    with pytest.raises(UserError, match="is not a file of captions"):
         CocoBenchmark("coco2017", str(images), str(annotations)).items()

@@ -1,10 +1,11 @@
-"""`python -m ipa.tools.report FOLDER wandb=PROJECT`: what the report says there, and that nothing is said unasked."""
+"""`python -m ipa.tools.report FOLDER wandb=PROJECT`: what is logged, and that nothing is logged without the option."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from uuid import NAMESPACE_URL, uuid5
 
 import pytest
 import wandb
@@ -13,7 +14,7 @@ from report_folder import write_demo
 from wandb.proto import wandb_internal_pb2 as pb
 
 from ipa.evaluation.report.dashboard import picture_rows, score_rows
-from ipa.evaluation.report.page import Shown
+from ipa.evaluation.report.pictures import Shown
 from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.report.table import make_table
 from ipa.tools.report import main
@@ -26,17 +27,16 @@ HOME_OF_WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "WANDB_MO
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that was reported twice, by a user who is not logged in; only to be read."""
+    """A folder that was reported by a user who is not logged in; only to be read."""
     folder = write_demo(tmp_path_factory.mktemp("evaluation") / "demo")
     with pytest.MonkeyPatch.context() as patch:
         for name in HOME_OF_WANDB:
-            patch.setenv(name, "")  # so that it is put back even if it was not there
+            patch.setenv(name, "")  # so that it is restored even if it was not set
             patch.delenv(name)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        for _ in range(2):
-            patch.setattr(sys, "argv", ["report", str(folder), "wandb=mine", "rows=3", "thumbnail_px=16"])
-            main()
-        wandb.teardown()  # which waits until all is written, as the end of a process does
+        patch.setattr(sys, "argv", ["report", str(folder), "wandb=mine", "rows=3", "thumbnail_px=16"])
+        main()
+        wandb.teardown()  # waits until everything is written, as the end of a process does
     return folder
 
 
@@ -45,10 +45,12 @@ def runs(evaluation: Path) -> list[WandbRun]:
     return read_offline_runs(evaluation)
 
 
-def test_a_folder_is_one_run_of_its_name(runs: list[WandbRun]) -> None:
-    assert {(run.name, run.project, run.job_type) for run in runs} == {("demo", "mine", "evaluation")}
-    assert len(runs) == 2 and len({run.id for run in runs}) == 1 and all(run.finished for run in runs)
-    assert runs[0].config["benchmark"]["name"] == "demo"
+def test_a_folder_is_one_run_of_its_name(evaluation: Path, runs: list[WandbRun]) -> None:
+    """Its id follows from the folder, so that a second report updates the run."""
+    [run] = runs
+    assert (run.name, run.project, run.job_type) == ("demo", "mine", "evaluation")
+    assert run.id == uuid5(NAMESPACE_URL, evaluation.resolve().as_uri()).hex and run.finished
+    assert run.config["benchmark"]["name"] == "demo"
 
 
 def test_scores_are_those_of_the_table(evaluation: Path, runs: list[WandbRun]) -> None:
@@ -63,7 +65,7 @@ def test_scores_are_those_of_the_table(evaluation: Path, runs: list[WandbRun]) -
 
 
 def table_files(folder: Path, name: str) -> dict[str, Path]:
-    """A table with pictures is uploaded as an artifact: its files, where wandb keeps them until then."""
+    """Files of the artifact as which wandb uploads a table with images."""
     [path, *_] = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     artifacts = [record.artifact for record in map(pb.Record.FromString, records(path)) if record.HasField("artifact")]
     [found] = [artifact for artifact in artifacts if artifact.name.endswith(f"-{name}")]
@@ -85,7 +87,7 @@ def test_pictures_are_those_of_the_grid(evaluation: Path) -> None:
             assert Image.open(files[cell["path"]]).size == (16, 11)
 
 
-def test_nothing_is_told_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_logged_without_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_demo(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report", str(folder)])
     main()

@@ -1,9 +1,8 @@
-"""The table: Table 1's columns, intervals, what is missing and why, and the paper's figures where they compare."""
+"""The table: Table 1's columns, intervals, missing values and reasons, the paper's values where they are comparable."""
 
 import csv
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 from report_folder import scored, write_demo, write_items, write_run, write_skipped
 
 from ipa.evaluation.report.files import comma_separated, results
-from ipa.evaluation.report.markdown import markdown
-from ipa.evaluation.report.paper import KINDS, kind_of, paper_row
+from ipa.evaluation.report.names import KINDS, kind_of, paper_row
+from ipa.evaluation.report.page import render
 from ipa.evaluation.report.reading import Evaluation, read_evaluation
 from ipa.evaluation.report.table import make_table
 
@@ -20,13 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows_of(evaluation: Evaluation) -> dict[str, dict[str, str]]:
-    """Label → column → what stands there, of the table in markdown."""
-    lines = [line for line in markdown(evaluation, make_table(evaluation)).splitlines() if line.startswith("|")]
+    """Label → column → text, of the table in markdown."""
+    text = render("table.md.jinja", evaluation, make_table(evaluation))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|")] for line in lines]
     return {row[rows[0].index("run")]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
-def test_figures_stand_with_their_intervals_and_the_best_is_bold(tmp_path: Path) -> None:
+def test_values_have_intervals_and_the_best_is_bold(tmp_path: Path) -> None:
     rows = rows_of(read_evaluation(write_demo(tmp_path)))
 
     assert rows["mine-0.5"]["CLIP-I ↑"] == "0.125 [0.115, 0.135]"
@@ -36,12 +36,12 @@ def test_figures_stand_with_their_intervals_and_the_best_is_bold(tmp_path: Path)
     assert "guidance" not in rows["mine-1.0"], "it is the same for all"
 
 
-def test_systems_without_scores_stay_with_the_reason(tmp_path: Path) -> None:
+def test_systems_without_scores_are_listed_with_the_reason(tmp_path: Path) -> None:
     rows = rows_of(read_evaluation(write_demo(tmp_path)))
 
     assert rows["sd_unclip"]["note"] == "skipped: download it / from <there> and give path=FOLDER"
     assert rows["sd_unclip"]["trained"] == "870 M (paper)" and rows["sd_unclip"]["CLIP-I ↑"] == "–"
-    assert rows["style"]["note"] == "unfinished: 1 of 12 pictures are there"
+    assert rows["style"]["note"] == "unfinished: 1 of 12 images exist"
     assert (rows["style"]["custom models"], rows["sd_unclip"]["custom models"]) == ("✓", "✗")
 
 
@@ -51,37 +51,48 @@ def test_missing_metrics_say_why_and_where(tmp_path: Path) -> None:
     write_run(tmp_path, "two", scored(0.6, fid="get Inception"), ["a_0"])
     evaluation = read_evaluation(tmp_path)
 
-    text = markdown(evaluation, make_table(evaluation))
+    text = render("table.md.jinja", evaluation, make_table(evaluation))
 
     assert "* **FID**: get Inception\n" in text
     assert "* **DreamSim**: pip install dreamsim (one)\n" in text
 
 
-def papers_figures(folder: Path, items: int, seeds: int, name: str = "coco2017", **run: Any) -> Sequence[str]:
+def papers_values(folder: Path, items: int = 5000, seeds: int = 4, name: str = "coco2017", **run: Any) -> list[str]:
+    """The table's columns, which are left out if they are empty."""
     write_items(folder, [f"{number:012d}" for number in range(items)], seeds, name)
     write_run(folder, "mine", scored(0.81), **run)
     row = rows_of(read_evaluation(folder))["mine"]
     return [row.get("CLIP-T, paper", "no column"), row.get("CLIP-I, paper", "no column")]
 
 
-def test_the_papers_figures_stand_beside_ours_on_its_benchmark(tmp_path: Path) -> None:
-    assert papers_figures(tmp_path, 5000, 4) == ["0.588", "0.828"]
+def test_the_papers_values_are_next_to_ours_on_its_benchmark(tmp_path: Path) -> None:
+    assert papers_values(tmp_path) == ["0.588", "0.828"]
 
 
-def test_an_adapter_of_another_size_has_no_row_in_the_paper(tmp_path: Path) -> None:
-    """Columns that are empty are left out."""
-    assert papers_figures(tmp_path, 5000, 4, method={"trained": 351_285_248}) == ["no column"] * 2
+def test_a_system_that_was_never_run_has_the_papers_values_everywhere(tmp_path: Path) -> None:
+    write_skipped(tmp_path, "sd_unclip", "download it")
+    papers_values(tmp_path)
+
+    evaluation = read_evaluation(tmp_path)
+
+    assert rows_of(evaluation)["sd_unclip"]["CLIP-I, paper"] == "0.810"
+    assert results(evaluation)["systems"][0]["paper"] == {"clip_score": 0.584, "clip_i": 0.81}
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"items": 100}, {"seeds": 2}, {"name": "demo"}, {"sampling": {"scale": 0.0}}, {"prompt": "caption"}],
+    [
+        {"items": 100},
+        {"seeds": 2},
+        {"name": "demo"},
+        {"sampling": {"scale": 0.0}},
+        {"prompt": "caption"},
+        {"method": {"trained": 351_285_248}},
+    ],
     ids=str,
 )
-def test_the_papers_figures_do_not_stand_beside_another_question(tmp_path: Path, other: dict[str, Any]) -> None:
-    asked: dict[str, Any] = {"items": 5000, "seeds": 4, **other}
-
-    assert papers_figures(tmp_path, **asked) == ["no column"] * 2
+def test_the_papers_values_are_not_next_to_other_settings(tmp_path: Path, other: dict[str, Any]) -> None:
+    assert papers_values(tmp_path, **other) == ["no column"] * 2
 
 
 def test_the_fine_grained_adapter_has_its_own_row() -> None:

@@ -1,4 +1,4 @@
-"""`python evaluate.py` from items to scores: what is there is never made again, whatever stops it."""
+"""`python evaluate.py` from items to scores: nothing is made twice, whatever stops it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,61 +17,69 @@ import torch
 from conftest import Run, compose, usual
 from PIL import Image
 
+from ipa.errors import UserError
 from ipa.evaluation import run as module
+from ipa.evaluation.benchmarks import FolderBenchmark
 from ipa.evaluation.generation import check_finite, read_png
+from ipa.evaluation.items import plan
+from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.report.reading import read_evaluation
-from ipa.evaluation.run import evaluate
+from ipa.evaluation.run import evaluate, rank_and_world
+from ipa.export.loading import load_model
 from ipa.export.published import to_published
 from ipa.export.storage import read_metadata, save_adapter
+from ipa.sampling import SamplingOptions, generate
+from ipa.types import to_uint8
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "pictures").iterdir())}
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def test_pictures_scores_and_manifest(run: Run) -> None:
-    out = run("label=x")
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a picture has to be made."""
 
-    asked, told, scores = (read(out / name) for name in ("items.json", "x/manifest.json", "x/scores.json"))
-    assert [item["id"] for item in asked["items"]] == [f"picture{n}" for n in range(5)]
-    assert all(Image.open(out / item["reference"]).size for item in asked["items"])
-    assert told["status"] == "complete" and len(told["pictures"]) == 10 == len(pictures(out / "x"))
-    assert all((out / "x" / picture["file"]).is_file() for picture in told["pictures"])
-    assert told["method"]["uses_text"] and told["method"]["trained"] > 0
-    assert told["sampling"] == {"num_steps": 2, "guidance": 2.0, "scale": 1.0, "image_size_px": None}
-    assert {"torch", "diffusers", "python"} <= told["versions"].keys()
+    def generate(folder: Path, method: object, tasks: Any, *rest: object) -> None:
+        assert all((folder / task.file).is_file() for task in tasks)
+
+    monkeypatch.setattr(module, "generate", generate)
+
+
+def test_pictures_scores_and_manifest(evaluated: Path) -> None:
+    items, manifest, scores = (read(evaluated / name) for name in ("items.json", "x/manifest.json", "x/scores.json"))
+    assert [item["id"] for item in items["items"]] == [f"picture{n}" for n in range(5)]
+    assert all(Image.open(evaluated / item["reference"]).size for item in items["items"])
+    assert manifest["status"] == "complete" and len(manifest["pictures"]) == 10 == len(pictures(evaluated / "x"))
+    assert all((evaluated / "x" / picture["file"]).is_file() for picture in manifest["pictures"])
+    assert manifest["method"]["uses_text"] and manifest["method"]["trained"] > 0
+    sampling = {"num_steps": 2, "guidance": 2.0, "scale": 1.0, "image_size_px": None, "guidance_rescale": 0.0}
+    assert manifest["sampling"] == sampling and manifest["batch_size"] == 4
+    assert {"torch", "diffusers", "python"} <= manifest["versions"].keys()
     interval = scores["metrics"]["clip_i"]
     assert interval["low"] <= interval["value"] <= interval["high"]
     assert list(scores["per_item"]["clip_i"]) == [f"picture{n}" for n in range(5)]
     mean = sum(scores["per_item"]["clip_i"].values()) / 5
     assert mean == pytest.approx(interval["value"], abs=1e-6)
-    assert read_png(out / "x/pictures/picture0_0.png").shape == (3, 16, 16)
+    assert read_png(evaluated / "x/pictures/picture0_0.png").shape == (3, 16, 16)
 
 
-def test_the_same_again_makes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = run("label=x")
+@pytest.mark.usefixtures("no_pictures")
+def test_the_same_again_or_a_new_metric_makes_no_picture(run: Run, out: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (out / "x/pictures").iterdir()}
-    monkeypatch.setattr(module, "generate", generate_nothing)
-
-    run("label=x")
-
+    run("label=x", "+metric@metrics.border=border")
     assert {path: path.stat().st_mtime_ns for path in (out / "x/pictures").iterdir()} == before
+    assert {"clip_i", "border_lab"} <= read(out / "x/scores.json")["metrics"].keys()
 
 
-def generate_nothing(folder, method, tasks, *rest) -> int:
-    assert all((folder / task.file).is_file() for task in tasks)
-    return 0
-
-
-def test_seeds_and_scale_decide_the_pictures(run: Run) -> None:
-    out = run("label=x")
+def test_seeds_and_scale_decide_the_pictures(run: Run, out: Path) -> None:
     run("label=again")
-    run("label=off", "sampling.scale=0")
-    run("label=seed", "seed=1")
+    run("label=off", "sampling.scale=0", "~metrics.clip")
+    run("label=seed", "seed=1", "~metrics.clip")
 
     x, again, off, seed = (pictures(out / name) for name in ("x", "again", "off", "seed"))
     assert x == again and x.keys() == off.keys() == seed.keys()
@@ -77,55 +87,82 @@ def test_seeds_and_scale_decide_the_pictures(run: Run) -> None:
     assert len(set(x.values())) == 10
 
 
-def test_other_settings_do_not_mix_with_what_is_there(run: Run) -> None:
+def test_rescaled_guidance_is_that_of_every_other_command(run: Run, prompts: Path, adapter: Path, out: Path) -> None:
+    """The pictures of ``ipa.sampling`` with the same options and seeds; nothing else in the manifest changes."""
+    few = ["label=rescaled", "sampling.guidance=5", "sampling.guidance_rescale=0.7", "~metrics.clip"]
+    run(*few)
+    assert read(out / "rescaled/manifest.json")["sampling"]["guidance_rescale"] == 0.7
+
+    benchmark, model = FolderBenchmark("folder", str(prompts)), load_model(adapter)
+    tasks = plan(benchmark.items(), 2, 0, "empty")[:4]
+    cut = [Prompt(benchmark.read(task.item), "", task.seed).cut(model.encoder.image_size_px) for task in tasks]
+    features, seeds = model.encode_reference(torch.stack(cut)), [task.seed for task in tasks]
+    for rescale in (0.7, 0.0):
+        options = SamplingOptions(num_steps=2, guidance=5, guidance_rescale=rescale)
+        expected = to_uint8(generate(model, features, [""] * 4, seeds, options))
+        found = torch.stack([read_png(out / "rescaled" / task.file) for task in tasks])
+        assert torch.equal(found, expected) == (rescale == 0.7)
+
+
+def test_systems_without_rescaled_guidance_refuse_it_before_weights_are_read(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sampling\.guidance_rescale=0\.7: .*open_unclip"):
+        run("label=x", "method=open_unclip", "sampling.guidance_rescale=0.7")
+    with pytest.raises(UserError, match="guidance_rescale=7: "):
+        run("label=x", "sampling.guidance_rescale=7")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_results_from_before_an_option_was_added_are_read(run: Run, out: Path) -> None:
+    path = out / "x/manifest.json"
+    older = read(path)
+    del older["sampling"]["guidance_rescale"]
+    path.write_text(json.dumps(older))
     run("label=x")
-    with pytest.raises(ValueError, match=r"holds pictures of other settings \(sampling: .*\): say label="):
+    with pytest.raises(UserError, match="sampling"):
+        run("label=x", "sampling.guidance_rescale=0.5")
+
+
+def test_other_settings_do_not_mix_with_what_is_there(run: Run, out: Path) -> None:
+    with pytest.raises(UserError, match=r"other settings \(sampling: .*label="):
         run("label=x", "sampling.scale=0.5")
-    with pytest.raises(ValueError, match=r"of another question \(num seeds\): say out="):
+    with pytest.raises(UserError, match=r"different settings \(num_seeds\).*out="):
         run("label=y", "num_seeds=1")
+    (out / "x/manifest.json").unlink()
+    with pytest.raises(UserError, match="without a manifest"):
+        run("label=x")
 
 
 def test_an_adapter_that_was_trained_further_is_another(run: Run, adapter: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "mine.safetensors"
+    mine, few = tmp_path / "mine.safetensors", ("benchmark.limit=1", "num_seeds=1", "~metrics.clip")
     mine.write_bytes(adapter.read_bytes())
-    run("label=x", f"adapter={mine}")
+    run("label=x", f"adapter={mine}", *few)
     model = tiny.shake(tiny.make_model(), seed=2)
     save_adapter(mine, to_published(model.trainable.state_dict()), read_metadata(mine))
-    with pytest.raises(ValueError, match=r"of other settings \(files: "):
-        run("label=x", f"adapter={mine}")
+    with pytest.raises(UserError, match=r"other settings \(files: "):
+        run("label=x", f"adapter={mine}", *few)
 
 
-def test_a_folder_of_another_benchmark_is_noticed(run: Run, prompts: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_benchmark_is_noticed(run: Run, out: Path, prompts: Path, tmp_path: Path) -> None:
     """Items have the same names there, and are other pictures."""
     others = tmp_path / "others"
     others.mkdir()
     for path in prompts.iterdir():
         content = path.read_bytes()
         (others / path.name).write_bytes(content if path.suffix == ".txt" else content + bytes(1))
-    out = run("label=x")
-    there = run("label=y", f"benchmark.folder={others}", f"out={tmp_path / 'there'}").with_name("there")
-    assert read(out / "x/manifest.json")["benchmark"] == {
-        "name": "folder",
-        "fingerprint": read(out / "items.json")["benchmark"]["settings"]["fingerprint"],
-    }
-    (out / "x").rename(there / "x")
+    fingerprint = read(out / "items.json")["benchmark"]["settings"]["fingerprint"]
+    assert read(out / "x/manifest.json")["benchmark"] == {"name": "folder", "fingerprint": fingerprint}
+    there = tmp_path / "there"
+    shutil.copytree(out / "x", there / "x")
 
     for more in ((), ("generate=false",)):
-        with pytest.raises(ValueError, match=r"of other settings \(benchmark: .*folder.*, now"):
+        with pytest.raises(UserError, match=r"other settings \(benchmark: .*folder.*, now"):
             run("label=x", f"benchmark.folder={others}", f"out={there}", *more)
-    with pytest.raises(ValueError, match=r"x/manifest\.json: its pictures are of another benchmark \(fingerprint"):
+    with pytest.raises(UserError, match=r"x/manifest\.json.*fingerprint"):
         read_evaluation(there)
 
 
-def test_pictures_of_unknown_origin_are_not_taken(run: Run) -> None:
-    out = run("label=x")
-    (out / "x/manifest.json").unlink()
-    with pytest.raises(ValueError, match="without a manifest"):
-        run("label=x")
-
-
-def test_a_complete_run_stays_as_it_is(run: Run) -> None:
-    out = run("label=x")
+def test_a_complete_run_stays_as_it_is(run: Run, out: Path) -> None:
     path = out / "x/manifest.json"
     path.write_text(json.dumps({**read(path), "seconds": 1000.0, "device": "another"}))
     before = path.read_bytes()
@@ -138,10 +175,10 @@ def test_a_complete_run_stays_as_it_is(run: Run) -> None:
     assert read(path)["seconds"] >= 1000 and read(path)["device"] != "another"
 
 
-def test_scores_alone_need_all_pictures(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"generate=false, but .*x has no pictures yet"):
+def test_scores_alone_need_all_pictures(run: Run, evaluated: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    with pytest.raises(UserError, match=r"generate=false, but .*x has no pictures yet"):
         run("label=x", "generate=false")
-    out = run("label=x")
+    out = Path(shutil.copytree(evaluated, tmp_path / "out", dirs_exist_ok=True))
     (out / "x/scores.json").unlink()
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
@@ -149,77 +186,61 @@ def test_scores_alone_need_all_pictures(run: Run, monkeypatch: pytest.MonkeyPatc
         run("label=x", "generate=false", "adapter=null")
         assert (out / "x/scores.json").is_file() == (rank == 0)
     (out / "x/pictures/picture1_0.png").unlink()
-    with pytest.raises(ValueError, match=r"1 of 10 pictures are not in .*picture1_0\.png"):
+    with pytest.raises(UserError, match=r"1 of 10 pictures are not in .*picture1_0\.png"):
         run("label=x", "generate=false")
-
-
-def test_weights_that_are_gone_do_not_take_the_pictures_along(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    out = run("label=x")
-    run("label=x", "adapter=nowhere.safetensors")
-    assert read(out / "x/manifest.json")["status"] == "complete" and "generate=false" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaints"),
     [
-        (["batch_size=0"], ["batch_size=0: a whole number from 1"]),
-        (["num_seeds=many", "sampling.num_steps=0"], ["num_seeds=many: a whole", "sampling.num_steps=0: a whole"]),
-        (["benchmark.limit=-1", "seed=x"], ["benchmark.limit=-1: a whole", "seed=x: a whole number from 0"]),
+        (["batch_size=0"], ["batch_size=0: "]),
+        (["num_seeds=many", "sampling.num_steps=0"], ["num_seeds=many: ", "sampling.num_steps=0: "]),
+        (["benchmark.limit=-1", "seed=x"], ["benchmark.limit=-1: ", "seed=x: "]),
         (["sampling.image_size_px=65"], ["sampling.image_size_px=65: a multiple of 8"]),
-        (
-            ["sampling.scale=much", "sampling.guidance=nan"],
-            ["sampling.scale=much: a number", "guidance=nan: a number"],
-        ),
+        (["sampling.scale=much", "sampling.guidance=nan"], ["sampling.scale=much: ", "guidance=nan: "]),
         (["prompt=captoin"], ["prompt=captoin: one of empty, caption"]),
-        (["label=a/b"], ["label=a/b: the name of a folder"]),
-        (["label=references"], ["label=references: the name of a folder"]),
+        (["label=a/b"], ["label=a/b: "]),
+        (["label=references"], ["label=references: "]),
         ([f"label={'x' * 300}"], ["is too long for a folder's name"]),
-        (["device=gpu"], ["device=gpu: null for a GPU if there is one, cpu"]),
+        (["device=gpu"], ["device=gpu: "]),
         (["device=cuda:99"], ["device=cuda:99: torch finds "]),
     ],
 )
 def test_wrong_values_are_told_before_anything_is_written(
     run: Run, tmp_path: Path, overrides: list[str], complaints: list[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"(?s)^.+$") as caught:
+    with pytest.raises(UserError, match=r"(?s)^.+$") as caught:
         run(*overrides)
     assert all(complaint in str(caught.value) for complaint in complaints)
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_that_are_no_numbers_are_refused() -> None:
+def test_pictures_that_are_not_finite_are_refused() -> None:
     pixels_B3HW = torch.zeros(3, 3, 4, 4)
     check_finite(pixels_B3HW, "x")
     pixels_B3HW[1, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"x: 1 of 3 pictures .*method\.dtype=float32"):
+    with pytest.raises(UserError, match=r"x: 1 of 3 pictures .*method\.dtype=float32"):
         check_finite(pixels_B3HW, "x")
 
 
-def test_captions_can_be_the_text(run: Run) -> None:
-    out = run("label=x", "benchmark.limit=2")
-    run("label=text", "benchmark.limit=2", "prompt=caption")
-    assert [entry["text"] for entry in read(out / "text/manifest.json")["pictures"]] == ["thing 0"] * 2 + [
-        "thing 1"
-    ] * 2
-    assert all(pictures(out / "x")[name] != content for name, content in pictures(out / "text").items())
-    with pytest.raises(ValueError, match="1 items have none"):
-        run("label=y", "prompt=caption", "out=" + str(out.with_name("other")))
+def test_captions_can_be_the_text(run: Run, out: Path, tmp_path: Path) -> None:
+    there = run("label=text", "benchmark.limit=2", "prompt=caption", f"out={tmp_path / 'there'}").with_name("there")
+    texts = [entry["text"] for entry in read(there / "text/manifest.json")["pictures"]]
+    assert texts == ["thing 0"] * 2 + ["thing 1"] * 2
+    assert all(pictures(out / "x")[name] != content for name, content in pictures(there / "text").items())
+    with pytest.raises(UserError, match="1 items have no caption"):
+        run("label=y", "prompt=caption", f"out={tmp_path / 'other'}")
 
 
-@pytest.mark.parametrize("gone", [["picture0_1.png"], ["picture3_0.png", "picture4_1.png"]])
-def test_what_is_missing_is_made_again_to_the_bit(run: Run, gone: list[str]) -> None:
-    out = run("label=x")
-    whole = pictures(out / "x")
-    for name in gone:
+def test_what_is_missing_is_made_again_to_the_bit(run: Run, evaluated: Path, out: Path) -> None:
+    """Pictures of the first and of the last batch."""
+    for name in ("picture0_1.png", "picture4_1.png"):
         (out / "x/pictures" / name).unlink()
-
     run("label=x")
+    assert pictures(out / "x") == pictures(evaluated / "x")
 
-    assert pictures(out / "x") == whole
 
-
-def test_two_processes_share_the_batches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = run("label=alone")
+def test_two_processes_share_the_batches(run: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
@@ -228,67 +249,85 @@ def test_two_processes_share_the_batches(run: Run, monkeypatch: pytest.MonkeyPat
         made.append(len(pictures(out / "shared")))
         assert (out / "shared/scores.json").is_file() == (rank == 1)  # the last one scores
     assert made == [6, 10]  # batches of 4, 4, 2
-    assert pictures(out / "shared") == pictures(out / "alone")
+    assert pictures(out / "shared") == pictures(out / "x")
 
 
-def test_a_new_metric_makes_no_picture(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = run("label=x")
-    monkeypatch.setattr(module, "generate", generate_nothing)
-
-    run("label=x", "+metric@metrics.border=border")
-
-    metrics = read(out / "x/scores.json")["metrics"]
-    assert {"clip_i", "border_lab"} <= metrics.keys()
+SBATCH = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}
 
 
-def test_changed_pictures_are_scored_anew(run: Run) -> None:
-    out = run("label=x")
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        (SRUN, (3, 4)),
+        ({"RANK": "1", "WORLD_SIZE": "2", **SBATCH}, (1, 2)),
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
+    ],
+)
+def test_torchrun_and_srun_say_which_process_this_is(environment: dict[str, str], expected: tuple[int, int]) -> None:
+    assert rank_and_world(environment) == expected
+
+
+@pytest.mark.parametrize("environment", [SBATCH, {"SLURM_NTASKS": "4"}, {**SBATCH, "SLURM_STEP_NUM_TASKS": "1"}])
+def test_one_process_in_an_allocation_of_several_tasks_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"allocation of 4 tasks: .*srun python evaluate"):
+        run("label=x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_pictures_are_scored_anew(run: Run, out: Path) -> None:
     before = read(out / "x/scores.json")
     Image.new("RGB", (16, 16), "red").save(out / "x/pictures/picture1_0.png")
 
-    run("label=x")
+    run("label=x", "generate=false")
 
     after = read(out / "x/scores.json")
     assert after["pictures"] != before["pictures"]
     assert after["per_item"]["clip_i"]["picture1"] != before["per_item"]["clip_i"]["picture1"]
 
 
-def test_another_judge_scores_anew(run: Run, tmp_path: Path) -> None:
-    out = run("label=x")
+def test_another_judge_scores_anew(run: Run, out: Path, tmp_path: Path) -> None:
     before = read(out / "x/scores.json")["per_item"]["clip_i"]
     other = tiny.save_clip(tmp_path / "other", seed=5)
 
-    run("label=x", f"judge.name={other}")
+    run("label=x", "generate=false", f"judge.name={other}")
     assert read(out / "x/scores.json")["per_item"]["clip_i"] != before
-    run("label=x", "judge.name=local-dir:nowhere")  # whose scores the old ones are not
+    run("label=x", "generate=false", "judge.name=local-dir:nowhere")  # the old scores are another judge's
     scores = read(out / "x/scores.json")
     assert "nowhere" in scores["missing"]["clip"] and not scores["metrics"] and not scores["per_item"]
-    run("label=x")
+    run("label=x", "generate=false")
     assert read(out / "x/scores.json")["per_item"]["clip_i"] == before
 
 
-def test_what_cannot_be_told_of_so_few_is_noted(run: Run) -> None:
-    out = run("label=x", "benchmark.limit=1", "num_seeds=1", "+metric@metrics.fid_judge=fid_judge")
-    scores = read(out / "x/scores.json")
-    assert "sets of two or more, not 1 with 1" in scores["missing"]["fid_judge"] and "clip_i" in scores["metrics"]
-
-
-def test_a_missing_network_is_noted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_cannot_be_computed_are_noted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that is missing, and sets that are too small."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    out = run("label=x", "+metric@metrics.other=dinov2", "metrics.other.network.path=/nowhere/dinov2")
+    network = ["+metric@metrics.other=dinov2", "metrics.other.network.path=/nowhere/dinov2"]
+    out = run("label=x", "benchmark.limit=1", "num_seeds=1", "+metric@metrics.fid_judge=fid_judge", *network)
     scores = read(out / "x/scores.json")
     assert "/nowhere/dinov2" in scores["missing"]["other"] and "clip_i" in scores["metrics"]
+    assert "sets of two or more, not 1 with 1" in scores["missing"]["fid_judge"]
 
 
-def test_missing_weights_end_as_skipped(run: Run) -> None:
+def test_missing_weights_end_as_skipped(
+    run: Run, evaluated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = run("label=x", "adapter=nowhere.safetensors")
-    told = read(out / "x/manifest.json")
-    assert told["status"] == "skipped" and told["method"]["name"] == "IP-Adapter"
-    assert "adapter=nowhere.safetensors: no such file" in told["reason"]
+    manifest = read(out / "x/manifest.json")
+    assert manifest["status"] == "skipped" and manifest["method"]["name"] == "IP-Adapter"
+    assert "adapter=nowhere.safetensors: no such file" in manifest["reason"]
     run("label=x", "method.base=nowhere/at/all")
     assert "method.base=nowhere/at/all" in read(out / "x/manifest.json")["reason"]
     run("label=x")  # once they are there it runs
-    assert read(out / "x/manifest.json")["status"] == "complete"
+    assert pictures(out / "x") == pictures(evaluated / "x")
+    run("label=x", "adapter=nowhere.safetensors")
+    assert read(out / "x/manifest.json")["status"] == "complete" and "generate=false" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -303,9 +342,8 @@ def test_missing_weights_end_as_skipped(run: Run) -> None:
         (["+metric@metrics.mine=border", "~metrics.clip", "judge.name=local-dir:x", "generate=false"], "ip_adapter"),
     ],
 )  # fmt: skip
-def test_labels_tell_what_was_asked(overrides: list[str], label: str) -> None:
-    cfg = compose(*overrides)
-    assert module.label_of(cfg) == label
+def test_labels_have_the_options_that_change_pictures(overrides: list[str], label: str) -> None:
+    assert module.label_of(compose(*overrides)) == label
 
 
 def evaluate_alone(overrides: list[str]) -> None:

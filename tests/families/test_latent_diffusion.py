@@ -188,18 +188,19 @@ def test_autocast_leaves_the_vae_in_its_own_type(make: Callable[[], LatentDiffus
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_text_is_its_ids_encoded(make: Callable[[], LatentDiffusion]) -> None:
     family, texts, sizes = make(), ["cat", "", "a much longer red dog than fits"], torch.arange(18).view(3, 6)
-    ids_BNL = family.tokenize(texts)
-    expected, found = family.encode_text(texts, sizes), family.encode_ids(ids_BNL, sizes)
+    inputs = family.prepare_text(texts)
+    expected, found = family.encode_text(texts, sizes), family.encode_text_inputs(inputs, sizes)
+    ids_BL = inputs["ids"]
 
-    assert ids_BNL.shape == (3, len(family.tokenizers), tiny.TEXT_LENGTH) and ids_BNL.dtype == torch.int64
-    assert all(torch.equal(family.tokenize([text])[0], ids_BNL[i]) for i, text in enumerate(texts))
+    assert ids_BL.shape == (3, len(family.tokenizers) * tiny.TEXT_LENGTH) and ids_BL.dtype == torch.int64
+    assert all(torch.equal(family.prepare_text([text])["ids"][0], ids_BL[i]) for i, text in enumerate(texts))
     pairs = zip(vars(expected).values(), vars(found).values(), strict=True)
     assert all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 def test_sdxl_has_the_ids_of_both_its_tokenizers_which_pad_differently() -> None:
     family = tiny_sdxl.make_family()
-    first_BL, second_BL = family.tokenize(["cat"]).unbind(1)
+    first_BL, second_BL = family.split_ids(family.prepare_text(["cat"]))
 
     assert torch.equal(first_BL[:, :5], second_BL[:, :5]) and not torch.equal(first_BL, second_BL)
 

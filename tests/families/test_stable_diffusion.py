@@ -10,9 +10,9 @@ from torch import nn
 
 from ipa.errors import UserError
 from ipa.families.sources import check_pipeline_folder
-from ipa.families.stable_diffusion import StableDiffusion, read_widths
-from ipa.model import hash_weights
+from ipa.families.stable_diffusion import StableDiffusion
 from ipa.types import to_uint8, to_unit_range
+from ipa.weights import hash_weights
 
 
 @pytest.fixture
@@ -52,7 +52,11 @@ def test_decoded_pixels_are_in_range(family: StableDiffusion) -> None:
 
 
 def test_sizes_follow_from_the_parts(family: StableDiffusion) -> None:
-    assert (family.downsampling, family.image_size_px, family.context_width) == (2, tiny.IMAGE_PX, tiny.CONTEXT_WIDTH)
+    assert (family.size_multiple_px, family.image_size_px, family.context_width) == (
+        2,
+        tiny.IMAGE_PX,
+        tiny.CONTEXT_WIDTH,
+    )
     assert family.latent_shape(32) == (4, 16, 16)
 
 
@@ -125,7 +129,7 @@ def test_widths_are_read_from_the_configuration_alone(base_folder: Path, tmp_pat
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes((base_folder / part).read_bytes())
 
-    assert read_widths(str(tmp_path)) == (tiny.CONTEXT_WIDTH, tiny.HIDDEN)
+    assert StableDiffusion.read_widths(str(tmp_path)) == (tiny.CONTEXT_WIDTH, tiny.HIDDEN)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/base"])
@@ -135,7 +139,7 @@ def test_a_folder_that_is_not_there_is_named(path: str) -> None:
 
 
 def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"base\.path={tmp_path} is there but holds no model_index\.json"):
+    with pytest.raises(UserError, match=rf"base\.path={tmp_path} has no model_index\.json"):
         StableDiffusion.from_pretrained(str(tmp_path))
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ipa.errors import MissingWeights
 from ipa.metrics.clip import ClipScorer, load_scorer
-from ipa.metrics.networks import MissingNetwork
 from ipa.metrics.pixels import fit_square
 from ipa.types import to_unit_range
 
@@ -90,7 +90,7 @@ def test_one_scorer_is_shared_per_name(clip_name: str) -> None:
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        MissingNetwork, match=rf"judge\.name=local-dir:{tmp_path}: there is no open_clip_config\.json in"
+        MissingWeights, match=rf"judge\.name=local-dir:{tmp_path}: there is no open_clip_config\.json in"
     ):
         ClipScorer.from_pretrained(f"local-dir:{tmp_path}")
 
@@ -102,6 +102,6 @@ def test_weights_that_cannot_be_had_are_told_with_the_ways_out(monkeypatch: pyte
     monkeypatch.setattr("open_clip.create_model", fail)
 
     with pytest.raises(
-        MissingNetwork, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"
+        MissingWeights, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"
     ):
         ClipScorer.from_pretrained("ViT-L-14-quickgelu", "openai")

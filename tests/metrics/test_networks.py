@@ -14,9 +14,10 @@ from metric_samples import pictures, told
 from omegaconf import OmegaConf
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
+from ipa.errors import MissingWeights
 from ipa.metrics.aesthetic import AestheticScore, load_head
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.networks import DinoNetwork, DreamSimNetwork, InceptionNetwork, MissingNetwork, download
+from ipa.metrics.networks import DinoNetwork, DreamSimNetwork, InceptionNetwork, download
 from ipa.metrics.picture_metric import PictureMetric
 from ipa.metrics.similarity import ImageSimilarity
 
@@ -67,7 +68,7 @@ def test_dino_with_missing_weights_is_refused(folder: Path) -> None:
 
 def test_dino_that_cannot_be_had_is_told(tmp_path: Path) -> None:
     for path in ("facebook/dinov2-base", str(tmp_path / "nowhere")):
-        with pytest.raises(MissingNetwork, match=rf"path={path}: .*huggingface\.co/facebook/dinov2-base .* as path"):
+        with pytest.raises(MissingWeights, match=rf"path={path}: .*huggingface\.co/facebook/dinov2-base .* as path"):
             DinoNetwork.from_pretrained(path)
 
 
@@ -75,9 +76,9 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for package in ("torch_fidelity", "dreamsim"):
         monkeypatch.setitem(sys.modules, package, None)
 
-    with pytest.raises(MissingNetwork, match=r"torch-fidelity: pip install -e '.\[fid\]'"):
+    with pytest.raises(MissingWeights, match=r"torch-fidelity: pip install -e '.\[fid\]'"):
         InceptionNetwork.from_pretrained()
-    with pytest.raises(MissingNetwork, match="pip install dreamsim"):
+    with pytest.raises(MissingWeights, match="pip install dreamsim"):
         DreamSimNetwork.from_pretrained(tmp_path)
 
 
@@ -85,7 +86,7 @@ def test_a_file_that_cannot_be_downloaded_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
     source = tmp_path / "nowhere.pth"
 
-    with pytest.raises(MissingNetwork, match=rf"download {source.as_uri()} .* into {tmp_path}/checkpoints"):
+    with pytest.raises(MissingWeights, match=rf"download {source.as_uri()} .* into {tmp_path}/checkpoints"):
         download(source.as_uri(), "w.pth")
     source.write_bytes(b"weights")
     assert download(source.as_uri(), "w.pth").read_bytes() == b"weights"
@@ -108,7 +109,7 @@ def test_inception_reads_its_file_as_torch_fidelity_does(tmp_path: Path) -> None
     levels = ((given + 1) * 127.5).round().to(torch.uint8)
     torch.testing.assert_close(network.embed_images(given), library(levels)[0])
     assert network.embed_images([given[0, :, :200], given[1]]).shape == (2, 2048)
-    with pytest.raises(MissingNetwork, match=r"nowhere\.pth: no such file; download https"):
+    with pytest.raises(MissingWeights, match=r"nowhere\.pth: no such file; download https"):
         InceptionNetwork.from_pretrained(str(tmp_path / "nowhere.pth"))
 
 
@@ -140,7 +141,7 @@ def test_aesthetic_heads_that_do_not_fit_or_are_missing_are_told(scorer: ClipSco
     with pytest.raises(ValueError, match=r"no layers\.N\.weight in it, but weight"):
         load_head(str(tmp_path / "other.pth"))
     for path in (str(tmp_path / "nowhere.pth"), "owner/name/head.pth", "head.pth"):
-        with pytest.raises(MissingNetwork, match=rf"path={path}: .*improved-aesthetic-predictor"):
+        with pytest.raises(MissingWeights, match=rf"path={path}: .*improved-aesthetic-predictor"):
             load_head(path)
 
 
@@ -156,4 +157,4 @@ def test_configurations_make_metrics_or_tell_what_is_missing(name: str, clip_nam
     elif name == "dinov2":
         with pytest.raises(InstantiationException, match="facebook/dinov2-base into a folder") as told_by:
             instantiate(cfg)
-        assert isinstance(told_by.value.__cause__, MissingNetwork)
+        assert isinstance(told_by.value.__cause__, MissingWeights)

@@ -1,53 +1,127 @@
-"""How the tools read their command line."""
+"""The command line of the tools."""
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 from omegaconf import MISSING
 
-from ipa.tools.options import read_options
+from ipa.errors import UserError
+from ipa.tools import ablation, export, pack, report, sample
+from ipa.tools.options import describe, option, read_options, run_tool
 
 
 @dataclass
 class Options:
-    folder: str = MISSING
-    out: str = MISSING
-    size: int | None = None
-    names: list[str] = field(default_factory=list)
+    folder: str = option(MISSING, "the images")
+    out: str = option(MISSING, "the result")
+    size: int | None = option(None, "their size", at_least=1)
+    share: float = option(0.5, "a share", at_least=0, at_most=1)
+    names: list[str] = option(MISSING, "some names")
+    text: str = option("a", "free text")
+    label: str | None = option("x", "a label")
+    way: str = option("left", "a choice", one_of=("left", "right"))
+    again: bool = option(False, "a switch")
 
 
 PLACES = ("folder", "out")
+GIVEN = ["in", "out", "names=a"]
 
 
-def test_words_without_a_name_fill_the_places_in_order() -> None:
-    options = read_options(["in", "size=3", "somewhere/a=b", "names=[a,b]"], Options, PLACES)
+def test_arguments_without_a_name_set_the_positional_options_in_order() -> None:
+    options = read_options(["in", "size=3", "somewhere/a=b", "names=[a, b]"], Options, PLACES)
 
-    assert (options.folder, options.out, options.size) == ("in", "somewhere/a=b", 3)
-    assert options.names == ["a", "b"]
-
-
-def test_named_words_do_as_well() -> None:
-    assert read_options(["out=there", "folder=here"], Options, PLACES) == read_options(
-        ["here", "there"], Options, PLACES
-    )
+    assert (options.folder, options.out, options.size, options.names) == ("in", "somewhere/a=b", 3, ["a", "b"])
+    assert options == read_options(["size=3", "out=somewhere/a=b", "names=[a, b]", "folder=in"], Options, PLACES)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argument", "name", "value"),
     [
-        (["in"], "please give out=…"),
-        (["in", "out", "more"], "'more' is one word too many: after FOLDER OUT come the options folder=, out="),
-        (["in", "out", "sise=3"], "'sise=3' is not one of the options .* Did you mean size=…"),
-        (["in", "folder=out"], "folder is given twice, 'in' and 'out'"),
-        (["in", "out", "size=big"], "size=big: .*Integer"),
-        ([], "please give folder=… and out=…"),
+        ("size=null", "size", None),
+        ("share=1e-1", "share", 0.1),
+        ("again=true", "again", True),
+        ("names=a b", "names", ["a b"]),
+        ("names=1", "names", ["1"]),
+        ("names=[]", "names", []),
+        ("label=null", "label", None),
+        ("text=null", "text", "null"),
+        ("text=", "text", ""),
+        ("text=yes", "text", "yes"),
+        ("text=1.50", "text", "1.50"),
+        ("text=red: {heart}, it's #1", "text", "red: {heart}, it's #1"),
+        ("text='a: b'", "text", "a: b"),
+        ("text=${oc.env:WORD}", "text", "from the environment"),
     ],
 )
-def test_mistakes_are_named(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_options(words, Options, PLACES)
+def test_values_have_the_type_of_their_option_and_texts_stay_as_typed(
+    monkeypatch: pytest.MonkeyPatch, argument: str, name: str, value: object
+) -> None:
+    monkeypatch.setenv("WORD", "from the environment")
+
+    assert read_options([*GIVEN, argument], Options, PLACES)[name] == value
 
 
-def test_without_places_every_word_needs_a_name() -> None:
-    with pytest.raises(ValueError, match="'in' is not one of the options folder="):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "please give folder=… and out=… and names=…"),
+        ([*GIVEN, "more"], "'more' is one argument too many: after FOLDER OUT"),
+        ([*GIVEN, "sise=3"], "'sise=3' is not one of the options folder=, out=.* Did you mean size=…"),
+        ([*GIVEN, "folder=out"], "folder is given twice, 'in' and 'out'"),
+        ([*GIVEN, "size=big"], "size=big: give an integer or null, at least 1"),
+        ([*GIVEN, "size=0"], "size=0: give an integer or null, at least 1"),
+        ([*GIVEN, "size=1.5"], "size=1.5: "),
+        ([*GIVEN, "share=2"], "share=2: give a number, at least 0, at most 1"),
+        ([*GIVEN, "way=up"], "way=up: give one of left, right"),
+        ([*GIVEN, "again=perhaps"], "again=perhaps: give true or false"),
+    ],
+)
+def test_mistakes_are_named_with_what_is_possible(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_options(arguments, Options, PLACES)
+
+
+def test_without_positional_options_every_argument_needs_a_name() -> None:
+    with pytest.raises(UserError, match="'in' is not one of the options folder="):
         read_options(["in"], Options)
+
+
+@pytest.mark.parametrize("tool", [ablation, export, pack, report, sample], ids=lambda tool: tool.__name__)
+def test_the_help_of_each_tool_explains_every_option(tool) -> None:
+    lines = describe(tool.Options).splitlines()
+
+    for known in fields(tool.Options):
+        (at,) = [number for number, line in enumerate(lines) if line.startswith(f"  {known.name}=")]
+        assert known.metadata["help"] in lines[at + 1]
+    assert max(map(len, lines)) <= 120
+
+
+def run(do) -> None:
+    run_tool(["folder=here", "out=x", "names=a"], Options, do, None)
+
+
+def test_only_errors_of_the_user_end_a_tool_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool.py"])
+    monkeypatch.setenv("SOME_TOKEN", "0123456789")
+    monkeypatch.chdir(tmp_path)
+    messages = {
+        "tool: give something else than …": UserError("give something else than 0123456789"),
+        "PermissionError: .*'here/a.png'": PermissionError(13, "Permission denied", "here/a.png"),
+    }
+    for message, error in messages.items():
+        with pytest.raises(SystemExit, match=message):
+            run(lambda options, error=error: raise_(error))
+    for bug in (ValueError("zip()"), TypeError("a bug"), OSError(28, "No space left on device", "/tmp/x")):
+        with pytest.raises(type(bug)):
+            run(lambda options, bug=bug: raise_(bug))
+
+    run(lambda options: Path(options.out))
+    assert capsys.readouterr().out == "wrote x\n"
+
+
+def raise_(error: Exception) -> None:
+    raise error

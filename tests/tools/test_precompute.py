@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import json
 import multiprocessing
@@ -31,16 +29,17 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ipa.data.addresses import Address
-from ipa.data.cache import Header, WrongCache
+from ipa.data.cache.format import Header, WrongCache
 from ipa.data.records import Record
 from ipa.errors import UserError
-from ipa.tools.precomputing.claims import Claims, in_turn, read_share
-from ipa.tools.precomputing.run import check_finite, precompute
+from ipa.tools.precompute.run import check_finite, precompute
+from ipa.tools.precompute.shards import read_share
 from ipa.training.parts import build_model
 from ipa.types import Batch, to_unit_range
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS, SAMPLES = 3, 20
+TWO_CAPTIONS = "data.captions={keys:[txt,alt],choice:random}"
 
 
 def picture(draw: random.Random, size: tuple[int, int] = (20, 24)) -> bytes:
@@ -105,20 +104,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, shards: Path, base_folder: Pa
     return run(tmp_path_factory.mktemp("made") / "features", *parts)
 
 
-def test_a_shard_is_made_of_each_and_nothing_else_is_left(made: Path, shards: Path) -> None:
+def test_workers_change_no_byte(made: Path, parts: list[str], shards: Path, tmp_path: Path) -> None:
     assert sorted(contents(made)) == sorted(path.name for path in shards.iterdir())
-
-
-def test_workers_and_a_restart_change_no_byte(made: Path, parts: list[str], tmp_path: Path) -> None:
-    out = run(tmp_path / "out", *parts, "num_workers=2")
-    assert contents(out) == contents(made)
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    (out / "00001.tar").unlink()
-    run(out, *parts)
-
-    assert contents(out) == contents(made)
-    after = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert [path.name for path in before if before[path] != after[path]] == ["00001.tar"]
+    assert contents(run(tmp_path / "out", *parts, "num_workers=2")) == contents(made)
 
 
 def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int | None = None) -> list[Batch]:
@@ -131,21 +119,29 @@ def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int |
     return list(islice(data.train_dataloader(), number))
 
 
-@pytest.mark.parametrize(
-    ("experiment", "keep"),
-    [("decoupled_global", None), ("decoupled_fine_grained", None), ("decoupled_global", "reference")],
-)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, shards: Path, base_folder: Path, clip_name: str) -> Path:
+    """A cache that keeps the pooled embedding and the reference, with two captions of some samples."""
+    parts = [
+        f"base.path={base_folder}",
+        f"encoder.name={clip_name}",
+        f"data.train={shards}",
+        "data.val=null",
+        TWO_CAPTIONS,
+    ]
+    return run(tmp_path_factory.mktemp("both") / "features", *parts, "keep=[pooled,reference]")
+
+
+@pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained"])
 def test_training_on_the_cache_has_the_losses_of_training_on_the_pictures(
-    experiment: str, keep: str | None, parts: list[str], tmp_path: Path
+    experiment: str, both: Path, parts: list[str]
 ) -> None:
-    parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "data.background=null", "++data.window=8"]
-    parts.append("data.captions={keys:[txt,alt],choice:random}")
-    out = run(tmp_path / "features", *parts, f"keep={f'[{keep}]' if keep else 'null'}")
-    online = compose("train", *parts)
-    cached = compose("train", *parts, "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1")
+    parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "++data.window=8", TWO_CAPTIONS]
+    online = compose("train", *parts, "data.background=null")
+    cached = compose("train", *parts, "data=cache", f"data.train={both}", "data.lanes.ranks=1", "data.lanes.workers=1")
     model = tiny.shake(build_model(online))
     model.adapter.install()
-    pairs = zip(train_batches(online, model, 8), train_batches(cached, model, 8), strict=True)
+    pairs = zip(train_batches(online, model, 4), train_batches(cached, model, 4), strict=True)
     for pictures, features in pairs:
         assert (features.keys, features.shards, features.text) == (pictures.keys, pictures.shards, pictures.text)
         assert features.position == pictures.position
@@ -199,9 +195,7 @@ def killed_at_random(cfg: DictConfig) -> None:
 def start(cfg: DictConfig) -> BaseProcess:
     """From a server that has imported everything: a run starts in a moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["ipa.tools.precomputing.run", "ipa.families.stable_diffusion", "open_clip", "hydra"]
-    )
+    context.set_forkserver_preload(["ipa.tools.precompute.run", "ipa.families.stable_diffusion", "open_clip", "hydra"])
     process = context.Process(target=killed_at_random, args=(cfg,))
     process.start()
     return process
@@ -225,79 +219,47 @@ def test_kills_at_any_moment_change_no_byte(kills: int, made: Path, parts: list[
         left |= {Path(name).suffix for name in os.listdir(out)}
     run(out, *parts)
 
-    assert ".lock" in left
+    assert ".tmp" in left
     assert contents(out) == contents(made)
 
 
-def test_two_at_once_make_no_shard_twice(made: Path, parts: list[str], tmp_path: Path) -> None:
-    """Every file that gets its name is another one: a shard that is made again would replace it."""
-    out = tmp_path / "out"
-    cfg = compose("precompute", *parts, "data.background=null", "batch_size=4", "num_workers=0", f"out={out}")
-    processes, seen = [start(cfg) for _ in range(2)], dict[str, set[int]]()
-    while any(process.is_alive() for process in processes):
-        for path in out.glob("*.tar"):
-            seen.setdefault(path.name, set()).add(path.stat().st_ino)
-        time.sleep(0.002)
-
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert contents(out) == contents(made)
-    assert all(len(files) == 1 for files in seen.values())
-
-
-def test_a_shard_that_another_process_has_is_left_to_it(made: Path, parts: list[str], tmp_path: Path, caplog) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    with (out / ".00001.tar.lock").open("wb") as lock, caplog.at_level("INFO"):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run(out, *parts)
-        assert "2 shards with" in caplog.text and "1 are other processes'" in caplog.text
-        assert sorted(os.listdir(out)) == [".00001.tar.lock", "00000.tar", "00002.tar"]
-    run(out, *parts)
-
-    assert contents(out) == contents(made)
-
-
-def test_what_cannot_be_locked_needs_a_share(
-    made: Path, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_ranks_make_all_and_a_restart_makes_what_a_dead_one_left(
+    made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file system without locks is not to be had here, so the kernel's answer is given in its place."""
+    """Rank 1 of 2 is killed in the middle of its only shard and started again; then a shard is lost."""
+    out = tmp_path / "out"
+    with caplog.at_level("INFO"):
+        run(out, *parts, "rank=0", "world=2")
+    assert sorted(os.listdir(out)) == ["00000.tar", "00002.tar"]
+    assert "2 shards with" in caplog.text and "1 shards are left to other processes" in caplog.text
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / ".00001.tar.4711.tmp").write_bytes((made / "00001.tar").read_bytes()[:2000])
+    run(out, *parts, "rank=1", "world=2")
 
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"refuses locks \(No locks available\).*Give rank=0 world=1"):
-        run(tmp_path / "out", *parts)
-    assert list((tmp_path / "out").iterdir()) == []
-    run(tmp_path / "out", *parts, "rank=1", "world=2")
-    assert sorted(os.listdir(tmp_path / "out")) == ["00001.tar"]
-    run(tmp_path / "out", *parts, "rank=0", "world=2")
-
-    assert contents(tmp_path / "out") == contents(made)
-
-
-def test_with_locks_a_share_is_only_what_comes_first() -> None:
-    assert list(in_turn("abcdefg", 1, 3)) == ["b", "e", "c", "f", "a", "d", "g"]
-    assert list(Claims((1, 3)).order("abcdefg")) == ["b", "e", "c", "f", "a", "d", "g"]
-    assert list(Claims((1, 3), locking=False).order("abcdefg")) == ["b", "e"]
-    assert list(Claims().order("abc")) == ["a", "b", "c"]
+    assert contents(out) == contents(made)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    (out / "00002.tar").unlink()
+    with caplog.at_level("INFO"):
+        run(out, *parts)
+    assert contents(out) == contents(made)
+    assert "1 shards with" in caplog.text and "2 shards were complete" in caplog.text
 
 
-SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
 
 
 @pytest.mark.parametrize(
     ("rank", "world", "environment", "share"),
     [
-        (None, None, {}, None),
+        (None, None, {}, (0, 1)),
         (0, 2, SLURM, (0, 2)),
         (None, None, SLURM, (3, 4)),
         (None, None, {"RANK": "1", "WORLD_SIZE": "2", **SLURM}, (1, 2)),
-        (None, None, {"SLURM_NTASKS": "4"}, None),
+        (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),  # a batch script without srun
     ],
 )
 def test_shares_are_as_said_or_as_the_starter_says(
-    rank: int | None, world: int | None, environment: dict[str, str], share: tuple[int, int] | None
+    rank: int | None, world: int | None, environment: dict[str, str], share: tuple[int, int]
 ) -> None:
     assert read_share(rank, world, environment) == share
 
@@ -308,39 +270,31 @@ def test_shares_that_there_are_not_are_refused(rank: int | None, world: int | No
         read_share(rank, world, {})
 
 
-RANDOM = [
-    ("data.crop=random", r"data\.crop=random \(say center\)"),
-    (
-        "data.background={_target_:ipa.data.transforms.Background,white:0.5,colours:[red]}",
-        r"data\.background, white=0\.5",
+RANDOM = {
+    "data.crop=random": r"data\.crop=random",
+    "data.background={_target_:ipa.data.images.transforms.Background,white:0.5,colours:[red]}": (
+        r"data\.background, white=0"
     ),
-    ("data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red,blue]}", r"data\.background"),
-    ("++data.augment={_target_:ipa.data.augment.Augmentation,flip:0.5}", r"data\.augment=.*flip=0\.5"),
-]
+    "++data.augment={_target_:ipa.data.images.augment.Augmentation,flip:0.5}": r"data\.augment=.*flip=0\.5",
+}
 
 
-@pytest.mark.parametrize(
-    ("override", "complaint"), [*RANDOM, ("++data.reference=[ref.jpg,other.jpg]", r"data\.reference=\[")]
-)
-def test_random_choices_are_refused_by_name(override: str, complaint: str, parts: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"a cache holds one picture of each sample.*{complaint}"):
-        run(tmp_path / "out", *parts, override)
+def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.reference=\["):
+        run(tmp_path / "out", *parts, "++data.reference=[ref.jpg,other.jpg]")
+    with pytest.raises(UserError) as refused:
+        run(tmp_path / "out", *parts, *RANDOM)
+    cfg = compose("train", *parts, "data=cache", f"data.train={made}", *RANDOM)
+    with pytest.raises(InstantiationException) as refused_in_training:
+        instantiate(cfg.data)
+
+    for message in (str(refused.value), str(refused_in_training.value.__cause__)):
+        assert all(re.search(complaint, message) for complaint in RANDOM.values())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("override", "complaint"), RANDOM)
-def test_random_choices_are_refused_by_name_in_training(
-    override: str, complaint: str, made: Path, parts: list[str]
-) -> None:
-    cfg = compose("train", *parts, "data=cache", f"data.train={made}", override)
-    with pytest.raises(InstantiationException) as refused:
-        instantiate(cfg.data)
-
-    assert re.search(f"cannot draw it anew.*{complaint}", str(refused.value.__cause__))
-
-
 def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
-    red = "data.background={_target_:ipa.data.transforms.Background,white:0,colours:[red]}"
+    red = "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red]}"
     out = run(tmp_path / "out", *parts, red)
     assert Header.of_shard(str(out / "00000.tar")).choices["background"] == "red"
     for asked in (red, "data.background=null"):
@@ -349,24 +303,22 @@ def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Pa
         instantiate(compose("train", *parts, "data=cache", f"data.train={out}", red.replace("white:0", "white:1")).data)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "differing"),
-    [
-        (["data.reference_fit=pad"], ['choices reference_fit: "crop", here "pad"']),
-        (["base.dtype=bfloat16", "encoder.dtype=bfloat16"], ["fingerprints encoder: .*bfloat16", "fingerprints vae: "]),
-        (["image_size_px=32"], ["sizes image_size_px: 16, here 32", "sizes latent_shape"]),
-        (["data.captions=json.text"], ["choices captions: "]),
-        (["experiment=decoupled_fine_grained"], ["sizes kept: .*pooled.*reference"]),
-    ],
-)
-def test_a_cache_that_was_made_in_another_way_is_not_gone_on_with(
-    overrides: list[str], differing: list[str], made: Path, parts: list[str]
-) -> None:
+def test_a_cache_that_was_made_in_another_way_is_not_continued(made: Path, parts: list[str]) -> None:
     before = contents(made)
-    with pytest.raises(WrongCache, match=r"00000\.tar is there already, made in another way: ") as refused:
-        run(made, *parts, *overrides)
+    with pytest.raises(WrongCache) as refused:
+        run(
+            made, *parts, "data.reference_fit=pad", "base.dtype=bfloat16", "image_size_px=32", "data.captions=json.text"
+        )
+    with pytest.raises(WrongCache, match=r"sizes kept: .*pooled.*reference"):
+        run(made, *parts, "experiment=decoupled_fine_grained", "encoder.dtype=bfloat16")
 
-    assert all(re.search(each, str(refused.value)) for each in differing)
+    wanted = (
+        "fingerprints vae: ",
+        'choices reference_fit: "crop", here "pad"',
+        "image_size_px: 16, here 32",
+        "captions: ",
+    )
+    assert all(each in str(refused.value) for each in wanted)
     assert contents(made) == before
 
 
@@ -374,9 +326,11 @@ def test_a_cache_that_was_made_in_another_way_is_not_gone_on_with(
     ("overrides", "complaint"),
     [
         (["data.reference_fit=pad"], "choices: reference_fit crop, not pad"),
-        (["image_size_px=32"], r"sizes: image_size_px 16, not 32; latent_shape \[4, 8, 8\], not \[4, 16, 16\]"),
-        (["base.dtype=bfloat16"], "fingerprints: vae float32 .*, not bfloat16"),
-        (["encoder.dtype=bfloat16"], "fingerprints: encoder float32 .*, not bfloat16"),
+        (["image_size_px=32"], r"image_size_px 16, not 32; latent_shape \[4, 8, 8\], not \[4, 16, 16\]"),
+        (
+            ["base.dtype=bfloat16", "encoder.dtype=bfloat16"],
+            "fingerprints: vae .*, not bfloat16.*encoder .*, not bfloat16",
+        ),
         (["experiment=decoupled_fine_grained"], r"keeps pooled of each reference, but .* patches .*keep=\[reference\]"),
         (["data.buckets=sdxl"], "choices: buckets None, not "),
     ],
@@ -409,13 +363,13 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
     misnamed = [caches[0].replace("caches.laion", "caches.mine"), caches[1]]
     with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: call it so"):
         instantiate(compose("train", *plain, "data=cache", *misnamed).data)
-    half = run(tmp_path / "half", *parts, "base.dtype=bfloat16")
     padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "++data.max_pixels=10_000")
-    unlike = r"data\.caches\.train was not made as laion was: "
     for path, said in (
         (made, None),
-        (half, f"{unlike}fingerprints vae"),
-        (padded, rf'{unlike}choices reference_fit: "pad", here "crop"\W+full_key'),
+        (
+            padded,
+            r'data\.caches\.train was not made as laion was: choices reference_fit: "pad", here "crop"\W+full_key',
+        ),
     ):
         cfg = compose("train", *plain, "data=cache", caches[0], f"+data.caches.train.shards={path}")
         with nullcontext() if said is None else pytest.raises(InstantiationException, match=said):
@@ -426,7 +380,7 @@ def test_a_shard_that_breaks_off_on_its_way_here_is_not_kept(
     made: Path, parts: list[str], shards: Path, tmp_path: Path
 ) -> None:
     pipes = [f"data.train='pipe:head -c {size} {shards / '00000.tar'}'" for size in (15_000, 1_000_000)]
-    with pytest.raises(UserError, match=r"1 shards broke off while .* \(pipe:head -c 15000.*tries them again"):
+    with pytest.raises(UserError, match=r"1 shards broke off while .* \(pipe:head -c 15000"):
         run(tmp_path / "out", *parts, pipes[0], "data.schemes=[pipe,file]")
     assert not list((tmp_path / "out").glob("*.tar"))
     run(tmp_path / "out", *parts, pipes[1], "data.schemes=[pipe,file]")
@@ -449,9 +403,9 @@ def test_a_broken_file_is_kept_as_far_as_it_goes(parts: list[str], shards: Path,
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["keep=[poled]"], r"keep=\['poled'\]: of pooled, reference"),
-        (["batch_size=0"], "batch_size=0 num_workers=0: at least 1, and 0"),
-        (["out=s3://bucket/features"], "out=s3://bucket/features: give a folder"),
+        (["keep=[poled]"], r"keep=\['poled'\]: .* pooled, reference"),
+        (["batch_size=0"], "batch_size=0"),
+        (["out=s3://bucket/features"], "out=s3://bucket/features"),
         (["device=quantum"], "device=quantum: "),
         (["rank=3"], "rank=3 world=None: give both or neither"),
     ],
@@ -469,7 +423,7 @@ def test_features_are_not_made_of_features(made: Path, parts: list[str], tmp_pat
 
 def test_two_shards_of_one_name_are_refused(parts: list[str], shards: Path, tmp_path: Path) -> None:
     (tmp_path / "more").symlink_to(shards)
-    with pytest.raises(ValueError, match=r"2 shards are called 00000\.tar: make caches of them one by one"):
+    with pytest.raises(ValueError, match=r"2 shards are called 00000\.tar"):
         run(tmp_path / "out", *parts, f"data.train=[{shards},{tmp_path / 'more'}]")
 
 
@@ -480,11 +434,10 @@ def test_numbers_that_fp16_does_not_hold_are_not_written() -> None:
         check_finite(tensors, records)
 
 
-@pytest.mark.parametrize("word", ["batch_sise=3", "recipe=sd16"])
-def test_misspelt_options_are_answered_as_in_training(word: str) -> None:
-    command = [sys.executable, "-m", "ipa.tools.precompute", word]
+def test_misspelt_options_are_answered_as_in_training() -> None:
+    command = [sys.executable, "-m", "ipa.tools.precompute", "batch_sise=3"]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
     assert answer.returncode == 2 and "Traceback" not in answer.stderr
-    assert re.search(r"Did you mean (batch_size=3|recipe=sd15)", answer.stderr)
-    assert "`python -m ipa.tools.precompute --help` explains the options" in answer.stderr
+    assert "Did you mean batch_size=3" in answer.stderr
+    assert "`python -m ipa.tools.precompute --help`" in answer.stderr

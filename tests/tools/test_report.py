@@ -1,4 +1,4 @@
-"""`python -m ipa.tools.report`: the command, its options and what it says of mistakes."""
+"""`python -m ipa.tools.report`: the command, its options, the errors for wrong ones."""
 
 import json
 import sys
@@ -40,9 +40,9 @@ def test_a_folder_is_enough(
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("rows=-1", "report: rows=-1: at least 0"),
-        ("thumbnail_px=2", "report: thumbnail_px=2: at least 16"),
-        ("system=mine", "report: system=mine: not one of seecoder"),
+        ("rows=-1", "report: rows=-1"),
+        ("thumbnail_px=2", "report: thumbnail_px=2"),
+        ("system=mine", "report: system=mine"),
         ("sytem=mine", "Did you mean system="),
         ("rows=many", "rows=many"),
     ],
@@ -55,6 +55,6 @@ def test_mistakes_end_with_a_message(
     assert not (evaluation / "table.md").exists()
 
 
-def test_an_empty_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"report: folder=.* no evaluation there"):
+def test_an_empty_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"report: folder=.*items\.json is missing"):
         report(monkeypatch, str(tmp_path))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,22 +62,6 @@ class Ledger(L.Callback):
         line = {"step": trainer.global_step, "keys": batch.keys, "loss": outputs["loss"].item().hex()}
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-class Dice(L.Callback):
-    """Writes what the global random generators give after every step into ``file``."""
-
-    def __init__(self, file: str) -> None:
-        self.file = Path(file)
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        draws = (torch.rand(1).item(), np.random.rand(), random.random())
-        with self.file.open("a") as file:
-            file.write(f"{draws}\n")
-
-
-def dice(file: Path) -> list[str]:
-    return [f"+callbacks.dice._target_={__name__}.Dice", f"+callbacks.dice.file={file}"]
 
 
 class SignalAt(L.Callback):

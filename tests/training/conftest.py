@@ -6,21 +6,25 @@ import csv
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
 import tiny
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 from ipa.cli import quiet_libraries
 from ipa.training.checkpointing import checkpoints_in, read_checkpoint
@@ -31,7 +35,14 @@ SAMPLES = 24
 HELDOUT = 6
 
 EXPERIMENTS = ["decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained"]
-# all that a step can have at once; six steps of it are two passes over the data
+# both kinds and both heads; the other combinations take as long again
+SOME_EXPERIMENTS = [
+    pytest.param(name, marks=pytest.mark.slow if name in EXPERIMENTS[1:3] else ()) for name in EXPERIMENTS
+]
+QUIET = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=0")
+FEW = ("scoring=null", "preview.num_prompts=1", "preview.num_scored=2")
+SIX = ("trainer.max_steps=6", "image_prompt_check.every_n_steps=2", *FEW)
+# everything that a step can have at once; six steps of it are two passes over the data
 EVERYTHING = (
     "trainer.max_steps=6",
     "trainer.accumulate_grad_batches=2",
@@ -168,10 +179,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
 
 
 @pytest.fixture(scope="session")
-def variants(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> dict[str, Path]:
-    """The folder of a run of every experiment with ``EVERYTHING``, scored; only to be read."""
+def variant(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Callable[[str], Path]:
+    """The folder of a run of an experiment with ``EVERYTHING``, scored; only to be read."""
     place = tmp_path_factory.mktemp("variants")
-    return {name: train_in(place / name, f"experiment={name}", *EVERYTHING) for name in EXPERIMENTS}
+    return cache(lambda name: train_in(place / name, f"experiment={name}", *EVERYTHING))
+
+
+@pytest.fixture(scope="session")
+def six(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
+    """A run of ``SIX`` without a stop, one pass over the data; only to be read."""
+    return train_in(tmp_path_factory.mktemp("runs") / "six", *SIX)
+
+
+@pytest.fixture(scope="session")
+def first_four(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
+    """The first four steps of ``SIX``; only to be read."""
+    return train_in(tmp_path_factory.mktemp("runs") / "four", *SIX, "trainer.max_steps=4")
+
+
+@pytest.fixture
+def half_done(first_four: Path, tmp_path: Path) -> Path:
+    """A copy of ``first_four`` in another place."""
+    return Path(shutil.copytree(first_four, tmp_path / "half"))
 
 
 Command = Callable[..., subprocess.Popen[str]]
@@ -192,7 +221,7 @@ def start(world: World, tmp_path: Path) -> Command:
             "HOME": str(tmp_path),
             "PYTHONPATH": str(ROOT),
             "PYTHONIOENCODING": "utf-8",
-            # under a limit on file sizes Python would leave half a compiled module in the libraries
+            # under a limit on file sizes Python would leave half a compiled module
             "PYTHONDONTWRITEBYTECODE": "1",
             **environment,
         }
@@ -246,3 +275,25 @@ def saved_configuration(folder: Path) -> DictConfig:
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)
     return cfg
+
+
+COMPARED = ("train/loss", "train/lr", "train/grad_norm", "image_prompt/gap", "preview/clip_i", "preview/border_lab")
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Weights, their average, optimizer and schedule of the last checkpoint."""
+    saved = checkpoint(folder)
+    return {**saved["state_dict"], **saved["optimizer_states"][0]["state"], "schedule": saved["lr_schedulers"]}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Log, adapter files and last checkpoint are the same to the bit."""
+    for name in COMPARED:
+        assert column(one, name) == column(other, name)
+    assert [row["step"] for row in rows(one)] == [row["step"] for row in rows(other)]
+    for pattern in ("*.safetensors", "checkpoints/*"):
+        names = [sorted(path.name for path in folder.glob(pattern)) for folder in (one, other)]
+        assert names[0] == names[1]
+    for file in one.glob("*.safetensors"):
+        torch.testing.assert_close(load_file(file), load_file(other / file.name), rtol=0, atol=0)
+    torch.testing.assert_close(trained(one), trained(other), rtol=0, atol=0)

@@ -70,16 +70,6 @@ class Probe(L.Callback):
             file.write(json.dumps(line) + "\n")
 
 
-class Mover(L.Callback):
-    """Moves a frozen weight by the smallest step that there is, at step 1."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 1:
-            weight = next(pl_module.model.family.unet.parameters())
-            first = (0,) * weight.ndim
-            weight.data[first] = torch.nextafter(weight.data[first], torch.tensor(9.0))
-
-
 class Greedy(L.Callback):
     """Asks for more memory than any machine has, at step 2."""
 
@@ -89,10 +79,7 @@ class Greedy(L.Callback):
 
 
 class BadSource(L.Callback):
-    """The sixth record of the first source takes for ever, until ``file`` has its worker's stack; or kills it."""
-
-    def __init__(self, file: str | None = None) -> None:
-        self.file = file
+    """The sixth record of the first source kills the data worker."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         source = trainer.datamodule.train_order.sources[0]  # type: ignore[attr-defined]
@@ -100,10 +87,8 @@ class BadSource(L.Callback):
 
     def read(self, records: Iterator[Any]) -> Iterator[Any]:
         for number, record in enumerate(records):
-            if number == 5 and self.file is None:
+            if number == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if number == 5 and self.file is not None:
-                hang_in_source(Path(self.file))
             yield record
 
 
@@ -118,8 +103,8 @@ class HangingStep(L.Callback):
             hang_in_step(self.file)
 
 
-def hang_in_source(file: Path) -> None:
-    wait_until(lambda: has_stack(file, f"data worker, process {os.getpid()}", "hang_in_source"))
+def hang_in_source() -> None:
+    time.sleep(PATIENCE_S)
 
 
 def hang_in_step(file: Path) -> None:

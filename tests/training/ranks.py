@@ -30,11 +30,11 @@ Job = tuple[Path, Sequence[str]]
 
 
 def together(function: Callable[..., None], *args: Any) -> None:
-    """Call ``function(rank, *args)`` in every rank; raises if one does."""
+    """Call ``function(rank, *args)`` in every rank; raises if one does. Forked, so that nothing is imported again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(begin, (port, function, args), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    multiprocessing.start_processes(begin, (port, function, args), nprocs=WORLD, start_method="fork")  # type: ignore[no-untyped-call]
 
 
 def begin(rank: int, port: int, function: Callable[..., None], args: Sequence[Any]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from bystanders import WITNESS, Witness
-from conftest import Run, checkpoint, column
+from conftest import QUIET, Run, checkpoint, column
 
-QUIET = ("trainer.max_steps=3", "data.val=null", "scoring=null", "image_prompt_check.every_n_steps=100")
+from ipa.training.run import learning_rate_factor
+
 # Adam divides by the gradient's size and so makes much of a difference in rounding; this one does not
 PLAIN = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "optimizer.weight_decay=0")
 
@@ -22,7 +23,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_accumulated_batches_are_one_large_one(train_in: Run, tmp_path: Path) -> None:
     found = {}
     for batch, times in ((4, 1), (2, 2), (2, 1)):
-        sizes = (f"data.batch_size={batch}", f"trainer.accumulate_grad_batches={times}")
+        size = f"data.batch_size={batch}" if times == 1 else f"data.batch_size=null global_batch_size={batch * times}"
+        sizes = (*size.split(), f"trainer.accumulate_grad_batches={times}", "trainer.max_steps=3")
         folder = train_in(tmp_path / f"{batch}x{times}", *QUIET, *PLAIN, *sizes, WITNESS)
         keys = {step: [*chain(*batches)] for step, batches in Witness.keys.items()}
         found[batch, times] = weights(folder), keys
@@ -33,38 +35,28 @@ def test_accumulated_batches_are_one_large_one(train_in: Run, tmp_path: Path) ->
     assert max((half[name] - whole[name]).abs().max() for name in whole) > 1e-4
 
 
-def test_accumulation_shares_the_global_batch(train_in: Run, tmp_path: Path) -> None:
-    shared = ("data.batch_size=null", "global_batch_size=6", "trainer.accumulate_grad_batches=3")
-    train_in(tmp_path / "x", *QUIET, *shared, WITNESS)
-
-    assert {step: [len(keys) for keys in batches] for step, batches in Witness.keys.items()} == {
-        step: [2, 2, 2] for step in (1, 2, 3)
-    }
+@pytest.mark.parametrize(("scaling", "factor"), [(None, 1), ("linear", 1 / 16), ("sqrt", 1 / 4)])
+def test_the_learning_rate_follows_the_samples_of_a_step(scaling: str | None, factor: float) -> None:
+    """Four, where the paper has 64."""
+    assert learning_rate_factor(scaling, 4) == factor
 
 
-@pytest.mark.parametrize(("scaling", "factor"), [("null", 1), ("linear", 1 / 16), ("sqrt", 1 / 4)])
-def test_the_learning_rate_follows_the_samples_of_a_step(
-    train_in: Run, tmp_path: Path, scaling: str, factor: float
+def test_the_optimizer_has_the_scaled_learning_rate_and_the_cosine_falls_to_the_last_step(
+    train_in: Run, tmp_path: Path
 ) -> None:
-    """Two batches of two, where the paper has 64."""
-    sizes = ("data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.max_steps=1")
-    folder = train_in(tmp_path / "x", *QUIET, *sizes, f"scale_lr={scaling}", "optimizer.lr=0.008")
-
-    assert float(column(folder, "train/lr")[1]) == pytest.approx(0.008 * factor, rel=1e-6)
-    saved = checkpoint(folder)["optimizer_states"][0]["param_groups"][0]
-    assert saved["initial_lr"] == pytest.approx(0.008 * factor, rel=1e-6)
-
-
-def test_warm_up_climbs_and_cosine_falls_to_the_last_step(train_in: Run, tmp_path: Path) -> None:
-    schedule = ("schedule=cosine", "schedule.num_warmup_steps=2", "optimizer.lr=0.01")
-    folder = train_in(tmp_path / "x", *QUIET, *schedule, "trainer.max_steps=6")
+    """After a warm-up of two steps; two batches of two are 1/16 of the paper's batch."""
+    sizes = ("data.batch_size=2", "trainer.accumulate_grad_batches=2", "scale_lr=linear", "optimizer.lr=0.16")
+    schedule = ("schedule=cosine", "schedule.num_warmup_steps=2", "trainer.max_steps=6")
+    folder = train_in(tmp_path / "x", *QUIET, *sizes, *schedule)
 
     rates = [float(rate) for rate in column(folder, "train/lr").values()]
     assert rates == pytest.approx([0, 0.005, 0.01, 0.00853553, 0.005, 0.00146447], abs=1e-6)
+    saved = checkpoint(folder)["optimizer_states"][0]["param_groups"][0]
+    assert saved["initial_lr"] == pytest.approx(0.01, rel=1e-6)
 
 
 def test_a_schedule_is_stretched_to_the_new_end_of_a_run_that_goes_on(train_in: Run, tmp_path: Path) -> None:
-    """The saved configuration holds the old end; past it a cosine would climb again."""
+    """Past the old end a cosine would climb again."""
     schedule = ("schedule=cosine", "optimizer.lr=0.01")
     folder = train_in(tmp_path / "x", *QUIET, *schedule, "trainer.max_steps=2")
     train_in(folder, *QUIET, *schedule, "trainer.max_steps=6")

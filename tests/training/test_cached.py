@@ -8,10 +8,10 @@ from pathlib import Path
 
 import hydra
 import pytest
-from conftest import ROOT, Run, World, checkpoint, column
+from conftest import QUIET, ROOT, Run, World, checkpoint, column
 
-from ipa.data.cache import CacheWriter, Header, WrongCache
-from ipa.tools.precomputing.run import precompute
+from ipa.data.cache.format import CacheWriter, Header, WrongCache
+from ipa.tools.precompute.run import precompute
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,11 @@ def features(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
 
 @pytest.mark.parametrize(
     ("experiment", "precision"),
-    [("decoupled_global", "bf16-mixed"), ("decoupled_fine_grained", "32-true"), ("simple_global", "32-true")],
+    [
+        pytest.param("decoupled_global", "32-true", marks=pytest.mark.slow),
+        ("decoupled_fine_grained", "bf16-mixed"),
+        pytest.param("simple_global", "32-true", marks=pytest.mark.slow),
+    ],
 )
 def test_it_trains_previews_and_scores(
     experiment: str, precision: str, features: Path, train_in: Run, tmp_path: Path
@@ -46,8 +50,8 @@ def test_it_trains_previews_and_scores(
     assert set(column(folder, "image_prompt/gap")) == {2, 4}
 
 
-def test_it_goes_on_where_it_stopped(features: Path, train_in: Run, tmp_path: Path) -> None:
-    overrides = ["data=cache", f"data.train={features}", "data.lanes.ranks=1", "data.lanes.workers=1"]
+def test_it_resumes_where_it_stopped(features: Path, train_in: Run, tmp_path: Path) -> None:
+    overrides = [*QUIET, "data=cache", f"data.train={features}", "data.lanes.ranks=1", "data.lanes.workers=1"]
     train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
     parts = train_in(tmp_path / "parts", *overrides, "trainer.max_steps=5", "data.num_workers=1")
     whole = train_in(tmp_path / "whole", *overrides, "trainer.max_steps=5")
@@ -56,7 +60,7 @@ def test_it_goes_on_where_it_stopped(features: Path, train_in: Run, tmp_path: Pa
     assert checkpoint(parts)["state_dict"].keys() == checkpoint(whole)["state_dict"].keys()
 
 
-def test_a_foreign_shard_among_the_others_is_told_in_one_message(features: Path, train_in: Run, tmp_path: Path) -> None:
+def test_a_foreign_shard_is_refused_in_one_message(features: Path, train_in: Run, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for shard in features.iterdir():

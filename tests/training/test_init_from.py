@@ -1,8 +1,9 @@
-"""Starting from an adapter file: its weights, no step lost, the file needed once, misfits told before any weight."""
+"""Starting from an adapter file: its weights, no step lost, the file needed once, misfits refused before loading."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import tiny
 import tiny_sdxl
 import torch
 from bystanders import WITNESS, Witness
-from conftest import EXPERIMENTS, Run, World, checkpoint, column, saved_configuration
+from conftest import QUIET, Run, World, checkpoint, column, saved_configuration
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from safetensors.torch import load_file
@@ -21,7 +22,6 @@ from ipa.export.published import publish_name, to_published, with_metadata
 from ipa.export.storage import load_adapter, save_adapter
 from ipa.types import Batch
 
-QUIET = ("data.val=null", "scoring=null")
 ADAPTER = "adapter.safetensors"
 
 
@@ -37,12 +37,13 @@ def first_batch(folder: Path) -> Batch:
     return next(iter(datamodule.train_dataloader()))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize(
+    ("experiment", "suffix"), [("decoupled_global", ".safetensors"), ("simple_fine_grained", ".bin")]
+)
 def test_the_first_step_is_the_donors(
-    train_in: Run, tmp_path: Path, variants: dict[str, Path], experiment: str, suffix: str
+    train_in: Run, tmp_path: Path, variant: Callable[[str], Path], experiment: str, suffix: str
 ) -> None:
-    donor = variants[experiment] / ADAPTER
+    donor = variant(experiment) / ADAPTER
     given = donor if suffix == ".safetensors" else as_bin(donor, tmp_path)
     start = (f"experiment={experiment}", f"adapter.init_from={given}", "trainer.max_steps=2", *QUIET)
     folder = train_in(tmp_path / "x", *start, "ema.decay=0.9")
@@ -52,13 +53,13 @@ def test_the_first_step_is_the_donors(
     losses = {step: float(loss) for step, loss in column(folder, "train/loss").items()}
     assert list(losses) == [1, 2] and checkpoint(folder)["global_step"] == 2
     assert losses[1] == pytest.approx(expected, rel=1e-5)
-    assert float(column(variants[experiment], "train/loss")[1]) != pytest.approx(expected, rel=1e-3)
+    assert float(column(variant(experiment), "train/loss")[1]) != pytest.approx(expected, rel=1e-3)
     assert int(checkpoint(folder)["state_dict"]["average.count"]) == 2
 
 
-def test_the_average_begins_at_the_donors_weights(train_in: Run, tmp_path: Path, variants: dict[str, Path]) -> None:
+def test_the_average_starts_at_the_file(train_in: Run, tmp_path: Path, variant: Callable[[str], Path]) -> None:
     """A step of nothing leaves both as the file has them."""
-    donor = variants["decoupled_global"] / ADAPTER
+    donor = variant("decoupled_global") / ADAPTER
     still = ("optimizer.lr=0", "ema.decay=0.9", "trainer.max_steps=1")
     folder = train_in(tmp_path / "x", f"adapter.init_from={donor}", *still, *QUIET, WITNESS)
 
@@ -68,17 +69,18 @@ def test_the_average_begins_at_the_donors_weights(train_in: Run, tmp_path: Path,
     torch.testing.assert_close(trained, load_file(donor), rtol=0, atol=0)
 
 
-def test_a_run_that_goes_on_needs_the_file_no_more(train_in: Run, tmp_path: Path, variants: dict[str, Path]) -> None:
-    donor = Path(shutil.copy(variants["decoupled_global"] / ADAPTER, tmp_path / "donor.safetensors"))
+def test_a_resumed_run_no_longer_needs_the_file(train_in: Run, tmp_path: Path, variant: Callable[[str], Path]) -> None:
+    donor = Path(shutil.copy(variant("decoupled_global") / ADAPTER, tmp_path / "donor.safetensors"))
     start = (f"adapter.init_from={donor}", *QUIET)
-    whole = train_in(tmp_path / "whole", *start, "trainer.max_steps=4")
-    folder = train_in(tmp_path / "x", *start, "trainer.max_steps=2")
+    folder = train_in(tmp_path / "x", *start, "trainer.max_steps=1")
+    first = load_file(folder / ADAPTER)
     donor.unlink()
 
-    train_in(folder, *start, "trainer.max_steps=4")
+    train_in(folder, *start, "trainer.max_steps=2")
 
-    assert column(folder, "train/loss") == column(whole, "train/loss")
-    torch.testing.assert_close(load_file(folder / ADAPTER), load_file(whole / ADAPTER), rtol=0, atol=0)
+    assert list(column(folder, "train/loss")) == [1, 2]
+    change = max(float((value - first[name]).abs().max()) for name, value in load_file(folder / ADAPTER).items())
+    assert 0 < change < 0.01  # a step from where it was
 
 
 def without_weights(world: World, place: Path) -> list[str]:
@@ -116,7 +118,7 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("make", "expected"), MISFITS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_misfit_is_told_before_any_weight_is_read(
+def test_a_misfit_is_refused_before_any_weight_is_read(
     train_in: Run, tmp_path: Path, world: World, make, expected: list[str]
 ) -> None:
     tensors, donor = make(), tmp_path / "donor.safetensors"

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from bystanders import WITNESS, Witness
-from conftest import Run, checkpoint, column
+from conftest import QUIET, Run, checkpoint, column
 from torch import nn
 
-QUIET = ("scoring=null", "data.val=null")
 HALF = ("trainer.precision=bf16-mixed", "base.dtype=bfloat16", "encoder.dtype=bfloat16")
 
 

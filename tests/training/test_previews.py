@@ -10,7 +10,7 @@ import torch
 from conftest import Run, column, picture
 from PIL import Image
 
-from ipa.data.transforms import fit_reference, read_picture
+from ipa.data.images.transforms import fit_reference, read_picture
 from ipa.training.previews import HeldOutPrompts
 
 NAMES = ("b", "a", "d", "c")

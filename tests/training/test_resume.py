@@ -1,82 +1,76 @@
-"""A run that was stopped goes on as if nothing had been."""
+"""A run that was stopped resumes as if it had never been stopped."""
 
 import json
 import logging
-import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from bystanders import stopping
-from conftest import EVERYTHING, EXPERIMENTS, Command, Run, checkpoint, column, compose, rows, saved_configuration
+from conftest import (
+    EVERYTHING,
+    FEW,
+    SIX,
+    SOME_EXPERIMENTS,
+    Run,
+    assert_same_run,
+    checkpoint,
+    column,
+    compose,
+    rows,
+    saved_configuration,
+    trained,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from safetensors.torch import load_file
+from omegaconf import OmegaConf
 
-from ipa.training.checkpointing import checkpoints_in
-from ipa.training.configuration import settle_configuration
-
-SIX = ("trainer.max_steps=6", "scoring=null", "image_prompt_check.every_n_steps=2")
-
-
-SAME = ("train/loss", "train/lr", "train/grad_norm", "image_prompt/gap", "preview/clip_i", "preview/border_lab")
+from ipa.errors import UserError
+from ipa.training.configuration import differences, read_configuration, settle_configuration
+from ipa.training.loggers import RunCSV
+from ipa.training.run import finished_summary
 
 
-def trained(folder: Path) -> dict[str, Any]:
-    """Weights, their average, optimizer and schedule of the last checkpoint."""
-    saved = checkpoint(folder)
-    return {**saved["state_dict"], **saved["optimizer_states"][0]["state"], "schedule": saved["lr_schedulers"]}
+def test_a_larger_max_steps_extends_a_finished_run_also_in_another_place(
+    train_in: Run, half_done: Path, six: Path, first_four: Path
+) -> None:
+    before = rows(half_done)
+
+    train_in(half_done, *SIX)
+
+    assert rows(half_done)[:4] == before
+    assert_same_run(half_done, six)
+    assert saved_configuration(half_done).trainer.max_steps == 6
+    assert str(first_four) not in (half_done / "config.yaml").read_text()
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    for name in SAME:
-        assert column(one, name) == column(other, name)
-    assert [row["step"] for row in rows(one)] == [row["step"] for row in rows(other)]
-    files = sorted(path.name for path in one.glob("*.safetensors"))
-    assert files == sorted(path.name for path in other.glob("*.safetensors"))
-    for name in files:
-        torch.testing.assert_close(load_file(one / name), load_file(other / name), rtol=0, atol=0)
-    torch.testing.assert_close(trained(one), trained(other), rtol=0, atol=0)
-    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (one, other)]
-    assert names[0] == names[1]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
-    """Six steps without a stop; a pass over the data has six."""
-    return train_in(tmp_path_factory.mktemp("runs") / "whole", *SIX)
-
-
-def test_longer_max_steps_lets_a_finished_run_go_on(train_in: Run, tmp_path: Path, whole: Path) -> None:
-    folder = train_in(tmp_path / "x", *SIX, "trainer.max_steps=4")
-    before = rows(folder)
-
-    train_in(folder, *SIX)
-
-    assert rows(folder)[:4] == before
-    assert_same_run(folder, whole)
-    assert saved_configuration(folder).trainer.max_steps == 6
-
-
-def test_run_goes_on_after_a_failure(train_in: Run, tmp_path: Path, whole: Path) -> None:
+def test_a_run_resumes_after_a_failure(train_in: Run, half_done: Path, tmp_path: Path, six: Path) -> None:
     """Step 5 was logged, but the last checkpoint is of step 4: the row must not come twice."""
     stop = stopping(5, tmp_path / "stop")
     with pytest.raises(RuntimeError, match="on purpose"):
-        train_in(tmp_path / "x", *SIX, *stop)
-    assert list(column(tmp_path / "x", "train/loss")) == [1, 2, 3, 4, 5]
+        train_in(half_done, *SIX, *stop)
+    assert list(column(half_done, "train/loss")) == [1, 2, 3, 4, 5]
 
-    train_in(tmp_path / "x", *SIX, *stop)
+    train_in(half_done, *SIX, *stop)
 
-    assert_same_run(tmp_path / "x", whole)
+    assert_same_run(half_done, six)
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_variant_goes_on_with_all_that_a_step_can_have(
-    train_in: Run, tmp_path: Path, variants: dict[str, Path], experiment: str
+def test_the_row_of_a_checkpoints_step_is_not_lost(train_in: Run, half_done: Path, six: Path) -> None:
+    """A kill may come after the checkpoint and before its row in the log."""
+    lines = (half_done / "log.csv").read_text().splitlines(keepends=True)
+    (half_done / "log.csv").write_text("".join(lines[:-1]))
+
+    train_in(half_done, *SIX)
+
+    assert_same_run(half_done, six)
+    clocks = ("train/samples_per_s", "train/step_s", "train/data_wait_s")
+    known = [name for name in rows(six)[3] if name not in clocks]
+    assert [rows(half_done)[3].get(name) for name in known] == [rows(six)[3][name] for name in known]
+
+
+@pytest.mark.parametrize("experiment", SOME_EXPERIMENTS)
+def test_every_variant_resumes_with_everything_that_a_step_can_have(
+    train_in: Run, tmp_path: Path, variant, experiment: str
 ) -> None:
     """Average, schedule with warm-up, clipping and accumulation; stopped after step 3, a step behind the checkpoint."""
     folder, stop = tmp_path / "x", stopping(3, tmp_path / "stop")
@@ -87,65 +81,109 @@ def test_every_variant_goes_on_with_all_that_a_step_can_have(
 
     train_in(folder, *overrides)
 
-    assert_same_run(folder, variants[experiment])
+    assert_same_run(folder, variant(experiment))
     assert len({*column(folder, "train/lr").values()}) > 4  # up, then down
     assert "average.count" in trained(folder)
 
 
-def test_saved_configuration_wins_and_differences_are_told(
-    train_in: Run, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture
+def settle(train_in: Run, folder: Path, *overrides: str) -> None:
+    """As far as a run compares its configuration."""
+    train_in(folder, *SIX, "trainer.max_steps=4", *overrides)
+
+
+def test_an_option_that_would_change_steps_already_made_is_refused(train_in: Run, half_done: Path) -> None:
+    saved = (half_done / "config.yaml").read_bytes()
+    with pytest.raises(UserError) as refused:
+        settle(train_in, half_done, "optimizer.lr=5", "+optimizer.foreach=false", "data.num_workers=1")
+
+    message = str(refused.value)
+    assert "optimizer.lr: saved 0.001, given 5" in message
+    assert "optimizer.lr=0.001" in message and "~optimizer.foreach" in message and "name=" in message
+    assert "num_workers" not in message
+    assert (half_done / "config.yaml").read_bytes() == saved
+    with pytest.raises(UserError, match=r"(?s)optimizer\.weight_decay.* \+optimizer\.weight_decay=0\.01"):
+        settle(train_in, half_done, "~optimizer.weight_decay")
+
+
+def test_an_option_that_changes_no_step_is_taken_and_logged(
+    train_in: Run, half_done: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = train_in(tmp_path / "x", *SIX, "trainer.max_steps=2")
-    caplog.clear()
-
-    train_in(folder, *SIX, "optimizer.lr=5", "data.num_workers=1")
-
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [message for message in told if "stays" in message] == [
-        "optimizer.lr stays 0.001; you asked for 5, which needs a run of its own (another name=)"
-    ]
-    assert saved_configuration(folder).optimizer.lr == 0.001
-    assert_same_run(folder, whole)
-
-
-def test_run_goes_on_where_its_folder_was_moved_to(train_in: Run, tmp_path: Path, whole: Path) -> None:
-    first = train_in(tmp_path / "first", *SIX, "trainer.max_steps=2")
-    second = tmp_path / "elsewhere" / "second"
-    second.parent.mkdir()
-    first.rename(second)
-
-    train_in(second, *SIX)
-
-    assert not first.exists()
-    assert_same_run(second, whole)
-    assert str(first) not in (second / "config.yaml").read_text()
-
-
-def test_accumulated_gradients_go_on_exactly(train_in: Run, tmp_path: Path) -> None:
-    few = ("trainer.max_steps=4", "preview.num_prompts=1", "preview.num_scored=1")
-    accumulate = (*SIX, *few, "trainer.accumulate_grad_batches=2")
-    whole = train_in(tmp_path / "whole", *accumulate)
-    parts = train_in(tmp_path / "parts", *accumulate, "trainer.max_steps=2")
-
-    train_in(parts, *accumulate)
-
-    assert_same_run(parts, whole)
-
-
-def test_finished_run_is_left_as_it_is(train_in: Run, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ipa")
-    before = {
-        path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != "config.yaml" and path.is_file()
-    }
+    settle(train_in, half_done, "data.num_workers=1", "preview.every_n_steps=3")
 
-    train_in(whole, *SIX)
+    assert "data.num_workers: 1, before 0" in caplog.messages
+    assert "preview.every_n_steps: 3, before 2" in caplog.messages
+    assert not [message for message in caplog.messages if str(half_done.parent) in message and ", before" in message]
+    assert saved_configuration(half_done).data.num_workers == 1
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "[1]", "optimizer: {lr: 5}", "paths: {run: 3}", "${x}: {"])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is not the configuration of a run.*resume="):
+        read_configuration(tmp_path / "config.yaml")
+
+
+def test_the_saved_configuration_is_never_instantiated(train_in: Run, half_done: Path, tmp_path: Path) -> None:
+    """It may come from somebody else: what it says is compared, and refused."""
+    cfg = saved_configuration(half_done)
+    OmegaConf.update(cfg, "data._target_", "os.mkdir")
+    OmegaConf.update(cfg, "callbacks.evil", {"_target_": "os.mkdir", "path": f"{tmp_path}/evil"}, force_add=True)
+    OmegaConf.save(cfg, half_done / "config.yaml")
+
+    with pytest.raises(UserError, match=r"data\._target_: saved os\.mkdir"):
+        settle(train_in, half_done)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_expressions_of_the_environment_are_compared_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_TOKEN", "first-secret-1234")
+    train = "data.train='https://host/{0..9}.tar?token=${oc.env:DATA_TOKEN}'"
+    settled = settle_configuration(compose(tmp_path, train), tmp_path, resumes=False)
+    text = (tmp_path / "config.yaml").read_text()
+
+    assert settled.data.train.endswith("token=first-secret-1234")
+    assert "first-secret" not in text and "${oc.env:DATA_TOKEN}" in text
+    monkeypatch.setenv("DATA_TOKEN", "second-secret-1234")
+    again = settle_configuration(compose(tmp_path, train), tmp_path, resumes=True)
+    assert again.data.train.endswith("token=second-secret-1234")
+
+
+def test_only_the_place_of_the_run_may_differ_unnoticed() -> None:
+    one = {"paths": {"run": "/a/x"}, "b": {"path": "/a/x/y"}, "c": "/a/xy"}
+    other = {"paths": {"run": "/z"}, "b": {"path": "/z/y"}, "c": "/z/xy"}
+    assert list(differences(one, other)) == ["c"]
+
+
+def test_one_process_of_all_saves_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose(tmp_path)
+    for rank in (1, 0):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        settle_configuration(cfg, tmp_path, resumes=False)
+        assert (tmp_path / "config.yaml").exists() == (rank == 0)
+
+
+def test_a_finished_run_is_left_as_it_is(train_in: Run, six: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ipa")
+    files = [path for path in six.rglob("*") if path.name != "config.yaml" and path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+
+    train_in(six, *SIX)
 
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "is finished" in caplog.text
-    assert "trainer.max_steps=" in caplog.text
+    assert "is finished" in caplog.text and "trainer.max_steps=" in caplog.text
 
 
-def test_run_that_ended_while_it_was_scored_is_scored_again(train_in: Run, tmp_path: Path, finished: Path) -> None:
+@pytest.mark.parametrize("damaged", ["", '{"steps": 4, "adap', '{"steps": null}', "[4]", '{"steps": 9, "scores": [1]}'])
+def test_a_damaged_summary_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str) -> None:
+    (tmp_path / "summary.json").write_text(damaged)
+    assert finished_summary(tmp_path, 4) is None
+    assert "summary.json is damaged" in caplog.text
+
+
+def test_a_run_that_ended_while_it_was_scored_is_scored_again(train_in: Run, tmp_path: Path, finished: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "x"))
     (folder / "summary.json").unlink()
 
@@ -157,60 +195,55 @@ def test_run_that_ended_while_it_was_scored_is_scored_again(train_in: Run, tmp_p
     assert rows(folder) == rows(finished)
 
 
-@pytest.mark.parametrize("damaged", ["", '{"steps": 4, "adap', '{"steps": null}', "[4]", '{"steps": 9, "scores": [1]}'])
-def test_a_damaged_summary_is_made_again(
-    train_in: Run, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture, damaged: str
+def test_a_run_that_failed_before_its_first_checkpoint_starts_anew(
+    train_in: Run, tmp_path: Path, first_four: Path
 ) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "x"))
-    (folder / "summary.json").write_text(damaged)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/config.yaml").write_text("optimizer: {lr: 5}\n")
+    (tmp_path / "x/log.csv").write_text("step,train/loss\n1,77\n2,77\n")
 
-    train_in(folder, "scoring=null")
+    folder = train_in(tmp_path / "x", *FEW, "trainer.max_steps=2")
 
-    assert f"{folder}/summary.json is damaged" in caplog.text
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
-
-
-def test_one_process_of_all_saves_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = compose(tmp_path)
-    for rank in (1, 0):
-        monkeypatch.setattr(rank_zero_only, "rank", rank)
-        settle_configuration(cfg, tmp_path, goes_on=False)
-        assert (tmp_path / "config.yaml").exists() == (rank == 0)
-
-
-def test_run_that_failed_before_its_first_checkpoint_begins_anew(train_in: Run, tmp_path: Path, finished: Path) -> None:
-    folder = tmp_path / "x"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("optimizer: {lr: 5}\n")
-    (folder / "log.csv").write_text("step,train/loss\n1,77\n2,77\n")
-
-    train_in(folder)
-
-    assert column(folder, "train/loss") == column(finished, "train/loss")
+    assert [*column(folder, "train/loss").values()] == [*column(first_four, "train/loss").values()][:2]
     assert saved_configuration(folder).optimizer.lr == 0.001
 
 
-@pytest.mark.slow
-def test_run_survives_kills_at_any_moment(start: Command, train_in: Run, tmp_path: Path) -> None:
-    """Kill -9 five times, at moments that differ from run to run; then the end is that of a run in one go."""
-    few = ("preview.num_prompts=1", "preview.num_scored=1", "scoring=null")
-    many = ("trainer.max_steps=100", "preview.every_n_steps=1", *few)
-    folder, draw = tmp_path / "runs/decoupled_global/x", random.Random()
-    kills = 0
-    for _ in range(5):
-        process = start("~logger.wandb", *many)
-        before = checkpoints_in(folder / "checkpoints")[:1]
-        while process.poll() is None and checkpoints_in(folder / "checkpoints")[:1] == before:
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0, 1))
-        kills += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        saved = checkpoint(folder)  # the file is whole, and so is the log up to it
-        assert set(column(folder, "train/loss")) >= set(range(1, saved["global_step"]))
-    process = start("~logger.wandb", *many)
-    output, _ = process.communicate(timeout=300)
+def test_a_log_that_was_cut_off_anywhere_is_resumed(tmp_path: Path) -> None:
+    """A full disk takes a part of what is written."""
+    path, row = tmp_path / "log.csv", {"a": 12.0, "z": 12.5}
+    whole = b"step,a,z\r\n11,11.0,11.5\r\n12,12.0,12.5\r\n"
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        logger = RunCSV(tmp_path)
 
-    assert process.returncode == 0, output
-    assert kills >= 3
-    assert_same_run(folder, train_in(tmp_path / "whole", *many))
+        logger.resume(12, row)
+        logger.save()
+
+        lines = path.read_bytes().splitlines(keepends=True)
+        assert [lines[0], lines[-1]] == [b"step,a,z\r\n", b"12,12.0,12.5\r\n"]
+        assert (b"11,11.0,11.5\r\n" in lines) == (length >= whole.index(b"\n12,"))
+    path.write_bytes(b"\0" * 50 + whole[10:])
+    with pytest.raises(UserError, match=r"log\.csv is damaged: it has no column step"):
+        RunCSV(tmp_path).resume(12, row)
+
+
+def test_the_log_has_one_row_per_step_and_cuts_those_that_are_repeated(tmp_path: Path) -> None:
+    def log(logger: RunCSV, step: int) -> None:
+        logger.log_metrics({"early": step}, step)
+        logger.log_metrics({"late": step}, step)
+        logger.save()
+
+    logger = RunCSV(tmp_path)
+    for step in (1, 2, 3):
+        log(logger, step)
+    resumed = RunCSV(tmp_path)
+    resumed.resume(2, {"early": 2})
+    resumed.log_metrics({"preview": 0.5}, 2)
+    log(resumed, 3)
+
+    assert (tmp_path / "log.csv").read_text().splitlines() == [
+        "step,early,late,preview",
+        "1,1,1,",
+        "2,2,2,0.5",
+        "3,3,3,",
+    ]

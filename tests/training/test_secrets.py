@@ -1,4 +1,4 @@
-"""Secrets: what is in the environment is in no file of a run, and what is typed as it is, is refused."""
+"""Secrets of the environment are in no file of a run and not on the console."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, World, write_shard
 
-from ipa.secrets import HIDDEN, HidesSecrets, complain_of_typed, hide, typed_secrets, unresolved_where_secret
+from ipa.secrets import HIDDEN, HidesSecrets, hide, unresolved_where_secret, without_secrets
 
 TOKENS = {
     "DATA_TOKEN": "canary-of-the-data-1234",
@@ -55,25 +55,6 @@ def test_no_file_of_a_run_holds_a_secret_and_the_run_goes_on(start: Command, tmp
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "data.train='https://host/{0..9}.tar?token=canary-of-the-data-1234'",
-        "data.train='s3://canary:of-the-data-1234@bucket/0.tar'",
-        "data.train='https://host/0.tar?X-Amz-Credential=me&X-Amz-Signature=canary-of-the-data-1234'",
-        "+data.train=\"pipe:curl -H 'Authorization: Bearer canary-of-the-data-1234' https://host/0.tar\"",
-        "+logger.wandb.api_key=canary-of-the-data-1234",
-    ],
-)
-def test_a_secret_that_is_typed_is_refused_before_a_folder_is_made(start: Command, tmp_path: Path, option: str) -> None:
-    process = start(option)
-    output, _ = process.communicate(timeout=60)
-
-    assert process.returncode == 2 and not (tmp_path / "runs").exists()
-    assert "of-the-data-1234" not in output
-    assert "put it into an environment variable and write ${oc.env:NAME}" in output
-
-
 def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "0123456789")
     for text, shown in {
@@ -88,25 +69,33 @@ def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None
         assert hide(text) == shown
 
 
-def test_a_long_line_is_looked_through_at_once() -> None:
-    for text in ("-" * 100_000, "a-" * 50_000, "a.b" * 30_000):
+def test_a_long_line_is_searched_at_once() -> None:
+    for text in ("-" * 100_000, "?" + "a-" * 50_000, "&a.b" * 30_000):
         assert hide(text) == text
-        assert hide(f"{text}token=abc") == f"{text}token={HIDDEN}"
+        assert hide(f"{text}?token=abc") == f"{text}?token={HIDDEN}"
 
 
-def test_only_the_secret_stays_as_it_was_written() -> None:
+def test_only_a_secret_stays_an_expression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K_TOKEN", "0123456789")
     written = {
         "a": "${oc.env:HOME}",
         "key": "json.x",
-        "train": ["https://h/0.tar?token=${oc.env:T}"],
-        "api_key": "${k}",
+        "train": ["https://h/0.tar?part=${oc.env:T_SECRET,x}"],
+        "address": "${b}?token=abc",
+        "key_by_reference": "${k}",
+        "api_key": "${short}",
     }
-    resolved = {"a": "/home/me", "key": "json.x", "train": ["https://h/0.tar?token=abc"], "api_key": "123"}
+    resolved = {
+        "a": "/home/me",
+        "key": "json.x",
+        "train": ["https://h/0.tar?part=short"],
+        "address": "https://h/0.tar?token=abc",
+        "key_by_reference": "0123456789",
+        "api_key": "123",
+    }
 
     assert unresolved_where_secret(resolved, written) == {**written, "a": "/home/me"}
-    assert list(typed_secrets(written)) == []
-    assert list(typed_secrets(resolved)) == ["train", "api_key"]
-    assert "abc" not in (complain_of_typed(typed_secrets(resolved)) or "")
+    assert without_secrets(resolved)["key_by_reference"] == HIDDEN
 
 
 def test_a_traceback_in_the_log_hides_them_too(caplog: pytest.LogCaptureFixture) -> None:

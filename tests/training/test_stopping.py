@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from bystanders import fetches, signal_at, train_of_ranks
-from conftest import Command, Run, World, checkpoint, column
+from conftest import FEW, QUIET, Command, Run, World, assert_same_run, checkpoint, column
 from lightning import Trainer
 from ranks import WORLD, together
-from test_resume import assert_same_run
 
 from ipa.data import workers
 from ipa.training.checkpointing import checkpoints_in
 from ipa.training.stopping import Signals, Stopped, replace_handlers, requeue
 
-TWELVE = ("trainer.max_steps=12", "preview.every_n_steps=4", "image_prompt_check.every_n_steps=3", "scoring=null")
-PATIENCE_S = 60
+FOUR = ("trainer.max_steps=4", "image_prompt_check.every_n_steps=3", "+data.window=4", *FEW)
+LIMIT_S = 60
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
-    """Twelve steps, two passes over the data, which nobody stopped."""
-    return train_in(tmp_path_factory.mktemp("runs") / "whole", *TWELVE)
+    """Four steps without a stop."""
+    return train_in(tmp_path_factory.mktemp("runs") / "whole", *FOUR)
+
+
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("moment", "step", "saved"),
+    ("moment", "step", "saved", "number"),
     [
-        ("setup", 0, None),  # nothing is there to be saved, and nothing is lost
-        ("start", 0, 0),
-        ("data", 0, 0),
-        ("step", 3, 3),
-        ("preview", 4, 4),
-        ("data", 5, 5),
-        ("step", 8, 8),  # where a checkpoint and a preview are due
-        ("step", 12, 12),
-        ("preview", 12, 12),
-        ("end", 12, 12),
+        pytest.param("setup", 0, None, signal.SIGTERM, marks=slow),  # nothing is there to be saved
+        pytest.param("start", 0, 0, signal.SIGTERM, marks=slow),
+        pytest.param("data", 0, 0, signal.SIGTERM, marks=slow),
+        ("step", 1, 1, signal.SIGINT),
+        pytest.param("step", 2, 2, signal.SIGTERM, marks=slow),  # where a checkpoint and a preview are due
+        ("preview", 2, 2, signal.SIGTERM),
+        ("data", 3, 3, signal.SIGUSR1),
+        ("step", 4, 4, signal.SIGTERM),
+        pytest.param("preview", 4, 4, signal.SIGTERM, marks=slow),
+        pytest.param("end", 4, 4, signal.SIGTERM, marks=slow),
     ],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_run_stops_with_a_checkpoint_and_goes_on(
+def test_a_run_stops_with_a_checkpoint_and_resumes(
     train_in: Run, tmp_path: Path, whole: Path, moment: str, step: int, saved: int | None, number: signal.Signals
 ) -> None:
-    if number != signal.SIGTERM and (moment, step) not in (("step", 3), ("data", 5)):
-        pytest.skip("one signal is enough there")
-    folder, overrides = tmp_path / "x", (*TWELVE, *signal_at(moment, step, number, tmp_path / "flag"))
+    folder, overrides = tmp_path / "x", (*FOUR, *signal_at(moment, step, number, tmp_path / "flag"))
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     with pytest.raises(Stopped) as end:
@@ -70,28 +71,26 @@ def test_a_run_stops_with_a_checkpoint_and_goes_on(
     train_in(folder, *overrides)
 
     assert_same_run(folder, whole)
-    assert (folder / "previews/step_000004.png").read_bytes() == (whole / "previews/step_000004.png").read_bytes()
+    assert (folder / "previews/step_000002.png").read_bytes() == (whole / "previews/step_000002.png").read_bytes()
 
 
-def test_with_accumulation_it_stops_after_a_whole_step(train_in: Run, tmp_path: Path) -> None:
-    accumulate = (*TWELVE, "trainer.accumulate_grad_batches=2", "trainer.max_steps=5")
-    whole = train_in(tmp_path / "whole", *accumulate)
-    overrides = (*accumulate, *signal_at("step", 3, signal.SIGTERM, tmp_path / "flag"))
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=slow)])
+def test_with_accumulation_it_stops_after_a_whole_step(train_in: Run, tmp_path: Path, resumes: bool) -> None:
+    accumulate = (*QUIET, "trainer.accumulate_grad_batches=2", "trainer.max_steps=3")
+    overrides = (*accumulate, *signal_at("step", 2, signal.SIGTERM, tmp_path / "flag"))
 
     with pytest.raises(Stopped):
         train_in(tmp_path / "x", *overrides)
-    assert checkpoint(tmp_path / "x")["global_step"] == 3
-    train_in(tmp_path / "x", *overrides)
-
-    assert_same_run(tmp_path / "x", whole)
+    assert checkpoint(tmp_path / "x")["global_step"] == 2
+    if resumes:
+        assert_same_run(train_in(tmp_path / "x", *overrides), train_in(tmp_path / "whole", *accumulate))
 
 
 @pytest.mark.slow
 def test_several_ranks_stop_for_a_signal_that_one_hears_in_its_last_step(world: World, tmp_path: Path) -> None:
     """No further step is there to agree in, and pictures to be made and scored that the others would wait for."""
     ranks = ("trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={WORLD}", "trainer.precision=32-true")
-    quiet = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=0", "trainer.max_steps=3")
-    common = [*world.overrides(), "~logger.wandb", *ranks, *quiet]
+    common = [*world.overrides(), "~logger.wandb", *ranks, *QUIET, "trainer.max_steps=3"]
     hears = signal_at("step", 3, signal.SIGTERM, tmp_path / "flag")
 
     together(train_of_ranks, [tmp_path / "x"] * WORLD, [common, [*common, *hears]])
@@ -101,12 +100,12 @@ def test_several_ranks_stop_for_a_signal_that_one_hears_in_its_last_step(world: 
 
 
 def test_no_step_waits_for_the_device_but_those_that_are_logged(train_in: Run, tmp_path: Path) -> None:
-    quiet = ("image_prompt_check.every_n_steps=0", "preview.every_n_steps=0", "scoring=null", "data.num_workers=1")
+    steps = ("trainer.max_steps=6", "trainer.log_every_n_steps=3", "preview.every_n_steps=0", "data.num_workers=1")
 
-    train_in(tmp_path / "x", "trainer.max_steps=8", "trainer.log_every_n_steps=4", *quiet, *fetches(tmp_path / "n"))
+    train_in(tmp_path / "x", *QUIET, *steps, *fetches(tmp_path / "n"))
 
     fetched = [int(line) for line in (tmp_path / "n").read_text().splitlines()]
-    assert [number > 0 for number in fetched] == [False, False, False, True] * 2
+    assert [number > 0 for number in fetched] == [False, False, True] * 2
 
 
 def test_a_data_worker_outlives_the_grace_of_its_process() -> None:
@@ -123,34 +122,29 @@ def test_a_data_worker_outlives_the_grace_of_its_process() -> None:
     assert left_s > 1000
 
 
-def run_alone(script: str, *numbers: int, pause_s: float = 0.3) -> int:
-    """The exit code of a process that gets these signals when it says that it is ready."""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
+def wait_busily(grace_s: float, ready: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as the tests may be one, ignores it
+    with Signals(grace_s=grace_s).listening() as signals:
+        signals.interruptible = False
+        ready.set()
+        time.sleep(LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "numbers"),
+    [(0.2, [signal.SIGTERM]), (600, [signal.SIGINT, signal.SIGINT])],
+    ids=["a step that does not end is left after the grace", "a second Ctrl-C ends the process at once"],
+)
+def test_a_process_that_cannot_end_its_step(grace_s: float, numbers: list[signal.Signals]) -> None:
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=wait_busily, args=(grace_s, ready := fork.Event()))
+    process.start()
+    assert ready.wait(LIMIT_S)
     for number in numbers:
-        process.send_signal(number)
-        time.sleep(pause_s)
-    return process.wait(PATIENCE_S)
-
-
-BUSY = """
-import signal, time
-from ipa.training.stopping import Signals
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as the tests may be one, ignores it
-with Signals(grace_s={grace_s}).listening() as signals:
-    signals.obey = False
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_step_that_does_not_end_is_left_after_the_grace() -> None:
-    assert run_alone(BUSY.format(grace_s=0.2), signal.SIGTERM) == 128 + signal.SIGTERM
-
-
-def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
-    assert run_alone(BUSY.format(grace_s=600), signal.SIGINT, signal.SIGINT) == 128 + signal.SIGINT
+        os.kill(process.pid or 0, number)
+        time.sleep(0.3)
+    process.join(LIMIT_S)
+    assert process.exitcode == 128 + numbers[0]
 
 
 def test_signals_that_are_ignored_stay_so() -> None:
@@ -204,7 +198,7 @@ def test_slurm_is_asked_to_start_the_job_again(
 
 
 def wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + LIMIT_S
     while len(checkpoints_in(folder / "checkpoints")) < 2:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
@@ -233,17 +227,17 @@ def test_real_processes_stop_in_time(start: Command, tmp_path: Path, ranks: int,
     began = time.monotonic()
     for each in heard:
         each.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    output, _ = process.communicate(timeout=LIMIT_S)
 
     assert time.monotonic() - began < 30
     assert process.returncode == 128 + signal.SIGTERM, output
     step = checkpoint(folder)["global_step"]
-    assert f"SIGTERM: stopped after step {step} of 3000; the same command goes on" in output
+    assert f"SIGTERM: stopped after step {step} of 3000; the same command resumes" in output
     assert list(column(folder, "train/loss")) == list(range(1, step + 1))
     assert psutil.wait_procs(processes[1:], timeout=10)[1] == []  # none is left behind
 
     process = start(*options, f"trainer.max_steps={step + 3}")
-    output, _ = process.communicate(timeout=2 * PATIENCE_S)
+    output, _ = process.communicate(timeout=2 * LIMIT_S)
     assert process.returncode == 0, output
     assert list(column(folder, "train/loss")) == list(range(1, step + 4))
 
@@ -265,7 +259,7 @@ def test_a_signal_to_all_ends_wandbs_service_and_the_run_stops_as_ever(start: Co
     for each in [*services, *processes]:
         with suppress(psutil.NoSuchProcess):
             each.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    output, _ = process.communicate(timeout=LIMIT_S)
 
     assert process.returncode == 128 + signal.SIGTERM, output
     step = checkpoint(folder)["global_step"]

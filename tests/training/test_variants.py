@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import EXPERIMENTS, HELDOUT, checkpoint, column, saved_configuration
+from conftest import HELDOUT, SOME_EXPERIMENTS, checkpoint, column, saved_configuration
 from hydra.utils import instantiate
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,14 +34,14 @@ def held_out(folder: Path) -> HeldOutPrompts:
     return prompts
 
 
-@pytest.fixture(params=EXPERIMENTS)
+@pytest.fixture(params=SOME_EXPERIMENTS)
 def experiment(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def folder(variants: dict[str, Path], experiment: str) -> Path:
-    return variants[experiment]
+def folder(variant: Callable[[str], Path], experiment: str) -> Path:
+    return variant(experiment)
 
 
 def test_the_file_says_what_it_is(folder: Path, experiment: str) -> None:
@@ -81,8 +82,9 @@ def pixels(picture: Image.Image) -> Tensor:
     return pil_to_tensor(picture).float()
 
 
-def test_previews_show_the_average(folder: Path) -> None:
+def test_previews_show_the_average(variant: Callable[[str], Path]) -> None:
     """Drawn again from the files, fp16 as they are, the last grid is that of the average."""
+    folder = variant("decoupled_global")
     cfg = saved_configuration(folder)
     previews = Previews(folder, 0, instantiate(cfg.sampling), text=cfg.preview.text, seed=cfg.seed)
     shown, prompts = Image.open(folder / "previews/step_000006.png"), held_out(folder).head(3)
@@ -94,14 +96,15 @@ def test_previews_show_the_average(folder: Path) -> None:
     assert raw > 4 * average
 
 
-def test_final_scores_are_the_averages(folder: Path) -> None:
+def test_final_scores_are_the_averages(variant: Callable[[str], Path]) -> None:
+    folder = variant("decoupled_global")
     cfg = saved_configuration(folder)
     told = json.loads((folder / "summary.json").read_text())["scores"]["scale 1"]
     options, prompts = instantiate(cfg.scoring.options), held_out(folder).head(cfg.scoring.num_prompts)
 
     def scored(name: str) -> dict[str, Any]:
         pictures = generate_from(load_model(folder / name), prompts, options, cfg.scoring.seed)
-        return score_pictures(instantiate(cfg.judge), prompts, pictures)
+        return score_pictures(instantiate(cfg.judge), prompts, pictures, "cpu")
 
     average, raw = (abs(scored(name)["border_lab"] - told["border_lab"]) for name in FILES)
     assert average < 0.1 * raw

@@ -1,13 +1,13 @@
-"""ControlNet Shuffle: the picture, its content moved about by a smooth random flow, as the control of a ControlNet.
+"""ControlNet Shuffle: the picture, warped by a smooth random flow, as the control of a ControlNet.
 
-    control(u) = picture(f(u)),   f two smooth noises that reach from edge to edge of the picture
+    control(u) = picture(f(u)),   f two smooth noises that span the picture from edge to edge
 
-The residuals are pooled over space, so that only content is told and no layout, and they go to the conditional half of
-guidance alone. The flow takes the whole picture whatever its proportions, and is the picture's own: it comes from the
-generator of its seed, behind the starting noise. λ weighs the residuals. Zhang et al. 2023, "Adding Conditional Control
-to Text-to-Image Diffusion Models", version 1.1; weights in lllyasviel/control_v11e_sd15_shuffle.
+The residuals are pooled over space, so they carry content and no layout, and they only enter the conditional half of
+guidance. The flow covers the whole picture whatever its proportions, and comes from the picture's own seed, after the
+starting noise. λ weights the residuals. Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion
+Models", version 1.1; weights in lllyasviel/control_v11e_sd15_shuffle.
 
-    method = ControlNetShuffle.from_pretrained()
+    method = ControlNetShuffle.from_pretrained("stable-diffusion-v1-5/…", "lllyasviel/control_v11e_sd15_shuffle")
 """
 
 from __future__ import annotations
@@ -17,42 +17,40 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from torch import Tensor
 
-from ipa.errors import UserError, brief
-from ipa.evaluation.methods.method import Prompt, Sampling
-from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, count_parameters, load_base, tell_missing
-from ipa.families.latent_diffusion import to_dtype
+from ipa.errors import UserError
+from ipa.evaluation.methods.controlnets import controlnet_pipeline
+from ipa.evaluation.methods.method import Prompt, count_parameters
+from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start
+from ipa.evaluation.methods.weights import load_base, load_controlnet
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.sampling import SamplingOptions
 
 CELL_PX = 256  # distance of the noise's support points in pixels of the control
 
 
 class ControlNetShuffle(StableDiffusionMethod):
-    """A ControlNet that pools its residuals, given shuffled pictures; ``cell_px`` is how smooth the flow is."""
+    """A ControlNet that pools its residuals, given shuffled pictures; ``cell_px`` sets how smooth the flow is."""
 
     name = "controlnet_shuffle"
     uses_text = True
+    rescales_guidance = False
+    controlnet: Any
 
     def __init__(self, family: StableDiffusion, controlnet: Any, source: str = "", cell_px: int = CELL_PX) -> None:
-        super().__init__(family, source)
         if not controlnet.config.global_pool_conditions:
             raise UserError(
                 f"method.controlnet: {source or 'this ControlNet'} does not pool its residuals (global_pool_conditions "
-                "in its config.json), so it is not the one for shuffled pictures: lllyasviel/control_v11e_sd15_shuffle"
+                "in its config.json), so it was not trained on shuffled pictures: give "
+                "lllyasviel/control_v11e_sd15_shuffle"
             )
-        self.controlnet, self.cell_px = controlnet, cell_px
-        self.eval().requires_grad_(False)
+        super().__init__(source, family=family, controlnet=controlnet)
+        self.cell_px = cell_px
 
     @classmethod
-    def from_pretrained(
-        cls,
-        base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        controlnet: str = "lllyasviel/control_v11e_sd15_shuffle",
-        dtype: str = "float16",
-    ) -> Self:
-        """Raises MissingWeights for what is neither here nor to be had, ValueError for another kind of ControlNet."""
+    def from_pretrained(cls, base: str, controlnet: str, dtype: str = "float16") -> Self:
+        """Raises MissingWeights, and UserError for another kind of ControlNet."""
         loaded = load_controlnet(controlnet, dtype)
         return cls(load_base(base, dtype), loaded, f"{controlnet} on {base}")
 
@@ -60,60 +58,33 @@ class ControlNetShuffle(StableDiffusionMethod):
     def trained(self) -> int:
         return count_parameters(self.controlnet)
 
-    def sample(self, prompts: Sequence[Prompt], noise_BCHW: Tensor, sampling: Sampling) -> Tensor:
-        arguments = self.arguments(*self.text_states(prompts), noise_BCHW, sampling)
-        control_B3HW = self.controls(prompts, noise_BCHW.shape[1:], arguments["height"])
-        return (
-            self.pipeline()(
-                **arguments,
-                image=control_B3HW.to(self.family.device),
-                controlnet_conditioning_scale=float(sampling.scale),
-            )
-        ).images
+    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
+        return self.call(
+            controlnet_pipeline(self.family, self.controlnet),
+            self.text_states(prompts),
+            start,
+            sampling,
+            image=self.controls(prompts, start).to(self.family.device),
+            controlnet_conditioning_scale=float(sampling.scale),
+        )
 
-    def controls(self, prompts: Sequence[Prompt], latent_shape: Sequence[int], size_px: int) -> Tensor:
-        """Every picture shuffled by its own seed: control_B3HW in [0, 1]."""
-        made = []
-        for prompt in prompts:
-            generator = torch.Generator().manual_seed(prompt.seed)
-            torch.randn(tuple(latent_shape), generator=generator)  # the starting noise is drawn from the same seed
-            made.append(shuffle(prompt.image_3HW, size_px, generator, self.cell_px))
-        return torch.stack(made)
-
-    def pipeline(self) -> Any:
-        parts = {name: getattr(self.family, name) for name in self.family.part_names}
-        parts |= {"scheduler": self.family.make_sampler(), "controlnet": self.controlnet}
-        pipeline: Any = StableDiffusionControlNetPipeline(**{**parts, **self.family.absent})
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-
-def load_controlnet(path: str, dtype: str) -> Any:
-    """Raises MissingWeights when it is not to be had, ValueError when weights are missing in it."""
-    torch_dtype = to_dtype(dtype, "method.dtype")
-    try:
-        controlnet, info = ControlNetModel.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
-    except OSError as error:
-        raise tell_missing(error, path, "method.controlnet") from error
-    except Exception as error:  # diffusers lets through what breaks in a file
-        raise UserError(f"method.controlnet={path} is not a ControlNet: {brief(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"method.controlnet={path}: {len(missing)} weights are missing, {missing[0]} among them")
-    return controlnet
+    def controls(self, prompts: Sequence[Prompt], start: Start) -> Tensor:
+        """Every picture shuffled by its own generator: control_B3HW in [0, 1]."""
+        pairs = zip(prompts, start.generators, strict=True)
+        return torch.stack([shuffle(each.image_3HW, start.size_px, own, self.cell_px) for each, own in pairs])
 
 
 def shuffle(image_3HW: Tensor, size_px: int, generator: torch.Generator, cell_px: int = CELL_PX) -> Tensor:
-    """uint8 picture of any size → float shuffled_3HW in [0, 1], square: every pixel is one of the picture, bilinear."""
+    """uint8 picture of any size → float shuffled_3HW in [0, 1], square, sampled bilinearly from it."""
     flow_HW2 = torch.stack([smooth_noise(size_px, cell_px, generator) for _ in "xy"], -1) * 2 - 1
     picture = image_3HW[None].float() / 255
     return F.grid_sample(picture, flow_HW2[None], mode="bilinear", align_corners=True)[0].clamp(0, 1)
 
 
 def smooth_noise(size_px: int, cell_px: int, generator: torch.Generator) -> Tensor:
-    """noise_HW of which the least is 0 and the most 1: uniform numbers every ``cell_px``, bicubic between them.
+    """noise_HW that spans [0, 1]: uniform numbers every ``cell_px``, bicubic between them.
 
-    A cell more on each side is made and cut off, where the interpolation would level out.
+    One more cell on each side is made and cut off, since interpolation is flat at the border.
     """
     cells, whole = size_px // cell_px + 2, size_px + 2 * cell_px
     numbers = torch.rand(1, 1, cells, cells, generator=generator)

@@ -1,10 +1,10 @@
-"""Edges of a picture (Canny 1986): what a ControlNet of edges is given.
+"""Edges of a picture (Canny 1986), the input of a ControlNet for edges.
 
-    G = |∂x| + |∂y| of the blurred picture (Sobel),   an edge where G is the largest across itself,
-    begins above ``high`` and goes on above ``low``
+    G = |∂x| + |∂y| of the blurred picture (Sobel); an edge is where G is a maximum across the edge,
+    starts above ``high`` and continues above ``low``
 
-Thresholds are in OpenCV's units: Sobel's sums over levels of 0 to 255, with the sum of both directions as the size.
-ControlNets were trained with its edges at 100 and 200, without a blur; photographs as large as they came need none.
+Thresholds are in OpenCV's units: Sobel sums over levels of 0 to 255, added over both directions. ControlNets were
+trained with thresholds of 100 and 200 and no blur, which large photographs do not need.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ipa.errors import UserError
 
 LUMA = (0.299, 0.587, 0.114)
 SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
-# the two neighbours across an edge, by the direction of the gradient: →, ↘, ↓, ↙ as (down, right)
+# steps across an edge, by the direction of its gradient: →, ↘, ↓, ↙ as (down, right)
 ACROSS = ((0, 1), (1, 1), (1, 0), (1, -1))
 
 
 @dataclass(frozen=True)
 class Canny:
-    """``blur_px`` is the deviation of the Gaussian, 0 for none."""
+    """``blur_px`` is the standard deviation of the Gaussian, 0 for none."""
 
     low: float = 100.0
     high: float = 200.0
@@ -36,7 +36,7 @@ class Canny:
         if not 0 <= self.low <= self.high:
             raise UserError(f"method.edge_low={self.low} method.edge_high={self.high}: 0 ≤ edge_low ≤ edge_high")
         if not 0 <= self.blur_px < math.inf:
-            raise UserError(f"method.edge_blur_px={self.blur_px}: 0 for none, or a deviation in pixels")
+            raise UserError(f"method.edge_blur_px={self.blur_px}: 0 for none, or a standard deviation in pixels")
 
     def __call__(self, image_3HW: Tensor) -> Tensor:
         """uint8 picture → edges_HW, 1 on an edge and 0 elsewhere."""
@@ -50,7 +50,7 @@ def gray(image_3HW: Tensor) -> Tensor:
 
 
 def blur(gray_HW: Tensor, deviation_px: float) -> Tensor:
-    """Gaussian, of which three deviations are kept; the picture goes on at its edges as it ends."""
+    """Gaussian, cut at three standard deviations; the border is replicated."""
     if not deviation_px:
         return gray_HW
     reach = math.ceil(3 * deviation_px)
@@ -61,7 +61,7 @@ def blur(gray_HW: Tensor, deviation_px: float) -> Tensor:
 
 
 def gradient(gray_HW: Tensor) -> tuple[Tensor, Tensor]:
-    """|∂x| + |∂y|, and which of ``ACROSS`` is nearest to the direction."""
+    """|∂x| + |∂y|, and the index in ``ACROSS`` nearest to the direction."""
     kernel_33 = torch.tensor(SOBEL_X)
     padded = F.pad(gray_HW[None, None], [1] * 4, mode="replicate")
     x_HW, y_HW = F.conv2d(padded, torch.stack([kernel_33, kernel_33.T])[:, None])[0]
@@ -70,7 +70,7 @@ def gradient(gray_HW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_largest_across(size_HW: Tensor, direction_HW: Tensor) -> Tensor:
-    """Of two equal neighbours the one further right or down is the edge, so that it is one pixel wide."""
+    """Of two equal neighbours the one further right or down is the edge, so that edges are one pixel wide."""
     height, width = size_HW.shape
     padded = F.pad(size_HW, [1] * 4)
     largest_HW = torch.zeros_like(size_HW, dtype=torch.bool)
@@ -82,7 +82,7 @@ def is_largest_across(size_HW: Tensor, direction_HW: Tensor) -> Tensor:
 
 
 def connected(strong_HW: Tensor, weak_HW: Tensor) -> Tensor:
-    """The weak pixels that a way over others leads to from a strong one, corners counting as touching."""
+    """The weak pixels connected to a strong one, over sides or corners."""
     found_HW, count = strong_HW, -1
     while count != (count := int(found_HW.sum())):
         found_HW = weak_HW & (F.max_pool2d(found_HW[None].float(), 3, 1, 1)[0] > 0)

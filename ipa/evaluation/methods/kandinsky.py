@@ -3,11 +3,11 @@
     embedding = (1 - w) · CLIP(image) + w · prior(text),   w = 0 for an empty text
     (embedding, text) → decoder → latents → MoVQ → picture
 
-The prior is a diffusion model from a text to the embedding of a picture that would fit it; it samples by an ancestral
-sampler whose noise is here the picture's own. "No image" is the embedding of a picture of zeros. The decoder keeps the
-sampler of its checkpoint. Weights in kandinsky-community/kandinsky-2-1 and kandinsky-2-1-prior.
+The prior is a diffusion model from a text to the embedding of a matching picture; its ancestral sampler draws noise
+from the picture's own seed. "No image" is the embedding of a picture of zeros. The decoder keeps the sampler of its
+checkpoint. Weights in kandinsky-community/kandinsky-2-1 and kandinsky-2-1-prior.
 
-    method = Kandinsky21.from_pretrained()
+    method = Kandinsky21.from_pretrained("kandinsky-community/kandinsky-2-1")
 
 Letters: B pictures, E width of CLIP ViT-L/14's embedding.
 """
@@ -22,13 +22,14 @@ from diffusers import KandinskyPipeline, KandinskyPriorPipeline
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.method import Prompt, Sampling
-from ipa.evaluation.methods.pipelines import PipelineMethod, Source, draw_start, load_pipeline, pictures
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.method import Prompt, count_parameters, draw_start
+from ipa.evaluation.methods.pipelines import PipelineMethod, load_pipeline, to_pil
+from ipa.evaluation.methods.weights import Source
+from ipa.sampling import SamplingOptions
 
 
 class Kandinsky21(PipelineMethod):
-    """Prior and decoder; ``text_weight`` is w, ``prior_steps`` and ``prior_guidance`` are of the prior's sampling."""
+    """Prior and decoder; ``text_weight`` is w, ``prior_steps`` and ``prior_guidance`` are for sampling the prior."""
 
     name = "kandinsky21"
     uses_text = True
@@ -49,14 +50,16 @@ class Kandinsky21(PipelineMethod):
     @classmethod
     def from_pretrained(
         cls,
-        path: str = "kandinsky-community/kandinsky-2-1",
-        prior_path: str = "kandinsky-community/kandinsky-2-1-prior",
+        path: str,
         dtype: str = "float16",
+        revision: str | None = None,
+        prior_path: str = "kandinsky-community/kandinsky-2-1-prior",
         **options: Any,
     ) -> Self:
-        """``options`` are the constructor's. Raises MissingWeights, ValueError for what cannot be read."""
-        prior = load_pipeline(KandinskyPriorPipeline, Source(prior_path, key="method.prior_path"), dtype)
-        return cls(prior, load_pipeline(KandinskyPipeline, Source(path), dtype), f"{path}, {prior_path}", **options)
+        """``options`` are the constructor's. Raises MissingWeights, and UserError for what cannot be read."""
+        prior = load_pipeline(KandinskyPriorPipeline, Source(prior_path, "method.prior_path"), dtype)
+        decoder = load_pipeline(KandinskyPipeline, Source(path, revision=revision), dtype)
+        return cls(prior, decoder, f"{path}, {prior_path}", **options)
 
     @property
     def image_size_px(self) -> int:
@@ -64,10 +67,10 @@ class Kandinsky21(PipelineMethod):
 
     @property
     def trained(self) -> int:
-        """The decoder's UNet, as the paper counts: pictures do not go through the prior."""
+        """The decoder's UNet, as the paper counts; pictures do not pass through the prior."""
         return count_parameters(self.decoder.unet)
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         size_px = sampling.image_size_px or self.image_size_px
         cells = self.latent_cells(size_px)
         unet = self.decoder.unet
@@ -76,12 +79,9 @@ class Kandinsky21(PipelineMethod):
             [prompt.text for prompt in prompts],
             image_embeds=self.embeddings(prompts, generators),
             negative_image_embeds=self.prior.get_zero_embed(len(prompts)),
+            **self.pipeline_arguments(sampling, size_px),
             latents=noise_BCHW.to(unet.device, unet.dtype),
             generator=generators,
-            num_inference_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance,
-            height=size_px,
-            width=size_px,
             output_type="pt",
         ).images
 
@@ -89,24 +89,24 @@ class Kandinsky21(PipelineMethod):
         """Edge of the latents; raises UserError for sizes that the pipeline would round up."""
         factor = self.decoder.movq_scale_factor
         if size_px % factor**2:
-            raise UserError(f"{self.name} makes pictures whose size is a multiple of {factor**2} px, not of {size_px}")
+            raise UserError(f"sampling.image_size_px={size_px}: {self.name} needs a multiple of {factor**2}")
         return size_px // factor
 
     def embeddings(self, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:
-        """embedding_BE, as the prior's ``interpolate`` mixes it for one picture."""
+        """embedding_BE, mixed as the prior's ``interpolate`` does it for one picture."""
         mixed_BE = self.encode_images(prompts)
         rows = [row for row, prompt in enumerate(prompts) if prompt.text]
         if rows:
-            told_BE = self.prior(
+            text_BE = self.prior(
                 [prompts[row].text for row in rows],
                 generator=[generators[row] for row in rows],
                 num_inference_steps=self.prior_steps,
                 guidance_scale=self.prior_guidance,
             ).image_embeds
-            mixed_BE[rows] = (1 - self.text_weight) * mixed_BE[rows] + self.text_weight * told_BE
+            mixed_BE[rows] = (1 - self.text_weight) * mixed_BE[rows] + self.text_weight * text_BE
         return mixed_BE
 
     def encode_images(self, prompts: Sequence[Prompt]) -> Tensor:
         encoder = self.prior.image_encoder
-        pixels_B3HW = self.prior.image_processor(pictures(prompts), return_tensors="pt").pixel_values
+        pixels_B3HW = self.prior.image_processor(to_pil(prompts), return_tensors="pt").pixel_values
         return encoder(pixels_B3HW.to(encoder.device, encoder.dtype)).image_embeds

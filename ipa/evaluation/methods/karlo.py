@@ -2,26 +2,26 @@
 
     embedding of CLIP ViT-L/14 → decoder, 64 px → two super-resolution networks, 256 px
 
-It works on pixels and samples by its own ancestral sampler, whose every step draws noise: here from the picture's own
-seed. The steps asked for are the decoder's; super-resolution has seven, the last by a network of its own. The text
+It works on pixels with its own ancestral sampler, which draws noise in every step, here from the picture's own seed.
+``sampling.num_steps`` are the decoder's steps; super-resolution has seven, the last with a network of its own. The text
 stays empty. Weights in kakaobrain/karlo-v1-alpha-image-variations.
 
-    method = OpenUnCLIP.from_pretrained()
+    method = OpenUnCLIP.from_pretrained("kakaobrain/karlo-v1-alpha-image-variations")
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import UnCLIPImageVariationPipeline
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.method import Prompt, Sampling
-from ipa.evaluation.methods.pipelines import PipelineMethod, Source, load_pipeline, make_generators, pictures
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.method import Prompt, count_parameters, make_generators
+from ipa.evaluation.methods.pipelines import PipelineMethod, to_pil
+from ipa.sampling import SamplingOptions
 
 
 class OpenUnCLIP(PipelineMethod):
@@ -29,20 +29,11 @@ class OpenUnCLIP(PipelineMethod):
 
     name = "open_unclip"
     uses_text = False
+    pipeline_class = UnCLIPImageVariationPipeline
 
     def __init__(self, pipeline: Any, source: str = "", super_res_steps: int = 7) -> None:
         super().__init__(pipeline, source=source)
         self.pipeline, self.super_res_steps = pipeline, super_res_steps
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str = "kakaobrain/karlo-v1-alpha-image-variations",
-        dtype: str = "float16",
-        super_res_steps: int = 7,
-    ) -> Self:
-        """Raises MissingWeights for what is neither here nor to be had, ValueError for what cannot be read."""
-        return cls(load_pipeline(UnCLIPImageVariationPipeline, Source(path), dtype), path, super_res_steps)
 
     @property
     def image_size_px(self) -> int:
@@ -50,13 +41,13 @@ class OpenUnCLIP(PipelineMethod):
 
     @property
     def trained(self) -> int:
-        """The decoder with what brings embeddings into it, as the paper counts; super-resolution sees no prompt."""
+        """The decoder and the projection of the embedding, as the paper counts; super-resolution sees no prompt."""
         return count_parameters(self.pipeline.decoder) + count_parameters(self.pipeline.text_proj)
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         self.check_possible(sampling)
         images_BHW3 = self.pipeline(
-            image=pictures(prompts),
+            image=to_pil(prompts),
             generator=make_generators(prompts),
             decoder_num_inference_steps=sampling.num_steps,
             super_res_num_inference_steps=self.super_res_steps,
@@ -65,10 +56,12 @@ class OpenUnCLIP(PipelineMethod):
         ).images
         return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1
 
-    def check_possible(self, sampling: Sampling) -> None:
-        """Raises UserError for another size, and for half precision on a CPU: torch enlarges no such ones there."""
+    def check_possible(self, sampling: SamplingOptions) -> None:
+        """Raise UserError for another size, and for half precision on a CPU, where torch cannot resize pictures."""
         size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
         if size_px not in (None, self.image_size_px):
-            raise UserError(f"{self.name} makes pictures of {self.image_size_px} px, not of {size_px}: leave it out")
+            raise UserError(
+                f"sampling.image_size_px={size_px}: {self.name} makes pictures of {self.image_size_px} px only"
+            )
         if self.pipeline.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             raise UserError(f"method.dtype={str(dtype).removeprefix('torch.')}: on a CPU {self.name} needs float32")

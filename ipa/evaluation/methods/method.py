@@ -1,63 +1,99 @@
-"""What every compared system promises: pictures from image prompts, the same for the same seeds.
+"""The contract of a compared system: image prompts in, pictures out, the same pictures for the same seeds.
 
 method = SomeMethod.from_pretrained("owner/name", dtype="float16")
-pixels_B3HW = method.generate([Prompt(image_3HW, "", seed=0)], Sampling(num_steps=50, guidance=7.5))
+pixels_B3HW = method.generate([Prompt(image_3HW, "", seed=0)], SamplingOptions(num_steps=50, guidance=7.5))
+
+Letters: B pictures; C, H, W of pixels or latents.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ipa.data.images.transforms import Opened, fit_reference
 from ipa.errors import UserError
+from ipa.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An image prompt: the whole picture as uint8 image_3HW (RGB, any size), a text (empty for none), and a seed."""
+    """An image prompt as uint8 image_3HW (RGB, any size), a text (empty for none), and the seed of its picture."""
 
     image_3HW: Tensor
     text: str
     seed: int
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are made. ``guidance`` as in diffusers (1 means none), ``scale`` is λ where a system has one.
-
-    ``image_size_px`` is the edge of the square pictures; None is what the system was made for.
-    """
-
-    num_steps: int = 50
-    guidance: float = 7.5
-    scale: float = 1.0
-    image_size_px: int | None = None
+    def cut(self, size_px: int, fit: str = "crop") -> Tensor:
+        """The square that an encoder reads, uint8 image_3HW; ``fit`` is a name in ``transforms.FITS``."""
+        height, width = self.image_3HW.shape[-2:]
+        return fit_reference(Opened(self.image_3HW, (width, height), (width, height)), size_px, fit)
 
 
-class MissingWeights(UserError):
-    """Weights that are neither here nor to be had: the message says what to download and where to put it."""
+class Method(nn.Module, ABC):
+    """A frozen system: its parts are in eval mode and need no gradients.
 
-
-class Method(Protocol):
-    """A system with its weights. ``uses_text`` says whether a prompt's text plays a part at all.
-
-    Each picture's randomness comes from its own seed alone: from CPU generators, so that every device starts alike.
-    ``source`` names the weights, ``trained`` counts the parameters that were trained for image prompts (the paper's
-    column; None where that is not known from the modules).
+    ``uses_text`` says whether the prompt's text has any effect, ``rescales_guidance`` whether the system's pipeline has
+    ``guidance_rescale``, and ``source`` which weights were loaded. Each picture's noise comes from its own seed, drawn
+    on the CPU, so that it starts from the same noise on every device.
     """
 
     name: ClassVar[str]
     uses_text: ClassVar[bool]
-    source: str
+    rescales_guidance: ClassVar[bool] = False
+
+    def __init__(self, source: str, **parts: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.eval().requires_grad_(False)
 
     @property
-    def trained(self) -> int | None: ...
+    @abstractmethod
+    def trained(self) -> int | None:
+        """Number of parameters trained for image prompts, as the paper's table counts them; None if unknown."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
-        """pixels_B3HW in [-1, 1], float32 on the CPU, all of one size."""
-        ...
+    @abstractmethod
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
+        """Pixels in [-1, 1] up to rounding, of any float type, on any device."""
 
-    def to(self, device: Any) -> Method: ...
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
+        """pixels_B3HW in [-1, 1], float32 on the CPU, all of one size. Raises UserError for what it cannot sample."""
+        self.check(sampling)
+        return self.sample(prompts, sampling).float().cpu().clamp(-1, 1)
+
+    @classmethod
+    def check(cls, sampling: SamplingOptions) -> None:
+        """Raise UserError for options that the system does not have; λ is ignored where there is none."""
+        if sampling.guidance_rescale and not cls.rescales_guidance:
+            raise UserError(
+                f"sampling.guidance_rescale={sampling.guidance_rescale}: the pipeline of {cls.name} has no "
+                "guidance_rescale, leave it at 0"
+            )
+
+    def pipeline_arguments(self, sampling: SamplingOptions, size_px: int) -> dict[str, Any]:
+        """The options under the names that all pipelines of diffusers share."""
+        arguments = {"num_inference_steps": sampling.num_steps, "guidance_scale": sampling.guidance}
+        rescale = {"guidance_rescale": sampling.guidance_rescale} if self.rescales_guidance else {}
+        return {**arguments, **rescale, "height": size_px, "width": size_px}
+
+
+def make_generators(prompts: Sequence[Prompt]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+
+
+def draw_start(prompts: Sequence[Prompt], shape_CHW: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
+    """Starting noise_BCHW, each picture's from its own seed, and the generators for what is drawn after it."""
+    generators = make_generators(prompts)
+    return torch.stack([torch.randn(shape_CHW, generator=generator) for generator in generators]), generators
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

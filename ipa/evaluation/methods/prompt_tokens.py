@@ -1,209 +1,128 @@
-"""Stable Diffusion as the systems around it share it, and the shape that three of them have: image tokens as context.
+"""Systems around Stable Diffusion, and the form that three of them have: image tokens as context.
 
     encode(image) → (conditional tokens, unconditional tokens)
     StableDiffusionPipeline(prompt_embeds=…, negative_prompt_embeds=…)
 
-The tokens come behind the text's states or in their place. Letters: B pictures, T image tokens, L text tokens,
-D context width; C, H, W of latents.
+The tokens follow the text's states or replace them. Letters: B pictures, T image tokens, L text tokens, D context
+width; C, H, W of latents.
 """
 
 from __future__ import annotations
 
-import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ipa.data.transforms import Opened, fit_reference
 from ipa.encoders.vision_model import VisionModelEncoder
-from ipa.errors import UserError, brief
-from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
+from ipa.evaluation.methods.method import Method, Prompt, count_parameters, draw_start
+from ipa.evaluation.methods.weights import load_base, load_image_encoder, load_module
 from ipa.families.stable_diffusion import StableDiffusion
-from ipa.sampling import draw_noise
-from ipa.types import TextCondition
-
-Built = TypeVar("Built", bound=nn.Module)
+from ipa.sampling import SamplingOptions
+from ipa.types import TextCondition, to_unit_range
 
 
-class StableDiffusionMethod(nn.Module, ABC):
+@dataclass(frozen=True)
+class Start:
+    """Starting noise on the base's device and in its precision, and the generators for what is drawn after it."""
+
+    noise_BCHW: Tensor
+    generators: list[torch.Generator]
+    size_px: int
+
+
+class StableDiffusionMethod(Method):
     """A system around Stable Diffusion: DDIM on the checkpoint's own schedule, each picture's noise from its seed."""
 
-    name: ClassVar[str]
-    uses_text: ClassVar[bool]
-
-    def __init__(self, family: StableDiffusion, source: str) -> None:
-        super().__init__()
-        self.family, self.source = family, source
-
-    @property
-    @abstractmethod
-    def trained(self) -> int | None:
-        """Parameters that were trained for image prompts."""
+    family: StableDiffusion
+    rescales_guidance = True
 
     @abstractmethod
-    def sample(self, prompts: Sequence[Prompt], noise_BCHW: Tensor, sampling: Sampling) -> Tensor:
-        """Noise on the family's device and in its precision → latents_BCHW of pictures."""
+    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor: ...
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         size_px = sampling.image_size_px or self.family.image_size_px
-        noise_BCHW = draw_noise(self.family.latent_shape(size_px), [prompt.seed for prompt in prompts])
-        latents_BCHW = self.sample(prompts, noise_BCHW.to(self.family.device, self.family.unet.dtype), sampling)
-        return self.family.decode_latents(latents_BCHW).cpu()
+        noise_BCHW, generators = draw_start(prompts, self.family.latent_shape(size_px))
+        start = Start(noise_BCHW.to(self.family.device, self.family.dtype), generators, size_px)
+        return self.family.decode_latents(self.sample_latents(prompts, start, sampling))
 
     def text_states(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-        """Of the prompts' texts and of the empty text: two states_BLD."""
+        """Two states_BLD: of the prompts' texts and of the empty text."""
         texts = [prompt.text for prompt in prompts]
         return self.family.encode_text(texts).states_BLD, self.family.encode_text([""] * len(texts)).states_BLD
 
-    def arguments(
-        self, positive_BLD: Tensor, negative_BLD: Tensor, noise_BCHW: Tensor, sampling: Sampling
-    ) -> dict[str, Any]:
-        """What every pipeline of diffusers around this base is called with; it gives latents."""
-        negative = TextCondition(negative_BLD) if sampling.guidance > 1 else None
-        height, width = (cells * self.family.downsampling for cells in noise_BCHW.shape[-2:])
-        return {
-            **self.family.prompt_arguments(TextCondition(positive_BLD), negative),
-            "latents": noise_BCHW,
-            "num_inference_steps": sampling.num_steps,
-            "guidance_scale": sampling.guidance,
-            "height": height,
-            "width": width,
-            "output_type": "latent",
-        }
+    def call(
+        self, pipeline: Any, states: tuple[Tensor, Tensor], start: Start, sampling: SamplingOptions, **more: Any
+    ) -> Tensor:
+        """Latents from a pipeline of diffusers, with the conditional and the unconditional states_BLD."""
+        positive, negative = (TextCondition(states_BLD) for states_BLD in states)
+        return pipeline(
+            **self.family.prompt_arguments(positive, negative if sampling.guidance > 1 else None),
+            **self.pipeline_arguments(sampling, start.size_px),
+            **more,
+            latents=start.noise_BCHW,
+            output_type="latent",
+        ).images
 
 
 class PromptTokens(StableDiffusionMethod):
-    """Stable Diffusion that reads tokens of the image prompt behind those of the text."""
+    """Stable Diffusion that reads tokens of the image prompt after those of the text.
+
+    ``adapter_class`` has ``like(state)``; ``published`` names its file in messages, and the prefix of its weights.
+    """
 
     uses_text = True
     adapter: nn.Module
+    adapter_class: ClassVar[Any]
+    published: ClassVar[tuple[str, str]]
+
+    @classmethod
+    def load_adapter(cls, path: str) -> Any:
+        return load_module(cls.adapter_class.like, path, *cls.published)
 
     @property
     def trained(self) -> int:
         return count_parameters(self.adapter)
 
     @abstractmethod
-    def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """uint8 image_3HW of any sizes → tokens_BTD of the pictures and of "no image", weighed with λ."""
+    def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+        """tokens_BTD of the images and of "no image", both weighted with λ."""
 
     def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
         """The whole context of the conditional and of the unconditional half."""
-        tokens_BTD, no_image_BTD = self.encode([prompt.image_3HW for prompt in prompts], scale)
+        tokens_BTD, no_image_BTD = self.encode(prompts, scale)
         text_BLD, empty_BLD = self.text_states(prompts)
         return torch.cat([text_BLD, tokens_BTD], 1), torch.cat([empty_BLD, no_image_BTD], 1)
 
-    def sample(self, prompts: Sequence[Prompt], noise_BCHW: Tensor, sampling: Sampling) -> Tensor:
-        arguments = self.arguments(*self.states(prompts, sampling.scale), noise_BCHW, sampling)
-        return self.family.pipeline()(**arguments).images
+    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
+        return self.call(self.family.pipeline(), self.states(prompts, sampling.scale), start, sampling)
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+class ClipPromptTokens(PromptTokens):
+    """Tokens that an adapter makes from a CLIP image encoder."""
+
+    encoder: VisionModelEncoder
+
+    def __init__(
+        self, family: StableDiffusion, encoder: VisionModelEncoder, adapter: nn.Module, source: str = ""
+    ) -> None:
+        super().__init__(source, family=family, encoder=encoder, adapter=adapter)
+
+    @classmethod
+    def from_pretrained(cls, base: str, image_encoder: str, adapter: str, dtype: str = "float16") -> Self:
+        """Raises MissingWeights, and UserError for files of something else."""
+        loaded = cls.load_adapter(adapter)
+        family, encoder = load_base(base, dtype), load_image_encoder(image_encoder, dtype)
+        return cls(family, encoder, loaded.to(family.dtype), f"{adapter} on {base}")
+
+    def squares(self, prompts: Sequence[Prompt]) -> Tensor:
+        """The encoder's input on the base's device."""
+        return cut_squares(prompts, self.encoder.image_size_px).to(self.family.device)
 
 
-def squares(images: Sequence[Tensor], size_px: int) -> Tensor:
-    """uint8 image_3HW of any sizes → image_B3HW in [-1, 1]: shortest side bicubic, centre crop, as CLIP reads them."""
-    cut = []
-    for image_3HW in images:
-        height, width = image_3HW.shape[-2:]
-        cut.append(fit_reference(Opened(image_3HW, (width, height), (width, height)), size_px))
-    return torch.stack(cut).float() / 127.5 - 1
-
-
-def load_base(path: str, dtype: str, key: str = "method.base") -> StableDiffusion:
-    """Stable Diffusion 1.x or 2.x from a folder, a ``.safetensors`` file or the hub.
-
-    Raises MissingWeights when it is not to be had, ValueError for a base of another kind.
-    """
-    try:
-        return StableDiffusion.from_pretrained(path, dtype=dtype)
-    except OSError as error:
-        raise tell_missing(error, path, key) from error
-    except ValueError as error:
-        raise UserError(renamed(str(error), key)) from error
-
-
-def load_image_encoder(path: str, dtype: str, key: str = "method.image_encoder") -> VisionModelEncoder:
-    """A CLIP image encoder in transformers' layout; raises MissingWeights, ValueError for what is none."""
-    try:
-        return VisionModelEncoder.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            raise tell_missing(error, path, key) from error
-        raise UserError(renamed(str(error), key)) from error
-
-
-def renamed(message: str, key: str) -> str:
-    """What families and encoders complain of, with the keys that these options have here."""
-    for theirs, ours in {"path": key, "dtype": "method.dtype"}.items():
-        message = message.replace(f"base.{theirs}", ours).replace(f"encoder.{theirs}", ours)
-    return message
-
-
-def tell_missing(error: Exception, path: str, key: str) -> MissingWeights:
-    """The message for a folder in a library's layout that is not to be had, here or from the hub."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    reason = renamed(brief(cause), key).removeprefix(f"{key}={path}").strip(":. ")
-    if Path(path).exists() or "/" not in path or path.startswith((".", "/", "~")):
-        return MissingWeights(f"{key}={path}: {reason}. Give a folder with the weights, or a hub id owner/name")
-    repository = "/".join(path.split("/")[:2])
-    return MissingWeights(
-        f"{key}={path} is neither a folder here nor to be had from the hub or its cache ({reason}). Download it where "
-        f"there is a network, `hf download {repository} --local-dir FOLDER`, and give {key}=FOLDER"
-    )
-
-
-def find_file(path: str, key: str) -> Path:
-    """A file here, or one of the hub written owner/name/path; raises MissingWeights."""
-    if Path(path).is_file():
-        return Path(path)
-    parts = path.split("/")
-    if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
-        raise MissingWeights(f"{key}={path}: no such file. Give a file, or one of the hub written owner/name/path")
-    from huggingface_hub import hf_hub_download
-
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        return Path(hf_hub_download(repository, name))
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, ValueError is for an impossible name
-        raise MissingWeights(
-            f"{key}={path} is neither a file here nor to be had from the hub or its cache ({brief(error).strip('.')}). "
-            f"Download https://huggingface.co/{repository}/resolve/main/{name} and give {key}=FILE"
-        ) from error
-
-
-def load_module(make: Callable[[dict[str, Tensor]], Built], path: str, key: str, what: str, prefix: str = "") -> Built:
-    """A module with what a file holds under ``prefix``, all of it and nothing else; its sizes are the file's.
-
-    ``make`` builds it from the weights' shapes, ``what`` names it in messages. Raises MissingWeights when there is no
-    such file, ValueError when it holds something else.
-    """
-    file = find_file(path, key)
-    try:
-        state = read_state(file, prefix)
-        module = make(state)
-        module.load_state_dict(state)
-        return module
-    except KeyError as error:
-        raise UserError(f"{key}={path} is not {what}: it has no {prefix}{error.args[0]}") from error
-    except Exception as error:  # pickle's, safetensors' and torch's complaints have no common kind
-        raise UserError(f"{key}={path} is not {what}: {brief(error)}") from error
-
-
-def read_state(file: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, without it; of safetensors files no others are read."""
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
-            return {name[len(prefix) :]: opened.get_tensor(name) for name in names}
-    # torch maps only its newer format, a zip archive: the others are read as a whole
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    state = state.get("state_dict", state)
-    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+def cut_squares(prompts: Sequence[Prompt], size_px: int) -> Tensor:
+    """image_B3HW in [-1, 1]: shortest side resized (bicubic), centre crop, as CLIP is preprocessed."""
+    return to_unit_range(torch.stack([prompt.cut(size_px) for prompt in prompts]))

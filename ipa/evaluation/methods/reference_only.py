@@ -1,15 +1,15 @@
-"""ControlNet reference-only: no weights of its own, self-attention that looks at a reference picture as well.
+"""ControlNet reference-only: no trained weights; self-attention also reads a reference picture.
 
-Every step calls the UNet twice. The first call is given the reference at the step's noise level and writes down what
-each self-attention layer sees, r; the second makes the picture, and its layers read
+Every step calls the UNet twice. The first call gets the reference at the step's noise level and stores the input of
+each self-attention layer, r; the second makes the picture, and its layers read
 
     x ← Attention(Q(x), K([x; r]), V([x; r]))
 
 The unconditional half of guidance keeps ``style_fidelity`` of its own attention: 0 follows the text more, 1 the
-reference. AdaIN, if asked for, also gives the deeper blocks' outputs the mean and standard deviation that the reference
-had there, channel by channel. From Mikubill/sd-webui-controlnet, discussions 1236 and 1280. It has no λ.
+reference. With AdaIN the deeper blocks' outputs also get the reference's mean and standard deviation, channel by
+channel. From Mikubill/sd-webui-controlnet, discussions 1236 and 1280. It has no λ.
 
-    method = ReferenceOnly.from_pretrained()
+    method = ReferenceOnly.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.method import Prompt, Sampling
-from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, load_base, squares
+from ipa.evaluation.methods.method import Prompt
+from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start, cut_squares
+from ipa.evaluation.methods.weights import load_base
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.sampling import SamplingOptions
 
 EPS = 1e-6
 
 
 class ReferenceOnly(StableDiffusionMethod):
-    """The reference is cut to the picture's square. Between two calls the UNet is what it was."""
+    """The reference is cropped to the picture's square. The UNet is restored after each call."""
 
     name = "reference_only"
     uses_text = True
@@ -40,64 +42,54 @@ class ReferenceOnly(StableDiffusionMethod):
     def __init__(
         self, family: StableDiffusion, source: str = "", style_fidelity: float = 0.5, adain: bool = False
     ) -> None:
-        super().__init__(family, source)
-        self.style_fidelity, self.adain = checked(style_fidelity), adain
-        self.eval().requires_grad_(False)
+        super().__init__(source, family=family)
+        self.style_fidelity, self.adain = check_fidelity(style_fidelity), adain
 
     @classmethod
     def from_pretrained(
-        cls,
-        base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        style_fidelity: float = 0.5,
-        adain: bool = False,
-        dtype: str = "float16",
+        cls, base: str, style_fidelity: float = 0.5, adain: bool = False, dtype: str = "float16"
     ) -> Self:
-        """Raises MissingWeights for a base that is neither here nor to be had, ValueError for a senseless number."""
-        checked(style_fidelity)  # before weights are read
+        """Raises MissingWeights for the base, and UserError for a value out of range."""
+        check_fidelity(style_fidelity)  # before weights are read
         return cls(load_base(base, dtype), base, style_fidelity, adain)
 
-    def sample(self, prompts: Sequence[Prompt], noise_BCHW: Tensor, sampling: Sampling) -> Tensor:
-        arguments = self.arguments(*self.text_states(prompts), noise_BCHW, sampling)
-        passes = TwoPasses(self.noised_references(prompts, noise_BCHW, arguments["height"]), self.style_fidelity)
+    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
+        passes = TwoPasses(self.noised_references(prompts, start), self.style_fidelity)
         with passes.installed(self.family.unet, self.adain):
-            return self.family.pipeline()(**arguments).images
+            return self.call(self.family.pipeline(), self.text_states(prompts), start, sampling)
 
-    def noised_references(
-        self, prompts: Sequence[Prompt], noise_BCHW: Tensor, size_px: int
-    ) -> Callable[[Tensor], Tensor]:
-        """Timestep → the references at its noise level. Every picture's draws go on where its starting noise ended."""
-        generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    def noised_references(self, prompts: Sequence[Prompt], start: Start) -> Callable[[Tensor], Tensor]:
+        """Timestep → the references at its noise level, with noise from each picture's own generator."""
+        noise_BCHW = start.noise_BCHW
 
         def draw() -> Tensor:
             shape = noise_BCHW.shape[1:]
-            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(noise_BCHW)
+            return torch.stack([torch.randn(shape, generator=each) for each in start.generators]).to(noise_BCHW)
 
-        draw()  # that is the starting noise itself
-        pictures_B3HW = squares([prompt.image_3HW for prompt in prompts], size_px)
-        posterior = self.family.encode_pixels(pictures_B3HW.to(noise_BCHW.device))
+        posterior = self.family.encode_pixels(cut_squares(prompts, start.size_px).to(noise_BCHW.device))
         latents_BCHW = posterior.sample(draw()).to(noise_BCHW)
         scheduler: Any = self.family.make_sampler()
         return lambda timestep: scheduler.add_noise(latents_BCHW, draw(), timestep.reshape(1))
 
 
-def checked(style_fidelity: float) -> float:
+def check_fidelity(style_fidelity: float) -> float:
     if not 0 <= style_fidelity <= 1:
         raise UserError(f"method.style_fidelity={style_fidelity}: from 0 (text) to 1 (reference)")
     return style_fidelity
 
 
 class TwoPasses:
-    """Has a UNet write down the reference before every call, and read it in the call."""
+    """Lets a UNet store the reference before every call, and read it in the call."""
 
     def __init__(self, noised: Callable[[Tensor], Tensor], style_fidelity: float) -> None:
         self.noised, self.style_fidelity = noised, style_fidelity
-        self.writing, self.num_unconditional = False, 0
+        self.storing, self.num_unconditional = False, 0
 
     @contextmanager
     def installed(self, unet: Any, adain: bool = False) -> Iterator[None]:
-        """Leaves the UNet as it was found, also after an error."""
+        """Restores the UNet afterwards, also after an error."""
         with ExitStack() as stack:
-            stack.callback(unet.register_forward_pre_hook(self.write_first, with_kwargs=True).remove)
+            stack.callback(unet.register_forward_pre_hook(self.store_first, with_kwargs=True).remove)
             for attention in self_attentions(unet):
                 stack.callback(setattr, attention, "processor", attention.processor)
                 attention.processor = ReadingProcessor(attention.processor, self)
@@ -105,17 +97,17 @@ class TwoPasses:
                 stack.callback(module.register_forward_hook(Restyling(self)).remove)
             yield
 
-    def write_first(self, unet: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
+    def store_first(self, unet: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
         latents, timestep = inputs
         reference_BCHW = self.noised(timestep)
         halves = len(latents) // len(reference_BCHW)  # with guidance the unconditional one comes first
         self.num_unconditional = len(reference_BCHW) * (halves - 1)
-        self.writing = True
+        self.storing = True
         unet.forward(reference_BCHW.repeat(halves, 1, 1, 1), timestep, **given)
-        self.writing = False
+        self.storing = False
 
     def softened(self, read: Tensor, make_own: Callable[[int], Tensor]) -> Tensor:
-        """What was read, except that unconditional rows keep ``style_fidelity`` of their own, ``make_own(rows)``."""
+        """``read``, except that unconditional rows keep ``style_fidelity`` of their own, ``make_own(rows)``."""
         rows = self.num_unconditional
         if not rows or not self.style_fidelity:
             return read
@@ -123,7 +115,7 @@ class TwoPasses:
 
 
 class ReadingProcessor:
-    """Stands in for the processor of a self-attention layer."""
+    """Replaces the processor of a self-attention layer."""
 
     def __init__(self, replaced: Any, passes: TwoPasses) -> None:
         self.replaced, self.passes = replaced, passes
@@ -138,10 +130,10 @@ class ReadingProcessor:
         temb: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        if self.passes.writing:
+        if self.passes.storing:
             self.seen = hidden_states
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
-        assert self.seen is not None, "nothing was written before reading"
+        assert self.seen is not None, "nothing was stored before reading"
         read = self.replaced(attn, hidden_states, torch.cat([hidden_states, self.seen], 1), None, temb, **unused)
         return self.passes.softened(read, lambda rows: self.replaced(attn, hidden_states[:rows]))
 
@@ -155,10 +147,10 @@ class Restyling:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         x_BCHW, *rest = output if isinstance(output, tuple) else (output,)
-        if self.passes.writing:
+        if self.passes.storing:
             self.seen = moments(x_BCHW)
             return None
-        assert self.seen is not None, "nothing was written before reading"
+        assert self.seen is not None, "nothing was stored before reading"
         (mean, std), (new_mean, new_std) = moments(x_BCHW), self.seen
         read = (x_BCHW - mean) / std * new_std + new_mean
         restyled = self.passes.softened(read, lambda rows: x_BCHW[:rows])
@@ -176,9 +168,9 @@ def self_attentions(unet: nn.Module) -> list[Any]:
 
 
 def styled_modules(unet: Any) -> list[nn.Module]:
-    """The mid block, and each layer of the lower half of the way down and of the way up to the middle."""
+    """The mid block, and the layers of the deeper half of the down and up blocks."""
     downs, ups = len(unet.down_blocks), len(unet.up_blocks)
-    # weight 2 (1 - i / n) on the way down, 2 i / n on the way up: those of at most 1, the default of the original
+    # the original weights down blocks with 2 (1 - i / n), up blocks with 2 i / n, and takes those of at most 1
     blocks = [block for i, block in enumerate(unet.down_blocks) if 2 * i >= downs]
     blocks += [block for i, block in enumerate(unet.up_blocks) if 2 * i <= ups]
     layers = [layer for block in blocks for layer in getattr(block, "attentions", None) or block.resnets]

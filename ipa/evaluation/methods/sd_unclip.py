@@ -1,8 +1,8 @@
-"""SD unCLIP: Stable Diffusion 2.1 tuned to read a CLIP embedding beside the text.
+"""SD unCLIP: Stable Diffusion 2.1 fine-tuned to read a CLIP embedding in addition to the text.
 
-The embedding of CLIP ViT-H/14 is noised (Rombach et al. 2022; Ramesh et al. 2022), joined with the embedding of the
-noise level, and added to the time embedding; "no image" is zeros. At level 0 very little noise is left, drawn like the
-rest from the picture's own seed. Weights in stabilityai/stable-diffusion-2-1-unclip, which was withdrawn in 2025.
+The embedding of CLIP ViT-H/14 is noised (Rombach et al. 2022; Ramesh et al. 2022), concatenated with the embedding of
+the noise level, and added to the time embedding; "no image" is zeros. Level 0 adds very little noise, drawn from the
+picture's own seed. Weights in stabilityai/stable-diffusion-2-1-unclip, which was withdrawn in 2025.
 
     method = SDUnCLIP.from_pretrained("FOLDER")
 """
@@ -15,9 +15,10 @@ from typing import Any, Self
 from diffusers import StableUnCLIPImg2ImgPipeline
 from torch import Tensor
 
-from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
-from ipa.evaluation.methods.pipelines import LatentPipelineMethod, Source, load_pipeline, pictures
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.errors import MissingWeights
+from ipa.evaluation.methods.method import Prompt
+from ipa.evaluation.methods.pipelines import LatentPipelineMethod, to_pil
+from ipa.sampling import SamplingOptions
 
 HUB_ID = "stabilityai/stable-diffusion-2-1-unclip"
 
@@ -27,28 +28,23 @@ class SDUnCLIP(LatentPipelineMethod):
 
     name = "sd_unclip"
     uses_text = True
+    pipeline_class = StableUnCLIPImg2ImgPipeline
 
     def __init__(self, pipeline: Any, source: str = "", noise_level: int = 0) -> None:
-        super().__init__(pipeline, pipeline.unet, source)
+        super().__init__(pipeline, source)
         self.noise_level = noise_level
 
     @classmethod
-    def from_pretrained(cls, path: str = HUB_ID, dtype: str = "float16", noise_level: int = 0) -> Self:
-        """Raises MissingWeights for what is neither here nor to be had, ValueError for what cannot be read."""
+    def from_pretrained(cls, path: str, dtype: str = "float16", revision: str | None = None, **options: Any) -> Self:
         try:
-            pipeline = load_pipeline(StableUnCLIPImg2ImgPipeline, Source(path), dtype)
+            return super().from_pretrained(path, dtype, revision, **options)
         except MissingWeights as error:
             if path != HUB_ID:
                 raise
-            raise MissingWeights(f"{error}. Its owner withdrew {HUB_ID} in 2025: a copy has to be at hand") from error
-        return cls(pipeline, path, noise_level)
+            raise MissingWeights(f"{error}. {HUB_ID} was withdrawn in 2025: you need a copy of it") from error
 
-    @property
-    def trained(self) -> int:
-        return count_parameters(self.unet)
-
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Tensor:
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         texts = [prompt.text for prompt in prompts]
-        pixels_B3HW = self.call(prompts, sampling, image=pictures(prompts), prompt=texts, noise_level=self.noise_level)
-        self.pipeline.image_normalizer.requires_grad_(False)  # the pipeline's call makes its parameters anew
+        pixels_B3HW = self.call(prompts, sampling, image=to_pil(prompts), prompt=texts, noise_level=self.noise_level)
+        self.pipeline.image_normalizer.requires_grad_(False)  # the pipeline's call replaces its parameters
         return pixels_B3HW

@@ -1,32 +1,33 @@
-"""SeeCoder of Prompt-Free Diffusion: an image encoder whose 148 tokens stand where Stable Diffusion expects a text.
+"""SeeCoder of Prompt-Free Diffusion: an image encoder whose 148 tokens replace Stable Diffusion's text states.
 
     Swin-L, the maps of 1/8, 1/16, 1/32 → decoder, three maps of one width → 9 layers of queries → 4 + 144 tokens
 
 Xu et al. 2023, "Prompt-Free Diffusion: Taking 'Text' out of Text-to-Image Diffusion Models"; weights in
-shi-labs/prompt-free-diffusion. There are no text and no λ. "No image" is 148 zeros. Its authors sample with a guidance
-of about 2. Letters: B pictures, T tokens, P places of a map, D width.
+shi-labs/prompt-free-diffusion. There is no text and no λ. "No image" is 148 zeros. Its authors sample with a guidance
+of about 2. Letters: B pictures, T tokens, P positions in a map, D width.
 
-    method = SeeCoder.from_pretrained()
+    method = SeeCoder.from_pretrained("stable-diffusion-v1-5/…", "seecoder-v1-0.safetensors")
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from ipa.evaluation.methods.method import Prompt
-from ipa.evaluation.methods.prompt_tokens import PromptTokens, load_base, load_module, squares
+from ipa.evaluation.methods.prompt_tokens import PromptTokens, cut_squares
 from ipa.evaluation.methods.seecoder_swin import SwinBackbone
+from ipa.evaluation.methods.weights import cut_prefix, load_base
 from ipa.families.stable_diffusion import StableDiffusion
 
 LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
 HEADS = 8
 GROUPS = 32
 NUM_GLOBAL = 4
-IMAGE_PX = 512  # its authors' demo reads pictures at their own sizes; squares of one size can share a batch
+IMAGE_PX = 512  # its authors' demo reads pictures at their own sizes; squares of one size fit into one batch
 
 
 class SemanticContextEncoder(nn.Module):
@@ -44,8 +45,8 @@ class SemanticContextEncoder(nn.Module):
 
     @classmethod
     def like(cls, state: dict[str, Tensor]) -> Self:
-        """As large as these weights."""
-        parts = [under(state, prefix) for prefix in ("imencoder.", "imdecoder.", "qtransformer.")]
+        """With the sizes of these weights."""
+        parts = [cut_prefix(state, prefix) for prefix in ("imencoder.", "imdecoder.", "qtransformer.")]
         return cls(SwinBackbone.like(parts[0]), Decoder.like(parts[1]), QueryTransformer.like(parts[2]))
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
@@ -54,7 +55,11 @@ class SemanticContextEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps of three sizes → as many of one width: each passes a transformer and adds what went around it."""
+    """Maps of three sizes → as many of one width: a transformer, plus a convolution as a shortcut.
+
+    The published code attends along the batch, not along the positions of a map. Its own inference has a batch of one,
+    where each position attends to itself only; the same is done here for every batch, so pictures do not mix.
+    """
 
     def __init__(self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6) -> None:
         super().__init__()
@@ -63,7 +68,8 @@ class Decoder(nn.Module):
             {name: nn.Sequential(nn.Conv2d(wide, width, 1), nn.GroupNorm(GROUPS, width)) for name, wide in levels}
         )
         self.lateral_layers = nn.ModuleDict({name: NormedConv(wide, width) for name, wide in levels})
-        self.transformer = DecoderLayers(width, inner_width, num_layers)
+        layer = nn.TransformerEncoderLayer(width, HEADS, inner_width, dropout=0.0)
+        self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.level_embed = nn.Parameter(torch.randn(len(LEVELS), width))
 
     @classmethod
@@ -77,43 +83,14 @@ class Decoder(nn.Module):
         # level_embed counts from the smallest map
         for name, map_BCHW, embed_D in zip(LEVELS, maps, self.level_embed.flip(0), strict=True):
             x_BHWD = self.inproj_layers[name](map_BCHW).permute(0, 2, 3, 1) + embed_D
-            made.append(self.transformer(x_BHWD).permute(0, 3, 1, 2) + self.lateral_layers[name](map_BCHW))
+            alone_1PD = x_BHWD.flatten(0, 2)[None]  # a sequence of one, with every position as a sample
+            decoded_BHWD = self.transformer(alone_1PD).view_as(x_BHWD)
+            made.append(decoded_BHWD.permute(0, 3, 1, 2) + self.lateral_layers[name](map_BCHW))
         return made
 
 
-class DecoderLayers(nn.Module):
-    def __init__(self, width: int, inner_width: int, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(width, inner_width) for _ in range(num_layers))
-
-    def forward(self, x_BHWD: Tensor) -> Tensor:
-        for layer in self.layers:
-            x_BHWD = layer(x_BHWD)
-        return x_BHWD
-
-
-class DecoderLayer(nn.Module):
-    """Attention and feed-forward with the norms behind them.
-
-    The published code attends along the batch rather than along the places of a map. Its own inference has a batch of
-    one, where each place sees itself alone: this is what is done here, so that pictures do not see one another.
-    """
-
-    def __init__(self, width: int, inner_width: int) -> None:
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, HEADS)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.linear1, self.linear2 = nn.Linear(width, inner_width), nn.Linear(inner_width, width)
-
-    def forward(self, x_BHWD: Tensor) -> Tensor:
-        alone_1PD = x_BHWD.flatten(0, 2)[None]
-        attended = self.self_attn(alone_1PD, alone_1PD, alone_1PD, need_weights=False)[0]
-        x_BHWD = self.norm1(x_BHWD + attended.view_as(x_BHWD))
-        return self.norm2(x_BHWD + self.linear2(self.linear1(x_BHWD).relu()))
-
-
 class NormedConv(nn.Conv2d):
-    """A 1 × 1 convolution whose norm is a part of it."""
+    """A 1 × 1 convolution that contains its norm."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__(in_width, width, 1, bias=False)
@@ -124,7 +101,7 @@ class NormedConv(nn.Conv2d):
 
 
 class QueryTransformer(nn.Module):
-    """Maps → tokens: the local queries read one map after the other, and exchange with the global ones."""
+    """Maps → tokens: the local queries read one map after the other; self-attention joins them with the global ones."""
 
     def __init__(
         self, width: int = 768, inner_width: int = 2048, num_queries: int = NUM_GLOBAL + 144, num_layers: int = 9
@@ -193,20 +170,18 @@ class FeedForward(nn.Module):
         return self.norm(x_BTD + self.linear2(self.linear1(x_BTD).relu()))
 
 
-def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def count(state: dict[str, Tensor], suffix: str) -> int:
     return sum(name.endswith(f".{suffix}") for name in state)
 
 
 class SeeCoder(PromptTokens):
-    """Stable Diffusion with SeeCoder in the place of its text encoder. It reads the picture's centre square."""
+    """Stable Diffusion with SeeCoder in place of its text encoder. It reads the picture's centre square."""
 
     name = "seecoder"
     uses_text = False
     adapter: SemanticContextEncoder
+    adapter_class = SemanticContextEncoder
+    published = ("a SeeCoder", "ctx.image.")
 
     def __init__(
         self,
@@ -215,27 +190,20 @@ class SeeCoder(PromptTokens):
         source: str = "",
         reference_size_px: int = IMAGE_PX,
     ) -> None:
-        super().__init__(family, source)
-        self.adapter, self.reference_size_px = adapter, reference_size_px
-        self.eval().requires_grad_(False)
+        super().__init__(source, family=family, adapter=adapter)
+        self.reference_size_px = reference_size_px
 
     @classmethod
-    def from_pretrained(
-        cls,
-        base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        adapter: str = "shi-labs/prompt-free-diffusion/pretrained/pfd/seecoder/seecoder-v1-0.safetensors",
-        dtype: str = "float16",
-    ) -> Self:
-        """Raises MissingWeights for what is neither here nor to be had."""
-        made: Any = load_module(SemanticContextEncoder.like, adapter, "method.adapter", "a SeeCoder", "ctx.image.")
-        family = load_base(base, dtype)
-        return cls(family, made.to(family.unet.dtype), f"{adapter} on {base}")
+    def from_pretrained(cls, base: str, adapter: str, dtype: str = "float16") -> Self:
+        """Raises MissingWeights, and UserError for files of something else."""
+        loaded, family = cls.load_adapter(adapter), load_base(base, dtype)
+        return cls(family, loaded.to(family.dtype), f"{adapter} on {base}")
 
-    def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        pictures_B3HW = (squares(images, self.reference_size_px) + 1) / 2
-        tokens_BTD = self.adapter(pictures_B3HW.to(self.family.device, self.family.unet.dtype))
+    def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+        pictures_B3HW = (cut_squares(prompts, self.reference_size_px) + 1) / 2
+        tokens_BTD = self.adapter(pictures_B3HW.to(self.family.device, self.family.dtype))
         return tokens_BTD, torch.zeros_like(tokens_BTD)
 
     def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
-        """The tokens alone: the text plays no part."""
-        return self.encode([prompt.image_3HW for prompt in prompts], scale)
+        """Only the tokens: the text is not read."""
+        return self.encode(prompts, scale)

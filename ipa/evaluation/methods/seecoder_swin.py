@@ -1,11 +1,11 @@
-"""The Swin transformer as a backbone, with the names of its authors' detection models, as SeeCoder's weights have them.
+"""The Swin transformer as a backbone, with the parameter names of its authors' detection models, as in SeeCoder's file.
 
 Attention within windows of w × w cells, in every second block shifted by w/2 (Liu et al. 2021, sections 3.1 and 3.2):
 
     x ← x + join(Attention(cut(roll(pad(LN(x)))))),   x ← x + MLP(LN(x))
 
-A map is padded before it is rolled, and also one no larger than a window is rolled. (timm pads after rolling, so that
-it differs wherever the window does not divide the map.) Letters: N windows in a picture, K = w² cells of a window,
+A map is padded before it is rolled, and maps no larger than a window are rolled too. (timm pads after rolling, so it
+differs where the window does not divide the map.) Letters: N windows in a picture, K = w² cells of a window,
 M heads, d head width; maps are B H W C.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from typing import Any, Self
 
 import torch
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCH_PX = 4
-APART = -100.0  # added to the attention between what only rolling brought together
+MASKED = -100.0  # added to the attention between cells that only rolling made neighbours
 
 
 class SwinBackbone(nn.Module):
-    """image_B3HW → one map_BCHW for each stage, the last of which is 32 times smaller than the picture."""
+    """image_B3HW → one map_BCHW for each stage, the last one 32 times smaller than the picture."""
 
     def __init__(self, width: int, depths: list[int], heads: list[int], window: int) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class SwinBackbone(nn.Module):
 
     @classmethod
     def like(cls, state: dict[str, Tensor]) -> Self:
-        """As large as these weights."""
+        """With the sizes of these weights."""
         blocks = [re.fullmatch(r"layers\.(\d+)\.blocks\.\d+\.norm1\.weight", name) for name in state]
         stages = [int(block[1]) for block in blocks if block]
         tables = [state[f"layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in sorted(set(stages))]
@@ -62,7 +63,7 @@ class SwinBackbone(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Squares of four pixels → cells; what is missing at the right and at the bottom is black."""
+    """Squares of four pixels → cells; black padding at the right and at the bottom."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, every second of them shifted; ``downsample`` belongs to the way to the next stage."""
+    """Blocks of one width, every second one shifted; ``downsample`` leads to the next stage."""
 
     def __init__(self, width: int, depth: int, heads: int, window: int, merges: bool) -> None:
         super().__init__()
@@ -95,10 +96,8 @@ class Block(nn.Module):
         self.window, self.shift = window, shift
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = WindowAttention(width, heads, window)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(width, 4 * width))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(4 * width, width))
+        layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x_BHWC = x_BHWC + self.attend(self.norm1(x_BHWC))
@@ -116,7 +115,7 @@ class Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention within each window, with a learned bias for every distance between two cells and every head."""
+    """Attention within each window, with a learned bias per head and distance between two cells."""
 
     relative_position_index: Tensor
 
@@ -148,13 +147,13 @@ class PatchMerging(nn.Module):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         height, width = x_BHWC.shape[1:3]
         x_BHWC = F.pad(x_BHWC, (0, 0, 0, width % 2, 0, height % 2))
-        # the neighbour below comes before the one at the right
+        # the neighbour below comes before the one to the right
         neighbours = [x_BHWC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.reduction(self.norm(torch.cat(neighbours, -1)))
 
 
 def cut_windows(x_BHWC: Tensor, window: int) -> Tensor:
-    """A map that the window divides → windows_BNKC, row by row."""
+    """A map whose sides the window divides → windows_BNKC, row by row."""
     return x_BHWC.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -166,18 +165,18 @@ def join_windows(windows_BNKC: Tensor, size: torch.Size, window: int) -> Tensor:
 
 
 def index_distances(window: int) -> Tensor:
-    """For every two cells of a window the row of the bias table: index_KK."""
+    """The row of the bias table for each pair of cells of a window: index_KK."""
     cells = torch.cartesian_prod(torch.arange(window), torch.arange(window))
     distance_KK2 = cells[:, None] - cells + window - 1
     return distance_KK2[..., 0] * (2 * window - 1) + distance_KK2[..., 1]
 
 
 def mask_rolled(size: torch.Size, window: int, shift: int) -> Tensor:
-    """What to add to attention in a rolled map, so that cells that were far apart do not see each other: mask_NKK."""
+    """What is added to the attention in a rolled map, so that cells from opposite borders do not attend: mask_NKK."""
     strips = []
     for side in size:
-        place = torch.arange(side)
-        strips.append((place >= side - window).int() + (place >= side - shift).int())
+        position = torch.arange(side)
+        strips.append((position >= side - window).int() + (position >= side - shift).int())
     region_HW = 3 * strips[0][:, None] + strips[1]
     region_NK = cut_windows(region_HW[None, :, :, None], window)[0, :, :, 0]
-    return APART * (region_NK[:, :, None] != region_NK[:, None])
+    return MASKED * (region_NK[:, :, None] != region_NK[:, None])

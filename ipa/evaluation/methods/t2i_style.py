@@ -1,16 +1,17 @@
-"""T2I-Adapter's style adapter: eight tokens that a small transformer makes of CLIP's patches, behind the text.
+"""T2I-Adapter's style adapter: eight tokens that a small transformer makes of CLIP's patches, after the text.
 
-    h = transformer(LN([x; q])),   tokens = LN(h at the places of q) W
+    h = transformer(LN([x; q])),   tokens = LN(h at the positions of q) W
 
-x are the 257 last hidden states of CLIP-L before its final norm, q learned queries. λ weighs the tokens. The
-unconditional half has no "no image": its text is made as long by repeating its own last eight tokens, as in the
-authors' sampler. Mou et al. 2023, "T2I-Adapter"; weights in TencentARC/T2I-Adapter.
+x are CLIP-L's 257 last hidden states before its final norm, q learned queries. λ weights the tokens. The unconditional
+half has no "no image": as in the authors' sampler, its text is padded to the same length with its own last eight
+tokens. Mou et al. 2023, "T2I-Adapter"; weights in TencentARC/T2I-Adapter.
 
-    method = T2IStyle.from_pretrained()
+    method = T2IStyle.from_pretrained("CompVis/…", "openai/clip-vit-large-patch14", "t2iadapter_style_sd14v1.pth")
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Self
 
@@ -18,24 +19,21 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
-from ipa.encoders.vision_model import VisionModelEncoder
-from ipa.evaluation.methods.prompt_tokens import PromptTokens, load_base, load_image_encoder, load_module, squares
-from ipa.families.stable_diffusion import StableDiffusion
+from ipa.evaluation.methods.method import Prompt
+from ipa.evaluation.methods.prompt_tokens import ClipPromptTokens
 
 HEADS = 8
 
 
 class Layer(nn.Module):
-    """Self-attention and feed-forward with the norms before them, as in CLIP."""
+    """Pre-norm self-attention and feed-forward, as in CLIP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELUActivation())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=wide, gelu=QuickGELUActivation(), c_proj=narrow))
 
     def forward(self, x_BPE: Tensor) -> Tensor:
         normed = self.ln_1(x_BPE)
@@ -44,7 +42,7 @@ class Layer(nn.Module):
 
 
 class StyleAdapter(nn.Module):
-    """Hidden states_BPE → tokens_BTD. The parameters' names are the published ones, misspelling included."""
+    """Hidden states_BPE → tokens_BTD. Parameters have the published names, misspelling included."""
 
     def __init__(self, width: int = 1024, context_width: int = 768, num_tokens: int = 8, num_layers: int = 3) -> None:
         super().__init__()
@@ -55,7 +53,7 @@ class StyleAdapter(nn.Module):
 
     @classmethod
     def like(cls, state: dict[str, Tensor]) -> Self:
-        """As wide as these weights."""
+        """With the sizes of these weights."""
         width, context_width = state["proj"].shape
         num_layers = sum(name.endswith(".ln_1.weight") for name in state)
         return cls(width, context_width, state["style_embedding"].shape[1], num_layers)
@@ -70,40 +68,21 @@ class StyleAdapter(nn.Module):
         return self.ln_post(hidden[:, -self.num_tokens :]) @ self.proj
 
 
-class T2IStyle(PromptTokens):
-    """T2I-Adapter with its style adapter alone."""
+class T2IStyle(ClipPromptTokens):
+    """T2I-Adapter with only its style adapter."""
 
     name = "t2i_style"
     adapter: StyleAdapter
+    adapter_class = StyleAdapter
+    published = ("a style adapter of T2I-Adapter", "")
 
-    def __init__(
-        self, family: StableDiffusion, encoder: VisionModelEncoder, adapter: StyleAdapter, source: str = ""
-    ) -> None:
-        super().__init__(family, source)
-        self.encoder, self.adapter = encoder, adapter
-        self.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        base: str = "CompVis/stable-diffusion-v1-4",
-        image_encoder: str = "openai/clip-vit-large-patch14",
-        adapter: str = "TencentARC/T2I-Adapter/models/t2iadapter_style_sd14v1.pth",
-        dtype: str = "float16",
-    ) -> Self:
-        """Raises MissingWeights for what is neither here nor to be had."""
-        made = load_module(StyleAdapter.like, adapter, "method.adapter", "a style adapter of T2I-Adapter")
-        family, encoder = load_base(base, dtype), load_image_encoder(image_encoder, dtype)
-        return cls(family, encoder, made.to(family.unet.dtype), f"{adapter} on {base}")
-
-    def encode(self, images: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        pictures_B3HW = squares(images, self.encoder.image_size_px).to(self.family.device)
-        tokens_BTD = scale * self.adapter(self.hidden_states(pictures_B3HW))
+    def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+        tokens_BTD = scale * self.adapter(self.hidden_states(self.squares(prompts)))
         empty_BLD = self.family.encode_text([""]).states_BLD
         return tokens_BTD, empty_BLD[:, -self.adapter.num_tokens :].expand_as(tokens_BTD)
 
     def hidden_states(self, image_B3HW: Tensor) -> Tensor:
-        """The last layer's states_BPE, class token included, which CLIP's own final norm has not touched."""
+        """The last layer's states_BPE with the class token, before CLIP's final norm."""
         normalized = ((image_B3HW + 1) / 2 - self.encoder.mean) / self.encoder.std
         visual = self.encoder.visual
         return visual.vision_model(normalized.to(visual.dtype)).last_hidden_state

@@ -1,1 +1,1 @@
-"""An evaluation's folder → one table and one page. ``ipa.evaluation.report.files.write_report`` makes them all."""
+"""The report on a benchmark's folder: one table and one page. Start at ``ipa.evaluation.report.files.write_report``."""

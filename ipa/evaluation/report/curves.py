@@ -1,129 +1,167 @@
-"""Curves of CLIP-I and CLIP-T against λ, guidance or steps.
+"""Curves over sweeps: runs that differ only in λ, in guidance or in steps, found by their settings.
 
-Drawn as SVG by hand: colours come from the page's style, so that a curve is readable on light and on dark ground.
+Charts are drawn by matplotlib and contain no text of the user's, in which it would read ``$`` as mathematics. The page
+adds title and legend.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
-from ipa.evaluation.report.elements import Html, element, join
-from ipa.evaluation.report.headings import AXES, heading
-from ipa.evaluation.report.reading import Score
-from ipa.evaluation.report.sweeps import Chart, Series
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-AXIS_TITLES = {"scale": "λ, the image prompt's weight", "guidance": "guidance", "num_steps": "number of steps"}
-NUM_COLOURS = 8
-WIDTH, HEIGHT = 560, 320
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 46
+from ipa.evaluation.report.names import AXES, heading, kind_of, plain_number
+from ipa.evaluation.report.pictures import data_uri
+from ipa.evaluation.report.reading import Evaluation, Score, System
 
+SWEPT_AXES = ("scale", "guidance", "num_steps")
+SWEPT_METRICS = ("clip_i", "clip_t")
+# runs of one sweep may differ in these
+NO_DIFFERENCE = ("versions", "device", "seconds", "batch_size", "metrics", "num_seeds")
+# these follow from other settings, so that a title need not name them
+UNNAMED = ("method.trained", "method.uses_text", "settings._target_")
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers in [low, high], about as many as asked: multiples of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(place * step, 10) for place in range(first, last + 1)]
+AXIS_TITLES = {"scale": "λ, weight of the image prompt", "guidance": "guidance", "num_steps": "number of steps"}
+COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e34948", "#008300", "#e87ba4")
+INK, LINE = "#63625e", "#e2e1dc"
+# without a salt, matplotlib's ids are random
+STYLE: dict[Any, Any] = {"svg.hashsalt": "ipa", "font.family": "DejaVu Sans", "font.size": 10, "axes.axisbelow": True}
 
 
 @dataclass(frozen=True)
-class Frame:
-    """From values to the drawing's points."""
+class Series:
+    """One line: ``points`` are (value on the axis, score), sorted, with at least two different values."""
 
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    @classmethod
-    def around(cls, chart: Chart) -> Frame:
-        points = [point for series in chart.series for point in series.points]
-        xs = [place for place, _ in points]
-        ys = [bound for _, score in points for bound in bounds(score)]
-        margin = max(0.08 * (max(ys) - min(ys)), 0.005)
-        return cls(min(xs), max(xs), min(ys) - margin, max(ys) + margin)
-
-    def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - TOP)
-
-    def path(self, points: Sequence[tuple[float, float]]) -> str:
-        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+    title: str
+    points: Sequence[tuple[float, Score]]
 
 
-def bounds(score: Score) -> tuple[float, float]:
-    if score.low is None or score.high is None:
-        return score.value, score.value
-    return score.low, score.high
+@dataclass(frozen=True)
+class Chart:
+    axis: str
+    metric: str
+    series: Sequence[Series]
+
+    @property
+    def title(self) -> str:
+        return f"{heading(self.metric).title} against {AXES[self.axis]}"
 
 
-def draw(chart: Chart) -> Html:
-    """The chart with its legend, as a figure."""
-    frame = Frame.around(chart)
-    lines = [draw_series(chart, series, place, frame) for place, series in enumerate(chart.series)]
-    picture = element(
-        "svg",
-        draw_grid(chart, frame),
-        *lines,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=chart.title,
-    )
-    return element("figure", element("figcaption", chart.title), picture, draw_legend(chart), class_="chart")
+def find_charts(evaluation: Evaluation) -> list[Chart]:
+    """Every chart that the runs allow, those against λ first."""
+    charts = []
+    for axis in SWEPT_AXES:
+        groups = [(title_of(each[0], evaluation.systems, axis), each) for each in sweeps(evaluation.systems, axis)]
+        for metric in SWEPT_METRICS:
+            lines = [Series(title, points_of(group, axis, metric)) for title, group in groups]
+            series = [line for line in lines if len({x for x, _ in line.points}) > 1]
+            charts += [Chart(axis, metric, series)] if series else []
+    return charts
 
 
-def draw_grid(chart: Chart, frame: Frame) -> Html:
-    parts = []
-    for value in ticks(frame.y_low, frame.y_high):
-        y = f"{frame.y(value):.1f}"
-        parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", f"{value:g}", x=LEFT - 8, y=y, dy="0.32em", text_anchor="end"))
-    for value in ticks(frame.x_low, frame.x_high):
-        x = f"{frame.x(value):.1f}"
-        parts.append(element("text", f"{value:g}", x=x, y=HEIGHT - BOTTOM + 18, text_anchor="middle"))
-    base = HEIGHT - BOTTOM
-    parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis"))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(element("text", AXIS_TITLES[chart.axis], x=middle, y=HEIGHT - 8, text_anchor="middle"))
-    return join(parts)
+def sweeps(systems: Sequence[System], axis: str) -> list[list[System]]:
+    """Groups of runs that differ in ``axis`` and in nothing else."""
+    groups: dict[str, list[System]] = {}
+    for system in systems:
+        if system.scores and system.sampling.get(axis) is not None:
+            others = {name: value for name, value in identity(system).items() if name != f"sampling.{axis}"}
+            groups.setdefault(json.dumps(others, sort_keys=True), []).append(system)
+    return [group for group in groups.values() if len({each.sampling[axis] for each in group}) > 1]
 
 
-def draw_series(chart: Chart, series: Series, place: int, frame: Frame) -> Html:
-    """Interval, line, and points that tell their figures to a pointer resting on them."""
-    band = [(x, bounds(score)[0]) for x, score in series.points]
-    band += [(x, bounds(score)[1]) for x, score in reversed(series.points)]
-    line = frame.path([(x, score.value) for x, score in series.points])
-    parts = [
-        element("polygon", points=frame.path(band), class_="band"),
-        element("polyline", points=line, class_=f"line{' dashed' * (place >= NUM_COLOURS)}"),
-    ]
-    for x, score in series.points:
-        told = element("title", f"{series.title}\n{AXES[chart.axis]} {x:g}: {told_value(chart.metric, score)}")
-        centre = {"cx": f"{frame.x(x):.1f}", "cy": f"{frame.y(score.value):.1f}"}
-        parts.append(element("circle", told, **centre, r=4.5))
-    return element("g", *parts, class_=colour(place))
+def identity(system: System) -> dict[str, Any]:
+    """Dotted name → value of every setting that decides the images; 2 and 2.0 are the same guidance."""
+    kept = {name: value for name, value in system.settings.items() if name not in NO_DIFFERENCE}
+    return {name: float(value) if type(value) is int else value for name, value in flattened(kept)}
 
 
-def told_value(metric: str, score: Score) -> str:
-    digits = heading(metric).digits
-    low, high = bounds(score)
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else ""
-    return f"{score.value:.{digits}f}{interval}"
+def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
-def draw_legend(chart: Chart) -> Html:
-    """Names of the lines, also of a single one: the title does not say which system it is."""
-    entries = []
-    for place, series in enumerate(chart.series):
-        key = element("span", class_=f"key {colour(place)}{' dashed' * (place >= NUM_COLOURS)}")
-        entries.append(element("li", key, series.title))
-    return element("ul", *entries, class_="legend")
+def points_of(group: Sequence[System], axis: str, metric: str) -> list[tuple[float, Score]]:
+    points = [(float(each.sampling[axis]), each.scores[metric]) for each in group if metric in each.scores]
+    return sorted(points, key=lambda point: (point[0], point[1].value))
 
 
-def colour(place: int) -> str:
-    return f"s{place % NUM_COLOURS}"
+def title_of(system: System, systems: Sequence[System], axis: str) -> str:
+    """The system and the settings, other than ``axis``, that distinguish this run from its other runs."""
+    alike = [identity(each) for each in systems if each.scores and each.name == system.name]
+    own = identity(system)
+    values = {name: {str(each.get(name)) for each in alike} for name in own}
+    differing = [name for name in own if len(values[name]) > 1 and name not in (*UNNAMED, f"sampling.{axis}")]
+    # if every file has its own name, its hash adds nothing
+    num_sources = len(values.get("method.source", ()))
+    differing = [name for name in differing if not (name.startswith("files.") and len(values[name]) == num_sources)]
+    parts = [phrase(name, own[name], values[name]) for name in differing if own[name] is not None]
+    return ", ".join([kind_of(system.name).title, *dict.fromkeys(parts)])
+
+
+def phrase(name: str, value: Any, values: Collection[str]) -> str:
+    """A setting, as short as distinguishes it from the other ``values``: a path's end, a hash's beginning."""
+    short = name.rpartition(".")[2]
+    if name == "method.source" or (isinstance(value, str) and "/" in value):
+        return end_of_path(str(value), values)
+    if name.startswith("files."):
+        value = str(value)[:8]
+    return f"{AXES.get(short, short.replace('_', ' '))} {plain_number(value)}"
+
+
+def end_of_path(path: str, paths: Collection[str]) -> str:
+    """The last parts, without suffix, as many as make it differ from the other ``paths``."""
+    parts = {each: (*PurePath(each).parts[:-1], PurePath(each).stem) for each in (path, *paths)}
+    own = parts.pop(path)
+    counts = range(1, len(own))
+    count = next((n for n in counts if all(own[-n:] != other[-n:] for other in parts.values())), len(own))
+    return "/".join(own[-count:])
+
+
+def draw(chart: Chart) -> str:
+    """The chart as a data URI, the same bytes for the same chart."""
+    content = io.BytesIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        for number, series in enumerate(chart.series):
+            draw_series(axes, series, number)
+        axes.set_xlabel(AXIS_TITLES[chart.axis], color=INK)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+        axes.grid(axis="y", color=LINE)
+        axes.locator_params(nbins=6)
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return data_uri("svg+xml", content.getvalue())
+
+
+def draw_series(axes: Axes, series: Series, number: int) -> None:
+    """A line with its points, on the band of the confidence intervals."""
+    xs = [x for x, _ in series.points]
+    lows = [score.value if score.low is None else score.low for _, score in series.points]
+    highs = [score.value if score.high is None else score.high for _, score in series.points]
+    colour, style = line_style(number)
+    axes.fill_between(xs, lows, highs, color=colour, alpha=0.14, linewidth=0)
+    axes.plot(xs, [score.value for _, score in series.points], linestyle=style, color=colour, marker="o", linewidth=2)
+
+
+def line_style(number: int) -> tuple[str, str]:
+    """Colour and style; lines beyond the last colour repeat the colours, dashed."""
+    return COLOURS[number % len(COLOURS)], "dashed" if number >= len(COLOURS) else "solid"
+
+
+def describe(chart: Chart) -> str:
+    """The values as text, for readers who cannot see the chart."""
+    lines = [f"{chart.title}."]
+    for series in chart.series:
+        lines.append(f"{series.title}: {', '.join(f'{score.value:.3f} at {x:g}' for x, score in series.points)}.")
+    return "\n".join(lines)

@@ -1,16 +1,11 @@
-"""The report on wandb: the table of scores, and a table of pictures with the image prompts beside them."""
+"""The report in wandb: a table of scores, and a table of images next to their image prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ipa.evaluation.report.page import Shown
-from ipa.evaluation.report.pictures import choose_items, first_picture
-from ipa.evaluation.report.reading import Evaluation, Item
+from ipa.evaluation.report.pictures import Shown, choose_items, read_thumbnail
+from ipa.evaluation.report.reading import Evaluation
 from ipa.evaluation.report.table import Table, make_table
 
 # titles, and a list of values for each row
@@ -18,56 +13,32 @@ Rows = tuple[list[str], list[list[Any]]]
 
 
 def log_report(logger: Any, evaluation: Evaluation, shown: Shown) -> None:
-    """Two tables, ``scores`` and ``pictures``, to Lightning's logger of wandb; ends its run."""
+    """Log the tables ``scores`` and ``pictures`` to Lightning's wandb logger and finish its run."""
     logger.log_hyperparams({"benchmark": dict(evaluation.benchmark), "num_seeds": evaluation.num_seeds})
-    for name, (columns, rows) in {
-        "scores": score_rows(make_table(evaluation)),
-        "pictures": picture_rows(evaluation, shown),
-    }.items():
+    tables = {"scores": score_rows(make_table(evaluation)), "pictures": picture_rows(evaluation, shown)}
+    for name, (columns, rows) in tables.items():
         if rows:
             logger.log_table(name, columns=columns, data=rows)
     logger.experiment.finish()
 
 
 def score_rows(table: Table) -> Rows:
-    """Figures as numbers, so that they can be sorted and drawn; their intervals stand in columns of their own."""
-    columns = [*score_columns(table), ("note", [row.note for row in table.rows])]
-    return [title for title, _ in columns], [list(row) for row in zip(*[values for _, values in columns], strict=True)]
-
-
-def score_columns(table: Table) -> Iterator[tuple[str, list[Any]]]:
-    """Title and values; None for a figure that is not there, since a column of wandb's has one type."""
-    for place, column in enumerate(table.columns):
-        cells = [row.cells[place] for row in table.rows]
-        yield column.title, [cell.order if column.is_number else cell.text for cell in cells]
-        if any(cell.interval for cell in cells):
-            yield f"{column.title} interval", [cell.interval for cell in cells]
+    """Scores are numbers, None if missing, so that wandb can sort and plot them; intervals have their own columns."""
+    columns: dict[str, list[Any]] = {}
+    for column in table.columns:
+        columns[column.title] = [cell.order if column.is_number else cell.text for cell in column.cells]
+        if any(cell.interval for cell in column.cells):
+            columns[f"{column.title} interval"] = [cell.interval for cell in column.cells]
+    columns["note"] = list(table.notes)
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def picture_rows(evaluation: Evaluation, shown: Shown) -> Rows:
-    """The items of the page's grid, each with the first picture of every system that has any."""
-    columns = ["item", "caption", "image prompt", *(system.label for system in evaluation.drawn)]
-    items = choose_items(evaluation, shown.rows, shown.seed)
-    return columns, [list(picture_row(evaluation, item, shown.thumbnail_px)) for item in items]
-
-
-def picture_row(evaluation: Evaluation, item: Item, edge_px: int) -> Iterator[Any]:
-    yield item.id
-    yield item.captions[0] if item.captions else ""
-    for path in (item.reference, *(first_picture(system, item) for system in evaluation.drawn)):
-        yield picture_cell(path, edge_px)
-
-
-def picture_cell(path: Path | None, edge_px: int) -> Any:
-    """A thumbnail as wandb has it in tables; None for a picture that is missing or cannot be read."""
+    """The items of the page's grid, each with the first image of every system that has any."""
     import wandb
 
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-    except (OSError, ValueError):
-        return None
-    small.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
-    return wandb.Image(small)
+    rows: list[list[Any]] = []
+    for item in choose_items(evaluation, shown.rows, shown.seed):
+        images = [read_thumbnail(path, shown.thumbnail_px) for path in evaluation.pictures_of(item)]
+        rows.append([item.id, "".join(item.captions[:1]), *(image and wandb.Image(image) for image in images)])
+    return ["item", "caption", "image prompt", *(system.label for system in evaluation.drawn)], rows

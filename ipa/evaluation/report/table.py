@@ -1,24 +1,25 @@
-"""The columns of the paper's Table 1 and our other metrics, a row for every system, skipped ones as well."""
+"""The table of scores: a row for every system, the columns of the paper's Table 1 and our metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from ipa.evaluation.report.headings import AXES, Heading, heading, plain_number, sorted_metrics
-from ipa.evaluation.report.paper import is_papers_benchmark, is_papers_protocol, kind_of, paper_row
+from ipa.evaluation.report.names import AXES, heading, kind_of, paper_row, plain_number, sorted_metrics
 from ipa.evaluation.report.reading import COMPLETE, Evaluation, Score, System
 
-NOTHING = "–"
-YES_OR_NO = {True: "✓", False: "✗", None: ""}
-# our metric, which is also its name in a PaperRow → the column of the paper's figures
+FLAGS = {True: "✓", False: "✗", None: ""}
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+# the paper's benchmark (name, items, images per item) and settings
+PAPER_BENCHMARK = ("coco2017", 5000, 4)
+PAPER_SETTINGS = {"prompt": "empty", "scale": 1.0, "guidance": 7.5, "num_steps": 50}
+# metric, as it is called in a PaperRow → title of the column with the paper's values
 PAPERS = {"clip_score": "CLIP-T, paper", "clip_i": "CLIP-I, paper"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``order`` sorts, None last; ``interval`` is set small beside ``text``; ``why`` says why there is no figure."""
+    """``order`` is the sort key, None sorts last; ``interval`` is printed after ``text``; ``why`` explains a gap."""
 
     text: str
     order: float | str | None = None
@@ -29,101 +30,66 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """``cell`` makes what stands in a system's row; ``is_number`` sets it to the right."""
+    """A cell for every system, in the evaluation's order."""
 
     title: str
-    cell: Callable[[System], Cell]
+    cells: Sequence[Cell]
     about: str = ""
     is_number: bool = False
-    metric: str | None = None
     is_flag: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """``note`` says what is the matter with a system that has no scores: what to download, how far it is."""
-
-    system: System
-    cells: Sequence[Cell]
-    note: str = ""
+    is_metric: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
+    """``notes`` has one text for every system: why it has no scores, empty for one that has some."""
+
+    systems: Sequence[System]
     columns: Sequence[Column]
-    rows: Sequence[Row]
-    # metric → its reason → the labels that it holds for
-    missing: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    notes: Sequence[str]
 
 
 def make_table(evaluation: Evaluation) -> Table:
-    columns = list(all_columns(evaluation))
-    rows = [Row(each, [column.cell(each) for column in columns], note_on(each)) for each in evaluation.systems]
-    return without_empty(Table(columns, rows, missing_of(evaluation.systems)))
+    """Columns without any text are left out."""
+    columns = [column for column in all_columns(evaluation) if any(cell.text for cell in column.cells)]
+    return Table(evaluation.systems, columns, [note_on(each) for each in evaluation.systems])
 
 
 def all_columns(evaluation: Evaluation) -> Iterator[Column]:
-    yield Column("system", lambda system: text(kind_of(system.name).title))
-    yield Column("run", lambda system: text(system.label), "the folder of its pictures")
-    yield from setting_columns(evaluation.systems)
-    yield Column(
-        "custom models",
-        lambda system: text(YES_OR_NO[kind_of(system.name).custom_models]),
-        "works with other models that were tuned from the same base",
-        is_flag=True,
-    )
-    yield Column(
-        "structure tools",
-        lambda system: text(YES_OR_NO[kind_of(system.name).tools]),
-        "works together with structure controls such as ControlNet",
-        is_flag=True,
-    )
-    yield Column(
-        "text too",
-        lambda system: text(YES_OR_NO[system.method.get("uses_text")]),
-        "takes a text beside the image prompt",
-        is_flag=True,
-    )
-    yield Column("trained", trained, "parameters that were trained for image prompts", is_number=True)
+    systems = evaluation.systems
+    kinds = [kind_of(system.name) for system in systems]
+    yield Column("system", texts(kind.title for kind in kinds))
+    yield Column("run", texts(system.label for system in systems), "the folder of its images")
+    yield from setting_columns(systems)
+    frozen, text = [kind.frozen_base for kind in kinds], [each.method.get("uses_text") for each in systems]
+    yield flag_column("custom models", frozen, "works with models fine-tuned from the same base")
+    yield flag_column("structure tools", frozen, "works with structure controls such as ControlNet")
+    yield flag_column("text too", text, "takes a text prompt with the image prompt")
+    yield Column("trained", [trained(each) for each in systems], "parameters trained for image prompts", is_number=True)
     yield from metric_columns(evaluation)
 
 
+def flag_column(title: str, flags: Iterable[bool | None], about: str) -> Column:
+    return Column(title, texts(FLAGS[flag] for flag in flags), about, is_flag=True)
+
+
+def texts(values: Iterable[str]) -> list[Cell]:
+    return [Cell(value, value or None) for value in values]
+
+
 def setting_columns(systems: Sequence[System]) -> Iterator[Column]:
-    """Those settings of sampling in which the systems differ."""
+    """The sampling options in which the systems differ."""
     for axis, title in AXES.items():
         if len({each.sampling.get(axis) for each in systems if each.sampling}) > 1:
-            yield Column(title, partial(setting, axis=axis), is_number=True)
+            values = [each.sampling.get(axis) for each in systems]
+            cells = [Cell("" if value is None else plain_number(value), value) for value in values]
+            yield Column(title, cells, is_number=True)
     if len({each.prompt for each in systems if each.prompt}) > 1:
-        yield Column("text", lambda system: text(system.prompt or ""), "what text the systems got")
-
-
-def metric_columns(evaluation: Evaluation) -> Iterator[Column]:
-    beside_paper = is_papers_benchmark(evaluation.name, len(evaluation.items), evaluation.num_seeds)
-    for name in sorted_metrics({name for system in evaluation.systems for name in system.scores}):
-        about = heading(name)
-        best = best_value(evaluation.systems, name)
-        yield Column(
-            about.title + arrow(evaluation.systems, name),
-            partial(metric, name=name, best=best),
-            about.about,
-            is_number=True,
-            metric=name,
-        )
-        if beside_paper and name in PAPERS:
-            yield Column(PAPERS[name], partial(papers, name=name), "Ye et al. 2023, Table 1", is_number=True)
-
-
-def text(words: str) -> Cell:
-    return Cell(words, words or None)
-
-
-def setting(system: System, axis: str) -> Cell:
-    value = system.sampling.get(axis)
-    return Cell("" if value is None else plain_number(value), value)
+        yield Column("text", texts(each.prompt or "" for each in systems), "the text prompt that the systems got")
 
 
 def trained(system: System) -> Cell:
-    """Ours as counted, else the paper's count if it has only one of this system."""
+    """Our count, else the paper's if it has a single one for this system."""
     counted = system.method.get("trained")
     if counted is not None:
         return Cell(f"{counted / 1e6:.1f} M" if counted >= 1e6 else f"{counted:,}", counted)
@@ -131,89 +97,60 @@ def trained(system: System) -> Cell:
     return Cell(f"{row.trained} M", row.trained * 1e6, "(paper)") if row else Cell("")
 
 
-def metric(system: System, name: str, best: float | None) -> Cell:
+def metric_columns(evaluation: Evaluation) -> Iterator[Column]:
+    systems = evaluation.systems
+    papers = [paper_values(evaluation, system) for system in systems]
+    for name in sorted_metrics({name for system in systems for name in system.scores}):
+        yield metric_column(systems, name)
+        if name in PAPERS:
+            cells = [Cell(f"{values[name]:.3f}", values[name]) if values else Cell("") for values in papers]
+            yield Column(PAPERS[name], cells, "Ye et al. 2023, Table 1", is_number=True)
+
+
+def metric_column(systems: Sequence[System], name: str) -> Column:
+    """The best of at least two values is marked."""
+    found = [system.scores[name] for system in systems if name in system.scores]
+    higher, values = found[0].higher, [score.value for score in found]
+    best = None if higher is None or len(found) < 2 else max(values) if higher else min(values)
+    cells = [metric_cell(each, name, best) for each in systems]
+    about = heading(name)
+    return Column(about.title + ARROWS[higher], cells, about.about, is_number=True, is_metric=True)
+
+
+def metric_cell(system: System, name: str, best: float | None) -> Cell:
     score = system.scores.get(name)
     if score is None:
-        return Cell(
-            NOTHING,
-            why=system.missing.get(name) or note_on(system) or "not asked for in this run",
-        )
-    value = f"{score.value:.{heading(name).digits}f}"
-    return Cell(value, score.value, interval_of(score, heading(name)), is_best=score.value == best)
+        return Cell("–", why=system.missing.get(name) or note_on(system) or "not computed in this run")
+    digits = heading(name).digits
+    return Cell(f"{score.value:.{digits}f}", score.value, interval_of(score, digits), is_best=score.value == best)
 
 
-def interval_of(score: Score, about: Heading) -> str:
+def interval_of(score: Score, digits: int) -> str:
     if score.low is not None and score.high is not None:
-        return f"[{score.low:.{about.digits}f}, {score.high:.{about.digits}f}]"
-    return f"± {score.deviation:.{about.digits}f}" if score.deviation is not None else ""
+        return f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    return f"± {score.deviation:.{digits}f}" if score.deviation is not None else ""
 
 
-def papers(system: System, name: str) -> Cell:
-    """The paper's figure, where the pictures were made as the paper's, or could not be made at all."""
-    row = paper_row(system.name, system.method.get("trained"))
-    if row is None or (system.sampling and not is_papers_protocol(system.sampling, system.prompt)):
-        return Cell("")
-    return Cell(f"{getattr(row, name):.3f}", getattr(row, name))
-
-
-def direction(systems: Sequence[System], name: str) -> bool | None:
-    """Whether more of a metric is better, as its scores say."""
-    return next((system.scores[name].higher for system in systems if name in system.scores), None)
-
-
-def arrow(systems: Sequence[System], name: str) -> str:
-    return {True: " ↑", False: " ↓", None: ""}[direction(systems, name)]
-
-
-def best_value(systems: Sequence[System], name: str) -> float | None:
-    """None also where there is nothing to compare."""
-    values = [system.scores[name].value for system in systems if name in system.scores]
-    higher = direction(systems, name)
-    if higher is None or len(values) < 2:
-        return None
-    return max(values) if higher else min(values)
+def paper_values(evaluation: Evaluation, system: System) -> dict[str, float]:
+    """By metric, for a system with the paper's benchmark and settings, or one that was never run; else empty."""
+    benchmark = (evaluation.benchmark.get("name"), len(evaluation.items), evaluation.num_seeds)
+    settings = {**system.sampling, "prompt": system.prompt}
+    same = not system.sampling or all(settings.get(name) == value for name, value in PAPER_SETTINGS.items())
+    row = paper_row(system.name, system.method.get("trained")) if benchmark == PAPER_BENCHMARK and same else None
+    return {name: getattr(row, name) for name in PAPERS} if row else {}
 
 
 def note_on(system: System) -> str:
     if system.status == COMPLETE:
         return "" if system.scores or system.missing else "not scored yet"
-    if system.reason:
-        return f"{system.status}: {system.reason}"
-    return f"{system.status}: {system.num_pictures} of {system.num_planned} pictures are there"
+    return f"{system.status}: {system.reason or f'{system.num_pictures} of {system.num_planned} images exist'}"
 
 
-def missing_of(systems: Sequence[System]) -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = {}
-    for system in systems:
-        for name, reason in system.missing.items():
-            found.setdefault(name, {}).setdefault(reason, []).append(system.label)
-    return {name: found[name] for name in sorted_metrics(set(found))}
-
-
-def missing_lines(table: Table) -> Iterator[tuple[str, str]]:
-    """Metric and why it has no figures, with the labels where it has some."""
-    scored = [row.system.label for row in table.rows if row.system.scores or row.system.missing]
-    for name, reasons in table.missing.items():
-        for reason, labels in reasons.items():
-            where = "" if labels == scored else f" ({', '.join(labels)})"
-            yield heading(name).title, reason + where
-
-
-def summary(evaluation: Evaluation) -> str:
-    """What was asked and how figures are to be read, in a few sentences."""
-    seeds = evaluation.num_seeds
-    made = f"{len(evaluation.items):,} image prompts, {seeds} picture{'s' * (seeds > 1)} of each"
-    skipped = sum(system.status == "skipped" for system in evaluation.systems)
-    ran = len(evaluation.systems) - skipped
-    told = f"{made}; {ran} run{'s' * (ran != 1)}" + (f", {skipped} skipped" if skipped else "")
-    return (
-        f"{told}. With a figure stands its 95 % confidence interval over the image prompts. "
-        "Bold: a column's best figure; where intervals overlap the order is open."
-    )
-
-
-def without_empty(table: Table) -> Table:
-    """Columns that say nothing in any row, left out."""
-    kept = [place for place in range(len(table.columns)) if any(row.cells[place].text for row in table.rows)]
-    rows = [replace(row, cells=[row.cells[place] for place in kept]) for row in table.rows]
-    return replace(table, columns=[table.columns[place] for place in kept], rows=rows)
+def missing_lines(systems: Sequence[System]) -> Iterator[tuple[str, str]]:
+    """A metric's title and why it has no values, with the labels unless that holds for all scored systems."""
+    scored = [system for system in systems if system.scores or system.missing]
+    for name in sorted_metrics({name for system in systems for name in system.missing}):
+        reasons = dict.fromkeys(system.missing[name] for system in scored if name in system.missing)
+        for reason in reasons:
+            labels = [system.label for system in scored if system.missing.get(name) == reason]
+            yield heading(name).title, reason if len(labels) == len(scored) else f"{reason} ({', '.join(labels)})"

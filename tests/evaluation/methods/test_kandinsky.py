@@ -13,36 +13,22 @@ from diffusers import (
     KandinskyPriorPipeline,
     PriorTransformer,
     UnCLIPScheduler,
-    UNet2DConditionModel,
     VQModel,
 )
 from transformers import XLMRobertaTokenizer
 
 from ipa.evaluation.methods.kandinsky import Kandinsky21
-from ipa.evaluation.methods.pipelines import pictures, read_classes
+from ipa.evaluation.methods.pipelines import read_classes, to_pil
 
 EMBEDDING_WIDTH = tiny.CONTEXT_WIDTH  # as wide as the text states of CLIP
 TEXT_WIDTH = 20
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "▁", *tiny.VOCABULARY[:26], "<mask>"]
 TextEncoder = read_classes(KandinskyPipeline)["text_encoder"]
 DECODER = {
-    "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
-    "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "addition_embed_type": "text_image",
     "encoder_hid_dim_type": "text_image_proj",
-    "resnet_time_scale_shift": "scale_shift",
     "in_channels": 4,
     "out_channels": 8,
-}
-# sizes of the published decoder, as diffusers' script that converted it has them
-FULL = {
-    "sample_size": 64,
-    "layers_per_block": 3,
-    "block_out_channels": (384, 768, 1152, 1536),
-    "cross_attention_dim": 768,
-    "encoder_hid_dim": 1024,
-    "attention_head_dim": 64,
 }
 
 
@@ -81,16 +67,7 @@ def make_text_encoder() -> object:
 
 
 def make_decoder_parts() -> dict[str, object]:
-    unet = made.make_unet(
-        **{
-            **DECODER,
-            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            "encoder_hid_dim": TEXT_WIDTH,
-            "addition_embed_type_num_heads": 2,
-            "attention_head_dim": 4,
-        }
-    )
+    unet = made.make_unclip_decoder(**DECODER, encoder_hid_dim=TEXT_WIDTH, addition_embed_type_num_heads=2)
     movq = VQModel(
         block_out_channels=(32, 32),  # its normalisation has 32 groups
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -125,7 +102,7 @@ def test_it_keeps_what_every_method_promises() -> None:
 def test_embeddings_are_those_of_the_priors_interpolation() -> None:
     method, prompts = make_method(), parts.make_prompts()
     found_BE = method.embeddings(prompts, [torch.Generator().manual_seed(prompt.seed) for prompt in prompts])
-    for embedding_E, prompt, picture in zip(found_BE, prompts, pictures(prompts), strict=True):
+    for embedding_E, prompt, picture in zip(found_BE, prompts, to_pil(prompts), strict=True):
         theirs = method.prior.interpolate(
             [picture, prompt.text] if prompt.text else [picture],
             [0.5, 0.5] if prompt.text else [1.0],
@@ -143,15 +120,15 @@ def test_an_empty_text_leaves_the_image_alone() -> None:
 
 
 def test_the_decoder_is_as_large_as_in_the_paper() -> None:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**DECODER, **FULL)
+    widths = {"block_out_channels": (384, 768, 1152, 1536), "cross_attention_dim": 768, "encoder_hid_dim": 1024}
+    unet = made.make_full_unclip_decoder(**DECODER, **widths)
     assert make_method(unet=unet).trained == 1_228_661_768  # 1229 M
 
 
 def test_sizes_are_multiples_of_what_the_pipeline_can_make() -> None:
     method, prompts = make_method(), parts.make_prompts()
     assert method.generate(prompts, replace(parts.FAST, image_size_px=20)).shape == (3, 3, 20, 20)
-    with pytest.raises(ValueError, match=r"kandinsky21 makes pictures whose size is a multiple of 4 px, not of 18"):
+    with pytest.raises(ValueError, match=r"image_size_px=18: kandinsky21 needs a multiple of 4"):
         method.generate(prompts, replace(parts.FAST, image_size_px=18))
 
 
@@ -160,8 +137,8 @@ def test_folders_are_read(tmp_path: Path) -> None:
     decoder["scheduler"] = DDPMScheduler()
     made.save_parts(tmp_path / "prior", **prior)
     made.save_parts(tmp_path / "decoder", **decoder)
-    folders = str(tmp_path / "decoder"), str(tmp_path / "prior")
-    method = Kandinsky21.from_pretrained(*folders, dtype="float32", prior_steps=2)
+    folders = {"path": str(tmp_path / "decoder"), "prior_path": str(tmp_path / "prior")}
+    method = Kandinsky21.from_pretrained(**folders, dtype="float32", prior_steps=2)
     made.check_loaded(method, prior["prior"], prior["image_encoder"], decoder["unet"], decoder["movq"])
     made.check_loaded(method, decoder["text_encoder"])
     assert isinstance(method.decoder.scheduler, DDPMScheduler), "the checkpoint's own"
@@ -171,12 +148,8 @@ def test_folders_are_read(tmp_path: Path) -> None:
     assert torch.equal(method.generate(prompts, parts.FAST), same.generate(prompts, parts.FAST))
 
 
-def test_missing_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(Kandinsky21.from_pretrained, "prior_path", monkeypatch)
-    assert "`hf download kandinsky-community/kandinsky-2-1-prior --local-dir FOLDER`" in told
+def test_prior_and_decoder_have_options_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = made.save_parts(tmp_path, **make_prior_parts())
-    told = parts.check_missing(Kandinsky21.from_pretrained, "path", monkeypatch, prior_path=str(prior))
-    assert "`hf download kandinsky-community/kandinsky-2-1 --local-dir FOLDER`" in told
-    made.check_incomplete(
-        lambda: Kandinsky21.from_pretrained(prior_path=str(prior)), prior, "prior", "proj_in.bias", "prior_path"
-    )
+    parts.check_missing(Kandinsky21.from_pretrained, "path", monkeypatch, path="some/decoder", prior_path=str(prior))
+    (prior / "prior" / "config.json").unlink()
+    parts.check_missing(Kandinsky21.from_pretrained, "prior_path", monkeypatch, path="x/y", prior_path=str(prior))

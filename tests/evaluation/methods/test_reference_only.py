@@ -35,12 +35,9 @@ def predict_reading(unet: Any, reference: Tensor, style_fidelity: float = 0.5, a
         return predict(unet, *make_inputs())
 
 
-@pytest.mark.parametrize("adain", [False, True])
-def test_it_keeps_what_every_method_promises(adain: bool) -> None:
-    method = make_method(adain=adain)
-    parts.check_promises(method)
-    parts.check_without_guidance(method)
-    assert method.trained == 0
+def test_it_keeps_what_every_method_promises() -> None:
+    parts.check_promises(make_method(adain=True))
+    parts.check_without_guidance(make_method())
 
 
 def test_the_unet_is_restored_also_after_an_error() -> None:
@@ -116,9 +113,7 @@ def test_the_blocks_that_are_restyled_in_stable_diffusion() -> None:
     assert len(self_attentions(unet)) == 16
 
 
-def test_missing_weights_and_senseless_numbers_are_told(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(ReferenceOnly.from_pretrained, "base", monkeypatch)
-    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir FOLDER" in told
+def test_values_out_of_range_are_told(base_folder: Path) -> None:
     loaded = ReferenceOnly.from_pretrained(str(base_folder), style_fidelity=1, dtype="float32")
     assert loaded.source == str(base_folder)
     with pytest.raises(ValueError, match=r"method\.style_fidelity=2: from 0"):

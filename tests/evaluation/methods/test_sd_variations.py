@@ -64,12 +64,6 @@ def test_folders_are_read(tmp_path: Path) -> None:
     assert next(SDImageVariations.from_pretrained(str(tmp_path)).parameters()).dtype == torch.float16
 
 
-def test_missing_weights_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(SDImageVariations.from_pretrained, "path", monkeypatch)
-    assert "`hf download lambdalabs/sd-image-variations-diffusers --revision v2.0 --local-dir FOLDER`" in told
-    parts.check_missing(SDImageVariations.from_pretrained, "path", monkeypatch, path="./no/where/at/all")
-
-
 def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
     def load() -> None:
         SDImageVariations.from_pretrained(str(tmp_path), dtype="float32")

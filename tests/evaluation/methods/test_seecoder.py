@@ -7,10 +7,11 @@ import tiny_prompt_tokens as parts
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ipa.evaluation.methods.prompt_tokens import count_parameters
-from ipa.evaluation.methods.seecoder import Decoder, DecoderLayer, QueryTransformer, SeeCoder, SemanticContextEncoder
+from ipa.errors import UserError
+from ipa.evaluation.methods.method import Prompt, count_parameters
+from ipa.evaluation.methods.seecoder import Decoder, QueryTransformer, SeeCoder, SemanticContextEncoder
 from ipa.evaluation.methods.seecoder_swin import SwinBackbone
 from ipa.families.stable_diffusion import StableDiffusion
 
@@ -90,12 +91,12 @@ def test_its_weights_have_the_published_names() -> None:
 
 
 @torch.no_grad()
-def test_a_decoder_layer_is_torchs_with_every_place_alone() -> None:
-    ours, theirs = DecoderLayer(WIDTH, 24).eval(), nn.TransformerEncoderLayer(WIDTH, 8, 24, dropout=0.0).eval()
-    theirs.load_state_dict(ours.state_dict())
-    x_BHWD = torch.randn(2, 3, 5, WIDTH)
-    alone = torch.stack([theirs(picture.flatten(0, 1)[None])[0].view(3, 5, WIDTH) for picture in x_BHWD])
-    torch.testing.assert_close(ours(x_BHWD), alone)
+def test_the_decoder_sees_every_position_alone() -> None:
+    """As in the published code with a batch of one: a position depends neither on others nor on the batch."""
+    decoder = make_coder().imdecoder.transformer
+    x_1PD = torch.randn(1, 6, WIDTH)
+    alone = torch.cat([decoder(x_1PD[:, i : i + 1]) for i in range(6)], 1)
+    torch.testing.assert_close(decoder(x_1PD), alone)
 
 
 @torch.no_grad()
@@ -140,7 +141,8 @@ def test_tokens_take_the_texts_place_and_no_image_is_zeros(method: SeeCoder) -> 
 def test_pictures_are_read_from_0_to_1_without_normalisation(method: SeeCoder) -> None:
     found = []
     method.adapter.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
-    method.encode([torch.full((3, 9, 9), 255, dtype=torch.uint8), torch.zeros(3, 9, 9, dtype=torch.uint8)], 1.0)
+    images = [torch.full((3, 9, 9), level, dtype=torch.uint8) for level in (255, 0)]
+    method.encode([Prompt(image_3HW, "", 0) for image_3HW in images], 1.0)
     (image_B3HW,) = found
     assert image_B3HW.shape == (2, 3, 64, 64)
     torch.testing.assert_close(image_B3HW.mean((1, 2, 3)), torch.tensor([1.0, 0.0]))
@@ -157,10 +159,8 @@ def test_a_checkpoint_is_read(tmp_path: Path) -> None:
     assert method.source == f"{file} on {base}"
 
 
-def test_missing_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(SeeCoder.from_pretrained, "adapter", monkeypatch)
-    assert "/prompt-free-diffusion/resolve/main/pretrained/pfd/seecoder/seecoder-v1-0.safetensors" in told
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_file({"ctx.image.weight": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"method\.adapter=.*is not a SeeCoder"):
-        SeeCoder.from_pretrained(adapter=str(file))
+    with pytest.raises(UserError, match=r"method\.adapter=.*is not a SeeCoder"):
+        SeeCoder.from_pretrained("base", str(file))

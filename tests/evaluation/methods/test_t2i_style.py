@@ -5,7 +5,7 @@ import tiny
 import tiny_prompt_tokens as parts
 import torch
 
-from ipa.evaluation.methods.prompt_tokens import count_parameters, squares
+from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.t2i_style import StyleAdapter, T2IStyle
 
 
@@ -73,27 +73,14 @@ def test_tokens_stand_behind_the_text_and_no_image_repeats_the_texts_end(method:
 
 def test_it_reads_the_states_before_the_last_norm(method: T2IStyle) -> None:
     """Their class token, normed, is what the encoder pools."""
-    image_B3HW = squares([prompt.image_3HW for prompt in parts.make_prompts()], 16)
+    image_B3HW = method.squares(parts.make_prompts())
     states, visual = method.hidden_states(image_B3HW), method.encoder.visual
     pooled = visual.visual_projection(visual.vision_model.post_layernorm(states[:, 0]))
     torch.testing.assert_close(pooled, method.encoder.encode(image_B3HW).pooled_BE)
 
 
-def test_a_checkpoint_is_read(base_folder: Path, tmp_path: Path) -> None:
-    made, encoder, file = make_adapter(), tmp_path / "encoder", tmp_path / "style.pth"
+def test_a_checkpoint_is_read(tmp_path: Path) -> None:
+    made, file = make_adapter(), tmp_path / "style.pth"
     torch.save(made.state_dict(), file)
-    parts.make_vision().save_pretrained(encoder)
-
-    method = T2IStyle.from_pretrained(str(base_folder), str(encoder), str(file), dtype="float32")
-    loaded = method.adapter.state_dict()
+    loaded = T2IStyle.load_adapter(str(file)).state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
-    assert method.trained == count_parameters(made) and method.source == f"{file} on {base_folder}"
-
-
-def test_missing_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(T2IStyle.from_pretrained, "adapter", monkeypatch)
-    assert "https://huggingface.co/TencentARC/T2I-Adapter/resolve/main/models/t2iadapter_style_sd14v1.pth" in told
-    file = tmp_path / "style.pth"
-    torch.save(make_adapter().state_dict(), file)
-    told = parts.check_missing(T2IStyle.from_pretrained, "base", monkeypatch, adapter=str(file))
-    assert "hf download CompVis/stable-diffusion-v1-4 --local-dir FOLDER" in told

@@ -6,7 +6,7 @@ import tiny_prompt_tokens as parts
 import torch
 from safetensors.torch import save_file
 
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.uni_controlnet import GlobalAdapter, UniControlNet
 
 
@@ -66,37 +66,39 @@ def test_a_checkpoint_is_read_in_every_form(kind: str, tmp_path: Path) -> None:
     if kind == "safetensors":
         save_file(state, file)
     else:
-        torch.save(
-            {"state_dict": state} if kind == "lightning" else state, file, _use_new_zipfile_serialization=kind != "old"
-        )
-    base, encoder = tmp_path / "base", tmp_path / "encoder"
-    tiny.make_family().pipeline().save_pretrained(base)
-    parts.make_vision().save_pretrained(encoder)
+        content = {"state_dict": state} if kind == "lightning" else state
+        torch.save(content, file, _use_new_zipfile_serialization=kind != "old")
 
-    method = UniControlNet.from_pretrained(str(base), str(encoder), str(file), dtype="float32")
-    loaded = method.adapter.state_dict()
+    loaded = UniControlNet.load_adapter(str(file)).state_dict()
+    assert loaded.keys() == made.state_dict().keys()
     assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
-    assert method.trained == count_parameters(made)
+
+
+def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
+    made, encoder, file = GlobalAdapter(tiny.CONTEXT_WIDTH), tmp_path / "encoder", tmp_path / "uni.ckpt"
+    torch.save({f"global_adapter.{name}": weight for name, weight in made.state_dict().items()}, file)
+    parts.make_vision().save_pretrained(encoder)
+    method = UniControlNet.from_pretrained(str(base_folder), str(encoder), str(file), dtype="float32")
+    assert method.trained == count_parameters(made) and method.source == f"{file} on {base_folder}"
     parts.check_without_guidance(method)
 
 
 def test_missing_weights_are_told(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(UniControlNet.from_pretrained, "adapter", monkeypatch)
-    assert "https://huggingface.co/shihaozhao/uni-controlnet/resolve/main/uni.ckpt" in told
     file = tmp_path / "uni.ckpt"
     torch.save({f"global_adapter.{k}": v for k, v in GlobalAdapter(8).state_dict().items()}, file)
-    told = parts.check_missing(UniControlNet.from_pretrained, "base", monkeypatch, adapter=str(file))
-    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir FOLDER" in told
-    given = {"adapter": str(file), "base": str(base_folder)}
+    given = {"adapter": str(file), "base": "owner/base", "image_encoder": "owner/clip"}
+    told = parts.check_missing(UniControlNet.from_pretrained, "base", monkeypatch, **given)
+    assert "hf download owner/base --local-dir FOLDER" in told
+    given["base"] = str(base_folder)
     told = parts.check_missing(UniControlNet.from_pretrained, "image_encoder", monkeypatch, **given)
-    assert "hf download openai/clip-vit-large-patch14" in told
+    assert "hf download owner/clip" in told
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     file = tmp_path / "other.ckpt"
     torch.save({"model.weight": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"method\.adapter=.*is not a Uni-ControlNet: it has no global_adapter.norm1"):
-        UniControlNet.from_pretrained(adapter=str(file))
+        UniControlNet.from_pretrained("base", "encoder", str(file))
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"method\.adapter=.*other\.ckpt is not a Uni"):
-        UniControlNet.from_pretrained(adapter=str(file))
+        UniControlNet.from_pretrained("base", "encoder", str(file))

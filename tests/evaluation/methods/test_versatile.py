@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import pytest
 import tiny
 import tiny_pipelines as made
 import tiny_prompt_tokens as parts
@@ -10,8 +9,8 @@ from diffusers.models import DualTransformer2DModel
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.pipelines import read_classes
-from ipa.evaluation.methods.prompt_tokens import count_parameters
 from ipa.evaluation.methods.versatile import DualGuidedPipeline, Versatile, VersatileDual
 
 TextUNet = read_classes(DualGuidedPipeline)["text_unet"]
@@ -141,13 +140,3 @@ def test_one_folder_serves_both(tmp_path: Path) -> None:
     prompts = parts.make_prompts()
     expected = make_dual(0.3, **weights).generate(prompts, parts.FAST)
     assert torch.equal(dual.generate(prompts, parts.FAST), expected)
-
-
-@pytest.mark.parametrize("method", [Versatile, VersatileDual])
-def test_missing_weights_are_told(method: type[Versatile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(method.from_pretrained, "path", monkeypatch)
-    assert "`hf download shi-labs/versatile-diffusion --local-dir FOLDER`" in told
-    made.save_parts(tmp_path, **make_parts())
-    made.check_incomplete(
-        lambda: method.from_pretrained(str(tmp_path), dtype="float32"), tmp_path, "image_unet", "conv_in.bias"
-    )

@@ -14,8 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection
 
-from ipa.evaluation.methods.method import MissingWeights
-from ipa.evaluation.methods.prompt_tokens import count_parameters
+from ipa.errors import MissingWeights
+from ipa.evaluation.methods.method import count_parameters
 
 
 def make_processor() -> CLIPImageProcessor:
@@ -36,6 +36,28 @@ def make_unet(**options: Any) -> UNet2DConditionModel:
         if name.endswith(("to_v", "to_out.0", "add_v_proj")):
             parts.loud(module)
     return unet
+
+
+# the decoders of Karlo and Kandinsky, as diffusers' conversion scripts have them
+UNCLIP = {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "resnet_time_scale_shift": "scale_shift"}
+
+
+def unclip_blocks(num_attentions: int) -> dict[str, Any]:
+    return {
+        "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * num_attentions),
+        "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * num_attentions, "ResnetUpsampleBlock2D"),
+    }
+
+
+def make_unclip_decoder(**options: Any) -> UNet2DConditionModel:
+    return make_unet(**{**UNCLIP, **unclip_blocks(1), "attention_head_dim": 4, **options})
+
+
+def make_full_unclip_decoder(**options: Any) -> UNet2DConditionModel:
+    """The published sizes, without weights."""
+    sizes = {"sample_size": 64, "layers_per_block": 3, "attention_head_dim": 64}
+    with torch.device("meta"):
+        return UNet2DConditionModel(**{**UNCLIP, **unclip_blocks(3), **sizes, **options})
 
 
 def make_text_encoder(projection: int = tiny.CONTEXT_WIDTH) -> CLIPTextModelWithProjection:

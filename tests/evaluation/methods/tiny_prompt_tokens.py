@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ipa.encoders.vision_model import VisionModelEncoder
-from ipa.evaluation.methods.method import MissingWeights, Prompt, Sampling
+from ipa.errors import MissingWeights
+from ipa.evaluation.methods.method import Prompt
+from ipa.sampling import SamplingOptions
 
 VISION_WIDTH = 24
-FAST = Sampling(num_steps=2, guidance=3.0)
+FAST = SamplingOptions(num_steps=2, guidance=3.0)
 
 
 def make_vision(projection: int = tiny.CONTEXT_WIDTH) -> CLIPVisionModelWithProjection:
@@ -63,7 +65,7 @@ def differs(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs().amax((1, 2, 3)) > 1e-3).all())
 
 
-def check_promises(method: Any, sampling: Sampling = FAST) -> None:
+def check_promises(method: Any, sampling: SamplingOptions = FAST) -> None:
     """What every method promises: see ``ipa.evaluation.methods.method``."""
     prompts = make_prompts()
     pixels = method.generate(prompts, sampling)
@@ -85,7 +87,7 @@ def check_promises(method: Any, sampling: Sampling = FAST) -> None:
 
 def check_without_guidance(method: Any) -> None:
     """Guidance 1 works and is another picture, but reads the image all the same."""
-    prompts, plain = make_prompts(), Sampling(num_steps=2, guidance=1.0)
+    prompts, plain = make_prompts(), SamplingOptions(num_steps=2, guidance=1.0)
     pixels = method.generate(prompts, plain)
     assert differs(pixels, method.generate(prompts, FAST))
     assert differs(pixels, method.generate([other_image(prompt) for prompt in prompts], plain))

@@ -1,0 +1,321 @@
+"""The contracts between the parts: what a base model, an image encoder, a head and an adapter kind promise each other.
+
+`ipa.model` combines one of each. A new part implements its contract in one file; nothing else in the project asks what
+kind of part it got. Shape letters are those of `ipa.types`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+
+from torch import Tensor, nn
+
+from ipa.errors import UserError
+from ipa.types import (
+    BaseWidths,
+    Channel,
+    Corrupted,
+    EncoderWidths,
+    Features,
+    ImagePrompt,
+    Posterior,
+    TextCondition,
+    TextInputs,
+)
+
+Uses = Literal["pooled", "patches"]
+NoImage = Literal["zeros", "blank"]
+
+
+class Host(Protocol):
+    """A place in a frozen base where a branch can be plugged in: an attention layer or a whole block."""
+
+    name: str
+
+    @property
+    def width(self) -> int:
+        """Inner width of the branch, for checking and describing adapter files."""
+        ...
+
+    def make_branch(self) -> nn.Module:
+        """Return a new trainable branch with this host's initialisation (for UNets: copies of the layer's K and V).
+
+        The host calls the branch with (query, tokens_BTD, time embedding or None, scale, once), where ``once`` is
+        `ImagePrompt.once`, which keeps what depends on the tokens alone.
+        """
+        ...
+
+    def plug(self, branch: nn.Module, channel: Channel) -> None:
+        """Add the branch's result to the host's output whenever ``channel`` carries a prompt."""
+        ...
+
+    def unplug(self) -> None:
+        """Restore the host to its original state."""
+        ...
+
+
+class DenoiserCall(NamedTuple):
+    """One call of the denoiser inside a public pipeline: its time and the part of the guided batch it computes."""
+
+    time_B: Tensor
+    part: Literal["joint", "positive", "negative"]
+
+
+class Family(nn.Module, ABC):
+    """A frozen base model: VAE, text encoders, denoiser, noise path, and the public pipeline around them.
+
+    Always in eval mode and without gradients. Pixels are float in [-1, 1]. Latents are B × C × H × W as the VAE encodes
+    them, scaled to about unit variance; only ``corrupt``, ``denoise`` and the pipeline see a packed layout.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # for messages
+    advice: ClassVar[str]  # the option that selects this family, for messages
+    source: str  # path or hub id that loads the same weights again
+    vae: Any  # a module, and all that encode_pixels and decode_latents need
+    # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
+    guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
+    supports_min_snr: ClassVar[bool] = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode whatever the trainer asks: frozen parts have no dropout."""
+        return super().train(False)
+
+    # sizes
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, path: str, *, config: str | None = None, dtype: str = "float32") -> Self:
+        """Load a folder, hub id or file; raises UserError for a base that this family does not read."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, path: str, key: str = "base.path") -> bool:
+        """Whether this family reads the base at ``path``, judged by configuration files and headers alone."""
+
+    @classmethod
+    @abstractmethod
+    def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
+        """The widths of what ``from_pretrained`` would load, without reading weights."""
+
+    @property
+    @abstractmethod
+    def device(self) -> Any: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> Any:
+        """Of the denoiser's weights."""
+
+    @property
+    @abstractmethod
+    def context_width(self) -> int:
+        """D, the width of the image tokens."""
+
+    @property
+    @abstractmethod
+    def image_size_px(self) -> int:
+        """The image size that the base was trained for."""
+
+    @property
+    @abstractmethod
+    def size_multiple_px(self) -> int:
+        """Height and width of images must be multiples of this."""
+
+    @abstractmethod
+    def latent_shape(self, image_size_px: int) -> tuple[int, int, int]:
+        """C, H, W of the latents of a square image."""
+
+    def check_size(self, image_size_px: int, option: str = "image_size_px") -> int:
+        """Return a valid image size; raises UserError naming ``option``."""
+        if image_size_px < self.size_multiple_px or image_size_px % self.size_multiple_px:
+            raise UserError(
+                f"{option}={image_size_px}: the base {self.source} takes multiples of {self.size_multiple_px} px"
+            )
+        return image_size_px
+
+    # latents
+
+    @abstractmethod
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Posterior:
+        """Posterior over the scaled latents."""
+
+    @abstractmethod
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        """Scaled latents → pixels in [-1, 1], clipped."""
+
+    def pack(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents → the layout that the denoiser and the pipeline use."""
+        return latents_BCHW
+
+    def unpack(self, packed: Tensor, shape_CHW: tuple[int, int, int]) -> Tensor:
+        """Inverse of ``pack``."""
+        return packed
+
+    # text
+
+    @abstractmethod
+    def prepare_text(self, texts: list[str]) -> TextInputs:
+        """What the text encoders read and a feature cache stores: named tensors with one row per text.
+
+        Tensors may have different lengths, as the tokenizers do.
+        """
+
+    @abstractmethod
+    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """Result of ``prepare_text`` → what ``denoise`` takes; ``size_B6`` as in `TextCondition`."""
+
+    def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
+        return self.encode_text_inputs(self.prepare_text(texts), size_B6)
+
+    # noise path
+
+    @abstractmethod
+    def corrupt(
+        self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
+    ) -> Corrupted:
+        """Noisy latents, times, targets and loss weights for uniform draws ``u_B`` in [0, 1).
+
+        ``min_snr_gamma`` is only given to families with ``supports_min_snr``.
+        """
+
+    @abstractmethod
+    def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
+        """The denoiser's prediction of ``Corrupted.target``, for ``Corrupted.noisy`` and its ``time_B``."""
+
+    # branches
+
+    @abstractmethod
+    def hosts(self) -> list[Any]:
+        """All `Host`s in the published order, enumerated from the modules."""
+
+    @property
+    def widths(self) -> BaseWidths:
+        return BaseWidths(self.context_width, [host.width for host in self.hosts()])
+
+    # sampling
+
+    @abstractmethod
+    def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
+        """A public pipeline around these very parts.
+
+        ``pipeline_class`` replaces the text-to-image one, ``parts`` are further or other components (a ControlNet).
+        """
+
+    @abstractmethod
+    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
+        """Encoded text as keyword arguments of the pipeline; without ``negative`` its arguments are left out."""
+
+    @abstractmethod
+    def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
+        """Guidance (1: none) as keyword arguments; raises UserError for what the pipeline does not have."""
+
+    @abstractmethod
+    def before_calls(
+        self, function: Callable[[DenoiserCall], None], negative: TextCondition | None
+    ) -> AbstractContextManager[None]:
+        """While inside, ``function`` is called before every call of the denoiser, also by a public pipeline.
+
+        ``negative`` is the negative text given to the pipeline; None without guidance.
+        """
+
+    # training
+
+    @abstractmethod
+    def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
+        """Run the denoiser's blocks through ``function(module, *inputs)``, which recomputes them for the gradients."""
+
+    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Let torch compile the denoiser's repeated blocks at their first call."""
+
+    @abstractmethod
+    def fingerprints(self) -> dict[str, str]:
+        """Precision and hash of what a feature cache depends on: ``vae``, and ``tokenizer`` for the text."""
+
+
+class ImageEncoder(nn.Module, ABC):
+    """A frozen image encoder; ``source`` and ``weights`` load it again (`ipa.encoders.open_encoder`)."""
+
+    source: str
+    weights: str | None
+    widths: EncoderWidths
+    image_size_px: int
+
+    @abstractmethod
+    def encode(self, image_B3HW: Tensor, uses: Uses = "pooled") -> Features:
+        """Pixels in [-1, 1] at ``image_size_px`` → the features that a head ``uses``, in the weights' precision."""
+
+    @abstractmethod
+    def blank(self, batch: int, uses: Uses = "pooled") -> Features:
+        """Features of a blank image, which some heads take for "no image"."""
+
+    @abstractmethod
+    def layer_name(self, uses: Uses) -> str:
+        """Which layer the features come from, for an adapter file's metadata."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies what a feature cache depends on: precision, hash of the weights, layer."""
+
+
+class TokenHead(nn.Module, ABC):
+    """Trainable: image features → image tokens.
+
+    ``uses`` is what it reads of the features, ``no_image`` what replaces them when the image is dropped: ``zeros``, or
+    the encoder's ``blank`` image. The tokens of a head that ``depends_on_time`` are computed anew at every denoising
+    step; those of any other head, and their K′ and V′, are computed once per prompt.
+    """
+
+    uses: Uses
+    no_image: NoImage
+    num_tokens: int
+    context_width: int
+    depends_on_time: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
+        """Return tokens_BTD; ``t_B`` are the denoiser's times, which only some heads read."""
+
+    def describe(self) -> dict[str, str]:
+        """Sizes that an adapter file's metadata must record because its tensors do not show them."""
+        return {}
+
+
+class AdapterKind(nn.Module, ABC):
+    """Trainable: brings image tokens to the frozen denoiser. Making one leaves the base unchanged."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def install(self) -> Self:
+        """Plug the branches in; with no prompt, or λ = 0, the base's output stays the same to the bit."""
+
+    @abstractmethod
+    def remove(self) -> Self:
+        """Undo ``install``."""
+
+    @abstractmethod
+    def extend(self, text: TextCondition, prompt: ImagePrompt | None) -> TextCondition:
+        """The text that the denoiser reads: unchanged, or followed by the image tokens."""
+
+    @abstractmethod
+    def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
+        """While inside, installed branches see ``prompt``."""
+
+    @abstractmethod
+    def show(self, prompt: ImagePrompt | None) -> None:
+        """Replace the prompt inside ``carrying``."""
+
+    @abstractmethod
+    def again(self) -> AbstractContextManager[None]:
+        """A context, entered later, in which branches see the present prompt: recomputing a block needs it."""
+
+    @contextmanager
+    def condition(self, text: TextCondition, prompt: ImagePrompt | None) -> Iterator[TextCondition]:
+        """``carrying``, yielding the ``extend``-ed text."""
+        with self.carrying(prompt):
+            yield self.extend(text, prompt)

@@ -1,0 +1,1 @@
+"""The feature cache: its format, its source, its batches, its datamodule."""

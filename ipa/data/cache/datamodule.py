@@ -1,0 +1,165 @@
+"""Training from feature shards as a Lightning datamodule, and which options a cache freezes.
+
+    data = CachedDataModule("/data/laion-sd15", batch_size=64)
+
+Order, resume and draws are those of ``ShardDataModule`` over the shards that the features were made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ipa.data.cache.format import WrongCache
+from ipa.data.cache.preparation import CachedPreparation
+from ipa.data.cache.source import CacheSource
+from ipa.data.datamodule import ShardDataModule, Shards, StreamDataModule
+from ipa.data.images.augment import Augmentation
+from ipa.data.images.buckets import Buckets, FixedBuckets
+from ipa.data.images.transforms import Background
+from ipa.data.order.sequence import Order
+from ipa.data.shards.names import TRUSTED
+from ipa.data.shards.source import Layout
+from ipa.errors import UserError
+
+# entries of the header that may differ between the caches of one training
+PER_SOURCE = {"source", "choices captions", "choices filters", "choices max_pixels", "choices reference"}
+
+
+class CachedDataModule(StreamDataModule):
+    """Feature shards → ``Batch``; raises ``NoShards`` or ``WrongCache`` at once if they do not exist or are no cache.
+
+    Either ``train`` names shards, or ``caches`` has several sources by name, each with ``shards`` and ``weight``. The
+    cache fixes how pictures are cropped: ``crop``, ``reference_fit``, ``buckets`` and ``background`` must be the same,
+    the last two only if they are given. ``options`` are those of ``StreamDataModule``; validation reads pictures.
+    """
+
+    def __init__(
+        self,
+        train: Shards | None = None,
+        val: Shards | None = None,
+        *,
+        caches: Mapping[str, Mapping[str, Any]] | None = None,
+        crop: str = "center",
+        augment: Augmentation | None = None,
+        buckets: Any = None,
+        background: Background | None = None,
+        window: int = 2048,
+        seed: int = 0,
+        schemes: Sequence[str] = TRUSTED,
+        **options: Any,
+    ) -> None:
+        refuse_random(crop, augment, background)
+        sources = open_caches(train, caches or {}, schemes)
+        self.header, self.bucket_sizes = sources[0].header, buckets
+        super().__init__(Order(sources, seed, window), val, schemes=schemes, background=background, **options)
+        self.require("choices", {"crop": crop, "reference_fit": self.reference_fit})
+        if background is not None:
+            self.require("choices", {"background": only_colour(background)})
+
+    def fit_to(self, *, image_size_px: int, reference_size_px: int, latent_shape: Sequence[int]) -> None:
+        """Check the sizes of the loaded models; raises ``WrongCache`` if the cache was made with others."""
+        sizes = {"image_size_px": image_size_px, "reference_size_px": reference_size_px}
+        self.require("sizes", sizes | {"latent_shape": list(latent_shape)})
+        super().fit_to(**sizes, latent_shape=latent_shape)
+        if self.bucket_sizes is not None:
+            self.require("choices", {"buckets": bucket_list(Buckets.of(self.bucket_sizes, image_size_px))})
+        if (buckets := self.header.choices.get("buckets")) is not None:
+            self.train_order.buckets = FixedBuckets(tuple((width, height) for width, height in buckets))
+
+    def train_preparation(self) -> CachedPreparation:
+        return CachedPreparation(self.images.drops, self.header.sizes)
+
+    def check_model(self, model: Any) -> None:
+        """Raise ``WrongCache`` unless the frozen parts are those that the cache was made with."""
+        kept, uses = self.header.sizes.get("kept", []), model.head.uses
+        needed = {"pooled": {"pooled", "reference"}, "patches": {"reference"}}[uses]
+        if not needed.intersection(kept):
+            raise WrongCache(
+                f"{self.where()} keeps {' and '.join(kept)} of each reference, but the head reads its {uses} features: "
+                f"make a cache with the same tokens=, or with keep=[{', '.join(sorted(needed))}]"
+            )
+        found = model.fingerprints()
+        if uses == "patches" or "pooled" not in kept:
+            found.pop("encoder")  # its features are not used
+        self.require("fingerprints", found)
+
+    def require(self, part: str, asked: Mapping[str, Any]) -> None:
+        made = getattr(self.header, part)
+        different = {name: value for name, value in asked.items() if made.get(name) != value}
+        if different:
+            wrong = [f"{name} {made.get(name)}, not {value}" for name, value in different.items()]
+            raise WrongCache(
+                f"{self.where()} was made with other {part}: {'; '.join(wrong)}. Train with what it was made with, or "
+                "make another one"
+            )
+
+    def where(self) -> str:
+        return f"the cache of {self.train_order.sources[0].shards[0]}"
+
+
+def open_caches(
+    train: Shards | None, caches: Mapping[str, Mapping[str, Any]], schemes: Sequence[str] = TRUSTED
+) -> list[CacheSource]:
+    """The sources; raises ``WrongCache`` if they were made differently, UserError if none is given."""
+    if (train is None) == (not caches):
+        raise UserError(
+            "give data.train=SHARDS, written by `python -m ipa.tools.precompute`, or "
+            "+data.caches.NAME.shards=SHARDS for each of several sources"
+        )
+    if train is not None:
+        return [CacheSource.of(train, schemes=schemes)]
+    sources = [
+        CacheSource.of(**values, option=f"data.caches.{name}", schemes=schemes) for name, values in caches.items()
+    ]
+    for name, source in zip(caches, sources, strict=True):
+        if source.name != name:
+            raise WrongCache(f"data.caches.{name} was made from {source.name}: use that name, since draws depend on it")
+        differences = source.header.differences(sources[0].header)
+        if wrong := [each for each in differences if each.partition(":")[0] not in PER_SOURCE]:
+            raise WrongCache(f"data.caches.{name} was not made as {sources[0].name} was: {'; '.join(wrong)}")
+    return sources
+
+
+def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
+    """The options that a cache of a source freezes; raises UserError for random ones."""
+    images = data.images
+    refuse_random(images.crop, images.augment, images.background, layout.references)
+    return {
+        "crop": images.crop,
+        "reference_fit": images.reference_fit,
+        "background": only_colour(images.background),
+        "buckets": bucket_list(data.train_order.buckets),
+        "max_pixels": images.max_pixels,
+        "headroom": images.headroom,
+        "captions": "all of " + repr(layout.captions),
+        "reference": list(layout.references),
+        "filters": repr(layout.filters),
+    }
+
+
+def refuse_random(
+    crop: str, augment: Augmentation | None, background: Background | None, references: Sequence[str] = ()
+) -> None:
+    """Raise UserError naming the options that are random in each pass, which a cache cannot be."""
+    asked = [f"data.crop={crop} (use center)"] if crop == "random" else []
+    if augment is not None and augment != Augmentation():
+        asked.append(f"data.augment={augment} (use null)")
+    if background is not None and only_colour(background) is None:
+        asked.append(f"data.background, white={background.white:g} and {len(background.colours)} colours (use null)")
+    if len(references) > 1:
+        asked.append(f"data.reference=[{', '.join(references)}], one of them at random (give one)")
+    if asked:
+        raise UserError(f"a cache holds each picture once, so nothing in it can be random: {'; '.join(asked)}")
+
+
+def only_colour(background: Background) -> str | None:
+    """The colour that all pictures are composited on; None if it is random."""
+    if background.white == 1:
+        return "white"
+    colours = set(background.colours)
+    return colours.pop() if background.white == 0 and len(colours) == 1 else None
+
+
+def bucket_list(buckets: Buckets | None) -> list[list[int]] | None:
+    return None if buckets is None else [list(size) for size in buckets.sizes]

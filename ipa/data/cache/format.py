@@ -1,0 +1,195 @@
+"""The format of the feature cache: what the frozen parts computed for each sample, so that its cost is paid once.
+
+A shard of the cache is a tar with the name of the shard that it was made from:
+
+    cache.header.json     how it was made: source, fingerprints of the frozen parts, frozen options, sizes
+    KEY.safetensors       a sample: its tensors (``DTYPES``); its metadata are index, captions with probabilities, sizes
+    KEY.rejected.json     a sample whose picture could not be used: its index and the reason
+    cache.closing.json    how many samples there are, and how many were rejected for which reason
+
+Samples are stored in file order and keep their index, so everything that is drawn at a sample's address is the same as
+in training from pictures. The posterior is sampled in training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+from safetensors.torch import save
+from torch import Tensor
+from webdataset import TarWriter
+
+from ipa.data.records import Record, Size
+from ipa.data.rejects import Rejected
+from ipa.errors import UserError
+
+FORMAT, VERSION = "ipa feature cache", 1
+HEADER, CLOSING = "cache.header.json", "cache.closing.json"
+SAMPLE, REJECTED = "safetensors", "rejected.json"
+
+# The tensors of a sample: of pooled_E and reference_3HW what the head uses, or both.
+DTYPES = {
+    "mean_CHW": torch.float16,  # the posterior's, scaled as in ``Posterior``
+    "logvar_CHW": torch.float16,
+    "pooled_E": torch.float16,
+    "reference_3HW": torch.uint8,
+    "size_6": torch.int32,  # as in ``TextCondition``
+}
+TEXT = "text."  # begins the names of what ``Family.prepare_text`` gives: a row for each caption
+OLD_IDS = "ids_MNL"  # caches of the first release: the ids of M captions and N tokenizers
+
+MAX_SAMPLES = 10_000_000  # of a shard
+
+BROKEN_MEMBER = "broken cached sample"
+
+
+class WrongCache(UserError):
+    """Not a cache, or not one that was made for this training."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """How a shard was made. ``choices`` have the names of the options that decided them."""
+
+    source: str
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def written(self) -> bytes:
+        return in_json({"format": FORMAT, "version": VERSION, **asdict(self)})
+
+    @classmethod
+    def read(cls, name: str, content: bytes, shard: str) -> Header:
+        """From the first member of a shard; raises ``WrongCache`` if that is no header."""
+        try:
+            entries = json.loads(content) if name == HEADER else {}
+            kind, version = entries.pop("format", None), entries.pop("version", None)
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise WrongCache(f"{shard}: its {HEADER} is damaged: {error}") from error
+        if kind != FORMAT:
+            raise WrongCache(
+                f"{shard} holds no features: it does not begin with {HEADER}. data=cache reads what "
+                "`python -m ipa.tools.precompute` writes; data=shards reads pictures."
+            )
+        if version != VERSION:
+            raise WrongCache(f"{shard} was written in version {version} of the format, not {VERSION}: make it again")
+        try:
+            header = cls(**entries)
+            header.check()
+        except (TypeError, ValueError) as error:
+            raise WrongCache(f"{shard}: its {HEADER} is damaged: {error}") from error
+        return header
+
+    def check(self) -> None:
+        """Raise UserError for entries that are missing or have a wrong type."""
+        if not isinstance(self.source, str):
+            raise UserError(f"source: {self.source}")
+        for part in ("fingerprints", "choices", "sizes"):
+            if not isinstance(getattr(self, part), dict):
+                raise UserError(f"{part}: {getattr(self, part)}")
+        buckets = self.choices.get("buckets") or []
+        if not isinstance(buckets, list) or not all(is_size(size) for size in buckets):
+            raise UserError(f"buckets: {buckets}")
+        kept, latent = self.sizes.get("kept", []), self.sizes.get("latent_shape", [])
+        if not set(map(str, kept)) <= {"pooled", "reference"} or not all(isinstance(side, int) for side in latent):
+            raise UserError(f"sizes: {self.sizes}")
+
+    def differences(self, other: Header) -> list[str]:
+        """Each entry that differs, with this header's value and the other's."""
+        mine, others = flat(asdict(self)), flat(asdict(other))
+        names = sorted(mine.keys() | others.keys())
+        return [f"{n}: {mine.get(n)}, here {others.get(n)}" for n in names if mine.get(n) != others.get(n)]
+
+
+def is_size(size: Any) -> bool:
+    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+
+
+def flat(entries: Mapping[str, Any]) -> dict[str, str]:
+    """``{"a": {"b": 1}}`` → ``{"a b": "1"}``, every value in JSON."""
+    found: dict[str, str] = {}
+    for name, value in entries.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        found |= {f"{name} {key}".strip(): json.dumps(entry) for key, entry in inner}
+    return found
+
+
+def in_json(entries: Mapping[str, Any]) -> bytes:
+    return json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
+
+
+class CacheWriter:
+    """Writes one shard into ``file``; the same samples give the same bytes. Without ``close`` it is incomplete."""
+
+    def __init__(self, file: IO[bytes], header: Header) -> None:
+        options: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "format": "PAX_FORMAT"}
+        self.tar = TarWriter(file, encoder=False, **options)
+        self.samples = 0
+        self.add("cache", "header.json", header.written())
+
+    def add(self, key: str, extension: str, content: bytes) -> None:
+        self.tar.write({"__key__": key, extension: content})
+
+    def sample(self, record: Record, tensors: Mapping[str, Tensor], target: Size | None) -> None:
+        """``tensors``: see ``pack``; ``target`` is the record's aspect-ratio bucket."""
+        self.samples += 1
+        self.add(record.key, SAMPLE, pack(record, tensors, target))
+
+    def rejected(self, record: Record, reason: str) -> None:
+        entry = {"index": record.index, "reason": reason, "size": record.measured}
+        self.add(record.key, REJECTED, in_json(entry))
+
+    def close(self, rejects: Mapping[str, int]) -> None:
+        """``rejects`` counts all of the shard, including those with an entry of their own."""
+        self.add("cache", "closing.json", in_json({"samples": self.samples, "rejects": dict(rejects)}))
+        self.tar.close()
+
+
+def pack(record: Record, tensors: Mapping[str, Tensor], target: Size | None) -> bytes:
+    """A sample's bytes, from the tensors in ``DTYPES`` and ``text.NAME``, integers with a row for each caption.
+
+    The metadata are one entry, since safetensors writes several in any order.
+    """
+    about = {"index": record.index, "captions": record.captions, "size": record.size, "target": target}
+    cast = {name: tensors[name].to(dtype).contiguous() for name, dtype in DTYPES.items() if name in tensors}
+    cast |= {name: x.to(torch.int32).contiguous() for name, x in tensors.items() if name.startswith(TEXT)}
+    return save(cast, {"sample": in_json(about).decode()})
+
+
+def metadata_of(data: bytes) -> dict[str, Any]:
+    """The metadata of a sample, without its tensors; raises ``Rejected``."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return json.loads(header["__metadata__"]["sample"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Rejected(BROKEN_MEMBER, repr(error)) from error
+
+
+def unpack(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of a sample; raises ``Rejected``."""
+    try:
+        arrays = load(data)
+        if OLD_IDS in arrays:
+            ids_MNL = arrays.pop(OLD_IDS)
+            arrays[f"{TEXT}ids"] = ids_MNL.reshape(len(ids_MNL), -1)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Rejected(BROKEN_MEMBER, repr(error)) from error
+    return arrays
+
+
+def to_size(size: Any) -> Size | None:
+    """Raises UserError for anything that is not a size."""
+    if size is None:
+        return None
+    if not is_size(list(size)):
+        raise UserError(f"{size} is not a size")
+    width, height = size
+    return width, height

@@ -1,0 +1,105 @@
+"""Cached records → samples → batches, with the draws that ``ImagePreparation`` makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ipa.data.addresses import Address, DropRates, draw
+from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, metadata_of, to_size, unpack
+from ipa.data.records import Record, Size
+from ipa.data.rejects import Rejected
+from ipa.types import Batch, Features, Position, Posterior
+
+OTHER_BUCKET = "cached for another aspect-ratio bucket"
+
+
+@dataclass
+class CachedSample:
+    """A sample from the cache; ``text_inputs`` belong to the chosen caption, ``address`` as in ``Sample``."""
+
+    arrays: dict[str, NDArray[Any]]
+    text: str
+    text_inputs: dict[str, NDArray[Any]]
+    record: Record
+    address: Address
+
+
+@dataclass(frozen=True)
+class CachedPreparation:
+    """``sizes`` are the header's, which every sample must have; None accepts any."""
+
+    drops: DropRates = field(default_factory=DropRates)
+    sizes: Mapping[str, Any] | None = None
+
+    def sample(self, record: Record, address: Address, target: Size | None = None) -> CachedSample:
+        """Raises ``Rejected`` for what was unusable when the cache was made, and for another ``target`` than then."""
+        if record.broken:
+            raise record.broken.copy()
+        arrays = unpack(record.picture)
+        try:
+            made_for = to_size(metadata_of(record.picture)["target"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Rejected(BROKEN_MEMBER, repr(error)) from error
+        if target != made_for:
+            raise Rejected(OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
+        rows = {name.removeprefix(TEXT): arrays.pop(name) for name in list(arrays) if name.startswith(TEXT)}
+        if not rows or any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
+            raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
+        self.check(arrays, made_for)
+        text = address.choose("caption", record.captions)
+        chosen = [known for known, _ in record.captions].index(text)
+        return CachedSample(arrays, text, {name: array[chosen] for name, array in rows.items()}, record, address)
+
+    def check(self, arrays: Mapping[str, NDArray[Any]], target: Size | None) -> None:
+        """Raise ``Rejected`` unless these are all arrays of a sample, in the shapes of the whole cache."""
+        shapes = {name: array.shape for name, array in arrays.items()}
+        wrong = [name for name, shape in shapes.items() if name not in DTYPES or len(shape) != dimensions(name)]
+        if wrong or not {"mean_CHW", "logvar_CHW", "size_6"} <= shapes.keys():
+            raise Rejected(BROKEN_MEMBER, f"arrays {', '.join(arrays)}")
+        if shapes["mean_CHW"] != shapes["logvar_CHW"] or shapes["size_6"] != (6,) or not self.fits(shapes, target):
+            raise Rejected(BROKEN_MEMBER, f"arrays of {list(shapes.values())}")
+
+    def fits(self, shapes: Mapping[str, tuple[int, ...]], target: Size | None) -> bool:
+        """Whether the shapes are the header's; with buckets only what does not depend on them."""
+        if self.sizes is None:
+            return True
+        edge, kept, latent = self.sizes["reference_size_px"], self.sizes["kept"], tuple(self.sizes["latent_shape"])
+        latents = shapes["mean_CHW"] == latent if target is None else shapes["mean_CHW"][:1] == latent[:1]
+        reference = shapes.get("reference_3HW") == (3, edge, edge) if "reference" in kept else True
+        return latents and reference and ("pooled" not in kept or "pooled_E" in shapes)
+
+    def batch(self, samples: Sequence[CachedSample], rejects: Counter[str], position: Position | None = None) -> Batch:
+        """Stack samples of one size, and make their draws."""
+        stacked = stack([sample.arrays for sample in samples])
+        pooled_BE = stacked.get("pooled_E")
+        channels, height, width = samples[0].arrays["mean_CHW"].shape
+        return Batch(
+            text=[sample.text for sample in samples],
+            draws=draw([sample.address for sample in samples], (channels, height, width), self.drops),
+            reference_B3HW=stacked.get("reference_3HW"),
+            posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
+            features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
+            text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
+            size_B6=stacked["size_6"].long(),
+            keys=[sample.record.key for sample in samples],
+            shards=[sample.record.shard for sample in samples],
+            rejects=dict(rejects),
+            position=position,
+        )
+
+
+def dimensions(name: str) -> int:
+    """Of a tensor's name: ``mean_CHW`` has three."""
+    return len(name.partition("_")[2])
+
+
+def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,1 @@
+"""Records → tensors: decoding, resizing, augmentation, aspect-ratio buckets, batches."""

@@ -1,0 +1,89 @@
+"""Optional augmentation of the reference only, so that the adapter cannot learn to copy the picture.
+
+'data.augment={_target_: ipa.data.images.augment.Augmentation, area: 0.5, flip: 0.5}'
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ipa.data.addresses import Address
+from ipa.data.images.transforms import Opened, Size, covering
+from ipa.errors import UserError
+
+MAX_STRETCH = math.log(4 / 3)  # of a crop's aspect ratio relative to the picture's
+GREY = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, flip and colour jitter; the defaults change nothing.
+
+    The crop has at least the fraction ``area`` of the picture's area and about its aspect ratio; ``flip`` is the
+    probability of a horizontal flip. Brightness, contrast and saturation are multiplied by 1 ± the given number.
+    """
+
+    area: float = 1.0
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.area <= 1:
+            raise UserError(f"data.augment.area={self.area}: above 0, and at most 1, the whole picture")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"data.augment.flip={self.flip} is a probability: from 0 to 1")
+        for field in fields(self)[2:]:
+            if not 0 <= getattr(self, field.name) <= 1:
+                raise UserError(f"data.augment.{field.name}={getattr(self, field.name)}: from 0 (as it is) to 1")
+
+    def need(self, size_px: int) -> Size:
+        """What ``open_picture`` needs to know, so that the smallest crop has enough pixels for this edge."""
+        side_px = math.ceil(size_px / math.sqrt(self.area) * math.exp(stretch_room(self.area)))
+        return side_px, side_px
+
+    def crop(self, picture: Opened, need: Size, address: Address) -> Opened:
+        """A random part of the picture, large enough for ``need``."""
+        if self.area == 1:
+            return picture
+        picture = picture.version_for(covering(picture.size, need))
+        share = self.area + (1 - self.area) * address.uniform("reference crop area")
+        stretch = stretch_room(share) * (2 * address.uniform("reference crop shape") - 1)
+        whole = [int(side) for side in picture.span]
+        shares = [math.sqrt(share) * math.exp(s) for s in (stretch, -stretch)]
+        width, height = (max(1, round(side * part)) for side, part in zip(whole, shares, strict=True))
+        left = round(address.uniform("reference crop x") * (whole[0] - width))
+        top = round(address.uniform("reference crop y") * (whole[1] - height))
+        pixels_3HW = picture.pixels_3HW[:, top : top + height, left : left + width]
+        return Opened(pixels_3HW, (width, height), (width, height))
+
+    def change(self, reference_3HW: Tensor, address: Address) -> Tensor:
+        """Random flip and colours."""
+        if self.flip and address.uniform("reference flip") < self.flip:
+            reference_3HW = reference_3HW.flip(-1)
+        if not (self.brightness or self.contrast or self.saturation):
+            return reference_3HW
+
+        def factor(name: str, most: float) -> float:
+            return 1 + most * (2 * address.uniform(f"reference {name}") - 1)
+
+        pixels_3HW = reference_3HW.float() * factor("brightness", self.brightness)
+        mean = grey(pixels_3HW).mean()
+        pixels_3HW = mean + (pixels_3HW - mean) * factor("contrast", self.contrast)
+        grey_1HW = grey(pixels_3HW)
+        pixels_3HW = grey_1HW + (pixels_3HW - grey_1HW) * factor("saturation", self.saturation)
+        return pixels_3HW.round().clamp(0, 255).to(torch.uint8)
+
+
+def stretch_room(share: float) -> float:
+    """How much (in logarithms) the sides of a crop with this share of the area may be stretched."""
+    return min(MAX_STRETCH, -math.log(share)) / 2
+
+
+def grey(pixels_3HW: Tensor) -> Tensor:
+    return (pixels_3HW * torch.tensor(GREY)[:, None, None]).sum(0, keepdim=True)

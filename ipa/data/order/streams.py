@@ -1,0 +1,259 @@
+"""The order → batches, sharded across ranks and data workers.
+
+*Training* is endless. Step s takes G = world · batch size samples from its row of lanes: rank r makes every world-th
+sample from r on, and worker w makes every workers-th of a rank's steps. So one process with batch size 2b sees in a
+step what two with b see, and the number of workers only changes who opens which shard.
+
+A slot whose picture is broken is filled with the next good record of its lane, which then occurs twice in that pass;
+the draws stay the slot's own. This depends only on the data. So every rank makes equally many steps and waits for no
+other, and a resumed run decodes nothing that comes before its position.
+
+*Audit* is one pass: every good sample exactly once. Each reader has its own shards, the borders of the batches depend
+on the shard alone, and readers end at different times.
+
+*Validation* is one pass: the first samples in file order, in fixed batches, regardless of which rank makes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from ipa.data.order.lanes import Lanes, Share
+from ipa.data.order.sequence import Order, Slot, chunks, reasons
+from ipa.data.records import Preparation, Size, Source
+from ipa.data.rejects import Rejected, no_good_samples
+from ipa.types import Batch, LanePlace, Position, SourcePlace
+
+log = logging.getLogger(__name__)
+
+
+class Lookahead:
+    """An endless iterator with random access: ``ahead[i]`` is the i-th next item, ``drop`` advances."""
+
+    def __init__(self, slots: Iterator[Slot]) -> None:
+        self.slots = slots
+        self.seen: deque[Slot] = deque()
+
+    def __getitem__(self, i: int) -> Slot:
+        while len(self.seen) <= i:
+            self.seen.append(next(self.slots))
+        return self.seen[i]
+
+    def drop(self, number: int) -> None:
+        for _ in range(number):
+            _ = self[0]
+            self.seen.popleft()
+
+
+class TrainStream(IterableDataset[Batch]):
+    """Endless training batches of this share, from the last position given to ``begin_at``.
+
+    ``step_samples`` (G) is a multiple of ``lanes.ranks``; with aspect-ratio buckets ``lanes.ranks`` divides the world,
+    so that a batch has one bucket.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        preparation: Preparation,
+        batch_size: int,
+        share: Share | None = None,
+        lanes: Lanes | None = None,
+    ) -> None:
+        self.order, self.preparation = order, preparation
+        self.share, self.lanes = share or Share(), lanes or Lanes()
+        self.step_samples = batch_size * self.share.world
+        self.take = self.step_samples // self.lanes.ranks
+        assert self.take * self.lanes.ranks == self.step_samples, "the lanes of a row give equally many samples"
+        self.start = SharedPosition(self.lanes.number, len(order.sources))
+        self.begin_at(Position())
+
+    def begin_at(self, position: Position) -> None:
+        """Lanes that the position lacks begin their first pass."""
+        self.start.set(position, self.order.begin())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.start.get(), self.share.in_worker())
+
+    def batches(self, start: Position, share: Share) -> Iterator[Batch]:
+        mine = self.lanes.read_by(share, start.step, self.step_samples)
+        readers = {lane: self.reader(lane, start, share) for lane in sorted(mine)}
+        for number in count():
+            row = self.lanes.row(start.step + number)
+            if number % share.workers == share.worker:
+                yield self.make(readers, row, start.step + number)
+            for lane in mine.intersection(row):
+                readers[lane].drop(self.take)
+
+    def reader(self, lane: int, start: Position, share: Share) -> Lookahead:
+        loud = self.lanes.is_logged_by(share, lane, start.step)
+        place = start.lanes.get(lane, self.order.begin())
+        return Lookahead(self.order.lane(self.lanes.lane(lane), self.take, loud).endless(place))
+
+    def make(self, readers: dict[int, Lookahead], row: Sequence[int], step: int) -> Batch:
+        """Sample p of a step is number p div ranks of the step's samples from lane p mod ranks of the row."""
+        numbers = range(self.share.rank, self.step_samples, self.share.world)
+        filled = [self.fill(readers[row[p % self.lanes.ranks]], p // self.lanes.ranks) for p in numbers]
+        after = {lane: readers[lane][self.take - 1].after for lane in row if lane in readers}
+        rejects = sum((rejects for _, rejects in filled), Counter[str]())
+        return self.preparation.batch([sample for sample, _ in filled], rejects, Position(step + 1, after))
+
+    def fill(self, ahead: Lookahead, place: int) -> tuple[Any, Counter[str]]:
+        """The sample for a slot, and the slot's own rejects (not those of its replacements)."""
+        slot = ahead[place]
+        address = self.order.address(slot)
+        counted, tried = reasons(slot.record.rejects), dict[tuple[str, str, int], Counter[str]]()
+        unread = {source.name for source in self.order.sources}
+        begun: dict[str, int] = {}
+        for i in count(place):
+            candidate = ahead[i]
+            # in that many passes a lane reads twice as many shards as a source has
+            if candidate.epoch - begun.setdefault(candidate.source, candidate.epoch) >= 2 * self.lanes.number:
+                unread.discard(candidate.source)
+            if not unread:
+                raise no_good_samples(sum(tried.values(), Counter[str]()), self.order.num_shards)
+            try:
+                return self.preparation.sample(candidate.record, address, slot.target), counted
+            except Rejected as reject:
+                record = candidate.record
+                tried[candidate.source, record.shard, record.index] = reasons([*record.rejects, reject])
+                if candidate is slot:
+                    counted += reasons([reject])
+        raise AssertionError("the order is endless")
+
+
+class SharedPosition:
+    """A position in shared memory: persistent workers hold a copy of the stream and must see a new start."""
+
+    def __init__(self, lanes: int, sources: int) -> None:
+        self.step = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.choices = torch.zeros(lanes, dtype=torch.int64).share_memory_()
+        self.places = torch.zeros(lanes, sources, len(SourcePlace._fields), dtype=torch.int64).share_memory_()
+
+    def set(self, position: Position, begin: LanePlace) -> None:
+        self.step.fill_(position.step)
+        for lane in range(len(self.choices)):
+            place = position.lanes.get(lane, begin)
+            self.choices[lane] = place.choices
+            self.places[lane] = torch.tensor(place.sources)
+
+    def get(self) -> Position:
+        pairs = zip(self.choices.tolist(), self.places.tolist(), strict=True)
+        lanes = [LanePlace(choices, tuple(SourcePlace(*place) for place in places)) for choices, places in pairs]
+        return Position(int(self.step), dict(enumerate(lanes)))
+
+
+class AuditStream(IterableDataset[Batch]):
+    """Every good sample once; this share reads its own shards, and a batch never spans two of them.
+
+    Rejects are counted with the next batch of this share, those after the last batch with that one.
+    """
+
+    def __init__(self, order: Order, preparation: Preparation, batch_size: int, share: Share | None = None) -> None:
+        self.order, self.preparation, self.batch_size, self.share = order, preparation, batch_size, share or Share()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.share.in_worker())
+
+    def batches(self, share: Share) -> Iterator[Batch]:
+        """The last batch also counts what was rejected after it."""
+        pending: list[Rejected] = []
+        held: Batch | None = None
+        shards = [(source, shard) for source in self.order.sources for shard in source.shards]
+        for source, shard in shards[share.reader :: share.readers]:
+            for batch in self.of_shard(source, shard, pending):
+                if held is not None:
+                    yield held
+                held = batch
+        if held is not None:
+            yield replace(held, rejects=dict(Counter(held.rejects) + reasons(pending)))
+        elif pending:
+            log.warning("these shards have only rejected samples: %s", dict(reasons(pending)))
+
+    def of_shard(self, source: Source, shard: str, pending: list[Rejected]) -> Iterator[Batch]:
+        """A shard's batches, each of one bucket; the rejects after the last one are left in ``pending``."""
+        leftover: list[Rejected] = []
+        waiting: dict[Size | None, list[Any]] = {}
+        for slot in self.order.of_shards(source, [shard], leftover):
+            pending.extend(slot.record.rejects)
+            target = self.order.target(slot.record)
+            try:
+                sample = self.preparation.sample(slot.record, self.order.address(slot), target)
+            except Rejected as reject:
+                pending.append(reject)
+                continue
+            waiting.setdefault(target, []).append(sample)
+            if len(waiting[target]) == self.batch_size:
+                yield self.flush(waiting.pop(target), pending)
+        pending.extend(leftover)
+        for samples in waiting.values():
+            yield self.flush(samples, pending)
+
+    def flush(self, samples: list[Any], pending: list[Rejected]) -> Batch:
+        rejects = reasons(pending)
+        pending.clear()
+        return self.preparation.batch(samples, rejects, None)
+
+
+class ValStream(IterableDataset[Batch]):
+    """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
+
+    def __init__(
+        self,
+        order: Order,
+        preparation: Preparation,
+        batch_size: int,
+        limit: int | None = None,
+        share: Share | None = None,
+    ) -> None:
+        self.order = order
+        self.preparation = preparation
+        self.batch_size = batch_size
+        self.limit = limit
+        self.share = share or Share()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.share.in_worker())
+
+    def batches(self, share: Share) -> Iterator[Batch]:
+        """Rejects of a batch without any good sample are counted with this share's next batch."""
+        rejects, delivered = Counter[str](), False
+        for number, slots in enumerate(chunks(self.slots(share.first), self.batch_size)):
+            if number % share.readers != share.reader:
+                continue
+            samples = self.good(slots, rejects)
+            if samples:
+                yield self.preparation.batch(samples, rejects, None)
+                rejects, delivered = Counter[str](), True
+        if rejects:
+            log.warning("the last validation samples are rejected: %s", dict(rejects))
+        if rejects and not delivered:
+            self.check_any()
+
+    def slots(self, loud: bool = False) -> Iterator[Slot]:
+        return islice(self.order.in_file_order(loud), self.limit)
+
+    def good(self, slots: Iterable[Slot], rejects: Counter[str]) -> list[Any]:
+        """The usable ones; adds the others to ``rejects``."""
+        samples = []
+        for slot in slots:
+            rejects.update(reasons(slot.record.rejects))
+            try:
+                samples.append(self.preparation.sample(slot.record, self.order.address(slot), None))
+            except Rejected as reject:
+                rejects[reject.reason] += 1
+        return samples
+
+    def check_any(self) -> None:
+        """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""
+        rejects = Counter[str]()
+        if not any(self.good([slot], rejects) for slot in self.slots()):
+            raise no_good_samples(rejects, self.order.num_shards)

@@ -1,0 +1,1 @@
+"""Reading: shard specifications → names, a name → an open stream, tar → members → records of a source."""

@@ -1,0 +1,116 @@
+"""Samples that are rejected because of a number: a score in the metadata, the picture's size, the caption's length.
+
+    filters:
+      watermark: {key: [json.pwatermark, json.watermark_score], max: 0.5, missing: keep}
+      small: {key: short_side_px, min: 512}
+
+Rejects are counted under the filter's name, ``filter: watermark``. Of several keys the first that gives a number is
+used. ``missing`` decides about samples without one: ``reject`` (``filter: watermark is missing``) or ``keep``. A filter
+that is null is off. The picture is not decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ipa.data.rejects import Rejected, filtered, without_number
+from ipa.data.shards.fields import ENTRY, Fields
+from ipa.errors import UserError
+
+OPTIONS = ("key", "min", "max", "missing")
+MISSING = ("reject", "keep")
+
+# of a sample and its first usable caption
+QUANTITIES: dict[str, Callable[[Fields, str], float]] = {
+    "short_side_px": lambda fields, caption: min(fields.size),
+    "aspect_ratio": lambda fields, caption: max(fields.size) / min(fields.size),  # long side / short side
+    "caption_characters": lambda fields, caption: len(caption),
+    "caption_words": lambda fields, caption: len(caption.split()),
+}
+WAYS = f"{', '.join(QUANTITIES)}, or {ENTRY}NAME for a number in the metadata"
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Accepts samples whose number is at least ``low`` and at most ``high``."""
+
+    name: str
+    keys: tuple[str, ...]
+    low: float
+    high: float
+    keep_missing: bool = False
+
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Any]) -> Filter:
+        low, high = values.get("min"), values.get("max")
+        return cls(
+            name,
+            tuple(as_list(values["key"])),
+            -math.inf if low is None else float(low),
+            math.inf if high is None else float(high),
+            values.get("missing") == "keep",
+        )
+
+    def check(self, fields: Fields, caption: str) -> None:
+        """Raises ``Rejected``."""
+        values = (measure(key, fields, caption) for key in self.keys)
+        value = next((value for value in values if value is not None), None)
+        if value is None and not self.keep_missing:
+            raise Rejected(without_number(self.name), f"none of {', '.join(self.keys)}")
+        if value is not None and not self.low <= value <= self.high:
+            raise Rejected(filtered(self.name), f"{value:g}")
+
+
+def measure(key: str, fields: Fields, caption: str) -> float | None:
+    """None if the sample has no such number; the metadata may hold it as text."""
+    if not key.startswith(ENTRY):
+        return QUANTITIES[key](fields, caption)
+    try:
+        value = float(fields.metadata[key.removeprefix(ENTRY)])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return None if math.isnan(value) else value
+
+
+def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters") -> tuple[Filter, ...]:
+    """From YAML; raises one UserError for everything that is wrong, naming the ``option``."""
+    if not isinstance(filters or {}, Mapping):
+        raise UserError(f"{option}={filters}: give a mapping name: {{key, min, max, missing}}")
+    given = {str(name): values for name, values in (filters or {}).items() if values is not None}
+    wrong = [f"{option}.{name}: {what}" for name, values in given.items() for what in faults(values)]
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return tuple(Filter.of(name, values) for name, values in given.items())
+
+
+def faults(values: Any) -> list[str]:
+    """What is wrong with a filter's values."""
+    if not isinstance(values, Mapping):
+        return [f"{values} is no filter; give {{{', '.join(OPTIONS)}}}, or null to turn it off"]
+    found = [f"unknown option {name}; there are {', '.join(OPTIONS)}" for name in values if name not in OPTIONS]
+    keys = as_list(values.get("key"))
+    found += [f"key={key}: give {WAYS}" for key in keys or [None] if not is_known(key)]
+    limits: dict[str, Any] = {name: values.get(name) for name in ("min", "max") if values.get(name) is not None}
+    found += [f"{name}={value} is no number" for name, value in limits.items() if not is_number(value)]
+    if not limits:
+        found.append("give min, max or both")
+    if all(map(is_number, limits.values())) and limits.get("min", -math.inf) > limits.get("max", math.inf):
+        found.append(f"no number is at least min={limits['min']} and at most max={limits['max']}")
+    if values.get("missing") not in (None, *MISSING):
+        found.append(f"missing={values['missing']}: give {' or '.join(MISSING)}")
+    return found
+
+
+def as_list(keys: Any) -> list[Any]:
+    return list(keys) if isinstance(keys, Sequence) and not isinstance(keys, str) else [keys]
+
+
+def is_known(key: Any) -> bool:
+    return isinstance(key, str) and (key in QUANTITIES or (key.startswith(ENTRY) and key != ENTRY))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,224 @@
+"""An opened shard → its members, from front to back, or where the archive breaks.
+
+WebDataset opens the shard and groups the members (``shards.opening``, ``shards.source``), Python's ``tarfile`` parses
+the headers. The loop over the members is ours, for two reasons. ``webdataset.tariterators.tar_file_iterator`` ends
+without an error at a damaged header in the middle, reads members of any size, and skips links and devices without
+counting them. And it copies what it reads: a member of 68 kB takes 80 µs, here 44 µs, where a sample from a feature
+cache takes 250 µs in all.
+
+Nothing is unpacked to disk. Links, devices, pipes, absolute paths and paths with ``..`` are rejected, and so is a
+member larger than any picture, of which no byte is kept. A decompression bomb counts as a broken archive.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import IO, Any, NamedTuple, cast
+
+from ipa.data.rejects import BROKEN_TAR, TOO_LARGE, UNSAFE_MEMBER, Rejected
+from ipa.data.shards.opening import bytes_of, close_shard, open_shard
+from ipa.secrets import hide
+
+CHUNK_BYTES = 1 << 24
+MAX_MEMBER_BYTES = 1 << 29  # 100 megapixels without compression are 300 MB at most
+MAX_EXPANSION, UNCHECKED_BYTES = 200, 1 << 26  # of a compressed archive; the first bytes are not checked
+MAX_XZ_MEMORY_BYTES = 1 << 28
+ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+RESERVED = re.compile(r"\.__(key|url|bad|local_path)__$", re.IGNORECASE)  # WebDataset keeps its own entries under these
+BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+
+COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Callable[[Any], Any]], ...] = (
+    (re.compile(rb"\x1f\x8b\x08"), gzip.open),
+    (re.compile(rb"BZh[1-9]1AY&SY"), bz2.open),
+    (re.compile(rb"\xfd7zXZ|\x5d\0\0\x80"), lambda file: Unxz(file)),
+)
+
+
+class Member(NamedTuple):
+    name: str
+    content: bytes
+
+
+def read_members(shard: str) -> Iterator[Member | Rejected]:
+    """All regular files, and the reasons of the members that are rejected; a break of the archive comes last."""
+    file: IO[bytes] | None = None
+    try:
+        file = open_shard(shard)
+        stream = bytes_of(file)
+        yield from walk(uncompressed(Forward(stream)))
+        while stream.read(CHUNK_BYTES):  # a program that cannot write to its end would fail
+            pass
+        close_shard(file)
+    except BREAKS as error:
+        yield Rejected(BROKEN_TAR, hide(f"{shard}: {error}{exit_message(file, error)}"))
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                close_shard(file)
+
+
+def exit_message(file: IO[bytes] | None, error: BaseException) -> str:
+    """How the program that fetched the shard failed, unless that is the error."""
+    try:
+        if file is not None:
+            close_shard(file)
+    except OSError as failed:
+        return f"; {failed}"
+    return ""
+
+
+class Forward:
+    """A file that is read forwards only; ``begin`` are bytes that were read before.
+
+    With ``compressed``, the archive that the file is decompressed from, a decompression bomb raises before it is large.
+    """
+
+    def __init__(self, file: Any, begin: bytes = b"", compressed: Forward | None = None) -> None:
+        self.file, self.begin, self.compressed, self.position = file, begin, compressed, 0
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int) -> bytes:
+        """Fewer bytes than ``size`` only at the end of the file."""
+        data = self.some(size)
+        if len(data) < size:
+            data = b"".join([data, *self.chunks(size - len(data))])
+        return data
+
+    def skip(self, size: int) -> int:
+        """Read without keeping; fewer bytes than ``size`` only at the end of the file."""
+        return sum(map(len, self.chunks(size)))
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """A damaged header may ask for any number of bytes."""
+        while size and (data := self.some(size)):
+            size -= len(data)
+            yield data
+
+    def some(self, size: int) -> bytes:
+        """At least one byte, except at the end of the file."""
+        data, self.begin = self.begin[:size], self.begin[size:]
+        data = data or self.file.read(min(size, CHUNK_BYTES))
+        self.position += len(data)
+        if self.compressed and self.position > UNCHECKED_BYTES + MAX_EXPANSION * self.compressed.position:
+            raise tarfile.ReadError(f"it expands to over {MAX_EXPANSION} times its size after {self.position:,} bytes")
+        return data
+
+
+def uncompressed(file: Forward) -> Forward:
+    """The archive inside gzip, bzip2 or xz, recognised by its first bytes; other files as they are."""
+    file = Forward(file, file.read(tarfile.BLOCKSIZE))
+    opens = [opener for magic, opener in COMPRESSIONS if magic.match(file.begin)]
+    return Forward(opens[0](file), compressed=file) if opens else file
+
+
+class Unxz:
+    """xz with a memory limit: a header may ask for gigabytes, and Python's own reader has no limit."""
+
+    def __init__(self, file: Forward) -> None:
+        self.file, self.decoder = file, self.new_decoder()
+
+    def new_decoder(self) -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY_BYTES)
+
+    def read(self, size: int) -> bytes:
+        while size:
+            if self.decoder.eof:
+                rest = self.decoder.unused_data.lstrip(b"\0") or self.file.read(tarfile.BLOCKSIZE)
+                if not rest.strip(b"\0"):
+                    return b""
+                self.decoder = self.new_decoder()
+            else:
+                rest = self.file.read(1 << 16) if self.decoder.needs_input else b""
+                if self.decoder.needs_input and not rest:
+                    raise EOFError("the compressed archive is cut off")
+            if data := self.decoder.decompress(rest, size):
+                return data
+        return b""
+
+
+def walk(file: Forward) -> Iterator[Member | Rejected]:
+    """Each regular file, or why it is rejected; raises one of ``BREAKS`` where the archive is damaged or cut off."""
+    archive = Archive(file)
+    while info := archive.next_header():
+        if rejected := rejection(info):
+            skip_to(archive.offset, file)
+            yield rejected
+        elif info.isreg():
+            content = file.read(info.size)
+            if len(content) < info.size:
+                raise cut_off(file)
+            yield Member(info.name, content)
+        skip_to(archive.offset, file)
+
+
+def rejection(info: tarfile.TarInfo) -> Rejected | None:
+    """Why a member is not read, if it is not."""
+    name = info.name
+    if not info.isreg() and not info.isdir():
+        return Rejected(UNSAFE_MEMBER, f"{name}: a link, a device or a pipe")
+    if ABSOLUTE.match(name) or (".." in name and ".." in re.split(r"[/\\]", name)):
+        return Rejected(UNSAFE_MEMBER, f"{name}: a path outside the archive's folder")
+    if RESERVED.search(name):
+        return Rejected(UNSAFE_MEMBER, f"{name}: a name that WebDataset reserves")
+    if info.size > MAX_MEMBER_BYTES:
+        return Rejected(TOO_LARGE, f"{name}: {info.size:,} bytes")
+    return None
+
+
+def skip_to(offset: int, file: Forward) -> None:
+    missing = offset - file.tell()
+    if missing and file.skip(missing) < missing:
+        raise cut_off(file)
+
+
+def cut_off(file: Forward) -> tarfile.ReadError:
+    return tarfile.ReadError(f"it is cut off at byte {file.tell()}")
+
+
+class Archive:
+    """What ``TarInfo.fromtarfile`` needs of a ``TarFile``; ``offset`` is where the next header begins."""
+
+    encoding = "utf-8"
+    errors = "surrogateescape"
+
+    def __init__(self, file: Forward) -> None:
+        self.fileobj = file
+        self.pax_headers: dict[str, str] = {}
+        self.offset = 0
+
+    def next_header(self) -> tarfile.TarInfo | None:
+        """None at the end of the archive."""
+        try:
+            info = StrictTarInfo.fromtarfile(cast(tarfile.TarFile, self))
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zero blocks that end an archive
+            return None
+        except RecursionError as error:  # a header before a header, thousands of times
+            raise tarfile.ReadError(f"headers without end at byte {self.fileobj.tell()}") from error
+        if info.issparse():
+            raise tarfile.ReadError(f"{info.name} is a sparse file, which is not read, at byte {self.fileobj.tell()}")
+        return info
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """A header that is damaged, cut off or missing is an error, not the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> StrictTarInfo:
+        try:
+            info = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except (tarfile.HeaderError, ValueError) as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.fileobj.tell()}") from error
+        if info.size < 0:
+            raise tarfile.ReadError(f"a negative size at byte {tar.fileobj.tell()}")
+        return info

@@ -1,0 +1,152 @@
+"""How a system's weights are found and read: bases, image encoders, ControlNets, and single files of adapters."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from ipa.encoders.vision_model import VisionModelEncoder
+from ipa.errors import MissingWeights, UserError, brief
+from ipa.families.latent_diffusion import to_dtype
+from ipa.families.stable_diffusion import StableDiffusion
+
+Built = TypeVar("Built", bound=nn.Module)
+
+
+class Source(NamedTuple):
+    """A folder or hub id, the option that it was given with, and a revision on the hub."""
+
+    path: str
+    key: str = "method.path"
+    revision: str | None = None
+
+    def missing(self, reason: str) -> MissingWeights:
+        """The error that says what is wrong with the source, and how to download it."""
+        return MissingWeights(f"{self.key}={self.path} {reason}. {self.advice}")
+
+    @property
+    def advice(self) -> str:
+        revision = f" --revision {self.revision}" if self.revision else ""
+        is_local = Path(self.path).exists() or "/" not in self.path or self.path.startswith((".", "/", "~"))
+        repository = "OWNER/NAME" if is_local else "/".join(self.path.split("/")[:2]) + revision
+        return (
+            f"Download it where there is a network, `hf download {repository} --local-dir FOLDER`, and give "
+            f"{self.key}=FOLDER"
+        )
+
+
+@contextmanager
+def options_renamed(names: Mapping[str, str], advice: str = "") -> Iterator[None]:
+    """Give errors of families and encoders the names that their options have here; ``advice`` is for missing weights.
+
+    Raises MissingWeights also for an OSError, and UserError.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        message = str(error) if isinstance(error, UserError) else brief(error)
+        for theirs, ours in names.items():
+            message = message.replace(theirs, ours)
+        if isinstance(error, MissingWeights | OSError):
+            raise MissingWeights(f"{message.rstrip('.')}. {advice}".strip()) from error
+        raise UserError(message) from error
+
+
+def load_base(path: str, dtype: str) -> StableDiffusion:
+    """Stable Diffusion 1.x or 2.x from a folder, a ``.safetensors`` file or the hub.
+
+    Raises MissingWeights, and UserError for a base of another kind.
+    """
+    source = Source(path, "method.base")
+    with options_renamed({"base.path": source.key, "base.dtype": "method.dtype"}, source.advice):
+        return StableDiffusion.from_pretrained(path, dtype=dtype)
+
+
+def load_image_encoder(path: str, dtype: str) -> VisionModelEncoder:
+    """A CLIP image encoder in transformers' layout. Raises MissingWeights, and UserError for anything else."""
+    source = Source(path, "method.image_encoder")
+    with options_renamed({"encoder.path": source.key, "encoder.dtype": "method.dtype"}, source.advice):
+        return VisionModelEncoder.from_pretrained(path, dtype=dtype)
+
+
+def load_controlnet(path: str, dtype: str) -> ControlNetModel:
+    """Raises MissingWeights, and UserError for one that lacks weights."""
+    source, torch_dtype = Source(path, "method.controlnet"), to_dtype(dtype, "method.dtype")
+    try:
+        controlnet, info = ControlNetModel.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+    except OSError as error:
+        raise source.missing(f"cannot be loaded ({brief(error)})") from error
+    except Exception as error:  # diffusers passes on whatever breaks in a file
+        raise UserError(f"method.controlnet={path} is not a ControlNet: {brief(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"method.controlnet={path}: {len(missing)} weights are missing, {missing[0]} among them")
+    return controlnet
+
+
+def find_file(path: str, key: str) -> Path:
+    """A local file, or one on the hub written owner/name/path; raises MissingWeights."""
+    if Path(path).is_file():
+        return Path(path)
+    parts = path.split("/")
+    if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
+        raise MissingWeights(f"{key}={path}: no such file. Give a file, or one on the hub written owner/name/path")
+    from huggingface_hub import hf_hub_download
+
+    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError) as error:  # ValueError: an impossible name
+        raise MissingWeights(
+            f"{key}={path} is neither a local file nor available from the hub or its cache "
+            f"({brief(error).strip('.')}). Download https://huggingface.co/{repository}/resolve/main/{name} and give "
+            f"{key}=FILE"
+        ) from error
+
+
+def load_module(
+    make: Callable[[dict[str, Tensor]], Built], path: str, what: str, prefix: str = "", key: str = "method.adapter"
+) -> Built:
+    """A module with exactly the weights that a file holds under ``prefix``.
+
+    ``make`` builds it from the weights' shapes, ``what`` names it in messages. Raises MissingWeights when there is no
+    such file, UserError when it holds something else.
+    """
+    file = find_file(path, key)
+    try:
+        state = read_state(file, prefix)
+        module = make(state)
+        expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+    except KeyError as error:
+        raise UserError(f"{key}={path} is not {what}: it has no {prefix}{error.args[0]}") from error
+    except Exception as error:  # pickle's, safetensors' and torch's errors have no common class
+        raise UserError(f"{key}={path} is not {what}: {brief(error)}") from error
+    if differ := sorted(name for name, _ in expected.items() ^ found.items()):
+        raise UserError(f"{key}={path} is not {what}: {prefix}{differ[0]} is missing, unknown or of another shape")
+    module.load_state_dict(state)
+    return module
+
+
+def read_state(file: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it; only these are read from a safetensors file."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: opened.get_tensor(name) for name in names}
+    # torch maps only its newer format, a zip archive
+    state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return cut_prefix(state.get("state_dict", state), prefix)
+
+
+def cut_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""Look into shards as training reads them."""

@@ -1,0 +1,1 @@
+"""Pack a folder of captioned pictures into shards."""

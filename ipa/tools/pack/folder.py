@@ -1,0 +1,183 @@
+"""The files of a folder, and the captions of its pictures from text files or from a table with a row per picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import posixpath
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm.contrib.concurrent import thread_map
+
+from ipa.data.shards.fields import PICTURE_MEMBERS, is_unicode
+from ipa.errors import UserError
+
+USUAL_COLUMNS = {"path_column": ("file_name", "path", "image"), "caption_column": ("text", "caption", "prompt")}
+TABLES = ("jsonl", "csv", "tsv", "parquet")
+READING_THREADS = 32  # small files on network storage
+SHOW_PROGRESS_AFTER_S = 2
+SHOWN_EXAMPLES = 3
+
+Stamp = tuple[int, int]  # size in bytes and modification time in ns, which tell whether a file has changed
+Files = dict[str, Stamp]  # name (relative path with /) → stamp, sorted
+Row = dict[str, Any]
+Entries = dict[str, tuple[tuple[str, ...], Row]]  # picture → its captions, and the other columns of its first row
+
+
+def list_files(path: str, option: str, skip: str | None = None) -> Files:
+    """All files below a folder except ``skip``; raises UserError, which names the ``option``, without a picture."""
+    if not Path(path).is_dir():
+        raise UserError(f"{option}={path}: no such folder")
+    files = dict(sorted(walk(path, (os.path.realpath(path), os.path.realpath(skip or path)))))
+    if not pictures_in(files):
+        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURE_MEMBERS)}); shards need no packing")
+    return files
+
+
+def walk(folder: str, closed: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Stamp]]:
+    """Regular files without a leading dot. Links to folders are followed, except to one of the ``closed``."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                yield prefix + entry.name, (entry.stat().st_size, entry.stat().st_mtime_ns)
+            elif entry.is_dir() and (real := os.path.realpath(entry)) not in closed:
+                yield from walk(entry.path, (*closed, real), f"{prefix}{entry.name}/")
+
+
+def pictures_in(files: Files) -> list[str]:
+    return [name for name in files if extension(name) in PICTURE_MEMBERS]
+
+
+def extension(name: str) -> str:
+    return PurePosixPath(name).suffix.lower().removeprefix(".")
+
+
+def stem(name: str) -> str:
+    return normal(name.removesuffix(PurePosixPath(name).suffix))
+
+
+def normal(name: str) -> str:
+    """In Unicode's composed form: file systems and tables write an é in one of two ways."""
+    return unicodedata.normalize("NFC", name)
+
+
+def examples(names: Iterable[str]) -> str:
+    """``12 (a.jpg, b.jpg, c.jpg …)``"""
+    shown = [printable(name) for name in names]
+    return f"{len(shown):,} ({', '.join(shown[:SHOWN_EXAMPLES])}{' …' if len(shown) > SHOWN_EXAMPLES else ''})"
+
+
+def printable(name: str) -> str:
+    """Without line breaks and undecodable bytes, which break terminals and tar files."""
+    return "".join(letter if letter.isprintable() else "_" for letter in name)
+
+
+def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
+    """The pictures with usable captions, and a line about their source; raises UserError for none or several."""
+    stems = {stem(name): name for name in files if extension(name) == "txt"}
+    texts = {name: stems[stem(name)] for name in pictures_in(files) if stem(name) in stems}
+    tables = find_tables(files, options)
+    sources = [*(["txt"] if texts else []), *tables]
+    wanted = options.captions or (sources[0] if len(sources) == 1 else None)
+    if wanted == "none" or (not sources and options.missing_caption == "empty"):
+        return {}, "captions: none"
+    if wanted not in sources:
+        raise UserError(
+            f"captions={wanted}: {options.folder} has {len(sources)} sources of captions ({', '.join(sources)}). Give "
+            f"txt, none, or a table ({', '.join(TABLES)}). missing_caption=empty packs pictures without captions"
+        )
+    if wanted in tables:
+        return read_tables(files, tables[wanted], options)
+    paths = [Path(options.folder, text) for text in texts.values()]
+    read = thread_map(read_text, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
+    found = {name: (captions, Row()) for name, captions in zip(texts, read, strict=True) if captions}
+    return found, "captions: .txt files"
+
+
+def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
+    """Name → tables of that name, and where their paths start: ``metadata.*`` anywhere, at the top, or as given."""
+    tables: dict[str, dict[Path, str]] = {}
+    for given in (Path(options.captions or ""), Path(options.folder, options.captions or "")):
+        if given.is_file():
+            start = os.path.relpath(given.parent, options.folder)
+            tables[options.captions] = {given: "" if start.startswith("..") else start}
+    for name in files:
+        start, file = posixpath.split(name)
+        if extension(name) in TABLES and (not start or stem(file) == "metadata"):
+            tables.setdefault(file, {})[Path(options.folder, name)] = start
+    return tables
+
+
+def read_text(path: Path) -> tuple[str, ...]:
+    return usable(path.read_text("utf-8-sig", "surrogateescape"))
+
+
+def read_tables(files: Files, tables: Mapping[Path, str], options: Any) -> tuple[Entries, str]:
+    pictures, entries, unknown = {normal(name): name for name in pictures_in(files)}, Entries(), list[str]()
+    for table, start in tables.items():
+        for path, captions, columns in read_rows(table, options):
+            inside = path.strip().replace("\\", "/").removeprefix(f"{os.path.abspath(options.folder)}/")
+            name = pictures.get(normal(posixpath.normpath(posixpath.join(start, inside))))
+            if name is None:
+                unknown.append(path)
+            elif captions:
+                before, first = entries.get(name, ((), columns))
+                entries[name] = tuple(dict.fromkeys(before + captions)), first
+    about = f"captions: {', '.join(map(str, tables))}"
+    if not entries:
+        raise UserError(f"{about}: paths such as {examples(unknown)} are not in the folder: {examples(pictures)}")
+    return entries, about + (f"; rows without a picture: {examples(unknown)}" if unknown else "")
+
+
+def read_rows(table: Path, options: Any) -> Iterator[tuple[str, tuple[str, ...], Row]]:
+    """Path, captions and other columns of every row; whatever a reader raises becomes a UserError."""
+    number, columns = 0, list[str]()
+    try:
+        for number, row in enumerate(rows_of(table), 1):  # noqa: B007
+            if not isinstance(row, dict):
+                raise UserError("a row is not an object of names and values")
+            columns = columns or [choose(row, option, options[option]) for option in USUAL_COLUMNS]
+            path, captions = (row.pop(column, None) for column in columns)
+            yield str(path), usable(captions), row
+    except ImportError as error:
+        raise UserError(f"{table}: parquet needs pyarrow. Install it (pip install pyarrow), or save as CSV") from error
+    except Exception as error:  # not UTF-8, and what csv, json and pyarrow raise
+        raise UserError(f"{table} cannot be read after row {number}: {error}") from error
+
+
+def usable(values: Any) -> tuple[str, ...]:
+    """A caption or a list of them, without what is blank, no text, or not UTF-8."""
+    texts = [text.strip() for text in (values if isinstance(values, list) else [values]) if isinstance(text, str)]
+    return tuple(text for text in texts if text and is_unicode(text))
+
+
+def choose(names: Iterable[str], option: str, given: str | None) -> str:
+    """The column that is ``given``, or else the one with a usual name."""
+    found = [name for name in names if (name == given if given else name.lower() in USUAL_COLUMNS[option])]
+    if len(found) != 1:
+        raise UserError(f"give {option}={given or ''}, one of its columns {', '.join(names)}")
+    return found[0]
+
+
+def rows_of(table: Path) -> Iterator[Row]:
+    if table.suffix.lower() == ".parquet":
+        yield from import_module("pyarrow.parquet").read_table(table).to_pylist()
+        return
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        if table.suffix.lower() == ".jsonl":
+            yield from map(json.loads, filter(str.strip, file))
+            return
+        header = file.readline()  # separated by whichever of , ; | and tab it has most of
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=max(",;|\t", key=header.count), skipinitialspace=True)
+        for row in reader:
+            if len(row) != len(reader.fieldnames or []):  # a value without a column, or a column named twice
+                raise UserError(f"line {reader.line_num} does not fit the columns {', '.join(reader.fieldnames or [])}")
+            yield row

@@ -1,0 +1,218 @@
+"""Samples → shards: pictures are read and shrunk in worker processes, and written by webdataset's TarWriter."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from ipa.data.images.transforms import open_header, picture_size
+from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected
+from ipa.data.shards.names import ENDINGS
+from ipa.errors import UserError
+from ipa.files import read_json, write_atomically, write_json
+from ipa.tools.pack import folder
+
+PLAN = "pack.json"  # what the shards in a folder were packed from
+OTHER_FOLDER = "choose another folder with out=FOLDER"
+NOT_SHRUNK = "broken picture, cannot be shrunk"
+NEUTRAL = ("out", "workers", "overwrite")  # options that do not change what a shard holds
+JPEG_QUALITY = 95
+REDUCING_GAP = 3  # fast first step of resizing, down to this many times the final size
+
+LeftOut = dict[str, list[str]]  # reason → names
+Members = dict[str, bytes]  # extension → content
+Size = tuple[int, int]  # width and height
+
+
+class Sample(NamedTuple):
+    """A picture to pack, as a name in its folder, and its reference, as a name in the other folder."""
+
+    key: str
+    picture: str
+    reference: str
+    stamps: tuple[folder.Stamp, folder.Stamp | None]
+    captions: tuple[str, ...]
+    columns: folder.Row
+
+
+def pack(options: Any) -> None:
+    """Write the missing shards and print what is in all of them; raises UserError."""
+    samples, left_out = collect(options)
+    if options.shuffle:
+        random.Random(options.seed).shuffle(samples)
+    prepare_folder(samples, options)
+    starts = range(0, len(samples), options.samples_per_shard)
+    shards = {Path(options.out, f"{start // starts.step:05d}.tar"): samples[start:][: starts.step] for start in starts}
+    missing = {path: part for path, part in shards.items() if not path.exists()}
+    print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", flush=True)
+    write_shards(missing, options)
+    print("\n".join(summary([read_json(stats_path(path)) for path in shards], left_out, options.out)))
+
+
+def collect(options: Any) -> tuple[list[Sample], LeftOut]:
+    """The samples, sorted by name, and what is left out; raises UserError if nothing is left."""
+    files = folder.list_files(options.folder, "folder", skip=options.references)
+    references = folder.list_files(options.references, "references") if options.references else {}
+    stems = {folder.stem(name): name for name in folder.pictures_in(references)}
+    if len(stems) < len(folder.pictures_in(references)):
+        raise UserError(f"references={options.references} has several pictures of one name, with different extensions")
+    entries, about = folder.read_captions(files, options)
+    print(f"{about}, for {len(entries):,} of {len(folder.pictures_in(files)):,} pictures", flush=True)
+    samples, left_out = list[Sample](), LeftOut()
+    if others := [
+        name for name in files if folder.extension(name) not in (*folder.PICTURE_MEMBERS, *folder.TABLES, "txt")
+    ]:
+        left_out["not a picture that can be read"] = others
+    for number, name in enumerate(folder.pictures_in(files)):
+        reference = stems.get(folder.stem(name), "")
+        if name not in entries and options.missing_caption != "empty":
+            left_out.setdefault(NO_CAPTION, []).append(name)
+        elif options.references and not reference:
+            left_out.setdefault(NO_REFERENCE, []).append(name)
+        else:
+            key = f"{number:06d}_{re.sub('[/.]', '_', folder.printable(folder.stem(name)))}"
+            stamps = files[name], references.get(reference)
+            samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
+    if not samples or (options.missing_caption == "error" and NO_CAPTION in left_out):
+        raise UserError("; ".join([*described(left_out), "missing_caption=skip leaves those out, empty packs them"]))
+    return samples, left_out
+
+
+def described(left_out: LeftOut) -> list[str]:
+    return [f"left out, {reason}: {folder.examples(sorted(names))}" for reason, names in left_out.items()]
+
+
+def summary(stats: Sequence[dict[str, Any]], left_out: LeftOut, out: str) -> list[str]:
+    """What is in the shards, what was left out, and the command that trains; raises UserError if they are empty."""
+    for reason, names in [pair for each in stats for pair in each["failed"].items()]:
+        left_out[reason] = left_out.get(reason, []) + names
+    pictures, size = sum(each["successes"] for each in stats), sum(each["tar_bytes"] for each in stats)
+    if not pictures:
+        raise UserError("; ".join(["none of the pictures could be packed", *described(left_out)]))
+    value = out if re.fullmatch(r"[\w./-]+", out, re.ASCII) else f'"{out}"'  # quoted for Hydra, then for the shell
+    words = ["python", "train.py", "experiment=decoupled_global", "recipe=sd15", f"data.train={value}"]
+    references = {kind for each in stats for kind in each["extensions"] if kind.startswith("ref.")}
+    words += [f"data.reference=[{','.join(sorted(references))}]"] if references else []
+    what = f"{out}: {pictures:,} pictures, shards: {len(stats):,}, {size / 1e6:,.1f} MB"
+    return [*described(left_out), what, f"next: {shlex.join(words)}"]
+
+
+def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
+    """Records what is packed. Raises UserError for shards of anything else, which training would read too.
+
+    With ``options.overwrite`` those of an earlier packing are removed.
+    """
+    out = Path(options.out)
+    shards = [path for path in out.glob("*") if path.name.endswith(ENDINGS)]
+    digest = hashlib.blake2b(json.dumps(samples, default=str).encode(), digest_size=16).hexdigest()
+    plan = {name: value for name, value in options.items() if name not in NEUTRAL}
+    before = read_json(out / PLAN) if (out / PLAN).exists() else {}
+    if shards and not before:
+        raise UserError(f"out={out} has shards that were not packed here, which training would read: {OTHER_FOLDER}")
+    changes = [f"{name}={before.get(name)}, now {plan[name]}" for name in plan if before.get(name) != plan[name]]
+    if before.get("samples") != digest:
+        changes = changes or ["other files: the folder has changed"]
+    if shards and changes and not options.overwrite:
+        raise UserError(
+            f"out={out} was packed with {'; '.join(changes)}. overwrite=true packs again, or {OTHER_FOLDER}"
+        )
+    outdated = [*shards, *map(stats_path, shards)] if changes else []
+    for path in [*out.glob(".*.tmp"), *outdated]:  # .tmp: of a process that was killed
+        path.unlink()
+    if changes:
+        write_atomically(
+            out / PLAN, lambda path: path.write_text(json.dumps({"samples": digest, **plan})), OTHER_FOLDER
+        )
+
+
+def stats_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}_stats.json")
+
+
+def write_shards(shards: Mapping[Path, Sequence[Sample]], options: Any) -> None:
+    """Write them all with a progress bar. With one worker everything happens in this process."""
+    samples = [sample for part in shards.values() for sample in part]
+    workers = options.workers or len(os.sched_getaffinity(0))
+    loading: dict[str, Any] = {"num_workers": workers if workers > 1 else 0, "batch_size": None}
+    loader: Any = DataLoader(samples, collate_fn=partial(members_of, options=options), **loading)  # type: ignore[arg-type]
+    found = iter(tqdm(loader, unit=" pictures", desc=f"shards: {len(shards)}"))
+    for path, part in shards.items():
+        write_atomically(path, partial(write_tar, stats_path(path), part, found), OTHER_FOLDER)
+
+
+def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | Rejected], temporary: Path) -> None:
+    """The tar, and before it gets its name the statistics as img2dataset has them, with the names of what failed."""
+    failed, extensions, written = dict[str, list[str]](), set[str](), 0
+    with temporary.open("wb") as file, TarWriter(file, "", "", encoder=False, mtime=0, format="PAX_FORMAT") as tar:
+        for sample, members in zip(samples, found, strict=False):  # the next shard's members stay
+            if isinstance(members, Rejected):
+                failed.setdefault(members.reason, []).append(sample.picture)
+            else:
+                tar.write({"__key__": sample.key, **members})
+                extensions, written = extensions | members.keys(), written + 1
+    status = {"success": written} | {reason: len(names) for reason, names in failed.items()}
+    counts = {"count": len(samples), "successes": written, "failed_to_resize": status.get(NOT_SHRUNK, 0)}
+    counts["failed_to_download"] = counts["count"] - written - counts["failed_to_resize"]
+    details = {"status_dict": status, "failed": failed, "extensions": sorted(extensions)}
+    write_json(stats, counts | details | {"tar_bytes": temporary.stat().st_size})
+
+
+def members_of(sample: Sample, options: Any) -> Members | Rejected:
+    try:
+        picture, size, original = load(Path(options.folder, sample.picture), options.size)
+        reference = load(Path(options.references, sample.reference), options.size)[0] if sample.reference else {}
+    except OSError as error:
+        return Rejected(BROKEN_PICTURE, str(error))
+    except Rejected as reject:
+        return Rejected(reject.reason, reject.detail)  # without the traceback, which holds the picture
+    caption = next(iter(sample.captions), "")
+    metadata: dict[str, Any] = {"status": "success", "caption": caption, "captions": sample.captions}
+    metadata |= {name: None if value != value else value for name, value in sample.columns.items()}  # no NaN in JSON
+    metadata |= {"key": sample.key, "file_name": sample.picture, "width": size[0], "height": size[1]}
+    metadata |= {"original_width": original[0], "original_height": original[1]}
+    texts = {"json": json.dumps(metadata, default=str).encode(), "txt": caption.encode()}
+    return {**picture, **texts, **{f"ref.{kind}": data for kind, data in reference.items()}}
+
+
+def load(path: Path, size_px: int | None) -> tuple[Members, Size, Size]:
+    """The picture, copied, or shrunk if its shortest side is longer; its size now and before. Raises ``Rejected``."""
+    data = path.read_bytes()
+    size = picture_size(data)
+    if size_px is None or min(size) <= size_px:
+        return {folder.extension(path.name): data}, size, size
+    try:
+        with warnings.catch_warnings(action="ignore"):  # odd metadata; training has its own limit on pixels
+            return *shrink(data, size_px), size
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise Rejected(NOT_SHRUNK, repr(error)) from error
+
+
+def shrink(data: bytes, size_px: int) -> tuple[Members, Size]:
+    """Upright, with the shortest side ``size_px``: lossless WebP where there is transparency, else JPEG."""
+    picture: Image.Image = open_header(data)
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    profile = picture.info.get("icc_profile") if picture.mode == mode else None  # does not fit another mode
+    if picture.format != "JPEG":  # thumbnail decodes a JPEG at a half, a quarter … of its size
+        picture = picture.convert(mode)
+    width, height = (round(side * size_px / min(picture.size)) for side in picture.size)
+    picture.thumbnail((width, height), Image.Resampling.LANCZOS, REDUCING_GAP)
+    picture = ImageOps.exif_transpose(picture).convert(mode)
+    out = io.BytesIO()
+    kind, how = ("webp", {"lossless": True}) if mode == "RGBA" else ("jpeg", {"quality": JPEG_QUALITY})
+    picture.save(out, kind, icc_profile=profile, **how)
+    return {kind.replace("jpeg", "jpg"): out.getvalue()}, picture.size

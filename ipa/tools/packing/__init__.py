@@ -1,1 +1,0 @@
-"""A folder of pictures → shards, for ``python -m ipa.tools.pack``: folders, tables, captions, samples, shards."""

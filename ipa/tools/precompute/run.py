@@ -1,0 +1,216 @@
+"""The frozen parts, and all that is done with them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ipa.data.cache.datamodule import frozen_choices
+from ipa.data.cache.format import DTYPES, Header
+from ipa.data.datamodule import ShardDataModule
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.records import Record
+from ipa.data.shards.names import is_remote, some
+from ipa.errors import UserError
+from ipa.model import fingerprints
+from ipa.tools.precompute.decoding import Decoded, Decoding, Task
+from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
+from ipa.training.parts import check_parts
+from ipa.types import first_not_finite, to_unit_range
+
+log = logging.getLogger(__name__)
+
+# what is kept of a reference, by what the head reads: patch features need four times its space
+KEPT = {"pooled": "pooled", "patches": "reference"}
+
+
+def precompute(cfg: DictConfig) -> None:
+    """Make the shards that are missing; raises UserError."""
+    rank, world = read_share(cfg.rank, cfg.world, os.environ)
+    check_options(cfg)
+    data = open_data(cfg)
+    check_parts(cfg)
+    torch.set_float32_matmul_precision("high")  # as in training
+    family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
+    kept = list(cfg.keep or [KEPT[head_of(cfg, family, encoder).uses]])
+    sizes = fit(data, family, encoder, cfg.image_size_px) | {"kept": kept}
+    headers = make_headers(data, sizes, fingerprints(family, encoder))
+    jobs = list_jobs(data.train_order, headers, Path(cfg.out))
+    mine, others = jobs[rank::world], [job for number, job in enumerate(jobs) if number % world != rank]
+    todo = [job for job in mine if not job.is_done()]
+    tasks = tasks_of(todo, data.train_order, cfg.batch_size)
+    loader = make_loader(tasks, data.images, cfg.num_workers)
+    made = make_all(todo, FrozenParts(family, encoder, kept, to_device(cfg.device, os.environ)).encode_all(loader))
+    report(cfg.out, made, len(mine) - len(todo), [job for job in others if not job.path.exists()])
+
+
+def make_all(jobs: Sequence[Job], encoded: Iterator[tuple[Decoded, Rows]]) -> Made:
+    """With a progress bar."""
+    made = Made()
+    with tqdm(unit=" samples", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        for number, job in enumerate(jobs, 1):
+            bar.set_description(f"shard {number} of {len(jobs)}", refresh=False)
+            made.make(job, encoded, bar.update)
+    return made
+
+
+def report(out: str, made: Made, found: int, missing: Sequence[Job]) -> None:
+    """Log what there is now; raises UserError for shards that broke off while they were read."""
+    lines = [f"{out}: {made.shards} shards with {made.samples:,} samples made, {made.size_bytes / 1e6:,.1f} MB"]
+    lines += [f"{found} shards were complete"] * (found > 0)
+    lines += [f"{len(missing)} shards are left to other processes"] * (len(missing) > 0)
+    log.info(", ".join(lines))
+    if made.rejects:
+        log.info("rejected: %s", ", ".join(f"{reason}: {number}" for reason, number in made.rejects.most_common()))
+    if made.cut_off:
+        raise UserError(
+            f"{len(made.cut_off)} shards broke off while they were read ({some(made.cut_off)}) and were not kept. "
+            "Repeat the command to try them again"
+        )
+
+
+class FrozenParts:
+    """Family and image encoder on their device: decoded pictures → what a cache keeps of each, as ``DTYPES`` has it.
+
+    ``kept`` says what is kept of the reference: the pooled embedding, the reference itself, or both.
+    """
+
+    def __init__(self, family: Any, encoder: Any, kept: Sequence[str], device: torch.device) -> None:
+        self.family, self.encoder, self.kept, self.device = family, encoder, kept, device
+        family.vae.to(device)  # the other parts do nothing here
+        if "pooled" in kept:
+            encoder.to(device)
+
+    def encode_all(self, loader: Iterable[Decoded]) -> Iterator[tuple[Decoded, Rows]]:
+        """One batch behind, so that the device works on the next batch while the last one is written."""
+        last: tuple[Decoded, dict[str, Tensor]] | None = None
+        for decoded in loader:
+            tensors = self.encode(decoded)
+            if last is not None:
+                yield last[0], self.rows(last[0].good, last[1])
+            last = decoded, tensors
+        if last is not None:
+            yield last[0], self.rows(last[0].good, last[1])
+
+    def encode(self, decoded: Decoded) -> dict[str, Tensor]:
+        """A row for each good record; the device may still be computing them."""
+        if decoded.image_B3HW is None or decoded.reference_B3HW is None or decoded.size_B6 is None:
+            return {}
+        posterior = self.family.encode_pixels(self.pixels(decoded.image_B3HW))
+        found = {"mean_CHW": posterior.mean_BCHW, "logvar_CHW": posterior.logvar_BCHW, "size_6": decoded.size_B6}
+        if "pooled" in self.kept:
+            found["pooled_E"] = self.encoder.encode(self.pixels(decoded.reference_B3HW), "pooled").pooled_BE
+        if "reference" in self.kept:
+            found["reference_3HW"] = decoded.reference_B3HW
+        return {name: tensor.to(DTYPES[name]) for name, tensor in found.items()}
+
+    def pixels(self, image_B3HW: Tensor) -> Tensor:
+        return to_unit_range(image_B3HW.to(self.device, non_blocking=True))
+
+    def rows(self, records: Sequence[Record], tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What is kept of each record: its row of the tensors, and the text tensors of all its captions."""
+        if not records:
+            return []
+        arrived = {name: tensor.cpu() for name, tensor in tensors.items()}
+        check_finite(arrived, records)
+        numbers = [len(record.captions) for record in records]
+        texts = text_tensors(self.family, [text for record in records for text, _ in record.captions])
+        split = {name: tensor.split(numbers) for name, tensor in texts.items()}
+        columns: dict[str, Any] = arrived | split
+        return [{name: column[i] for name, column in columns.items()} for i in range(len(records))]
+
+
+def text_tensors(family: Any, texts: list[str]) -> dict[str, Tensor]:
+    """What the cache keeps of texts: a row per text."""
+    return {f"text.{name}": rows for name, rows in family.prepare_text(texts).items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
+    if broken := first_not_finite(tensors):
+        name, row = broken
+        raise UserError(
+            f"{records[row].shard}, key {records[row].key}: {name} has numbers that are not finite or too large for "
+            "float16. Try base.vae_dtype=float32 if it is the VAE's, encoder.dtype=float32 if it is the encoder's"
+        )
+
+
+def check_options(cfg: DictConfig) -> None:
+    if is_remote(cfg.out):
+        raise UserError(f"out={cfg.out}: give a local folder, where a shard can be renamed when it is complete")
+    if cfg.batch_size < 1 or (cfg.num_workers or 0) < 0:
+        raise UserError(f"batch_size={cfg.batch_size} num_workers={cfg.num_workers}: at least 1, and 0")
+    if set(cfg.keep or []) - set(KEPT.values()):
+        raise UserError(f"keep={cfg.keep}: one or both of {', '.join(KEPT.values())}; null keeps what the head reads")
+
+
+def open_data(cfg: DictConfig) -> ShardDataModule:
+    """Raises UserError for data without pictures, or with random choices that a cache cannot hold."""
+    data = instantiate(cfg.data)
+    if not isinstance(data, ShardDataModule):
+        raise UserError("data=cache is what this command writes: give data=shards, or another that reads pictures")
+    sources: Any = data.train_order.sources
+    for source in sources:
+        frozen_choices(data, source.layout)
+    return data
+
+
+def fit(data: ShardDataModule, family: Any, encoder: Any, image_size_px: int | None) -> dict[str, Any]:
+    """Set the sizes of the data, and return them for the header."""
+    edge = image_size_px or family.image_size_px
+    shape = family.latent_shape(edge)
+    data.fit_to(image_size_px=edge, reference_size_px=encoder.image_size_px, latent_shape=shape)
+    return {"image_size_px": edge, "reference_size_px": encoder.image_size_px, "latent_shape": list(shape)}
+
+
+def to_device(name: str | None, environment: Mapping[str, str]) -> torch.device:
+    """The given device, else this process's GPU of its machine, else the CPU; raises UserError."""
+    local = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name or (f"cuda:{local % gpus}" if gpus else "cpu"))
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def head_of(cfg: DictConfig, family: Any, encoder: Any) -> Any:
+    with torch.device("meta"):
+        return instantiate(cfg.tokens)(encoder.widths, family.context_width)
+
+
+def make_headers(data: ShardDataModule, sizes: dict[str, Any], found: dict[str, str]) -> dict[str, Header]:
+    """Source → header. Without pooled embeddings the encoder may change later."""
+    if "pooled" not in sizes["kept"]:
+        found.pop("encoder")
+    sources: Any = data.train_order.sources
+    return {each.name: Header(each.name, found, frozen_choices(data, each.layout), sizes) for each in sources}
+
+
+def make_loader(tasks: Iterator[Task], preparation: ImagePreparation, num_workers: int | None) -> DataLoader[Decoded]:
+    """Decoded tasks, in their order."""
+    if num_workers is None:
+        num_workers = min(8, len(os.sched_getaffinity(0)))
+    return DataLoader(
+        Decoding(preparation),
+        sampler=tasks,
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def as_it_is(decoded: Any) -> Any:
+    return decoded

@@ -1,0 +1,127 @@
+"""What the dashboard shows beside the loss: error by noise level, gradient norm, whether the image prompt is used."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ipa.distributed import mean_over_ranks, sum_over_ranks
+from ipa.errors import UserError
+from ipa.model import Errors, IPAdapterModel
+from ipa.training.hooks import TrainingCallback, is_due, logs_now
+from ipa.training.loggers import log_now
+from ipa.training.strategies import total_norm
+from ipa.types import Batch
+
+NUM_STANDARD_ERRORS = 2  # that the mean gap must be above zero
+
+log = logging.getLogger(__name__)
+
+
+class TimestepBuckets(TrainingCallback):
+    """Mean squared error by noise level, unweighted: `train/error_t/0.0-0.2` is the cleanest of five buckets.
+
+    Sums stay on the device and are read at log steps only. An empty bucket has no value.
+    """
+
+    def __init__(self, num_buckets: int = 5) -> None:
+        self.num_buckets = num_buckets
+        self.sums: Tensor | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.add(outputs["errors"])
+        if logs_now(trainer, batch_idx):
+            log_now(trainer, self.take())
+
+    @torch.no_grad()
+    def add(self, errors: Errors) -> None:
+        if self.sums is None:
+            self.sums = torch.zeros(2, self.num_buckets, device=errors.error_B.device)
+        bucket_B = (errors.time_B * self.num_buckets).long().clamp(max=self.num_buckets - 1)
+        error_B = errors.error_B.detach()
+        self.sums.index_add_(1, bucket_B, torch.stack([error_B, torch.ones_like(error_B)]))
+
+    def take(self) -> dict[str, float]:
+        """Means over all ranks since the last call; all ranks call this."""
+        assert self.sums is not None
+        totals, counts = sum_over_ranks(self.sums).tolist()
+        self.sums = None
+        edges = [round(i / self.num_buckets, 3) for i in range(self.num_buckets + 1)]
+        return {
+            f"train/error_t/{edges[i]}-{edges[i + 1]}": total / count
+            for i, (total, count) in enumerate(zip(totals, counts, strict=True))
+            if count
+        }
+
+
+class StepSize(TrainingCallback):
+    """Logs the learning rate, `train/lr`, and the gradient norm before clipping, `train/grad_norm`."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for p in pl_module.model.trainable.parameters() if p.grad is not None]
+            pl_module.log("train/grad_norm", total_norm(gradients))
+            pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
+
+
+class ImagePromptGuard(TrainingCallback):
+    """Warns early if the image prompt is ignored: compares the error with the right image and with another one.
+
+    Every ``every_n_steps`` the samples of the step are predicted twice more without drops, with their own reference and
+    with their neighbour's, at the same noise and times. `image_prompt/gap` is (other − own) / own; near zero the
+    adapter ignores its image, whatever the loss does. It warns once, if the mean of the last ``patience`` gaps is not
+    two standard errors above zero.
+    """
+
+    def __init__(self, every_n_steps: int, patience: int = 10) -> None:
+        if patience < 2:
+            raise UserError(f"image_prompt.patience={patience}: give at least 2, for a standard error")
+        self.every_n_steps = every_n_steps
+        self.gaps: deque[float] = deque(maxlen=patience)
+        self.has_warned = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not is_due(trainer, batch_idx, self.every_n_steps) or len(batch) < 2:
+            return
+        model: IPAdapterModel = pl_module.model
+        with trainer.precision_plugin.forward_context(), model.eagerly():
+            own, other = compare_images(model, batch)
+        values = {"own": own, "other": other, "gap": (other - own) / own}
+        log_now(trainer, {f"image_prompt/{name}": value for name, value in values.items()})
+        self.judge(values["gap"], trainer.global_step)
+
+    def judge(self, gap: float, step: int) -> None:
+        self.gaps.append(gap)
+        if self.has_warned or len(self.gaps) < (self.gaps.maxlen or 0):
+            return
+        gaps = torch.tensor(self.gaps, dtype=torch.float64)
+        mean, error = float(gaps.mean()), float(gaps.std()) / math.sqrt(len(gaps))
+        if not mean > NUM_STANDARD_ERRORS * error:
+            self.has_warned = True
+            log.warning(
+                "step %d: the image prompt seems to be ignored: another image's reference raises the loss by only "
+                "%.2f %% (± %.2f). Check that references and targets match, try a higher optimizer.lr, and check that "
+                "the encoder distinguishes your images.",
+                *(step, 100 * mean, 100 * error),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gaps": list(self.gaps), "told": self.has_warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.gaps.extend(state_dict["gaps"])
+        self.has_warned = state_dict["told"]
+
+
+@torch.no_grad()
+def compare_images(model: IPAdapterModel, batch: Batch) -> tuple[float, float]:
+    """Mean error over all ranks with the samples' own references and with their neighbours', nothing dropped."""
+    own = batch.keep_all()
+    means = torch.stack([model.errors(each).error_B.mean() for each in (own, own.with_neighbours_image())])
+    return tuple(mean_over_ranks(means).tolist())

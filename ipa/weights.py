@@ -1,0 +1,40 @@
+"""What holds for the tensors of any module: hashes and names of precisions."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+HASHING_THREADS = 4
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Precision and hash of a frozen part, to tell whether work done with it can be reused."""
+    return f"{dtype_name(next(module.parameters()).dtype)} {hash_weights(module)[:32]}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 over the names and values of all weights and buffers, including buffers that no file stores."""
+    tensors = sorted([*module.named_parameters(), *module.named_buffers()], key=lambda pair: pair[0])
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        digests = threads.map(hash_tensor, (tensor for _, tensor in tensors))
+        whole = hashlib.sha256()
+        for (name, _), digest in zip(tensors, digests, strict=True):
+            whole.update(name.encode() + digest)
+    return whole.hexdigest()
+
+
+def hash_tensor(tensor: Tensor) -> bytes:
+    """For a tensor that is sharded across ranks: of this rank's part."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    numbers: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(numbers).digest()

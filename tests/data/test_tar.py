@@ -1,0 +1,182 @@
+"""The loop over an archive: it must find what Python's tarfile finds, and every break as well."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from tars import write_tar
+from webdataset import TarWriter
+
+from ipa.data.rejects import Rejected
+from ipa.data.shards.source import Layout, read_shard
+from ipa.data.shards.tar import BREAKS, Forward, Member, StrictTarInfo, read_members, uncompressed, walk
+
+LONG = "folder/" + "a name of more than a hundred letters " * 4 + "0001.jpg"
+NAMES = [
+    "0001.jpg",
+    "0001.txt",
+    LONG,
+    "ünïcode/0002.txt",
+    "0003.ref.jpg",
+    "n" * 100,
+    "x" * 101,
+    "p" * 90 + "/" + "q" * 90,
+]
+
+
+def archive(names: list[str] = NAMES, **options: object) -> bytes:
+    """Members of 0, 1, 511, 512, 513, … bytes under these names."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", **options) as tar:  # type: ignore[call-overload]
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = (0, 1, 511, 512, 513, 1200)[i % 6]
+            tar.addfile(info, io.BytesIO(bytes([65 + i]) * info.size))
+    return out.getvalue()
+
+
+def written_by_webdataset() -> bytes:
+    out = io.BytesIO()
+    with TarWriter(out) as tar:
+        for key in ("0001", "0002", "ü" * 60):
+            tar.write({"__key__": key, "jpg": b"p" * 700, "txt": "a caption", "json": b"{}"})
+    return out.getvalue()
+
+
+def ours(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
+    """What is found and not rejected, and whether it ends in a break."""
+    found: list[tuple[str, bytes]] = []
+    try:
+        found += (member for member in walk(uncompressed(Forward(io.BytesIO(data)))) if isinstance(member, Member))
+    except BREAKS:
+        return found, True
+    return found, False
+
+
+def tarfiles(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
+    """The same by tarfile's own stream, with headers that are not forgiven."""
+    found = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r|*", tarinfo=StrictTarInfo) as tar:
+            for info in tar:
+                if (file := tar.extractfile(info)) and info.isreg():
+                    found.append((info.name, file.read()))
+    except BREAKS:
+        return found, True
+    return found, False
+
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+KINDS: dict[str, Callable[[], bytes]] = {
+    "gnu": lambda: archive(format=tarfile.GNU_FORMAT),
+    "pax": lambda: archive(format=tarfile.PAX_FORMAT),
+    "ustar": lambda: archive([NAMES[0], NAMES[1], NAMES[5], NAMES[7]], format=tarfile.USTAR_FORMAT),
+    "webdataset": written_by_webdataset,
+    "a comment for all": lambda: archive(format=tarfile.PAX_FORMAT, pax_headers={"comment": "made today"}),
+    "a name for all": lambda: archive(format=tarfile.PAX_FORMAT, pax_headers={"path": "0009.jpg"}),
+    "empty": lambda: archive([]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_and_contents_are_those_of_tarfile(kind: str) -> None:
+    found, broken = ours(KINDS[kind]())
+    assert (found, broken) == tarfiles(KINDS[kind]())
+    assert not broken and bool(found) == (kind != "empty")
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax", "webdataset"])
+def test_long_names_are_whole(kind: str) -> None:
+    names = [name for name, _ in ours(KINDS[kind]())[0]]
+    assert names == NAMES if kind != "webdataset" else "ü" * 60 + ".jpg" in names
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax", "ustar", "webdataset", "a comment for all"])
+def test_wherever_it_is_cut_off_tarfile_finds_the_same(kind: str) -> None:
+    whole = KINDS[kind]()
+    end = whole.rstrip(b"\0").__len__()
+    for length in {*range(0, end + 1024, 173), *range(0, end + 1025, 512), *range(1, end + 1025, 512)}:
+        assert ours(whole[:length]) == tarfiles(whole[:length]), length
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax", "webdataset"])
+def test_wherever_it_is_damaged_tarfile_finds_the_same(kind: str) -> None:
+    whole = KINDS[kind]()
+    for at in range(0, len(whole.rstrip(b"\0")) + 1024, 61):
+        damaged = whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :]
+        assert ours(damaged) == tarfiles(damaged), at
+
+
+def test_damage_in_a_header_is_a_break(tmp_path: Path) -> None:
+    whole = archive(["a.txt", "b.txt", "c.txt"])  # of 0, 1 and 511 bytes: headers at blocks 0, 1, 3
+    for at in (0, 124, 148, 156, 257, 345):
+        damaged = whole[: 512 + at] + b"\x7f" + whole[512 + at + 1 :]
+        assert ours(damaged) == ([("a.txt", b"")], True), at
+
+
+def test_a_damaged_size_asks_for_no_memory() -> None:
+    info = tarfile.TarInfo("0001.jpg")
+    info.size = 1 << 60
+    assert ours(info.tobuf(tarfile.GNU_FORMAT) + b"x" * 2000) == ([], True)
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, b"Z"])
+def test_only_regular_files_count(kind: bytes) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        odd = tarfile.TarInfo("0001.jpg")
+        odd.type, odd.linkname, odd.size = kind, "/etc/passwd", 700 if kind == b"Z" else 0
+        tar.addfile(odd, io.BytesIO(b"z" * 700))
+        tar.addfile(tarfile.TarInfo("0002.txt"))
+    assert ours(out.getvalue()) == ([("0002.txt", b"")], False)
+
+
+def test_sparse_files_are_refused() -> None:
+    info = tarfile.TarInfo("0001.jpg")
+    info.pax_headers = {"GNU.sparse.size": "5", "GNU.sparse.numblocks": "0"}
+    with pytest.raises(tarfile.ReadError, match=r"0001\.jpg is a sparse file"):
+        list(walk(Forward(io.BytesIO(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024)))))
+
+
+@pytest.mark.parametrize("program", ["gzip", "bzip2", "xz"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_compressed_archives(tmp_path: Path, program: str, broken: bool) -> None:
+    module = __import__({"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}[program])
+    data = module.compress(archive())
+    found, ends_in_break = ours(data[: len(data) // 2] if broken else data)
+    assert ends_in_break == broken and (broken or [name for name, _ in found] == NAMES)
+
+
+def test_names_are_split_at_the_first_dot_and_files_without_a_key_left_out(tmp_path: Path) -> None:
+    names = ["./x/0001.ref.JPG", "0001.txt", "README", ".hidden"]
+    shard = write_tar(tmp_path / "00000.tar", [(name, name.encode()) for name in names])
+    assert [member.name for member in read_members(shard)] == names
+    found = list(read_shard(shard, Layout(references=("ref.jpg",))))
+    assert [each.detail or each.reason for each in found if isinstance(each, Rejected)] == ["no picture", "no picture"]
+
+
+def test_a_program_that_fails_late_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "00000.tar", [(f"{i:04d}.txt", b"x" * 700) for i in range(9)])
+    for _ in range(5):
+        *found, end = read_members(f"pipe:cat {shard}; exit 3")
+        assert len(found) == 9 and isinstance(end, Rejected) and "exit 3" in end.detail
+        *found, end = read_members(f"pipe:head -c 5500 {shard}; exit 3")
+        assert len(found) == 3 and isinstance(end, Rejected) and "cut off" in end.detail and "exit 3" in end.detail
+
+
+def test_what_follows_the_end_of_an_archive_is_no_break(tmp_path: Path) -> None:
+    shard = Path(write_tar(tmp_path / "00000.tar", [("0001.txt", b"x")]))
+    shard.write_bytes(shard.read_bytes() + bytes(1 << 20))  # more than a pipe holds
+    assert [member.name for member in read_members(f"pipe:cat {shard}")] == ["0001.txt"]
+
+
+def test_leaving_a_program_in_the_middle_is_no_error(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "00000.tar", [(f"{i:04d}.bin", bytes(1 << 17)) for i in range(9)])
+    members = read_members(f"pipe:cat {shard}")
+    assert len(list(islice(members, 2))) == 2
+    members.close()  # type: ignore[attr-defined]

@@ -1,0 +1,39 @@
+"""Callbacks run in their declared order, whatever their order in the configuration."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import lightning as L
+from conftest import World, compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+
+from ipa.training.hooks import in_order
+
+RELATIONS = [  # what comes first, what comes after it
+    ("DataPosition", "Checkpoints"),
+    ("FiniteGuard", "ExportAdapter"),
+    ("FiniteGuard", "TimestepBuckets"),
+    ("Throughput", "Checkpoints"),
+    ("ExportAdapter", "Checkpoints"),
+    ("Checkpoints", "Previews"),
+    ("Foreign", "ExportAdapter"),
+]
+
+
+class Foreign(L.Callback):
+    """A callback of the user."""
+
+
+def test_the_order_of_the_configuration_does_not_matter(tmp_path: Path, world: World) -> None:
+    callbacks = [*instantiate(compose(tmp_path, *world.overrides(), "judge=null").callbacks).values(), Foreign()]
+    GlobalHydra.instance().clear()
+    for seed in range(20):
+        random.Random(seed).shuffle(callbacks)
+        names = [type(callback).__name__ for callback in in_order(callbacks)]
+        for first, second in RELATIONS:
+            assert names.index(first) < names.index(second)
+    assert all(one is not other for one, other in pairwise(in_order(callbacks)))

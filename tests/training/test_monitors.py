@@ -1,0 +1,239 @@
+"""What the dashboard shows: errors over time, gradients, whether the image is used, and what is trained."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import tiny
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ipa.model import Errors, IPAdapterModel
+from ipa.training.module import AdapterTraining
+from ipa.training.monitors import ImagePromptGuard, StepSize, TimestepBuckets, compare_images
+from ipa.types import Batch
+
+
+def errors(error: list[float], time: list[float]) -> Errors:
+    return Errors(torch.tensor(error), torch.full((len(error),), 7.0), torch.tensor(time))
+
+
+def test_buckets_are_the_plain_means_by_noise_level() -> None:
+    buckets = TimestepBuckets(num_buckets=4)
+    buckets.add(errors([1.0, 2.0, 3.0], [0.0, 0.2, 0.25]))
+    buckets.add(errors([5.0, 6.0], [0.999, 0.1]))
+
+    assert buckets.take() == {
+        "train/error_t/0.0-0.25": pytest.approx(3.0),
+        "train/error_t/0.25-0.5": pytest.approx(3.0),
+        "train/error_t/0.75-1.0": pytest.approx(5.0),
+    }
+    buckets.add(errors([4.0], [0.1]))
+    assert buckets.take() == {"train/error_t/0.0-0.25": 4.0}
+
+
+def test_five_buckets_have_short_names_and_hold_every_sample() -> None:
+    buckets, time = TimestepBuckets(), torch.rand(200).tolist()
+    buckets.add(errors(time, time))
+    means = buckets.take()
+
+    names = ["0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0"]
+    assert list(means) == [f"train/error_t/{name}" for name in names]
+    for name, mean in zip(names, means.values(), strict=True):
+        low, high = map(float, name.split("-"))
+        inside = [t for t in time if low <= t < high]
+        assert mean == pytest.approx(sum(inside) / len(inside), rel=1e-5)
+
+
+@cache
+def using_image() -> IPAdapterModel:
+    """A tiny model and an adapter that was trained until it tells the images of a batch apart."""
+    model = tiny.make_model()
+    model.adapter.install()
+    optimizer = torch.optim.AdamW(model.trainable.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model.errors(batch_of()).loss.backward()
+        optimizer.step()
+    return model
+
+
+def ignoring() -> IPAdapterModel:
+    """An adapter that has nothing to say: V′ is zero everywhere."""
+    model = tiny.shake(tiny.make_model())
+    model.adapter.install()
+    with torch.no_grad():
+        for branch in model.adapter.branches:
+            branch.to_v_ip.weight.zero_()
+    return model
+
+
+def batch_of() -> Batch:
+    return tiny.make_batch(4)
+
+
+def test_the_gap_of_a_model_that_ignores_the_image_is_nothing() -> None:
+    own, other = compare_images(ignoring(), batch_of())
+
+    assert own == other > 0
+
+
+def test_a_model_that_uses_the_image_is_worse_with_another_one() -> None:
+    own, other = compare_images(using_image(), batch_of())
+
+    assert other > 1.05 * own
+
+
+def test_images_are_compared_with_the_neighbours_and_nothing_dropped(model: IPAdapterModel) -> None:
+    model.adapter.install()
+    kept, dropped = batch_of(), tiny.make_batch(4, drop_text=True, drop_image=True)
+    neighbours = replace(kept, reference_B3HW=kept.reference_B3HW[[3, 0, 1, 2]])
+    with torch.no_grad():
+        expected = [model.errors(each).error_B.mean().item() for each in (kept, neighbours)]
+
+    assert list(compare_images(model, dropped)) == pytest.approx(expected, rel=1e-6)
+    assert dropped.draws.drop_image_B.all()
+    assert expected[0] != pytest.approx(expected[1], rel=1e-4)
+
+
+def judged(gaps: list[float], caplog: pytest.LogCaptureFixture, patience: int = 4) -> list[str]:
+    """What is said to measurements at steps 10, 20, 30 …"""
+    guard = ImagePromptGuard(every_n_steps=10, patience=patience)
+    with caplog.at_level(logging.WARNING, logger="ipa.training.monitors"):
+        for i, gap in enumerate(gaps, start=1):
+            guard.judge(gap, 10 * i)
+    return caplog.messages
+
+
+def test_an_ignored_image_is_told_once_and_not_before_patience_is_at_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert judged([0.0] * 3, caplog) == []
+    (message,) = judged([0.0] * 9, caplog)
+    assert message.startswith("step 40: the image prompt seems to be ignored") and "0.00 %" in message
+
+
+@pytest.mark.parametrize(("ratio", "ignored"), [(1.9, True), (2.1, False)])
+def test_it_warns_below_two_standard_errors(ratio: float, ignored: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Of mean ± 1, the sample deviation is √(4/3), and of four measurements the standard error √(1/3)."""
+    mean = ratio / 3**0.5
+
+    assert bool(judged([mean + 1, mean - 1, mean + 1, mean - 1], caplog)) is ignored
+
+
+@pytest.mark.parametrize(
+    ("gaps", "ignored"),
+    [
+        ([0.01, 0.011, 0.009, 0.01], False),  # small but sure
+        ([0.02, -0.02, 0.01, -0.01], True),
+        ([0.10, -0.06, 0.05, -0.01], True),  # above zero on average, within the scatter
+        ([-0.1, -0.1, -0.1, -0.1], True),
+        ([0.0, 0.0, 0.0, 0.2, 0.2, 0.2, 0.2], True),  # at the time of the warning it was
+        ([0.2, 0.2, 0.2, 0.2, 0.0, 0.0, 0.0, 0.0], True),  # it was used at first
+    ],
+)
+def test_it_depends_on_the_last_measurements(
+    gaps: list[float], ignored: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert bool(judged(gaps, caplog)) is ignored
+
+
+def test_what_was_measured_and_told_survives_a_round_trip(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (ImagePromptGuard(every_n_steps=10, patience=4) for _ in range(2))
+    for _ in range(3):
+        first.judge(0.0, 10)
+    second.load_state_dict(first.state_dict())
+    second.judge(0.0, 40)
+    assert len(caplog.messages) == 1
+
+    third = ImagePromptGuard(every_n_steps=10, patience=4)
+    third.load_state_dict(second.state_dict())
+    for _ in range(5):
+        third.judge(0.0, 50)
+    assert len(caplog.messages) == 1 and third.state_dict() == {"gaps": [0.0] * 4, "told": True}
+
+
+def test_one_measurement_has_no_scatter_to_judge_by() -> None:
+    with pytest.raises(ValueError, match="patience=1"):
+        ImagePromptGuard(every_n_steps=10, patience=1)
+
+
+def fit(model: IPAdapterModel, folder: Path, callbacks: list[L.Callback], **options: Any) -> list[dict[str, str]]:
+    """Four steps on one batch in a real trainer; the rows that it logs every second step."""
+    trainer = L.Trainer(
+        max_steps=4,
+        log_every_n_steps=2,
+        callbacks=callbacks,
+        logger=CSVLogger(folder, name="", version=""),
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    module = AdapterTraining(model, partial(torch.optim.SGD, lr=LR))
+    trainer.fit(module, DataLoader([batch_of()] * 4, batch_size=None))
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+LR = 1e-9  # the weights stay as they are within rounding
+
+
+def values(rows: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_logs_all_of_it(tmp_path: Path) -> None:
+    model = tiny.shake(tiny.make_model())
+    model.adapter.install()
+    expected, own_other = model.errors(batch_of()), compare_images(model, batch_of())
+    expected.loss.backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable.parameters()])
+    by_bucket = TimestepBuckets(2)
+    by_bucket.add(expected)
+    model.adapter.remove()
+    monitors = [TimestepBuckets(2), StepSize(), ImagePromptGuard(every_n_steps=2, patience=2)]
+    rows = fit(model, tmp_path, monitors, gradient_clip_val=1e-3)
+
+    def twice(value: float | Tensor) -> Any:
+        return pytest.approx([float(value)] * 2, rel=1e-4)
+
+    assert values(rows, "train/grad_norm") == twice(gradient.norm()) and values(rows, "train/lr") == twice(LR)
+    for name, mean in by_bucket.take().items():
+        assert values(rows, name) == twice(mean)
+    own, other = own_other
+    assert values(rows, "image_prompt/own") == twice(own) and values(rows, "image_prompt/other") == twice(other)
+    assert values(rows, "image_prompt/gap") == pytest.approx([(other - own) / own] * 2, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_ignores_the_image_is_warned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = ignoring()
+    model.adapter.remove()
+    rows = fit(model, tmp_path, [ImagePromptGuard(every_n_steps=1, patience=2)])
+
+    assert values(rows, "image_prompt/gap") == [0] * 4
+    assert [message.startswith("step 2: the image prompt") for message in caplog.messages if "prompt" in message] == [
+        True
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_uses_the_image_is_not_warned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = using_image()
+    model.adapter.remove()
+    rows = fit(model, tmp_path, [ImagePromptGuard(every_n_steps=1, patience=2)])
+
+    assert min(values(rows, "image_prompt/gap")) > 0.05
+    assert not [message for message in caplog.messages if "prompt" in message]
