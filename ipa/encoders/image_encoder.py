@@ -46,12 +46,12 @@ class ImageEncoder(contracts.ImageEncoder):
         layer: int = PENULTIMATE,
     ) -> None:
         super().__init__()
-        self.visual, self.image_size_px = visual, image_size_px
+        self.visual = visual
         self.source, self.weights, self.layer = source, weights, layer
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
-        self.widths = self._measure()
+        self.widths = self._measure(image_size_px)
 
     @abstractmethod
     def forward(self, normalized_B3HW: Tensor, uses: Uses) -> Tensor | None:
@@ -61,27 +61,31 @@ class ImageEncoder(contracts.ImageEncoder):
         block ``layer``, class and register tokens first, if there are any.
         """
 
-    def _measure(self) -> EncoderWidths:
+    def _measure(self, image_size_px: int) -> EncoderWidths:
         if self.layer >= 0:
             raise UserError(f"encoder.layer={self.layer}: give a negative number, -1 is the network's last block")
         tensors = {name: tensor.to("meta") for name, tensor in [*self.named_parameters(), *self.named_buffers()]}
         dtype = next(self.visual.parameters()).dtype
-        image = torch.empty(1, 3, self.image_size_px, self.image_size_px, dtype=dtype, device="meta")
+        image = torch.empty(1, 3, image_size_px, image_size_px, dtype=dtype, device="meta")
         try:
             pooled_BE, patches_BPF = (
                 torch.func.functional_call(self, tensors, (image, uses)) for uses in ("pooled", "patches")
             )
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"the encoder {self.source} cannot be run on images of {self.image_size_px} px with "
+                f"the encoder {self.source} cannot be run on images of {image_size_px} px with "
                 f"encoder.layer={self.layer}: {brief(error)}"
             ) from error
         num_patches, patch_width = (0, 0) if patches_BPF is None else patches_BPF.shape[1:]
-        return EncoderWidths(0 if pooled_BE is None else pooled_BE.shape[1], patch_width, num_patches, image.shape[-1])
+        return EncoderWidths(0 if pooled_BE is None else pooled_BE.shape[1], patch_width, num_patches, image_size_px)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode regardless of ``mode``."""
         return super().train(False)
+
+    @property
+    def image_size_px(self) -> int:
+        return self.widths.image_size_px
 
     def width(self, uses: Uses) -> int:
         """Width of the features that a head ``uses``: E or F. Raises UserError if the network does not have them."""
@@ -125,7 +129,7 @@ def layer_name(layer: int) -> str:
 
 def read_layer(name: str | None) -> int:
     """The inverse of ``layer_name``; the default if the metadata does not say. Raises UserError."""
-    if name in (None, "", "projected", "penultimate"):
+    if name in (None, "", "projected", layer_name(PENULTIMATE)):
         return PENULTIMATE
     try:
         return int(str(name))

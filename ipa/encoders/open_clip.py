@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -134,12 +133,9 @@ def read_config(name: str) -> dict[str, Any]:
     """open_clip's description of a model, with ``embed_dim`` and ``vision_cfg``."""
     import open_clip
 
+    resolved = resolve_name(name)
     try:
-        config = open_clip.get_model_config(resolve_name(name))
-    except UserError:
-        raise
-    except json.JSONDecodeError as error:
-        raise UserError(f"encoder.name={name}: its open_clip_config.json is not JSON: {error}") from error
+        config = open_clip.get_model_config(resolved)
     except (OSError, ValueError) as error:
         raise MissingWeights(f"encoder.name={name}: open_clip_config.json cannot be read: {brief(error)}") from error
     if config is None:

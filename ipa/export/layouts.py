@@ -1,72 +1,55 @@
-"""Who can read an adapter file: other programs take sizes for granted that the file does not say.
-
-Sources: diffusers' ``_convert_ip_adapter_image_proj_to_diffusers``; ComfyUI_IPAdapter_plus' ``IPAdapter`` class.
-"""
+"""Which programs can read an adapter file: some assume sizes that the file does not record."""
 
 from __future__ import annotations
 
-from ipa.adapter.heads import Head
 from ipa.contracts import TokenHead
 from ipa.errors import UserError
-from ipa.export.adapter_file import HEADS, SIZES, WORDS
+from ipa.export.heads import HEADS, name_of, title_of
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
 
 
-def check_layout(head: Head, kind: str, layout: str) -> None:
-    """Raise UserError, with the way out, when the readers of ``layout`` would misread such an adapter.
+def check_layout(head: TokenHead, kind: str, layout: str) -> None:
+    """Raise UserError, with advice, if the readers of ``layout`` would misread such an adapter.
 
-    The head may be one on the meta device, so that it is told before anything is loaded.
+    The head can be on the meta device, so that this is checked before anything is loaded.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout}: one of {', '.join(LAYOUTS)}")
     problems = misreadings(head, kind, layout)
     if problems:
         raise UserError(
-            f"this {WORDS[head_name(head)]} {kind} adapter cannot be written for {layout}: {'; '.join(problems)}. "
-            "Change that for a training, or keep the adapter to ipa: adapter.layout=ipa for a training, layout=ipa for "
+            f"this {title_of(name_of(head))} {kind} adapter cannot be written for {layout}: {'; '.join(problems)}. "
+            "Change that for a training, or write it for ipa alone: adapter.layout=ipa for a training, layout=ipa for "
             "ipa.tools.export."
         )
 
 
-def misreadings(head: Head, kind: str, layout: str) -> list[str]:
+def misreadings(head: TokenHead, kind: str, layout: str) -> list[str]:
     """Why the readers of ``layout`` cannot read such an adapter, in words; empty if they can."""
     if layout == "ipa":
         return []
     if kind == "simple":
-        return ["no other program knows simple adapters; diffusers is served through prompt_embeds"]
-    sizes = taken_for_granted(head, layout)
+        return ["no other program knows simple adapters; with diffusers, pass the tokens in prompt_embeds"]
+    row = HEADS.get(name_of(head))
+    if row is None or row.assumed is None:
+        return ["no other program knows this head"]
     return [
-        f"{layout} takes {option(name)}={size} for granted, it is {getattr(head, name)}"
-        for name, size in sizes.items()
+        f"{layout} assumes {option(name)}={size}, it is {getattr(head, name)}"
+        for name, size in row.assumed(head, layout).items()
         if getattr(head, name) != size
     ]
 
 
-def taken_for_granted(head: Head, layout: str) -> dict[str, int]:
-    """Sizes, by the names of the head's attributes, that the readers of ``layout`` do not look for in the file."""
-    name = head_name(head)
-    if name == "global":
-        return {"num_tokens": 4}
-    if name == "full":
-        return {}
-    sizes = {"depth": 4, "head_width": 64, "expansion": 4}
-    if layout == "diffusers":
-        return sizes
-    sdxl = head.context_width == 2048
-    return sizes | {"num_tokens": 16, "heads": 20 if sdxl else 12, "width": 1280 if sdxl else head.context_width}
-
-
 def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind: str, source: str) -> None:
-    """Raise UserError when a training of ``head`` and ``kind`` cannot start from the weights of a file."""
-    given, wanted = (head_name(file_head), file_kind), (head_name(head), kind)
-    problems = []
-    if given != wanted:
-        problems.append(f"it is {given[1]} and {WORDS[given[0]]}, the training {wanted[1]} and {WORDS[wanted[0]]}")
+    """Raise UserError if a training of ``head`` and ``kind`` cannot start from the weights of a file."""
+    given, wanted = name_of(file_head), name_of(head)
+    if (given, file_kind) != (wanted, kind):
+        problems = [f"it is {file_kind} and {title_of(given)}, the training {kind} and {title_of(wanted)}"]
     else:
-        problems += [
+        problems = [
             f"it has {option(name)}={getattr(file_head, name)}, the training {getattr(head, name)}"
-            for name in SIZES[wanted[0]]
+            for name in HEADS[given].shared
             if getattr(file_head, name) != getattr(head, name)
         ]
     if problems:
@@ -76,10 +59,6 @@ def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind
         )
 
 
-def head_name(head: TokenHead) -> str:
-    return next(name for name, cls in HEADS.items() if type(head) is cls)
-
-
 def option(name: str) -> str:
-    """What the configuration calls a size of a head."""
+    """The configuration's name of a head's size."""
     return f"{'tokens' if name == 'num_tokens' else 'resampler'}.{name}"

@@ -14,7 +14,7 @@ from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.errors import UserError
-from ipa.export.adapter_file import identify_file, make_head
+from ipa.export.adapter_file import differences, identify_file, make_head
 from ipa.export.layouts import check_same_sizes
 from ipa.export.published import check_fits, from_published
 from ipa.export.storage import load_adapter, read_metadata
@@ -34,7 +34,7 @@ def load_model(
 ) -> IPAdapterModel:
     """A model with the adapter of ``path``, installed; base and encoder are those of its metadata unless given.
 
-    Raises UserError with a message for the user; misfits are told before any weight is read.
+    Raises UserError; misfits are reported before any weight is read.
     """
     file, metadata = identify_file(path), read_metadata(path)
     fit = read_fit(metadata, str(path))
@@ -48,29 +48,28 @@ def load_model(
             f"{' and '.join(f'{name}=…' for name in missing)}. It is {file.describe()}."
         )
     family_class = family_of(base, base_config)
-    base_widths = family_class.read_widths(base, config=base_config)
-    check_fits(file, base_widths, read_widths(encoder, encoder_weights), source=str(path), base=base, encoder=encoder)
+    widths = family_class.read_widths(base, config=base_config), read_widths(encoder, encoder_weights, file.layer)
+    check_fits(file, *widths, source=str(path), base=base, encoder=encoder)
     family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
-    vision = open_encoder(encoder, encoder_weights, dtype)
-    adapter = KINDS[file.kind](family.hosts())
-    model = IPAdapterModel(family, vision, make_head(file), adapter, reference_fit=fit)
+    vision = open_encoder(encoder, encoder_weights, dtype, file.layer)
+    model = IPAdapterModel(family, vision, make_head(file), KINDS[file.kind](family.hosts()), reference_fit=fit)
     load_into(model, path)
     model.adapter.install()
     return model
 
 
 def read_fit(metadata: Mapping[str, str], source: str) -> str:
-    """How references are cut; as published adapters have it where the metadata say nothing. Raises UserError."""
+    """How references are cropped, as published adapters do if the metadata does not say. Raises UserError."""
     words = metadata.get("preprocessing") or FITS["crop"].words
     for name, fit in FITS.items():
         if fit.words == words:
             return name
     known = "; ".join(fit.words for fit in FITS.values())
-    raise UserError(f"{source} was trained with references in a way that ipa does not know: {words}. Known: {known}")
+    raise UserError(f"{source} was trained with a preprocessing that ipa does not know: {words}. Known: {known}")
 
 
 def load_into(model: IPAdapterModel, path: Path) -> None:
-    """Give the model's trainable set the weights of ``path``; raises UserError when it is for other parts."""
+    """Load the weights of ``path`` into the model's trainable set; raises UserError if it is for other parts."""
     file = identify_file(path)
     check_fits(
         file,
@@ -80,7 +79,14 @@ def load_into(model: IPAdapterModel, path: Path) -> None:
         base=model.family.source,
         encoder=model.encoder.source,
     )
-    with torch.device("meta"):  # told first, since torch loads what fits before it complains of the rest
+    with torch.device("meta"):  # before torch loads whatever fits and then complains about the rest
         check_same_sizes(make_head(file), file.kind, model.head, model.adapter.name, str(path))
-    tensors, _ = load_adapter(path)
-    model.trainable.load_state_dict(from_published(tensors))
+    state = from_published(load_adapter(path)[0])
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (state, model.trainable.state_dict())
+    )
+    gaps = differences(found, expected)
+    if gaps:
+        raise UserError(f"{path} does not fit the branches of {model.family.name}: {'; '.join(gaps)}")
+    model.trainable.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 ``<n>`` is the position in the UNet's list of attention processors, where self-attention takes the even numbers: the
 i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1. A simple adapter has the first part only.
+Files of other families, which only ipa reads, number their branches alike.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def unpublish_name(name: str) -> str:
 
 
 def with_metadata(published: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """``metadata`` and what the tensors themselves tell of head, kind and sizes: what a file of them should hold."""
+    """``metadata`` with what the tensors show of head, kind and sizes: what a file of them should record."""
     shapes = {name: tuple(tensor.shape) for name, tensor in published.items()}
     return {**metadata, **identify(shapes, metadata, "the adapter").metadata()}
 
@@ -53,9 +54,9 @@ def check_fits(
     base: str,
     encoder: str,
 ) -> None:
-    """Compare a file with a base and an encoder before any weight is read; one ValueError names all misfits.
+    """Compare a file with a base and an encoder before any weight is read; one UserError lists all misfits.
 
-    ``source``, ``base`` and ``encoder`` are what the user calls them.
+    ``source``, ``base`` and ``encoder`` are the names that the user gave.
     """
     problems = base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder)
     if problems:

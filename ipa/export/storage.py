@@ -1,9 +1,9 @@
-"""Adapter files: the adapter's own weights with metadata, written so that a kill or a full disk spares the old file.
+"""Reading and writing adapter files: the adapter's own weights with metadata.
 
-Two formats, told by their ending: ``.safetensors`` with metadata, and the first published ones' ``.bin``, a pickled
-``{"image_proj": {…}, "ip_adapter": {…}}`` without any. Pickles are read only as far as tensors go.
+Two formats, by file ending: ``.safetensors`` with metadata, and the ``.bin`` of the first published adapters, a pickled
+``{"image_proj": {…}, "ip_adapter": {…}}`` without. Pickles are read with ``weights_only``.
 
-The state that resumes a training (optimizer, step, data position) is Lightning's checkpoint, kept apart from it.
+The state that resumes a training (optimizer, step, data position) is in Lightning's checkpoint, not here.
 """
 
 from __future__ import annotations
@@ -26,32 +26,22 @@ SAFETENSORS, PICKLE = ".safetensors", ".bin"
 
 
 def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata (strings only, as safetensors has it); a ``.bin`` goes without the metadata.
-
-    Raises UserError for another ending, OSError when the file cannot be written.
-    """
-    path = Path(path)
+    """Write tensors and metadata atomically; a ``.bin`` has no metadata. Raises UserError."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if is_pickle(path):
-        write_atomically(path, lambda beside: save_pickle(contiguous, beside))
+        write_atomically(path, lambda temporary: save_pickle(contiguous, temporary))
     else:
-        write_atomically(path, lambda beside: save_file(contiguous, beside, dict(metadata)))
+        write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
 
 
 def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
-    content = io.BytesIO()  # torch's own file writer ends the process when it cannot write
-    torch.save(
-        nested({name: tensor.clone() for name, tensor in tensors.items()}), content
-    )  # a part would save its whole
+    content = io.BytesIO()  # torch's own file writer ends the process if it cannot write
+    torch.save(nested({name: tensor.clone() for name, tensor in tensors.items()}), content)  # a view saves all of it
     path.write_bytes(content.getbuffer())
 
 
 def load_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read an adapter file, tensors in the dtypes they have there.
-
-    Raises UserError, or ValueError naming the file when it is damaged, foreign or would run code.
-    """
-    path = Path(path)
+    """Tensors, in the file's dtypes, and metadata. Raises UserError for a file that is damaged or would run code."""
     if is_pickle(path):
         return read_pickle(path), {}
     metadata = read_metadata(path)
@@ -59,7 +49,7 @@ def load_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata alone; no tensor is read. A ``.bin`` has none."""
+    """The metadata, without reading a tensor; a ``.bin`` has none."""
     if is_pickle(path):
         check_exists(path)
         return {}
@@ -68,7 +58,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes alone; no tensor is read (those of a ``.bin`` stay on disk until somebody looks at them)."""
+    """Names and shapes, without reading a tensor (those of a ``.bin`` are memory-mapped)."""
     if is_pickle(path):
         return {name: tuple(tensor.shape) for name, tensor in read_pickle(path).items()}
     with open_header(path) as file:
@@ -76,54 +66,52 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Which of the two formats; raises UserError for an ending of neither."""
-    suffix = Path(path).suffix
-    if suffix not in (SAFETENSORS, PICKLE):
+    """Whether the file is a ``.bin``; raises UserError for an ending of neither format."""
+    if path.suffix not in (SAFETENSORS, PICKLE):
         raise UserError(f"{path}: an adapter file ends with {SAFETENSORS} or {PICKLE}{advice_on(path)}")
-    return suffix == PICKLE
+    return path.suffix == PICKLE
 
 
 def advice_on(path: Path) -> str:
-    """Where to find the adapter file instead of ``path``; empty when nobody knows."""
-    if Path(path).is_dir():
-        return "; a training writes it as adapter.safetensors into the folder of its run"
-    return "; python -m ipa.tools.export makes one of a training's checkpoint" if Path(path).suffix == ".ckpt" else ""
+    if path.is_dir():
+        return "; a training writes it as adapter.safetensors into its run folder"
+    return "; python -m ipa.tools.export makes one from a checkpoint" if path.suffix == ".ckpt" else ""
 
 
 def check_exists(path: Path) -> None:
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors.")
 
 
-def open_header(path: Path) -> Any:  # safetensors' handle has no public type
+def open_header(path: Path) -> Any:  # the type of safetensors' handle is private
     check_exists(path)
     try:
         return safe_open(path, framework="pt")
     except Exception as error:
-        raise UserError(f"adapter={path} is not a safetensors file ({error}); it may have been cut short.") from error
+        raise UserError(f"adapter={path} is not a safetensors file ({error}); it may be truncated.") from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A ``.bin`` as flat names, ``image_proj.…`` and ``ip_adapter.…``; raises as ``load_adapter`` does."""
+    """The tensors of a ``.bin`` by flat names, ``image_proj.…`` and ``ip_adapter.…``; raises UserError."""
     check_exists(path)
     try:
         return dict(flattened(load_pickle(path)))
     except Exception as error:  # unpickling damaged or foreign bytes raises nearly anything
         raise UserError(
-            f"adapter={path} cannot be read as tensors alone ({brief(error)}): it was cut short, is no adapter, or "
-            "holds objects that can run code when they are opened. Ask its author for a .safetensors file."
+            f"adapter={path} cannot be read as tensors only ({brief(error)}): it is truncated, not an adapter, or "
+            "holds objects that can run code when unpickled. Ask its author for a .safetensors file."
         ) from error
 
 
 def load_pickle(path: Path) -> Any:
-    """What torch saved at ``path``, as far as tensors and plain containers go, on the CPU and read when looked at."""
+    """What torch saved at ``path``: tensors and plain containers only, on the CPU and memory-mapped if possible."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def flattened(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Nested dicts of tensors → dotted names; raises TypeError for anything else."""
     if not isinstance(content, Mapping):
-        raise TypeError(f"{prefix.rstrip('.') or 'it'} holds {type(content).__name__}")
+        raise TypeError(f"{prefix.rstrip('.') or 'the file'} holds a {type(content).__name__}")
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value

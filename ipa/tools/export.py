@@ -22,8 +22,8 @@ from ipa.tools.options import option, run_tool
 
 DTYPES = ("float16", "bfloat16", "float32")
 WEIGHTS = {"average": "average.", "raw": "trainable."}
-# what shapes alone do not tell of a file
-NEEDED = ("head_width", "num_tokens", "no_image")
+# metadata without which a file can be misread
+NEEDED = ("head", "head_width", "num_tokens", "no_image", "layer")
 
 
 @dataclass
@@ -48,7 +48,7 @@ def check_options(options: Any) -> None:
 
 
 def export(options: Any) -> Path | None:
-    """Describe the adapter, and write it if asked to; returns the path written."""
+    """Describe the adapter and write it to ``out`` if that is given; returns the path written."""
     check_options(options)
     import torch
 
@@ -69,42 +69,41 @@ def export(options: Any) -> Path | None:
     licence = {"licence": options.licence} if options.licence else {}
     save_adapter(out, convert(tensors, options.dtype), {**metadata, **file.metadata(), **licence})
     if out.suffix == ".bin":
-        print("the metadata is left out: a .bin has no room for it")
+        print("the metadata is omitted: a .bin cannot hold it")
     return out
 
 
 def check_shapes_tell_all(file: Any, tensors: dict[str, Any]) -> None:
-    """Refuse to leave out metadata without which the file would be read as another one."""
+    """Refuse to omit metadata without which the file would be misread."""
     from ipa.export.adapter_file import identify
 
     try:
         same = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}) == file
-    except ValueError:
+    except UserError:
         same = False
     if not same:
-        told = ", ".join(f"{name}={file.metadata()[name]}" for name in NEEDED if name in file.metadata())
+        needed = ", ".join(f"{name}={value}" for name, value in file.metadata().items() if name in NEEDED)
         raise UserError(
-            f"a .bin has no room for metadata, and without it others would not know {told}, which is not what "
-            "they take for granted: give out=….safetensors"
+            f"a .bin cannot hold metadata, and its readers would not assume {needed}: give out=….safetensors"
         )
 
 
 def convert(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The tensors in another type; raises UserError when a number is too large for it."""
+    """The tensors in another dtype; raises UserError if a number overflows."""
     import torch
 
     converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     broken = [name for name, tensor in converted.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(
-            f"{len(broken)} of the {len(tensors)} tensors hold numbers that are too large for {dtype}, or not finite "
-            f"at all ({broken[0]} …). If they are finite, dtype=float32 holds them."
+            f"{len(broken)} of {len(tensors)} tensors overflow in {dtype} or are not finite ({broken[0]} …). If they "
+            "are finite, use dtype=float32."
         )
     return converted
 
 
 def read(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Published names and metadata, of whichever of the three ``path`` is."""
+    """Tensors by published names, and metadata, of a file, a checkpoint or a run folder."""
     from ipa.export.storage import load_adapter
     from ipa.training.checkpointing import newest_whole
 
@@ -113,12 +112,12 @@ def read(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str
     if path.suffix == ".ckpt":
         return read_checkpoint(path, weights)
     if weights is not None:
-        raise UserError(f"weights={weights}: {path} holds one set of weights; only a training's checkpoint has two")
+        raise UserError(f"weights={weights}: {path} holds one set of weights; only a checkpoint has two")
     return load_adapter(path)
 
 
 def read_checkpoint(path: Path, weights: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The trainable set of a training checkpoint; its average, if there is one, unless the raw one is asked for."""
+    """The trainable set of a checkpoint: ``weights``, by default the average if there is one."""
     import torch
 
     from ipa.export.published import to_published
@@ -132,15 +131,15 @@ def read_checkpoint(path: Path, weights: str | None) -> tuple[dict[str, Any], di
         raise UserError(f"{path} is not a checkpoint of an adapter's training")
     averaged = any(name.startswith(WEIGHTS["average"]) for name in state)
     if weights == "average" and not averaged:
-        raise UserError(f"weights=average: the training of {path} kept no average; leave it out")
+        raise UserError(f"weights=average: the training of {path} kept no average; omit it")
     prefix = WEIGHTS[weights or ("average" if averaged else "raw")]
     chosen = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    chosen.pop("count", None)  # of the steps that the average has taken in
+    chosen.pop("count", None)  # of averaged steps
     return to_published(chosen, torch.float32), metadata
 
 
 def holds(content: Any, kind: type) -> bool:
-    """Whether this is a table of such things by their names."""
+    """Whether this is a dict from strings to such values."""
     return isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in content.items())
 
 

@@ -1,4 +1,4 @@
-"""What a file is, told from its names and shapes: all published ones at full size, gaps, and files of others."""
+"""Recognising a file by names and shapes: all published ones at full size, gaps, files of others, heads of others."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ from published_files import (
 )
 from torch import nn
 
+from ipa.adapter.heads import GlobalHead
 from ipa.adapter.kinds import DecoupledAdapter
+from ipa.errors import UserError
 from ipa.export.adapter_file import identify, identify_file, make_head
+from ipa.export.heads import HEADS, HeadRow, read_global
+from ipa.export.layouts import check_layout
+from ipa.export.loading import load_into
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 from ipa.families.cross_attention import find_hosts
@@ -109,25 +114,25 @@ def test_a_file_without_branches_is_a_simple_adapter() -> None:
     assert file.describe().startswith("a global simple adapter for Stable Diffusion 1.x (context width 768), 4 tokens")
 
 
-@pytest.mark.parametrize("kind", ["decoupled", "simple"])
 @pytest.mark.parametrize(
-    ("head", "options"),
+    ("head", "kind", "options"),
     [
-        ("global", {"num_tokens": 7, "no_image": "blank"}),
-        ("fine_grained", {"width": 12, "heads": 3, "head_width": 8, "depth": 2, "expansion": 3, "num_tokens": 5}),
-        ("fine_grained", {"no_image": "zeros"}),
-        ("full", {}),
+        ("global", "simple", {"num_tokens": 7, "no_image": "blank"}),
+        (
+            "fine_grained",
+            "decoupled",
+            {"width": 12, "heads": 3, "head_width": 8, "depth": 2, "expansion": 3, "num_tokens": 5},
+        ),
+        ("fine_grained", "simple", {"no_image": "zeros"}),
+        ("full", "decoupled", {}),
     ],
     ids=str,
 )
-def test_our_own_files_tell_all_sizes(tmp_path: Path, head: str, options: dict[str, Any], kind: str) -> None:
-    """The sizes that shapes do not tell are in the metadata."""
+def test_our_own_files_show_all_sizes(tmp_path: Path, head: str, kind: str, options: dict[str, Any]) -> None:
+    """The sizes that shapes do not show are in the metadata."""
     model = tiny.make_model(head=head, kind=kind, **options)
     tensors = to_published(model.trainable.state_dict())
-    metadata = model.describe()
-    if head == "fine_grained":
-        metadata["head_width"] = str(model.head.head_width)
-    save_adapter(tmp_path / "a.safetensors", tensors, with_metadata(tensors, metadata))
+    save_adapter(tmp_path / "a.safetensors", tensors, with_metadata(tensors, model.describe()))
     file = identify_file(tmp_path / "a.safetensors")
     made = make_head(file)
 
@@ -186,7 +191,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_the_files_of_others_are_named(what: str) -> None:
-    with pytest.raises(ValueError, match=r"^a\.safetensors is ") as caught:
+    with pytest.raises(UserError, match=r"^a\.safetensors is ") as caught:
         identify(FOREIGN[what], {}, "a.safetensors")
 
     assert what in str(caught.value)
@@ -200,12 +205,12 @@ def without(shapes: Shapes, *names: str) -> Shapes:
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({}, "is no IP-Adapter that ipa reads: none of image_proj.proj.weight"),
+        ({}, "is not an IP-Adapter that ipa reads: it has none of image_proj.proj.weight"),
         ({"unet.conv.weight": (3, 3)}, "but unet.conv.weight …"),
         (without(SD15, "image_proj.proj.bias"), "it lacks image_proj.proj.bias:"),
         (without(SD15, "ip_adapter.3.to_v_ip.weight"), "it lacks ip_adapter.3.to_v_ip.weight:"),
-        (without(SD15, "ip_adapter.3.to_k_ip.weight"), "no ip_adapter.3.to_k_ip.weight in it"),
-        (without(SD15, "image_proj.norm.weight", "image_proj.norm.bias"), "no image_proj.norm.weight in it"),
+        (without(SD15, "ip_adapter.3.to_k_ip.weight"), "it has no ip_adapter.3.to_k_ip.weight"),
+        (without(SD15, "image_proj.norm.weight", "image_proj.norm.bias"), "it has no image_proj.norm.weight"),
         (SD15 | {"ip_adapter.1.to_q_lora.down.weight": (4, 320)}, "also holds ip_adapter.1.to_q_lora.down.weight"),
         (SD15 | {"x": (1,), "y": (1,)}, "it also holds x and 1 more"),
         (
@@ -215,12 +220,12 @@ def without(shapes: Shapes, *names: str) -> Shapes:
         (SD15 | {"image_proj.proj.weight": (3000, 1024)}, "has the shape (3000, 1024) instead of (2304, 1024)"),
         (SD15 | {"image_proj.proj.weight": (700, 1024)}, "num_tokens=0"),
         (without(PLUS, "image_proj.layers.2.0.to_q.weight"), "also holds image_proj.layers.3"),
-        (sd15_with(resampler(768, 100, 768)), "is 100 wide, which is no multiple of head_width=64"),
+        (sd15_with(resampler(768, 100, 768)), "is 100 wide, not a multiple of head_width=64"),
         (sd15_with(full_head(1280, 768) | {"proj.0.weight": (1024, 1280)}), "has the shape (1024, 1280)"),
     ],
 )
 def test_gaps_and_leftovers_are_named(shapes: Shapes, words: str) -> None:
-    with pytest.raises(ValueError, match=r"^a\.safetensors ") as caught:
+    with pytest.raises(UserError, match=r"^a\.safetensors ") as caught:
         identify(shapes, {}, "a.safetensors")
 
     assert words in str(caught.value)
@@ -229,15 +234,54 @@ def test_gaps_and_leftovers_are_named(shapes: Shapes, words: str) -> None:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"head_width": "wide"}, "its metadata says head_width=wide, which is no size"),
+        ({"head_width": "wide"}, "its metadata says head_width=wide, which is not a size"),
         ({"head_width": "0"}, "its metadata says head_width=0"),
-        ({"head_width": "100"}, "768 wide, which is no multiple of head_width=100"),
+        ({"head_width": "100"}, "768 wide, not a multiple of head_width=100"),
         ({"no_image": "grey"}, "no_image=grey: give one of blank, zeros"),
     ],
     ids=str,
 )
 def test_metadata_that_makes_no_sense_is_refused(metadata: dict[str, str], words: str) -> None:
-    with pytest.raises(ValueError, match=r"^a\.safetensors is no IP-Adapter that ipa reads") as caught:
+    with pytest.raises(UserError, match=r"^a\.safetensors is not an IP-Adapter that ipa reads") as caught:
         identify(PLUS, metadata, "a.safetensors")
 
     assert words in str(caught.value)
+
+
+class TimeHead(GlobalHead):
+    """A head that no program knows yet."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.time = nn.Linear(1, self.context_width)
+
+    def describe(self) -> dict[str, str]:
+        return {"head": "time"}
+
+
+def test_a_file_of_a_new_head_and_family_is_read_after_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With branches that have biases, as a family may give them; only ipa reads the file."""
+    model, other, plain = (tiny.make_model() for _ in range(3))
+    for each in (model, other, plain):
+        each.trainable["image_proj"] = TimeHead(tiny.POOLED_WIDTH, tiny.CONTEXT_WIDTH)
+    for branch in (*model.adapter.branches, *other.adapter.branches):
+        branch.to_k_ip.bias = nn.Parameter(torch.randn(branch.to_k_ip.out_features))
+    tensors = to_published(model.trainable.state_dict(), torch.float32)
+    metadata = model.describe() | model.head.describe() | {"base_family": "toy"}
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match=r"also holds image_proj\.time"):
+        with_metadata(tensors, metadata)
+    monkeypatch.setitem(HEADS, "time", HeadRow(TimeHead, "time-dependent", read_global))
+    save_adapter(path, tensors, with_metadata(tensors, metadata))
+    file = identify_file(path)
+    load_into(other, path)
+
+    assert (file.head, file.base_family, list(file.hidden)) == ("time", "toy", tiny.HIDDEN)
+    assert type(make_head(file)) is TimeHead
+    assert file.describe().startswith("a time-dependent IP-Adapter for a base of other sizes")
+    torch.testing.assert_close(other.trainable.state_dict(), model.trainable.state_dict(), rtol=0, atol=0)
+    check_layout(model.head, "decoupled", "ipa")
+    with pytest.raises(UserError, match="no other program knows this head"):
+        check_layout(model.head, "decoupled", "diffusers")
+    with pytest.raises(UserError, match=r"does not fit the branches of \w+: it also holds .*to_k_ip\.bias"):
+        load_into(plain, path)

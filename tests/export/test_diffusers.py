@@ -49,7 +49,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ours(run_folder: Path) -> IPAdapterModel:
     model = tiny.make_model("v_prediction", zero_snr=True)
     model.trainable.load_state_dict(from_published(load_adapter(run_folder / WEIGHT_NAME)[0]))
@@ -66,12 +66,12 @@ def load_stock(run_folder: Path, **parts: Any) -> StableDiffusionPipeline:
     return pipeline
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stock(run_folder: Path) -> StableDiffusionPipeline:
     return load_stock(run_folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pooled(ours: IPAdapterModel) -> Tensor:
     return ours.encode_reference(tiny.make_pictures(2, tiny.REFERENCE_PX)).pooled_BE
 
@@ -164,10 +164,10 @@ def test_every_image_makes_a_difference_far_above_the_tolerance(pair: Pair) -> N
         assert (predictions[i] - predictions[j]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("pair", PUBLISHED, ids="-".join, indirect=True)
-@pytest.mark.parametrize("name", ["converted.safetensors", "converted.bin"])
+@pytest.mark.parametrize("pair", [("sd15", "global"), ("sdxl", "fine_grained")], ids="-".join, indirect=True)
 @torch.no_grad()
-def test_what_the_tool_converted_gives_the_same_prediction(pair: Pair, name: str, tmp_path: Path) -> None:
+def test_what_the_tool_converted_gives_the_same_prediction(pair: Pair, tmp_path: Path) -> None:
+    name = "converted.bin"
     options = Options(adapter=str(pair.file), out=str(tmp_path / name), dtype="float32")
     assert export(OmegaConf.structured(options)) == tmp_path / name
     pair.stock.unload_ip_adapter()
@@ -236,24 +236,20 @@ def test_our_base_and_theirs_are_two_objects_with_the_same_weights(
         )
 
 
-@pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("head", ["global", "fine_grained"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "head"), [("sd15", "global"), ("sd21", "fine_grained"), ("sdxl", "global")])
 @torch.no_grad()
-def test_a_simple_adapter_serves_a_stock_pipeline_through_its_text(
-    family: str, head: str, number: int, tmp_path: Path
-) -> None:
+def test_a_simple_adapter_serves_a_stock_pipeline_through_its_text(family: str, head: str, tmp_path: Path) -> None:
     """``prompt_embeds`` of the public call: the text, and λ times the tokens behind it; no tokens at λ = 0."""
     ours = tiny.make_model(head=head, kind="simple", family=FAMILIES[family]())
     load_into(ours, write_adapter(tmp_path, head=head, kind="simple", family=FAMILIES[family]()))
     stock = FAMILIES[family]().pipeline()
     latents, t_B, text, _ = tiny.make_inputs(ours)
-    tokens_BTD = ours.image_tokens(*make_images(ours, number))
-    for scale in (0.0, 0.5, 1.0):
+    one, two = (ours.image_tokens(*make_images(ours, number)) for number in (1, 2))
+    assert (one.shape[1], two.shape[1]) == (ours.head.num_tokens, 2 * ours.head.num_tokens)
+    for tokens_BTD, scale in ((one, 0.0), (one, 0.5), (two, 1.0)):
         added = [scale * tokens_BTD] if scale else []
         states_BLD = torch.cat([text.states_BLD, *added], dim=1)
         theirs = stock.unet(latents, t_B, states_BLD, added_cond_kwargs=ours.family.added_conditions(text)).sample
         prediction = ours.predict(latents, t_B, text, tokens_BTD, scale)
 
         torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)
-    assert tokens_BTD.shape[1] == number * ours.head.num_tokens
