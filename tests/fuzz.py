@@ -64,9 +64,8 @@ from ipa.data.sources import Source  # noqa: E402
 from ipa.export.published import from_published  # noqa: E402
 from ipa.export.storage import load_adapter, nested  # noqa: E402
 from ipa.tools.export import Options, export  # noqa: E402
-from ipa.training.checkpointing import newest_whole, read_checkpoint  # noqa: E402
+from ipa.training.checkpointing import newest_whole, read_checkpoint, write_checkpoint  # noqa: E402
 from ipa.training.configuration import settle_configuration  # noqa: E402
-from ipa.training.sealed import Sealing, write_sealed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S, LIMIT_BYTES = 30, 1_500_000_000
@@ -143,7 +142,7 @@ class Material:
         state = {f"trainable.{name}": tensor for name, tensor in from_published(self.tensors).items()}
         content = {"state_dict": state, "global_step": 3, "adapter_metadata": self.metadata, "loops": {"a": [1, 2]}}
         path = self.folder / "sound.ckpt"
-        write_sealed(path, content)
+        write_checkpoint(path, content)
         return path.read_bytes()
 
     @cached_property
@@ -166,7 +165,7 @@ class Material:
     @cached_property
     def configuration(self) -> bytes:
         folder = self.folder / "sound"
-        settle_configuration(compose(folder), folder, goes_on=False)
+        settle_configuration(compose(folder), folder, resumes=False)
         return (folder / "config.yaml").read_bytes()
 
 
@@ -315,20 +314,16 @@ def odd_override(material: Material, draw: random.Random) -> bytes:
     return f"{name}={json.dumps(draw.choice(ODD_VALUES))}".encode()
 
 
-def resealed(data: bytes) -> bytes:
-    """The same zip archive with a right seal: who writes a file can seal it, too."""
-    out = io.BytesIO()
+def rezipped(data: bytes) -> bytes:
+    """The same zip archive with right sums: who writes a file can compute them, too."""
     out_zip = io.BytesIO()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out_zip, "w") as new:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
-    except Exception:  # damaged beyond a new seal
+    except Exception:  # damaged beyond repair
         return data
-    sealing = Sealing(out)
-    sealing.write(out_zip.getvalue())
-    sealing.close()
-    return out.getvalue()
+    return out_zip.getvalue()
 
 
 # made by hand
@@ -758,7 +753,7 @@ def read_features(path: Path, run: Path) -> None:
 
 def read_configuration_of(path: Path, run: Path) -> None:
     shutil.copyfile(path, run / "config.yaml")
-    cfg = settle_configuration(compose(run), run, goes_on=True)
+    cfg = settle_configuration(compose(run), run, resumes=True)
     datamodule: Any = instantiate(cfg.data)
     for batch in islice(Source.read(datamodule.train_order.sources[0], datamodule.train_order.sources[0].shards[0]), 1):
         assert batch is not None
@@ -801,8 +796,8 @@ def compose(folder: Path, *overrides: str) -> Any:
 def ckpt_by_hand(material: Material) -> list[tuple[str, Make]]:
     made = pickles(material.canary)
 
-    def sealed(make: Make) -> Make:
-        return lambda draw: resealed(make(draw))
+    def rezip(make: Make) -> Make:
+        return lambda draw: rezipped(make(draw))
 
     odd: list[Any] = [
         {"state_dict": {}, "global_step": 1},
@@ -817,12 +812,12 @@ def ckpt_by_hand(material: Material) -> list[tuple[str, Make]]:
         def make(draw: random.Random) -> bytes:
             out = io.BytesIO()
             torch.save(content, out)
-            return resealed(out.getvalue())
+            return rezipped(out.getvalue())
 
         return make
 
     return [
-        *((f"{name}, sealed", sealed(make)) for name, make in made),
+        *((f"{name}, rezipped", rezip(make)) for name, make in made),
         *(("odd content", saved(each)) for each in odd),
     ]
 
@@ -859,7 +854,7 @@ def make_case(material: Material, kind: Kind, number: int) -> tuple[str, str, by
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(inside, "w") as new:
             for name in old.namelist():
                 new.writestr(name, mutated(old.read(name) or b"x", draw) if draw.random() < 0.2 else old.read(name))
-        changed = resealed(inside.getvalue())
+        changed = rezipped(inside.getvalue())
     return "mutated", suffix, changed
 
 

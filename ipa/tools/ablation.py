@@ -27,6 +27,7 @@ from ipa.cli import quiet_libraries
 from ipa.errors import UserError
 from ipa.tools.options import run_tool
 
+CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf"
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
 PROMPTED, ALONE = "scale 1", "scale 0"
 # score → heading and decimals
@@ -64,15 +65,16 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        from ipa.training.configuration import read_configuration
+        """Data of unknown origin: it may only call what this checkout's configurations name."""
+        from ipa.training.configuration import read_saved
 
-        return OmegaConf.create(read_configuration(self.folder / "config.yaml"))
+        return OmegaConf.create(read_saved(self.folder / "config.yaml", CONFIGURATIONS))
 
 
 def read_runs(sweep: Path) -> list[Run]:
     """The finished runs in a sweep's folder, by variant and seed; raises UserError without any."""
     from ipa.export.storage import read_metadata
-    from ipa.training.configuration import read_configuration
+    from ipa.training.configuration import read_plain
 
     runs, unfinished = [], []
     for folder in sorted(path.parent for path in sweep.glob("*/config.yaml")):
@@ -81,7 +83,7 @@ def read_runs(sweep: Path) -> list[Run]:
             continue
         metadata = read_metadata(folder / "adapter.safetensors")
         summary = json.loads((folder / "summary.json").read_text())
-        seed = read_configuration(folder / "config.yaml")["seed"]
+        seed = read_plain(folder / "config.yaml")["seed"]
         runs.append(Run(folder, f"{metadata['kind']}_{metadata['head']}", seed, summary))
     if unfinished:
         raise UserError(
