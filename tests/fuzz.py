@@ -49,7 +49,6 @@ import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
-from ipa.training.sealed import Sealing, write_sealed  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
 from PIL import Image, PngImagePlugin  # noqa: E402
 from safetensors.torch import save  # noqa: E402
@@ -66,7 +65,7 @@ from ipa.data.shards.source import ShardSource  # noqa: E402
 from ipa.export.published import from_published  # noqa: E402
 from ipa.export.storage import load_adapter, nested  # noqa: E402
 from ipa.tools.export import Options, export  # noqa: E402
-from ipa.training.checkpointing import newest_whole, read_checkpoint  # noqa: E402
+from ipa.training.checkpointing import newest_whole, read_checkpoint, write_checkpoint  # noqa: E402
 from ipa.training.configuration import settle_configuration  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +143,7 @@ class Material:
         state = {f"trainable.{name}": tensor for name, tensor in from_published(self.tensors).items()}
         content = {"state_dict": state, "global_step": 3, "adapter_metadata": self.metadata, "loops": {"a": [1, 2]}}
         path = self.folder / "sound.ckpt"
-        write_sealed(path, content)
+        write_checkpoint(path, content)
         return path.read_bytes()
 
     @cached_property
@@ -167,7 +166,7 @@ class Material:
     @cached_property
     def configuration(self) -> bytes:
         folder = self.folder / "sound"
-        settle_configuration(compose(folder), folder, goes_on=False)
+        settle_configuration(compose(folder), folder, resumes=False)
         return (folder / "config.yaml").read_bytes()
 
 
@@ -316,20 +315,16 @@ def odd_override(material: Material, draw: random.Random) -> bytes:
     return f"{name}={json.dumps(draw.choice(ODD_VALUES))}".encode()
 
 
-def resealed(data: bytes) -> bytes:
-    """The same zip archive with a right seal: who writes a file can seal it, too."""
-    out = io.BytesIO()
+def rezipped(data: bytes) -> bytes:
+    """The same zip archive with right sums: who writes a file can compute them, too."""
     out_zip = io.BytesIO()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out_zip, "w") as new:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
-    except Exception:  # damaged beyond a new seal
+    except Exception:  # damaged beyond repair
         return data
-    sealing = Sealing(out)
-    sealing.write(out_zip.getvalue())
-    sealing.close()
-    return out.getvalue()
+    return out_zip.getvalue()
 
 
 # made by hand
@@ -759,7 +754,7 @@ def read_features(path: Path, run: Path) -> None:
 
 def read_configuration_of(path: Path, run: Path) -> None:
     shutil.copyfile(path, run / "config.yaml")
-    cfg = settle_configuration(compose(run), run, goes_on=True)
+    cfg = settle_configuration(compose(run), run, resumes=True)
     datamodule: Any = instantiate(cfg.data)
     for batch in islice(
         ShardSource.read(datamodule.train_order.sources[0], datamodule.train_order.sources[0].shards[0]), 1
@@ -803,8 +798,8 @@ def compose(folder: Path, *overrides: str) -> Any:
 def ckpt_by_hand(material: Material) -> list[tuple[str, Make]]:
     made = pickles(material.canary)
 
-    def sealed(make: Make) -> Make:
-        return lambda draw: resealed(make(draw))
+    def rezip(make: Make) -> Make:
+        return lambda draw: rezipped(make(draw))
 
     odd: list[Any] = [
         {"state_dict": {}, "global_step": 1},
@@ -819,12 +814,12 @@ def ckpt_by_hand(material: Material) -> list[tuple[str, Make]]:
         def make(draw: random.Random) -> bytes:
             out = io.BytesIO()
             torch.save(content, out)
-            return resealed(out.getvalue())
+            return rezipped(out.getvalue())
 
         return make
 
     return [
-        *((f"{name}, sealed", sealed(make)) for name, make in made),
+        *((f"{name}, rezipped", rezip(make)) for name, make in made),
         *(("odd content", saved(each)) for each in odd),
     ]
 
@@ -861,7 +856,7 @@ def make_case(material: Material, kind: Kind, number: int) -> tuple[str, str, by
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(inside, "w") as new:
             for name in old.namelist():
                 new.writestr(name, mutated(old.read(name) or b"x", draw) if draw.random() < 0.2 else old.read(name))
-        changed = resealed(inside.getvalue())
+        changed = rezipped(inside.getvalue())
     return "mutated", suffix, changed
 
 
