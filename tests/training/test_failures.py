@@ -45,7 +45,7 @@ def message_of(train_in: Run, place: Path, overrides: list[str]) -> str:
     """What the command prints before it exits with 1; without a message the user would see a traceback."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are looked at by the caller
         train_in(place / "x", *(override.replace("PLACE", str(place)) for override in overrides))
-    message = explain_failure(caught.value)
+    message = explain_failure(caught.value, str(place))
     assert message is not None, caught.value
     assert sorted(path.name for path in (place / "x").rglob("*") if path.is_file()) in ([], ["config.yaml"])
     return message
