@@ -33,7 +33,6 @@ from ipa.errors import UserError, brief
 from ipa.files import read_json, write_atomically
 from ipa.tools.options import option, run_tool
 
-CONFIGURATIONS = Path(__file__).resolve().parents[2] / "conf"
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
 PROMPTED, ALONE = "scale 1", "scale 0"
 # score → heading and decimals

@@ -158,11 +158,7 @@ def test_a_folder_of_another_benchmark_is_noticed(run: Run, out: Path, prompts: 
     for more in ((), ("generate=false",)):
         with pytest.raises(UserError, match=r"other settings \(benchmark: .*folder.*, now"):
             run("label=x", f"benchmark.folder={others}", f"out={there}", *more)
-<<<<<<< HEAD
     with pytest.raises(UserError, match=r"x/manifest\.json.*fingerprint"):
-=======
-    with pytest.raises(ValueError, match=r"x/manifest\.json: .*another benchmark \(fingerprint"):
->>>>>>> report
         read_evaluation(there)
 
 
