@@ -20,7 +20,7 @@ from ipa.evaluation.generation import Read, pictures_hash, read_pictures
 from ipa.evaluation.items import Task
 from ipa.files import read_json, write_json
 from ipa.metrics.bootstrap import confidence_interval
-from ipa.metrics.picture_metric import ItemMetric
+from ipa.metrics.image_metric import ItemMetric
 from ipa.types import to_unit_range
 
 BATCH = 50

@@ -1,1 +1,1 @@
-"""Scores of generated pictures: torchmetrics classes over tensors of pixels in [-1, 1]."""
+"""Scores of generated images: torchmetrics classes over pixels in [-1, 1]."""

@@ -1,4 +1,4 @@
-"""How sure a mean is: percentile bootstrap over the items of a benchmark (Efron 1979).
+"""Confidence intervals of means: percentile bootstrap over the items of a benchmark (Efron 1979).
 
 confidence_interval(value_B, item_B)                    # of a system
 confidence_interval(one_B - other_B, item_B)            # of the difference of two systems over the same prompts
@@ -24,15 +24,14 @@ class Interval(NamedTuple):
 def confidence_interval(
     value_B: Tensor, items: Tensor | Sequence[Hashable], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Mean of the values and the interval of this ``level`` around it.
+    """Mean of the values with its confidence interval of this ``level``.
 
-    Items are drawn with replacement, each with all its pictures: pictures of one prompt with other seeds are no
-    independent sample. Their order changes nothing. With one item, whose scatter is unknown, low and high
-    are nan.
+    Items are drawn with replacement, each with all its images, since images of one prompt with different seeds are not
+    independent. The order does not matter. With a single item, low and high are nan.
     """
-    items = items.tolist() if isinstance(items, Tensor) else items  # a tensor's numbers are all different keys
+    items = items.tolist() if isinstance(items, Tensor) else items  # elements of a tensor are all different keys
     if len(value_B) != len(items) or len(value_B) == 0:
-        raise UserError(f"there must be an item for each value and one at least: {len(value_B)}, {len(items)}")
+        raise UserError(f"expected an item for each value, and at least one: {len(value_B)} values, {len(items)} items")
     owner = {item: number for number, item in enumerate(sorted(set(items), key=repr))}
     owner_B = torch.tensor([owner[item] for item in items])
     sum_I = torch.zeros(len(owner), dtype=torch.float64).index_add_(0, owner_B, value_B.double().cpu())

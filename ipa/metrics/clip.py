@@ -1,4 +1,4 @@
-"""The scoring network: an open_clip model that never conditions what it scores."""
+"""The scoring network: a CLIP that no adapter reads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ipa.encoders.open_clip import resolve_name
 from ipa.errors import MissingWeights, brief
-from ipa.metrics.networks import PictureNetwork
+from ipa.metrics.networks import ImageNetwork
 
 
-class ClipScorer(PictureNetwork):
-    """Unit-length image and text embeddings of an open_clip model; pictures are fitted as CLIP reads them."""
+class ClipScorer(ImageNetwork):
+    """Unit-length image and text embeddings of an open_clip model, with its own preprocessing."""
 
     def __init__(self, clip: Any, tokenizer: Any, preprocess: dict[str, Any], name: str = "") -> None:
         size = preprocess["size"]
@@ -27,23 +27,20 @@ class ClipScorer(PictureNetwork):
 
     @classmethod
     def from_pretrained(cls, name: str, pretrained: str | None = None) -> Self:
-        """``name`` as open_clip has it: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
+        """Load open_clip's ``name``: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
 
-        Raises MissingWeights when folder or weights cannot be had.
+        Raises MissingWeights if there is no such folder or a download fails.
         """
         import open_clip
 
-        try:
-            name = resolve_name(name)
-        except MissingWeights as error:  # which takes it for the adapter's encoder
-            raise MissingWeights(str(error).replace("encoder.name", "judge.name", 1)) from error
+        name = resolve_name(name, "judge.name")
         options: dict[str, Any] = {"pretrained": pretrained, "precision": "fp32"}
         try:
             clip = open_clip.create_model(name, **options, require_pretrained=True, weights_only=True)
-        except RuntimeError as error:  # open_clip's word for a download that failed
+        except RuntimeError as error:  # what open_clip raises if a download fails
             raise MissingWeights(
-                f"judge.name={name} judge.pretrained={pretrained}: {brief(error)} Give a folder with "
-                "judge.name=local-dir:FOLDER judge.pretrained=null, or do without scores: judge=null"
+                f"judge.name={name} judge.pretrained={pretrained}: {brief(error)}. Give a folder with "
+                "judge.name=local-dir:FOLDER judge.pretrained=null, or omit the scores: judge=null"
             ) from error
         return cls(clip, open_clip.get_tokenizer(name), open_clip.get_model_preprocess_cfg(clip), name)
 
@@ -66,5 +63,5 @@ class ClipScorer(PictureNetwork):
 
 @functools.cache
 def load_scorer(name: str, pretrained: str | None = None) -> ClipScorer:
-    """One scorer per name and process, shared by all who score."""
+    """One scorer per name and process, shared by all metrics."""
     return ClipScorer.from_pretrained(name, pretrained)

@@ -1,4 +1,4 @@
-"""Frozen networks that read pictures of any size, and what is said when one cannot be had.
+"""Frozen networks that embed images of any size, and the messages if one is missing.
 
 network = DinoNetwork.from_pretrained("facebook/dinov2-base")   # or a folder
 features_BE = network.embed_images(pixels_B3HW)
@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipa.errors import MissingWeights, UserError, brief
-from ipa.metrics.pixels import Pictures, fit_square, in_pieces, on_each_size
+from ipa.metrics.pixels import Images, fit_square, on_each_size
 from ipa.types import to_uint8
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class PictureNetwork(nn.Module):
-    """A frozen network with a row of features for every picture; it may be shared by several metrics.
+class ImageNetwork(nn.Module):
+    """A frozen network with a row of features for every image; several metrics can share it.
 
-    Pixels in [-1, 1] have their shortest side brought to ``size_px`` (bicubic, antialias), are cut to the centre of
-    ``crop_px``, and normalised with ``mean`` and ``std`` of [0, 1]. A subclass runs the network in ``_embed``.
+    Images are moved to the network's device, resized (shortest side to ``size_px``, bicubic, antialias), cropped to the
+    centre ``crop_px``, and normalised with ``mean`` and ``std`` of [0, 1]. A subclass runs the network in ``_embed``.
     """
 
     mean: Tensor
@@ -40,18 +40,18 @@ class PictureNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def freeze(self) -> Self:
-        """To be called once the network is in place."""
+        """For subclasses, after the network is assigned."""
         return self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the trainer asks."""
+        """Stay in eval mode regardless of ``mode``."""
         return super().train(False)
 
     @torch.no_grad()
-    def embed_images(self, pictures: Pictures, batch_size: int = 64) -> Tensor:
+    def embed_images(self, images: Images, batch_size: int = 64) -> Tensor:
         """features_BE, on the network's device."""
-        pieces = in_pieces(pictures, batch_size)
-        return torch.cat([self._embed(on_each_size(self._prepare, piece)) for piece in pieces])
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        return torch.cat([self._embed(on_each_size(self._prepare, batch)) for batch in batches])
 
     def _prepare(self, pixels_B3HW: Tensor) -> Tensor:
         fitted = fit_square(pixels_B3HW.to(self.mean.device, torch.float32), self.image_size_px, self.crop_px)
@@ -61,11 +61,11 @@ class PictureNetwork(nn.Module):
         raise NotImplementedError
 
 
-class DinoNetwork(PictureNetwork):
-    """Unit-length class tokens of a vision transformer of the DINO family, read through transformers.
+class DinoNetwork(ImageNetwork):
+    """Unit-length class tokens of a DINO vision transformer, loaded with transformers.
 
-    None of the compared systems conditions on it (Oquab et al. 2023; Ruiz et al. 2023 compare pictures with the first
-    DINO). Pictures are prepared as its authors do: 256 px, the centre of 224 px, ImageNet's mean.
+    None of the compared systems conditions on it (Oquab et al. 2023; Ruiz et al. 2023 use the first DINO). The
+    preprocessing is the authors': 256 px, centre crop of 224 px, ImageNet's mean.
     """
 
     def __init__(self, transformer: Any, size_px: int = 256, crop_px: int = 224, name: str = "") -> None:
@@ -77,21 +77,21 @@ class DinoNetwork(PictureNetwork):
     def from_pretrained(cls, path: str, size_px: int = 256, crop_px: int = 224) -> Self:
         """``path`` is a folder or hub id, such as facebook/dinov2-base or facebook/dino-vits16.
 
-        Raises MissingWeights when it cannot be had, ValueError for one that lacks weights.
+        Raises MissingWeights if it is not found, UserError if it is incomplete.
         """
         from transformers import AutoModel
 
-        loader: Any = AutoModel  # its types do not know that output_loading_info gives a pair
+        loader: Any = AutoModel  # its annotations do not know that output_loading_info returns a pair
         try:
             transformer, info = loader.from_pretrained(
                 path, dtype=torch.float32, weights_only=True, output_loading_info=True
             )
         except OSError as error:
             raise MissingWeights(
-                f"DINO network path={path}: {brief(error)} Download config.json and model.safetensors of "
+                f"DINO network path={path}: {brief(error)}. Download config.json and model.safetensors of "
                 "https://huggingface.co/facebook/dinov2-base into a folder and give the folder as path"
             ) from error
-        missing = [key for key in info["missing_keys"] if not key.startswith("pooler")]  # which is not used here
+        missing = [key for key in info["missing_keys"] if not key.startswith("pooler")]  # not used here
         if missing:
             raise UserError(f"DINO network path={path}: {len(missing)} weights are missing, {missing[0]} among them")
         return cls(transformer, size_px, crop_px, path)
@@ -100,11 +100,11 @@ class DinoNetwork(PictureNetwork):
         return F.normalize(self.transformer(prepared_B3HW).last_hidden_state[:, 0], dim=-1)
 
 
-class InceptionNetwork(PictureNetwork):
-    """The 2048 features of the Inception v3 that FID and KID are defined on, read through torch-fidelity.
+class InceptionNetwork(ImageNetwork):
+    """The 2048 features of the Inception v3 that defines FID and KID, from torch-fidelity.
 
-    Pictures come to 299 px with antialias (Parmar et al. 2022: without, the figures depend on the library); the centre
-    square of those that are none.
+    Images are resized to 299 px with antialias (Parmar et al. 2022: otherwise the figures depend on the library), those
+    that are not square cropped to the centre.
     """
 
     FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -116,20 +116,20 @@ class InceptionNetwork(PictureNetwork):
 
     @classmethod
     def from_pretrained(cls, path: str | None = None) -> Self:
-        """``path`` is the file of weights; None is torch hub's folder, where it is downloaded to when it is missing.
+        """``path`` is the file of weights; None: torch hub's folder, downloading it if it is missing.
 
-        Raises MissingWeights without torch-fidelity or weights, and for a pickle that holds more than tensors.
+        Raises MissingWeights without torch-fidelity or weights; a pickle may hold only tensors.
         """
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
             raise MissingWeights(
-                "FID and KID need the package torch-fidelity: pip install -e '.[fid]', or leave the two out"
+                "FID and KID need the package torch-fidelity: pip install -e '.[fid]', or omit the two"
             ) from error
         file = download(fidelity.URL_INCEPTION_V3, cls.FILE) if path is None else Path(path)
         if not file.is_file():
-            raise MissingWeights(f"Inception path={path}: no such file; {tell_where(fidelity.URL_INCEPTION_V3)}")
-        torch.load(file, map_location="cpu", weights_only=True)  # the package itself would unpickle anything
+            raise MissingWeights(f"Inception path={path}: no such file; {where_to_get(fidelity.URL_INCEPTION_V3)}")
+        torch.load(file, map_location="cpu", weights_only=True)  # the package would unpickle anything
         return cls(fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file)))
 
     def _prepare(self, pixels_B3HW: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ class InceptionNetwork(PictureNetwork):
         return self.inception(prepared_B3HW)[0]
 
 
-class DreamSimNetwork(PictureNetwork):
-    """Unit-length embeddings whose cosine is what people call alike (Fu et al. 2023), by the package dreamsim."""
+class DreamSimNetwork(ImageNetwork):
+    """Unit-length embeddings trained on human similarity judgements (Fu et al. 2023), from the package dreamsim."""
 
     def __init__(self, dreamsim: Any, size_px: int = 224) -> None:
         super().__init__(size_px)
@@ -149,16 +149,15 @@ class DreamSimNetwork(PictureNetwork):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, kind: str = "ensemble") -> Self:
-        """``folder`` holds the unpacked weights of this kind, or is where they are downloaded to.
+        """``folder`` holds the unpacked weights of this ``kind``; missing ones are downloaded there.
 
-        The kinds with DINO run code of GitHub repositories through torch hub, as their package does. Raises
-        MissingWeights without package or weights.
+        The kinds with DINO run code from GitHub through torch hub. Raises MissingWeights without package or weights.
         """
         try:
             from dreamsim import dreamsim
             from dreamsim.config import dreamsim_weights
         except ImportError as error:
-            raise MissingWeights("DreamSim needs its package: pip install dreamsim, or leave it out") from error
+            raise MissingWeights("DreamSim needs its package: pip install dreamsim, or omit it") from error
         if kind not in dreamsim_weights:
             raise UserError(f"DreamSim kind={kind}: one of {', '.join(dreamsim_weights)}")
         folder = Path(folder).expanduser()
@@ -172,19 +171,19 @@ class DreamSimNetwork(PictureNetwork):
                 f"{dreamsim_weights[kind]} there"
             ) from error
         finally:
-            torch.hub.set_dir(hub)  # which the package changes for the whole process
+            torch.hub.set_dir(hub)  # the package changes it for the whole process
         return cls(network)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         super().to(*args, **kwargs)
         extractors: list[Any] = list(self.modules())
         for module in extractors:
-            if "device" in vars(module):  # the package's extractors keep their first device in mind
+            if "device" in vars(module):  # the package's extractors store their first device
                 module.device = self.mean.device
         return self
 
     def _prepare(self, pixels_B3HW: Tensor) -> Tensor:
-        """The whole picture squeezed into the square, as its authors do."""
+        """Squash the whole image into the square, as its authors do."""
         pixels_B3HW = pixels_B3HW.to(self.mean.device, torch.float32)
         sides = (self.image_size_px, self.image_size_px)
         return (F.interpolate(pixels_B3HW, sides, mode="bicubic", antialias=True).clamp(-1, 1) + 1) / 2
@@ -194,16 +193,18 @@ class DreamSimNetwork(PictureNetwork):
 
 
 def download(url: str, name: str) -> Path:
-    """The file in torch hub's folder of weights; raises MissingWeights when it is neither there nor to be had."""
+    """The file in torch hub's folder, downloaded if it is missing; raises MissingWeights if that fails."""
     file = Path(torch.hub.get_dir(), "checkpoints", name)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(file), progress=False)
-        except OSError as error:  # urllib's errors are of this kind
-            raise MissingWeights(f"{name}: {brief(error)}. {tell_where(url)}, or put it into {file.parent}") from error
+        except OSError as error:  # including urllib's
+            raise MissingWeights(
+                f"{name}: {brief(error)}. {where_to_get(url)}, or put it into {file.parent}"
+            ) from error
     return file
 
 
-def tell_where(url: str) -> str:
+def where_to_get(url: str) -> str:
     return f"download {url} and give the file as path"

@@ -211,10 +211,10 @@ def test_a_precision_that_does_not_exist_is_named(read, clip_name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not JSON"), ("{}", "has no model_cfg with embed_dim and vision_cfg")]
+    ("content", "message"), [("{", "cannot be read"), ("{}", "has no model_cfg with embed_dim and vision_cfg")]
 )
 def test_a_broken_configuration_is_named(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(content)
 
-    with pytest.raises(UserError, match=rf"encoder\.name=local-dir:{tmp_path}: its open_clip_config\.json {message}"):
+    with pytest.raises(UserError, match=rf"encoder\.name=local-dir:{tmp_path}: .*open_clip_config\.json {message}"):
         OpenClipEncoder.read_widths(f"local-dir:{tmp_path}")

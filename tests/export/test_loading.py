@@ -162,7 +162,7 @@ def test_misfits_are_reported_before_any_weight_is_read(
 
     assert f"the base {base} has {len(tiny.HIDDEN)} layers of context width {tiny.CONTEXT_WIDTH}" in str(caught.value)
     write(tmp_path / "fitting.safetensors")
-    with pytest.raises(OSError, match=str(base)):  # what fits is loaded after that
+    with pytest.raises(UserError, match=str(base)):  # what fits is loaded after that
         load_model(tmp_path / "fitting.safetensors", str(base), str(encoder))
 
 

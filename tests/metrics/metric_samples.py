@@ -1,4 +1,4 @@
-"""Pictures and captions to score, and transformers' whole CLIP with the weights of the tiny one."""
+"""Images and captions to score, and transformers' whole CLIP with the weights of the tiny one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipa.types import to_unit_range
 CAPTIONS = [["cat", "a dog"], ["a dog"], ["red hearts", "b", "cat"], ["b"], ["", "the end"], ["the end"]]
 
 
-def pictures(seed: int, count: int = 6, size_px: int = tiny.REFERENCE_PX) -> Tensor:
+def images(seed: int, count: int = 6, size_px: int = tiny.REFERENCE_PX) -> Tensor:
     return to_unit_range(tiny.make_pictures(count, size_px, seed))
 
 

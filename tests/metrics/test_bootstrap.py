@@ -60,5 +60,5 @@ def test_a_paired_difference_is_surer_than_its_parts() -> None:
 
 @pytest.mark.parametrize(("count", "items"), [(0, []), (3, ["a", "b"])])
 def test_every_value_needs_an_item(count: int, items: list[str]) -> None:
-    with pytest.raises(ValueError, match="an item for each value"):
+    with pytest.raises(ValueError, match="item for each value"):
         confidence_interval(torch.zeros(count), items)

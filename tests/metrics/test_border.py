@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from metric_samples import pictures
+from metric_samples import images
 from torch import Tensor
 
 from ipa.metrics.border import BorderColour, border_distance, rgb_to_lab
@@ -13,19 +13,19 @@ from ipa.types import to_unit_range
 
 
 def plain(*colour: float) -> Tensor:
-    """One picture of one colour, given in 0 … 255."""
+    """One image of one colour, given in 0 … 255."""
     return to_unit_range(torch.tensor(colour)[None, :, None, None].expand(1, 3, 16, 16))
 
 
 def framed(inside: Tensor, colour: float) -> Tensor:
-    """The pictures with a frame one sixteenth of the edge wide."""
+    """The images with a frame one sixteenth of the edge wide."""
     out = torch.full_like(inside, colour)
     out[..., 1:-1, 1:-1] = inside[..., 1:-1, 1:-1]
     return out
 
 
 def test_the_metric_tells_each_pair_and_the_mean() -> None:
-    one, other, metric = pictures(1), pictures(2), BorderColour()
+    one, other, metric = images(1), images(2), BorderColour()
     metric.update(one[:2], other[:2])
     metric.update(list(one[2:]), list(other[2:]))
 
@@ -45,10 +45,10 @@ def test_black_is_100_away_from_white() -> None:
 
 
 def test_borders_that_are_equal_have_no_distance_whatever_is_inside() -> None:
-    one, other = framed(pictures(1, size_px=16), 0.3), framed(pictures(2, size_px=16), 0.3)
+    one, other = framed(images(1, size_px=16), 0.3), framed(images(2, size_px=16), 0.3)
 
     assert border_distance(one, other).tolist() == [0] * 6
-    assert border_distance(one, framed(pictures(1, size_px=16), 0.4)).min() > 1
+    assert border_distance(one, framed(images(1, size_px=16), 0.4)).min() > 1
 
 
 def test_borders_of_another_size_are_compared() -> None:

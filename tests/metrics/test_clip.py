@@ -61,10 +61,10 @@ def test_pictures_of_other_sizes_are_fitted_as_open_clip_does(
     height, width = size
     # far from black and white, where theirs would also clip between the two directions
     smooth = F.interpolate(torch.rand(1, 3, 5, 5), (height, width), mode="bicubic").clamp(0.25, 0.75)
-    picture = Image.fromarray((smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    image = Image.fromarray((smooth[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     _, preprocess = open_clip.create_model_from_pretrained(clip_name, return_transform=True)
-    theirs = preprocess(picture)
-    pixels = to_unit_range(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None])
+    theirs = preprocess(image)
+    pixels = to_unit_range(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None])
     fitted = ((fit_square(pixels, tiny.REFERENCE_PX) + 1) / 2 - scorer.mean) / scorer.std
 
     assert fitted.shape == (1, 3, tiny.REFERENCE_PX, tiny.REFERENCE_PX)
@@ -73,11 +73,11 @@ def test_pictures_of_other_sizes_are_fitted_as_open_clip_does(
 
 
 def test_pictures_of_several_sizes_are_embedded_as_each_alone(scorer: ClipScorer) -> None:
-    pictures = [to_unit_range(tiny.make_pictures(1, size_px))[0] for size_px in (24, 40, 31)]
-    pictures[1] = pictures[1][:, :30]
-    alone = torch.cat([scorer.embed_images(picture[None]) for picture in pictures])
+    images = [to_unit_range(tiny.make_pictures(1, size_px))[0] for size_px in (24, 40, 31)]
+    images[1] = images[1][:, :30]
+    alone = torch.cat([scorer.embed_images(image[None]) for image in images])
 
-    torch.testing.assert_close(scorer.embed_images(pictures, batch_size=2), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scorer.embed_images(images, batch_size=2), alone, rtol=0, atol=1e-5)
 
 
 def test_pictures_of_the_right_size_are_left_alone(pixels: Tensor) -> None:
@@ -102,6 +102,6 @@ def test_weights_that_cannot_be_had_are_told_with_the_ways_out(monkeypatch: pyte
     monkeypatch.setattr("open_clip.create_model", fail)
 
     with pytest.raises(
-        MissingWeights, match=r"judge\.pretrained=openai: Failed to download.*judge\.name=local-dir.*judge=null"
+        MissingWeights, match=r"judge\.pretrained=openai: .*Failed to download.*judge\.name=local-dir.*judge=null"
     ):
         ClipScorer.from_pretrained("ViT-L-14-quickgelu", "openai")

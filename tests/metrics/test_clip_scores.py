@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from metric_samples import CAPTIONS, pictures, told, transformers_clip
+from metric_samples import CAPTIONS, images, told, transformers_clip
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -23,7 +23,7 @@ def score(scorer: ClipScorer, generated: Tensor, prompts: Tensor) -> dict[str, f
 
 
 def theirs(scorer: ClipScorer, generated: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Unit-length embeddings of pictures and texts by transformers."""
+    """Unit-length embeddings of images and texts by transformers."""
     with torch.no_grad():
         out = transformers_clip()(
             input_ids=scorer.tokenizer(texts), pixel_values=((generated + 1) / 2 - scorer.mean) / scorer.std
@@ -32,7 +32,7 @@ def theirs(scorer: ClipScorer, generated: Tensor, texts: list[str]) -> tuple[Ten
 
 
 def test_clip_i_and_clip_t_are_those_of_transformers(scorer: ClipScorer) -> None:
-    generated, prompts, metric = pictures(1), pictures(2), ClipCosines(scorer)
+    generated, prompts, metric = images(1), images(2), ClipCosines(scorer)
     metric.update(generated, prompts, CAPTIONS)
     images_BE, texts_BE = theirs(scorer, generated, FIRST)
     prompts_BE, _ = theirs(scorer, prompts, FIRST)
@@ -46,8 +46,8 @@ def test_clip_i_and_clip_t_are_those_of_transformers(scorer: ClipScorer) -> None
 
 
 def test_clip_score_is_defined_per_pair_with_its_prefix(scorer: ClipScorer) -> None:
-    generated, metric = pictures(1), ClipScores(scorer, prefix="a ")  # the tiny text encoder reads eight letters
-    metric.update(generated, pictures(2), CAPTIONS)
+    generated, metric = images(1), ClipScores(scorer, prefix="a ")  # the tiny text encoder reads eight letters
+    metric.update(generated, images(2), CAPTIONS)
     images_BE, texts_BE = theirs(scorer, generated, [f"a {text}" for text in FIRST])
     cosine_B = (images_BE * texts_BE).sum(1)
     values = metric.per_item()
@@ -62,8 +62,8 @@ def test_clip_score_is_defined_per_pair_with_its_prefix(scorer: ClipScorer) -> N
 @pytest.mark.parametrize("captions", ["first", "mean", "all"])
 def test_which_captions_count(scorer: ClipScorer, captions: str) -> None:
     metric = ClipScores(scorer, captions, prefix="")
-    metric.update(pictures(1), pictures(2), CAPTIONS)
-    images_BE = scorer.embed_images(pictures(1))
+    metric.update(images(1), images(2), CAPTIONS)
+    images_BE = scorer.embed_images(images(1))
     for image_E, own, cosine, clip_score in zip(
         images_BE, CAPTIONS, *(metric.per_item()[name] for name in ("clip_t", "clip_score")), strict=True
     ):
@@ -77,8 +77,8 @@ def test_which_captions_count(scorer: ClipScorer, captions: str) -> None:
 
 def test_the_prefix_stands_before_every_caption(scorer: ClipScorer) -> None:
     said, prefixed = ClipCosines(scorer, "mean"), ClipCosines(scorer, "mean", prefix="a b ")
-    said.update(pictures(1), pictures(2), [[f"a b {text}" for text in own] for own in CAPTIONS])
-    prefixed.update(pictures(1), pictures(2), CAPTIONS)
+    said.update(images(1), images(2), [[f"a b {text}" for text in own] for own in CAPTIONS])
+    prefixed.update(images(1), images(2), CAPTIONS)
 
     torch.testing.assert_close(prefixed.compute(), said.compute())
 
@@ -86,30 +86,30 @@ def test_the_prefix_stands_before_every_caption(scorer: ClipScorer) -> None:
 def test_misspelled_choice_and_missing_captions_are_told(scorer: ClipScorer) -> None:
     with pytest.raises(ValueError, match="captions=best: one of first, mean, all"):
         ClipCosines(scorer, "best")
-    with pytest.raises(ValueError, match="picture 2 of the batch has no caption"):
-        ClipCosines(scorer).update(pictures(1), pictures(1), [*CAPTIONS[:2], [], *CAPTIONS[3:]])
+    with pytest.raises(ValueError, match="image 2 of the batch has no caption"):
+        ClipCosines(scorer).update(images(1), images(1), [*CAPTIONS[:2], [], *CAPTIONS[3:]])
 
 
 @pytest.mark.parametrize("kind", [ClipCosines, ClipScores])
 def test_what_is_told_is_announced(scorer: ClipScorer, kind: type[ClipCosines]) -> None:
     metric = kind(scorer)
-    metric.update(pictures(1), pictures(2), CAPTIONS)
+    metric.update(images(1), images(2), CAPTIONS)
 
     assert list(metric.compute()) == list(metric.per_item()) == list(metric.higher)
     metric.reset()
-    metric.update(pictures(1), pictures(2))
+    metric.update(images(1), images(2))
     assert list(metric.compute()) == ["clip_i", "retrieval_at_1"]
 
 
 def test_pictures_against_themselves_are_perfect(scorer: ClipScorer) -> None:
-    scores = score(scorer, pictures(1), pictures(1))
+    scores = score(scorer, images(1), images(1))
 
     assert scores["clip_i"] == pytest.approx(1, abs=1e-6)
     assert scores["retrieval_at_1"] == 1
 
 
 def test_pictures_of_another_size_are_scored(scorer: ClipScorer) -> None:
-    smooth = F.interpolate(pictures(1, size_px=3), (tiny.REFERENCE_PX,) * 2, mode="bicubic").clamp(-1, 1)
+    smooth = F.interpolate(images(1, size_px=3), (tiny.REFERENCE_PX,) * 2, mode="bicubic").clamp(-1, 1)
     large = F.interpolate(smooth, scale_factor=2, mode="bicubic")
     scores = score(scorer, large, smooth)
 
@@ -118,7 +118,7 @@ def test_pictures_of_another_size_are_scored(scorer: ClipScorer) -> None:
 
 
 def test_pictures_that_took_the_neighbours_prompt_are_not_retrieved(scorer: ClipScorer) -> None:
-    prompts = pictures(1)
+    prompts = images(1)
     half = torch.cat([prompts[:3], prompts[[4, 5, 3]]])
 
     assert score(scorer, prompts.roll(1, 0), prompts)["retrieval_at_1"] == 0
@@ -126,7 +126,7 @@ def test_pictures_that_took_the_neighbours_prompt_are_not_retrieved(scorer: Clip
 
 
 def test_a_prompt_with_several_pictures_is_one_prompt(scorer: ClipScorer) -> None:
-    prompts = pictures(1)
+    prompts = images(1)
     repeated, right = prompts.repeat(2, 1, 1, 1), torch.cat([prompts, prompts[[0, 1, 2, 4, 5, 3]]])
     metric = ClipCosines(scorer)
     for index in torch.arange(12).split(5):
@@ -136,10 +136,10 @@ def test_a_prompt_with_several_pictures_is_one_prompt(scorer: ClipScorer) -> Non
 
 
 def test_retrieval_takes_the_largest_cosine(scorer: ClipScorer) -> None:
-    cosine_BB = scorer.embed_images(pictures(1)) @ scorer.embed_images(pictures(2)).T
+    cosine_BB = scorer.embed_images(images(1)) @ scorer.embed_images(images(2)).T
     expected = (cosine_BB.argmax(1) == torch.arange(6)).float().mean().item()
 
-    assert score(scorer, pictures(1), pictures(2))["retrieval_at_1"] == pytest.approx(expected)
+    assert score(scorer, images(1), images(2))["retrieval_at_1"] == pytest.approx(expected)
 
 
 def test_the_scorer_is_no_part_of_the_metric(scorer: ClipScorer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from metric_samples import pictures, told
+from metric_samples import images, told
 from scipy.linalg import sqrtm
 from torch import Tensor
 
@@ -33,11 +33,11 @@ def kernel(one_BE: Tensor, other_BE: Tensor) -> float:
 
 def tinted(seed: int, count: int) -> Tensor:
     """Faint noise on dark grounds: another distribution than plain noise."""
-    return 0.3 * pictures(seed, count) + torch.linspace(-0.7, -0.3, count)[:, None, None, None]
+    return 0.3 * images(seed, count) + torch.linspace(-0.7, -0.3, count)[:, None, None, None]
 
 
 def test_frechet_distance_is_the_defined_one(scorer: ClipScorer) -> None:
-    generated, references, metric = tinted(1, 40), pictures(2, 30), FrechetDistance(scorer, "fid_judge")
+    generated, references, metric = tinted(1, 40), images(2, 30), FrechetDistance(scorer, "fid_judge")
     metric.update(generated[:25], references[:25])
     metric.update(generated[25:30], references[25:])
     features = scorer.embed_images(generated[:30]), scorer.embed_images(references)
@@ -47,7 +47,7 @@ def test_frechet_distance_is_the_defined_one(scorer: ClipScorer) -> None:
 
 
 def test_kernel_distance_is_the_defined_one_where_all_are_taken(scorer: ClipScorer) -> None:
-    generated, references, metric = tinted(1, 20), pictures(2, 20), KernelDistance(scorer, "kid_judge", subsets=3)
+    generated, references, metric = tinted(1, 20), images(2, 20), KernelDistance(scorer, "kid_judge", subsets=3)
     metric.update(generated, references)
     expected = kernel(scorer.embed_images(generated), scorer.embed_images(references))
 
@@ -58,12 +58,12 @@ def test_kernel_distance_is_the_defined_one_where_all_are_taken(scorer: ClipScor
 def test_subsets_scatter_around_the_whole_and_come_from_their_seed_alone(scorer: ClipScorer) -> None:
     def subsets(seed: int) -> dict[str, float]:
         metric = KernelDistance(scorer, subsets=60, subset_size=10, seed=seed)
-        metric.update(tinted(1, 20), pictures(2, 20))
+        metric.update(tinted(1, 20), images(2, 20))
         return told(metric)
 
     before = torch.get_rng_state()
     first = subsets(0)
-    whole = kernel(scorer.embed_images(tinted(1, 20)), scorer.embed_images(pictures(2, 20)))
+    whole = kernel(scorer.embed_images(tinted(1, 20)), scorer.embed_images(images(2, 20)))
 
     assert torch.get_rng_state().equal(before)
     assert subsets(0) == first != subsets(1)
@@ -72,7 +72,7 @@ def test_subsets_scatter_around_the_whole_and_come_from_their_seed_alone(scorer:
 
 @pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
 def test_references_count_once(scorer: ClipScorer, kind: type[FrechetDistance] | type[KernelDistance]) -> None:
-    generated, references = tinted(1, 16), pictures(2, 8)
+    generated, references = tinted(1, 16), images(2, 8)
     metric = kind(scorer, "distance")
     metric.update(generated, references.repeat(2, 1, 1, 1))
     features = scorer.embed_images(generated), scorer.embed_images(references)
@@ -86,8 +86,8 @@ def test_references_count_once(scorer: ClipScorer, kind: type[FrechetDistance] |
 @pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
 def test_a_set_is_not_far_from_itself(scorer: ClipScorer, kind: type[FrechetDistance] | type[KernelDistance]) -> None:
     metric, other = kind(scorer, "distance"), kind(scorer, "distance")
-    metric.update(pictures(1, 20), pictures(1, 20))
-    other.update(tinted(1, 20), pictures(1, 20))
+    metric.update(images(1, 20), images(1, 20))
+    other.update(tinted(1, 20), images(1, 20))
 
     assert told(metric)["distance"] < 1e-5 < told(other)["distance"]
 
@@ -95,7 +95,7 @@ def test_a_set_is_not_far_from_itself(scorer: ClipScorer, kind: type[FrechetDist
 @pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance])
 def test_one_picture_is_no_set(scorer: ClipScorer, kind: type[FrechetDistance] | type[KernelDistance]) -> None:
     metric = kind(scorer, "distance")
-    metric.update(pictures(1, 2), pictures(1, 1).repeat(2, 1, 1, 1))
+    metric.update(images(1, 2), images(1, 1).repeat(2, 1, 1, 1))
 
     with pytest.raises(ValueError, match="distance compares sets of two or more, not 2 with 1"):
         metric.compute()

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from metric_samples import pictures, told
+from metric_samples import images, told
 from omegaconf import OmegaConf
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from ipa.errors import MissingWeights
 from ipa.metrics.aesthetic import AestheticScore, load_head
 from ipa.metrics.clip import ClipScorer
+from ipa.metrics.image_metric import ImageMetric
 from ipa.metrics.networks import DinoNetwork, DreamSimNetwork, InceptionNetwork, download
-from ipa.metrics.picture_metric import PictureMetric
 from ipa.metrics.similarity import ImageSimilarity
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "metric"
@@ -41,7 +41,7 @@ def test_dino_features_are_the_class_tokens_of_prepared_pictures(folder: Path) -
     from torchvision.transforms.functional import normalize
 
     network = DinoNetwork.from_pretrained(str(folder), size_px=20, crop_px=16)
-    given = pictures(1, size_px=20)
+    given = images(1, size_px=20)
     prepared = normalize((given + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[..., 2:18, 2:18]
     with torch.no_grad():
         expected_BE = network.transformer(prepared).last_hidden_state[:, 0]
@@ -50,7 +50,7 @@ def test_dino_features_are_the_class_tokens_of_prepared_pictures(folder: Path) -
     metric = ImageSimilarity(network, "dinov2")
     metric.update(given, given)
     assert told(metric) == pytest.approx({"dinov2": 1})
-    metric.update(given, pictures(2))
+    metric.update(given, images(2))
     assert told(metric)["dinov2"] < 0.999
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_downloaded_is_told(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_inception_reads_its_file_as_torch_fidelity_does(tmp_path: Path) -> None:
-    """Full size, at random: the features of pictures of the network's own size are the library's."""
+    """Full size, at random: the features of images of the network's own size are the library's."""
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with pytest.MonkeyPatch.context() as patch:  # it has no way to start at random
         patch.setattr(fidelity, "load_state_dict_from_url", lambda *names, **options: {})
@@ -104,7 +104,7 @@ def test_inception_reads_its_file_as_torch_fidelity_does(tmp_path: Path) -> None
         library = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(library.state_dict(), tmp_path / "inception.pth")
     network = InceptionNetwork.from_pretrained(str(tmp_path / "inception.pth"))
-    given = pictures(1, count=2, size_px=299)
+    given = images(1, count=2, size_px=299)
 
     levels = ((given + 1) * 127.5).round().to(torch.uint8)
     torch.testing.assert_close(network.embed_images(given), library(levels)[0])
@@ -125,9 +125,9 @@ def save_head(path: Path, width: int) -> torch.nn.Sequential:
 def test_aesthetic_score_is_the_heads(scorer: ClipScorer, tmp_path: Path) -> None:
     head = save_head(tmp_path / "head.pth", 12)
     metric = AestheticScore(scorer, load_head(str(tmp_path / "head.pth")))
-    metric.update(pictures(1), pictures(2))
+    metric.update(images(1), images(2))
     with torch.no_grad():
-        expected = head(scorer.embed_images(pictures(1)))[:, 0]
+        expected = head(scorer.embed_images(images(1)))[:, 0]
 
     torch.testing.assert_close(metric.per_item()["aesthetic"], expected)
     assert not list(metric.parameters()) and not list(metric.children())
@@ -135,8 +135,8 @@ def test_aesthetic_score_is_the_heads(scorer: ClipScorer, tmp_path: Path) -> Non
 
 def test_aesthetic_heads_that_do_not_fit_or_are_missing_are_told(scorer: ClipScorer, tmp_path: Path) -> None:
     save_head(tmp_path / "head.pth", 768)
-    with pytest.raises(ValueError, match="embeddings of 768, the scorer gives 12"):
-        AestheticScore(scorer, load_head(str(tmp_path / "head.pth"))).update(pictures(1), pictures(1))
+    with pytest.raises(ValueError, match="width 768, the scorer gives 12"):
+        AestheticScore(scorer, load_head(str(tmp_path / "head.pth"))).update(images(1), images(1))
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"no layers\.N\.weight in it, but weight"):
         load_head(str(tmp_path / "other.pth"))
@@ -151,8 +151,8 @@ def test_configurations_make_metrics_or_tell_what_is_missing(name: str, clip_nam
     judge = {"_target_": "ipa.metrics.clip.load_scorer", "name": clip_name}
     if name in ("clip", "border", "fid_judge", "kid_judge"):
         metric = instantiate(OmegaConf.create({"judge": judge, "metric": cfg}).metric)
-        metric.update(pictures(1), pictures(2), [["cat"]] * 6)
-        assert isinstance(metric, PictureMetric)
+        metric.update(images(1), images(2), [["cat"]] * 6)
+        assert isinstance(metric, ImageMetric)
         assert set(metric.compute()) == set(metric.higher)
     elif name == "dinov2":
         with pytest.raises(InstantiationException, match="facebook/dinov2-base into a folder") as told_by:

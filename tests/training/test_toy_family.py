@@ -27,6 +27,8 @@ from ipa.adapter.heads import GlobalHead
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.contracts import DenoiserCall, Family
 from ipa.errors import UserError
+from ipa.export.heads import HEADS, HeadRow, read_global
+from ipa.export.loading import load_model
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
 from ipa.types import BaseWidths, Channel, Corrupted, Posterior, TextCondition, TextInputs
@@ -257,6 +259,9 @@ class TimeHead(GlobalHead):
         super().__init__(*arguments, **options)
         self.time = nn.Linear(1, self.context_width)
 
+    def describe(self) -> dict[str, str]:
+        return {"head": "time"}
+
     def forward(self, features: Any, t_B: Tensor | None = None) -> Tensor:
         assert t_B is not None, "this head reads the time"
         return super().forward(features) + self.time(t_B.float()[:, None, None])
@@ -267,8 +272,10 @@ def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy.json").write_text('{"seed": 0}')
     families.EXTRA.append(ToyFamily)
+    HEADS["time"] = HeadRow(TimeHead, "time-dependent", read_global)
     yield str(folder)
     families.EXTRA.remove(ToyFamily)
+    del HEADS["time"]
 
 
 @pytest.fixture
@@ -300,7 +307,10 @@ def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
     assert any("time.weight" in name for name in one)
     assert column(whole, "train/loss") == column(resumed, "train/loss")
     assert sorted(path.name for path in (whole / "previews").iterdir()) == ["step_000002.png", "step_000004.png"]
-    assert (whole / "adapter.safetensors").is_file()
+    model = load_model(whole / "adapter.safetensors")
+    assert (type(model.family), type(model.head)) == (ToyFamily, TimeHead)
+    for name, value in model.trainable.state_dict().items():
+        assert torch.equal(value, one[f"trainable.{name}"].half().float())
 
 
 def test_guidance_in_two_calls_gives_each_its_own_tokens_at_every_step() -> None:

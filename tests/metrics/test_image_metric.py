@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from metric_samples import CAPTIONS, pictures, told
+from metric_samples import CAPTIONS, images, told
 from torch import Tensor
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from ipa.metrics.aesthetic import AestheticScore
 from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipScores
 from ipa.metrics.distributions import FrechetDistance, KernelDistance
-from ipa.metrics.picture_metric import ItemMetric, PictureMetric
+from ipa.metrics.image_metric import ImageMetric, ItemMetric
 from ipa.metrics.similarity import ImageDistance, ImageSimilarity
 
-MAKERS: dict[str, Callable[[ClipScorer], PictureMetric]] = {
+MAKERS: dict[str, Callable[[ClipScorer], ImageMetric]] = {
     "clip": lambda scorer: ClipScores(scorer, "mean"),
     "border": lambda scorer: BorderColour(),
     "similarity": lambda scorer: ImageSimilarity(scorer, "likeness"),
@@ -32,18 +33,17 @@ ITEM_METRICS = ["clip", "border", "similarity", "distance"]
 NUMBERS = torch.arange(6)
 
 
-def give(metric: PictureMetric, *batches: Tensor) -> PictureMetric:
+def give(metric: ImageMetric, *batches: Tensor) -> ImageMetric:
     """Update with the pairs of these numbers, a batch at a time."""
     for index_B in batches:
         captions = [CAPTIONS[i] for i in index_B]
-        metric.update(pictures(1)[index_B], pictures(2)[index_B], captions, index_B)
+        metric.update(images(1)[index_B], images(2)[index_B], captions, index_B)
     return metric
 
 
 @pytest.mark.parametrize("name", ITEM_METRICS)
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_batches_do_not_matter(scorer: ClipScorer, name: str, batch_size: int) -> None:
-    one, several = give(MAKERS[name](scorer), NUMBERS), give(MAKERS[name](scorer), *NUMBERS.split(batch_size))
+def test_batches_do_not_matter(scorer: ClipScorer, name: str) -> None:
+    one, several = give(MAKERS[name](scorer), NUMBERS), give(MAKERS[name](scorer), *NUMBERS.split(4))
 
     assert isinstance(one, ItemMetric) and isinstance(several, ItemMetric)
     torch.testing.assert_close(several.per_item(), one.per_item(), rtol=0, atol=1e-5)
@@ -79,7 +79,7 @@ def test_states_of_two_processes_merge_to_those_of_one(scorer: ClipScorer, name:
 def test_unnumbered_pictures_are_told_as_they_came(scorer: ClipScorer) -> None:
     metric = ImageSimilarity(scorer, "likeness")
     for piece in (NUMBERS[3:], NUMBERS[:3], NUMBERS[:3]):
-        metric.update(pictures(1)[piece], pictures(2)[piece])
+        metric.update(images(1)[piece], images(2)[piece])
     numbered = give(ImageSimilarity(scorer, "likeness"), NUMBERS)
     expected = numbered.per_item()["likeness"][torch.tensor([3, 4, 5, 0, 1, 2, 0, 1, 2])]
 
@@ -89,7 +89,7 @@ def test_unnumbered_pictures_are_told_as_they_came(scorer: ClipScorer) -> None:
 def test_a_picture_is_like_itself(scorer: ClipScorer) -> None:
     likeness, distance = ImageSimilarity(scorer, "likeness"), ImageDistance(scorer, "distance")
     for metric in (likeness, distance):
-        metric.update(pictures(1), pictures(1))
+        metric.update(images(1), images(1))
 
     torch.testing.assert_close(likeness.per_item()["likeness"], torch.ones(6))
     assert told(distance)["distance"] == pytest.approx(0, abs=1e-6)
@@ -100,12 +100,12 @@ def test_unequal_numbers_are_told(scorer: ClipScorer) -> None:
     metric = ClipScores(scorer)
 
     with pytest.raises(ValueError, match=r"equally many.*'generated': 6, 'references': 5"):
-        metric.update(pictures(1), pictures(2)[:5])
-    metric.update(pictures(1), pictures(2), CAPTIONS)
-    metric.update(pictures(1), pictures(2))
+        metric.update(images(1), images(2)[:5])
+    metric.update(images(1), images(2), CAPTIONS)
+    metric.update(images(1), images(2))
     with pytest.raises(ValueError, match=r"with every update or with none: .*'clip_t': 6"):
         metric.compute()
-    with pytest.raises(ValueError, match="BorderColour was given no pictures"), pytest.warns(match="before the"):
+    with pytest.raises(ValueError, match="BorderColour has no images"), pytest.warns(match="before the"):
         BorderColour().compute()
 
 
@@ -116,6 +116,20 @@ def test_the_network_moves_and_the_rows_stay(clip_name: str) -> None:
     assert metric.to("meta") is metric
     assert scorer.mean.device.type == "meta"
     assert metric.compute()["clip_i"].device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [*MAKERS, "aesthetic"])
+def test_a_gpu_gives_the_same_values(clip_name: str, name: str) -> None:
+    """Wherever the images are: the metric moves them to its network."""
+    head = torch.nn.Sequential(torch.nn.Linear(12, 1))
+    makers = MAKERS | {"aesthetic": lambda scorer: AestheticScore(scorer, head)}
+    expected = give(makers[name](ClipScorer.from_pretrained(clip_name)), NUMBERS).compute()
+    metric = makers[name](ClipScorer.from_pretrained(clip_name)).to("cuda")
+    give(metric, NUMBERS[:4])
+    metric.update(images(1)[4:].cuda(), images(2)[4:].cuda(), CAPTIONS[4:], NUMBERS[4:])
+
+    torch.testing.assert_close(metric.compute(), expected, rtol=0, atol=1e-4)
 
 
 def answers(clip_name: str, batches: dict[str, list[Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -142,7 +156,7 @@ def run_rank(rank: int, folder: str, clip_name: str, batches: list[dict[str, lis
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_processes_answer_as_one(clip_name: str, tmp_path: Path) -> None:
-    """However the pictures are dealt: unevenly, with one of them twice, or all to one."""
+    """However the images are dealt: unevenly, with one of them twice, or all to one."""
     deals = {
         "uneven": ([NUMBERS[[0, 3]]], [NUMBERS[[1]], NUMBERS[[5, 2]], NUMBERS[[4]]]),
         "padded": ([NUMBERS[[0, 2, 4]], NUMBERS[[0]]], [NUMBERS[[1, 3, 5]], NUMBERS[[1]]]),
