@@ -131,8 +131,8 @@ class StreamDataModule(LightningDataModule):
         return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation())
 
     def train_dataloader(self) -> TrainLoader:
-        self.settle_lanes()
-        stream = TrainStream(self.train_order, self.train_preparation(), self.batch_size, self.share(), self.lanes)
+        lanes = self.settle_lanes()
+        stream = TrainStream(self.train_order, self.train_preparation(), self.batch_size, self.share(), lanes)
         return TrainLoader(stream, lambda: self.position, **self.loader_options())
 
     def val_dataloader(self, share: Share | None = None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -168,7 +168,7 @@ class StreamDataModule(LightningDataModule):
         self.position.lanes.update(batch.position.lanes)
         self.rejects.update(batch.rejects)
 
-    def settle_lanes(self) -> None:
+    def settle_lanes(self) -> Lanes:
         """Choose lanes for a run that begins; for one that resumes, check that its lanes can still be read."""
         share = Share(self.share().rank, self.share().world, 0, max(1, self.num_workers))
         now = (share.world, share.workers)
@@ -181,6 +181,7 @@ class StreamDataModule(LightningDataModule):
             shared = "" if now == (self.lanes.ranks, self.lanes.workers) else "; several workers now read some shards"
             log.warning(READERS_CHANGED, *self.readers, *now, shared)
         self.readers = now
+        return self.lanes
 
     def lanes_to_begin_with(self, share: Share) -> Lanes:
         """As asked; by default those that this run's ranks and workers read best. Raises UserError."""
@@ -251,7 +252,9 @@ class StreamDataModule(LightningDataModule):
         """
         self.lanes = state["grid"] and Lanes(*state["grid"])
         self.readers = state["readers"] and tuple(state["readers"])
-        self.position = Position(state["step"], {lane: to_place(*place) for lane, place in state["lanes"].items()})
+        self.position = Position(state["step"])
+        for lane, (choices, places) in state["lanes"].items():
+            self.position.lanes[lane] = LanePlace(choices, tuple(SourcePlace(*place) for place in places))
         self.rejects = Counter(state["rejects"] if self.share().rank == 0 else {})
         if state["step_samples"] != self.step_samples():
             before, now = state["step_samples"], self.step_samples()
@@ -322,7 +325,3 @@ def choose_sources(
 def reached(place: LanePlace) -> tuple[list[int], int]:
     """Sort key for positions of one lane: a new pass of the sources starts counting the choices again."""
     return [source.epoch for source in place.sources], place.choices
-
-
-def to_place(choices: int, sources: Sequence[Sequence[int]]) -> LanePlace:
-    return LanePlace(choices, tuple(SourcePlace(*source) for source in sources))

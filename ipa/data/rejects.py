@@ -20,16 +20,6 @@ UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, 
 TOO_LARGE = "too large a member"
 
 
-def filtered(name: str) -> str:
-    """The reason of a sample that the filter ``name`` rejects."""
-    return f"filter: {name}"
-
-
-def without_number(name: str) -> str:
-    """The reason of a sample that lacks the number that the filter ``name`` needs."""
-    return f"filter: {name} is missing"
-
-
 class Rejected(Exception):
     """A sample, or the rest of a shard, cannot be used: ``reason`` is counted, ``detail`` is for the log."""
 

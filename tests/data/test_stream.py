@@ -41,7 +41,7 @@ def train(
     start: Position | None = None,
 ) -> list:
     """The batches of each step over all ranks, every one made by the worker whose turn it is."""
-    streams = [TrainStream(order, preparation, batch, Share(rank, world), lanes) for rank in range(world)]
+    streams = [TrainStream(order, preparation, batch, Share(rank, world), lanes or Lanes()) for rank in range(world)]
     for stream in streams:
         stream.begin_at(start or Position())
     shares = [[Share(rank, world, worker, workers) for worker in range(workers)] for rank in range(world)]

@@ -61,7 +61,9 @@ class CachedPreparation:
     def check(self, arrays: Mapping[str, NDArray[Any]], target: Size | None) -> None:
         """Raise ``Rejected`` unless these are all arrays of a sample, in the shapes of the whole cache."""
         shapes = {name: array.shape for name, array in arrays.items()}
-        wrong = [name for name, shape in shapes.items() if name not in DTYPES or len(shape) != dimensions(name)]
+        wrong = [
+            name for name, shape in shapes.items() if name not in DTYPES or len(shape) != len(name.partition("_")[2])
+        ]
         if wrong or not {"mean_CHW", "logvar_CHW", "size_6"} <= shapes.keys():
             raise Rejected(BROKEN_MEMBER, f"arrays {', '.join(arrays)}")
         if shapes["mean_CHW"] != shapes["logvar_CHW"] or shapes["size_6"] != (6,) or not self.fits(shapes, target):
@@ -94,11 +96,6 @@ class CachedPreparation:
             rejects=dict(rejects),
             position=position,
         )
-
-
-def dimensions(name: str) -> int:
-    """Of a tensor's name: ``mean_CHW`` has three."""
-    return len(name.partition("_")[2])
 
 
 def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
@@ -53,11 +53,14 @@ class Lookahead:
             self.seen.popleft()
 
 
+@dataclass(eq=False)
 class Stream(IterableDataset[Batch]):
     """Batches of this process's ``share``, in a data worker its part of them."""
 
-    def __init__(self, order: Order, preparation: Preparation, batch_size: int, share: Share | None = None) -> None:
-        self.order, self.preparation, self.batch_size, self.share = order, preparation, batch_size, share or Share()
+    order: Order
+    preparation: Preparation
+    batch_size: int
+    share: Share = field(default_factory=Share)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(self.share.in_worker())
@@ -66,6 +69,7 @@ class Stream(IterableDataset[Batch]):
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class TrainStream(Stream):
     """Endless training batches of this share, from the last position given to ``begin_at``.
 
@@ -73,16 +77,9 @@ class TrainStream(Stream):
     so that a batch has one bucket.
     """
 
-    def __init__(
-        self,
-        order: Order,
-        preparation: Preparation,
-        batch_size: int,
-        share: Share | None = None,
-        lanes: Lanes | None = None,
-    ) -> None:
-        super().__init__(order, preparation, batch_size, share)
-        self.lanes = lanes or Lanes()
+    lanes: Lanes = field(default_factory=Lanes)
+
+    def __post_init__(self) -> None:
         self.step_samples = self.batch_size * self.share.world
         self.take = self.step_samples // self.lanes.ranks
         assert self.take * self.lanes.ranks == self.step_samples, "the lanes of a row give equally many samples"
@@ -162,6 +159,7 @@ class SharedPosition:
         return Position(int(self.step), dict(enumerate(lanes)))
 
 
+@dataclass(eq=False)
 class AuditStream(Stream):
     """Every good sample once; this share reads its own shards, and a batch never spans two of them.
 
@@ -208,19 +206,11 @@ class AuditStream(Stream):
         return self.preparation.batch(samples, rejects, None)
 
 
+@dataclass(eq=False)
 class ValStream(Stream):
     """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
 
-    def __init__(
-        self,
-        order: Order,
-        preparation: Preparation,
-        batch_size: int,
-        share: Share | None = None,
-        limit: int | None = None,
-    ) -> None:
-        super().__init__(order, preparation, batch_size, share)
-        self.limit = limit
+    limit: int | None = None
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""

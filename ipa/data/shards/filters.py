@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipa.data.rejects import Rejected, filtered, without_number
+from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import ENTRY, Fields
 from ipa.errors import UserError
 
@@ -59,9 +59,9 @@ class Filter:
         values = (measure(key, fields, caption) for key in self.keys)
         value = next((value for value in values if value is not None), None)
         if value is None and not self.keep_missing:
-            raise Rejected(without_number(self.name), f"none of {', '.join(self.keys)}")
+            raise Rejected(f"filter: {self.name} is missing", f"none of {', '.join(self.keys)}")
         if value is not None and not self.low <= value <= self.high:
-            raise Rejected(filtered(self.name), f"{value:g}")
+            raise Rejected(f"filter: {self.name}", f"{value:g}")
 
 
 def measure(key: str, fields: Fields, caption: str) -> float | None:

@@ -40,10 +40,10 @@ def bytes_of(file: IO[bytes]) -> IO[bytes]:
     return getattr(file, "stream", file)
 
 
-def close_shard(file: IO[bytes]) -> None:
+def close_shard(file: IO[bytes] | None) -> None:
     """Raises OSError if the program that fetched the shard failed; not if it was left before its end."""
     if not isinstance(file, Pipe):
-        return file.close()
+        return file.close() if file is not None else None
     file.timeout, file.ignore_status = EXIT_TIMEOUT_S, [0, *READER_LEFT]
     try:
         file.close()
@@ -71,10 +71,6 @@ def open_curl(url: str, mode: str, bufsize: int, headers: Sequence[str] = ()) ->
     return open_program(words, bufsize, "".join(f'{name} = "{value}"\n' for name, value in escaped))
 
 
-def open_s3(url: str, mode: str, bufsize: int) -> Pipe:
-    return open_program(["aws", "s3", "cp", "--quiet", url, "-"], bufsize)
-
-
 def open_hf(url: str, mode: str, bufsize: int) -> Pipe:
     """``hf://datasets/OWNER/NAME/PATH``, with the user's token if there is one; raises OSError."""
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
@@ -89,4 +85,5 @@ def open_hf(url: str, mode: str, bufsize: int) -> Pipe:
     return open_curl(where, mode, bufsize, [f"Authorization: Bearer {token}"] if token else [])
 
 
-gopen_schemes.update(dict.fromkeys(("https", "http", "ftps", "sftp", "scp"), open_curl), s3=open_s3, hf=open_hf)
+gopen_schemes.update(dict.fromkeys(("https", "http", "ftps", "sftp", "scp"), open_curl), hf=open_hf)
+gopen_schemes["s3"] = lambda url, mode, bufsize: open_program(["aws", "s3", "cp", "--quiet", url, "-"], bufsize)

@@ -19,8 +19,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from ipa.data.rejects import BROKEN_TAR, TOO_LARGE, UNSAFE_MEMBER, Rejected
 from ipa.data.shards.opening import bytes_of, close_shard, open_shard
@@ -48,30 +47,22 @@ class Member(NamedTuple):
 
 def read_members(shard: str) -> Iterator[Member | Rejected]:
     """All regular files, and the reasons of the members that are rejected; a break of the archive comes last."""
-    file: IO[bytes] | None = None
+    file, failures = None, list[str]()
     try:
         file = open_shard(shard)
         stream = bytes_of(file)
         yield from walk(uncompressed(Forward(stream)))
         while stream.read(CHUNK_BYTES):  # a program that cannot write to its end would fail
             pass
-        close_shard(file)
     except BREAKS as error:
-        yield Rejected(BROKEN_TAR, hide(f"{shard}: {error}{exit_message(file, error)}"))
+        failures.append(str(error))
     finally:
-        if file is not None:
-            with suppress(OSError):
-                close_shard(file)
-
-
-def exit_message(file: IO[bytes] | None, error: BaseException) -> str:
-    """How the program that fetched the shard failed, unless that is the error."""
-    try:
-        if file is not None:
+        try:
             close_shard(file)
-    except OSError as failed:
-        return f"; {failed}"
-    return ""
+        except OSError as error:
+            failures.append(str(error))
+    if failures:
+        yield Rejected(BROKEN_TAR, hide(f"{shard}: {'; '.join(failures)}"))
 
 
 class Forward:
