@@ -163,7 +163,7 @@ class Checkpoints(TrainingCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         try:
             checkpoint_io(trainer).wait()  # a checkpoint that was begun is good, whatever failed later
-        except UserError as error:
+        except Exception as error:  # must not hide ``exception``
             if error is not exception:
                 log.error("%s", error)
 
