@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +35,15 @@ def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     if is_pickle(path):
         write_atomically(path, lambda beside: save_pickle(contiguous, beside))
     else:
-        write_atomically(path, lambda beside: save_file(contiguous, beside, dict(metadata)))
+        write_atomically(path, lambda beside: save_safetensors(contiguous, beside, dict(metadata)))
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Raises OSError if the disk is full, for which safetensors has an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import QUIET, SIX, Run, World, assert_same_run, checkpoint, column
 from ranks import WORLD, together
 
 from ipa.errors import UserError
+from ipa.export.storage import save_adapter
 from ipa.training.checkpointing import (
     BackgroundCheckpointIO,
     BrokenCheckpoint,
@@ -114,6 +115,8 @@ def test_a_disk_that_fills_up_leaves_what_was_there(small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"could not write .*No space left.*checkpoint\.keep_last"):
         write_checkpoint(small_disk / "step_2.ckpt", {"weight": torch.ones(900_000)})
 
+    with pytest.raises(UserError, match=r"could not write .*No space left"):
+        save_adapter(small_disk / "adapter.safetensors", {"weight": torch.ones(900_000)}, {})
     assert [path.name for path in small_disk.iterdir()] == ["step_1.ckpt"]
     assert torch.equal(load(small_disk / "step_1.ckpt")["state_dict"]["weight"], torch.ones(500_000))
 
