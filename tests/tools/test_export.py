@@ -11,7 +11,7 @@ import torch
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import load_adapter, save_adapter
 from ipa.tools.export import main
-from ipa.training.checkpointing import write_checkpoint
+from ipa.training import checkpointing
 
 Export = Callable[..., str]
 # the sizes that other readers take for granted
@@ -88,7 +88,7 @@ def write_checkpoint(path: Path, averaged: bool) -> dict[str, torch.Tensor]:
         state |= {f"average.{name}": value + 1 for name, value in raw.items()} | {"average.count": torch.tensor(3)}
     checkpoint = {"state_dict": state, "adapter_metadata": {**model.describe(), "step": "3"}, "optimizer_states": []}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(path, {"global_step": 3, **checkpoint})
+    checkpointing.write_checkpoint(path, {"global_step": 3, **checkpoint})
     return to_published(raw, torch.float32)
 
 
