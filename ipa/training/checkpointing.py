@@ -201,7 +201,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return load(path)
     except BrokenCheckpoint as error:
-        raise BrokenCheckpoint(f"{path} is not a whole checkpoint of a training: {error}") from error
+        raise BrokenCheckpoint(f"{path} is not a checkpoint of a training, or is damaged: {error}") from error
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_a_file_to_start_from_that_is_none_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "other.ckpt", {"weight": torch.zeros(1)})
     (tmp_path / "torn.ckpt").write_bytes(b"PK")
     for name in ("other.ckpt", "torn.ckpt"):
-        with pytest.raises(UserError, match=rf"{name} is not a whole checkpoint"):
+        with pytest.raises(UserError, match=rf"{name} is not a checkpoint of a training"):
             read_checkpoint(tmp_path / name)
 
 
