@@ -163,7 +163,7 @@ class Checkpoints(TrainingCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         try:
             checkpoint_io(trainer).wait()  # a checkpoint that was begun is good, whatever failed later
-        except UserError as error:
+        except Exception as error:  # must not hide ``exception``
             if error is not exception:
                 log.error("%s", error)
 
@@ -201,7 +201,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return load(path)
     except BrokenCheckpoint as error:
-        raise BrokenCheckpoint(f"{path} is not a whole checkpoint of a training: {error}") from error
+        raise BrokenCheckpoint(f"{path} is not a checkpoint of a training, or is damaged: {error}") from error
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from uuid import NAMESPACE_URL, uuid5
 
 import lightning as L
 import numpy as np
-import wandb
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -155,6 +154,8 @@ class RunWandb(WandbLogger):
 
     def attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Warn once; ``log.csv`` and ``previews/`` have the same values."""
+        import wandb
+
         try:
             if not self.lost:
                 call(*args, **kwargs)

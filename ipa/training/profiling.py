@@ -40,7 +40,7 @@ PARTS = {
     "optimizer": ("optimizer_step", "zero_grad", "configure_gradient_clipping"),
 }
 CALLBACKS, REST = "callbacks", "loop and loggers"
-STEPS = {"warm-up": 5, "timed": 20, "traced": 3}
+PLAN = {5: "timed", 25: "traced", 28: "end"}  # steps of this process → what begins after them
 
 
 class StepClock(Profiler):
@@ -102,8 +102,7 @@ class StepProfile(TrainingCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.plan = plan_steps(trainer.global_step, trainer.max_steps)
-            self.turn_to(self.plan.pop(trainer.global_step, None), trainer, pl_module)
+            self.plan = {trainer.global_step + after: phase for after, phase in PLAN.items()}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if ends_step(trainer, batch_idx):
@@ -130,7 +129,7 @@ class StepProfile(TrainingCallback):
     def end_timing(self, step: int, model: Any) -> None:
         seconds, steps = self.clock.since_reading(self.before), step - self.from_step
         self.clock.device, model.part = None, record_function
-        if not steps:  # the run was stopped before its first step
+        if not steps:
             return
         title = f"Steps {self.from_step + 1} to {step}, mean, synchronised between the parts"
         text = f"{title}:\n\n{table(by_part(seconds), steps)}\n"
@@ -146,7 +145,7 @@ class StepProfile(TrainingCallback):
         log.info("the trace is in %s: open it on ui.perfetto.dev or in chrome://tracing", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that stops early writes what it has."""
+        """A short run writes what it has."""
         self.turn_to("end" if self.plan else None, trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -156,15 +155,6 @@ class StepProfile(TrainingCallback):
         if self.tracer is not None:
             self.tracer.stop()
             self.tracer = None
-
-
-def plan_steps(done: int, max_steps: int) -> dict[int, str]:
-    """Step → what begins after it; a short run spends a quarter each on warm-up and trace."""
-    left = max_steps - done
-    warm_up, traced = (min(STEPS[name], left // 4) for name in ("warm-up", "traced"))
-    begin = done + warm_up
-    end = begin + min(STEPS["timed"], left - warm_up - traced)
-    return {begin: "timed", end: "traced", end + traced: "end"} if traced else {begin: "timed", end: "end"}
 
 
 def by_part(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -77,6 +77,8 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     datamodule.batch_size = batch_size_per_process(cfg, trainer)
     datamodule.grace_s = cfg.stop.grace_s
     module = build_module(cfg, datamodule, trainer, start)
+    for logger in trainer.loggers:
+        log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     log.info("training %s parameters in %s", f"{module.model.count_trainable():,}", folder)
     fit(cfg, trainer, module, datamodule, start)
     if stop.end is not None:
@@ -133,8 +135,6 @@ def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal) -> L.Trainer
     stop.signals.launcher = launcher_of(trainer)
     for previews in found(callbacks, Previews):
         previews.interruptible = stop.signals.interrupting
-    for logger in trainer.loggers:
-        log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     return trainer
 
 

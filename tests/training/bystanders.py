@@ -88,10 +88,11 @@ class SignalAt(L.Callback):
 
     def slow(self, trainer: L.Trainer, records: Any) -> Any:
         """The records, which take long at that moment."""
-        if self.moment == "data" and trainer.global_step >= self.step:
-            self.at("data", self.step)
-            time.sleep(0.01)
-        yield from records
+        for record in records:
+            if self.moment == "data" and trainer.global_step >= self.step:
+                self.at("data", self.step)
+                time.sleep(0.01)
+            yield record
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.at("start", trainer.global_step)

@@ -20,6 +20,7 @@ import hydra
 import pytest
 import tiny
 import torch
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -29,6 +30,8 @@ from safetensors.torch import load_file
 from ipa.cli import quiet_libraries
 from ipa.training.checkpointing import checkpoints_in, read_checkpoint
 from ipa.training.run import train
+
+yaml.SafeLoader = yaml.CSafeLoader  # composing the configuration is a quarter of a short run  # type: ignore[misc]
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 24
@@ -115,7 +118,7 @@ class World:
             "trainer.max_steps=4",
             "trainer.log_every_n_steps=1",
             "preview.every_n_steps=2",
-            "sampling.num_steps=2",
+            "sampling.num_steps=1",
             "preview.num_prompts=3",
             "preview.num_scored=4",
             "scoring.num_prompts=4",

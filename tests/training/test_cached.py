@@ -50,6 +50,7 @@ def test_it_trains_previews_and_scores(
     assert set(column(folder, "image_prompt/gap")) == {2, 4}
 
 
+@pytest.mark.slow
 def test_it_resumes_where_it_stopped(features: Path, train_in: Run, tmp_path: Path) -> None:
     overrides = [*QUIET, "data=cache", f"data.train={features}", "data.lanes.ranks=1", "data.lanes.workers=1"]
     train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")

@@ -283,17 +283,16 @@ class OwnError(UserError):
     """Any class of user errors."""
 
 
-@pytest.mark.parametrize("kind", [UserError, OwnError])
-def test_a_user_error_of_a_data_worker_keeps_its_own_message(kind: type[UserError]) -> None:
+def test_a_user_error_of_a_data_worker_keeps_its_own_message() -> None:
     message = "2 shards: none is good.\nCheck data.captions"
-    with pytest.raises(kind) as raised:
-        next(iter(DataLoader(Raises(kind(message)), num_workers=1)))
+    with pytest.raises(OwnError) as raised:
+        next(iter(DataLoader(Raises(OwnError(message)), num_workers=1)))
     assert "Traceback" in str(raised.value)
 
-    with pytest.raises(kind) as explained:
+    with pytest.raises(OwnError) as explained:
         explain_fit_failure(raised.value, None, None, None)  # type: ignore[arg-type]
     assert str(explained.value) == message
-    explain_fit_failure(kind(message), None, None, None)  # type: ignore[arg-type]
+    explain_fit_failure(OwnError(message), None, None, None)  # type: ignore[arg-type]
 
 
 def test_other_errors_are_left_as_they_are() -> None:

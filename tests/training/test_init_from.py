@@ -38,7 +38,11 @@ def first_batch(folder: Path) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "suffix"), [("decoupled_global", ".safetensors"), ("simple_fine_grained", ".bin")]
+    ("experiment", "suffix"),
+    [
+        ("decoupled_global", ".bin"),
+        pytest.param("simple_fine_grained", ".safetensors", marks=pytest.mark.slow),
+    ],
 )
 def test_the_first_step_is_the_donors(
     train_in: Run, tmp_path: Path, variant: Callable[[str], Path], experiment: str, suffix: str

@@ -9,9 +9,9 @@ import pytest
 from bystanders import stopping
 from conftest import (
     EVERYTHING,
+    EXPERIMENTS,
     FEW,
     SIX,
-    SOME_EXPERIMENTS,
     Run,
     assert_same_run,
     checkpoint,
@@ -68,7 +68,9 @@ def test_the_row_of_a_checkpoints_step_is_not_lost(train_in: Run, half_done: Pat
     assert [rows(half_done)[3].get(name) for name in known] == [rows(six)[3][name] for name in known]
 
 
-@pytest.mark.parametrize("experiment", SOME_EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [EXPERIMENTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS[1:])]
+)
 def test_every_variant_resumes_with_everything_that_a_step_can_have(
     train_in: Run, tmp_path: Path, variant, experiment: str
 ) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ from ipa.training.stopping import Signals, Stopped, replace_handlers, requeue
 
 FOUR = ("trainer.max_steps=4", "image_prompt_check.every_n_steps=3", "+data.window=4", *FEW)
 LIMIT_S = 60
+
+
+@pytest.fixture(autouse=True)
+def _hears_ctrl_c() -> Iterator[None]:
+    """A background job, as the tests may be one, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +131,6 @@ def test_a_data_worker_outlives_the_grace_of_its_process() -> None:
 
 
 def wait_busily(grace_s: float, ready: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as the tests may be one, ignores it
     with Signals(grace_s=grace_s).listening() as signals:
         signals.interruptible = False
         ready.set()
