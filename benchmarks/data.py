@@ -199,7 +199,7 @@ def write_cache(folder: Path, shards: int, samples: int) -> list[str]:
                     "mean_CHW": torch.randn(LATENT, generator=draw),
                     "logvar_CHW": torch.randn(LATENT, generator=draw),
                     "pooled_E": torch.randn(1024, generator=draw),
-                    "ids_MNL": torch.randint(49408, (1, 1, 77), generator=draw),
+                    "text.ids": torch.randint(49408, (1, 77), generator=draw),
                     "size_6": torch.tensor([1024, 1024, 0, 0, IMAGE_PX, IMAGE_PX]),
                 }
                 writer.sample(record, tensors, None)

@@ -1,10 +1,9 @@
-"""Files → batches, in this order.
+"""Shards → batches, in this order.
 
-shards, members, fields, captions, filters, records, sources: what lies in a shard, and which of it is a sample.
-lanes, buckets, order: an endless sequence of samples, a pure function of seed and sources, dealt out to readers.
-transforms, augment, draws, samples: what becomes of a record. cache: the same from feature shards.
-stream, datamodule, cached: batches, shared among ranks and workers; the place that training has reached.
+shards: names, opening, members, and which of them is a record. order: an endless sequence of records, a pure function
+of seed and sources, dealt to lanes; the streams that make batches of it. images: decoding, augmentation, buckets.
+cache: the same from precomputed features. datamodule: loaders, and the position that training has reached.
 
-Ranks, workers and resume only choose who makes which part of the sequence, so they change nothing in what is seen.
-Every draw of a sample has an address (``addresses``).
+Ranks, workers and resume only decide who makes which part of the sequence, so they do not change the samples. Every
+random number of a sample has an address (``addresses``).
 """

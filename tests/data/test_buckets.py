@@ -26,9 +26,6 @@ def test_sdxls_list_is_that_of_the_paper() -> None:
     assert all(side % 64 == 0 for size in SDXL for side in size)
     assert all(0.9 * 1024**2 < height * width <= 1024**2 for height, width in SDXL)
     assert len(set(SDXL)) == 40
-
-
-def test_at_1024_px_the_buckets_are_sdxls() -> None:
     assert set(Buckets.of("sdxl", 1024).sizes) == {(width, height) for height, width in SDXL}
 
 

@@ -20,7 +20,7 @@ from tars import Members, good, write_tar
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates
-from ipa.data.cache.format import BROKEN_MEMBER, CacheWriter, Header, WrongCache, metadata_of, pack, unpack
+from ipa.data.cache.format import BROKEN_MEMBER, CacheWriter, Header, WrongCache, pack, unpack
 from ipa.data.cache.preparation import OTHER_BUCKET, CachedPreparation
 from ipa.data.cache.source import CacheSource
 from ipa.data.images.preparation import ImagePreparation
@@ -76,8 +76,7 @@ def address(index: int = 0) -> Address:
 
 def test_a_sample_comes_back_in_the_types_of_the_format() -> None:
     tensors = make_tensors()
-    data = pack(make_record(7), tensors, (16, 24))
-    about, arrays = metadata_of(data), unpack(data)
+    about, arrays = unpack(pack(make_record(7), tensors, (16, 24)))
 
     assert (about["index"], about["size"], about["target"]) == (7, [30, 20], [16, 24])
     assert about["captions"] == [["a cat", 0.25], ["a red cat", 0.75]]
@@ -261,7 +260,7 @@ def test_text_inputs_have_any_names_and_lengths() -> None:
 def test_caches_of_the_first_release_have_ids_of_captions_and_tokenizers() -> None:
     """``ids_MNL``: M captions, N tokenizers, which are read one after the other."""
     ids_MNL = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
-    arrays = unpack(safetensors.torch.save({"ids_MNL": ids_MNL}))
+    _, arrays = unpack(safetensors.torch.save({"ids_MNL": ids_MNL}, {"sample": "{}"}))
     assert list(arrays) == ["text.ids"] and torch.equal(torch.from_numpy(arrays["text.ids"].copy()), ids_MNL.flatten(1))
 
 

@@ -161,13 +161,6 @@ def test_nothing_good_in_any_source_is_an_error(tmp_path, preparation) -> None:
         train(Order(sources, seed=0), preparation, 2, 1)
 
 
-def test_a_sample_of_two_sources_draws_apart(many_shards, preparation) -> None:
-    names = [Order([ShardSource.of(name, shards=many_shards)], seed=0, window=80) for name in ("one", "other")]
-    seen = [{row[0]: row[1:] for row in train_rows(order, preparation, 80, 1)[0]} for order in names]
-    assert seen[0].keys() == seen[1].keys()
-    assert all(seen[0][key] != seen[1][key] for key in seen[0])
-
-
 @pytest.mark.parametrize(
     ("share", "shards", "lanes", "message"),
     [

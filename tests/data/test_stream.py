@@ -81,13 +81,7 @@ def test_each_pass_brings_every_sample_once_in_another_order(clean_shards: list[
     first, second = [slot.record.key for slot in slots[:20]], [slot.record.key for slot in slots[20:]]
     assert len(set(first)) == 20 and set(first) == set(second) and first != second
     assert [slot.epoch for slot in slots] == [0] * 20 + [1] * 20
-
-
-def test_the_order_depends_on_the_seed_alone(clean_shards: list[str], make_order: MakeOrder) -> None:
-    def order(seed: int) -> list[str]:
-        return [slot.record.key for slot in endless(make_order(clean_shards, seed), 20)]
-
-    assert order(0) == order(0) != order(1)
+    assert [slot.record.key for slot in endless(make_order(clean_shards, seed=1), 20)] != first
 
 
 def test_moving_the_shards_changes_nothing(

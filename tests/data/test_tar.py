@@ -88,12 +88,8 @@ def test_names_and_contents_are_those_of_tarfile(kind: str) -> None:
     found, broken = ours(KINDS[kind]())
     assert (found, broken) == tarfiles(KINDS[kind]())
     assert not broken and bool(found) == (kind != "empty")
-
-
-@pytest.mark.parametrize("kind", ["gnu", "pax", "webdataset"])
-def test_long_names_are_whole(kind: str) -> None:
-    names = [name for name, _ in ours(KINDS[kind]())[0]]
-    assert names == NAMES if kind != "webdataset" else "ü" * 60 + ".jpg" in names
+    if kind in ("gnu", "pax"):  # long names too
+        assert [name for name, _ in found] == NAMES
 
 
 @pytest.mark.parametrize("kind", ["gnu", "pax", "ustar", "webdataset", "a comment for all"])
@@ -112,10 +108,12 @@ def test_wherever_it_is_damaged_tarfile_finds_the_same(kind: str) -> None:
         assert ours(damaged) == tarfiles(damaged), at
 
 
-def test_a_damaged_size_asks_for_no_memory() -> None:
-    info = tarfile.TarInfo("0001.jpg")
-    info.size = 1 << 60
-    assert ours(info.tobuf(tarfile.GNU_FORMAT) + b"x" * 2000) == ([], True)
+def test_sparse_files_and_endless_sizes_are_breaks() -> None:
+    sparse, endless = tarfile.TarInfo("0001.jpg"), tarfile.TarInfo("0002.jpg")
+    sparse.pax_headers = {"GNU.sparse.size": "5", "GNU.sparse.numblocks": "0"}
+    endless.size = 1 << 60  # asks for no memory
+    assert ours(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024)) == ([], True)
+    assert ours(endless.tobuf(tarfile.GNU_FORMAT) + b"x" * 2000) == ([], True)
 
 
 @pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, b"Z"])
@@ -127,13 +125,6 @@ def test_only_regular_files_count(kind: bytes) -> None:
         tar.addfile(odd, io.BytesIO(b"z" * 700))
         tar.addfile(tarfile.TarInfo("0002.txt"))
     assert ours(out.getvalue()) == ([("0002.txt", b"")], False)
-
-
-def test_sparse_files_are_refused() -> None:
-    info = tarfile.TarInfo("0001.jpg")
-    info.pax_headers = {"GNU.sparse.size": "5", "GNU.sparse.numblocks": "0"}
-    with pytest.raises(tarfile.ReadError, match=r"0001\.jpg is a sparse file"):
-        list(walk(Forward(io.BytesIO(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024)))))
 
 
 @pytest.mark.parametrize("program", ["gzip", "bzip2", "xz"])

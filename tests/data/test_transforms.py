@@ -216,27 +216,6 @@ def test_deep_greys_are_scaled_and_not_clipped(values: np.ndarray, kind: str) ->
     assert np.abs(pixels - RAMP[0] / 257).max() <= 1
 
 
-def test_deep_colours_are_scaled() -> None:
-    """A TIFF of 16 bits a channel, which PIL reads but does not write."""
-    picture = opened(rgb16_tiff(RAMP))
-    assert picture.size == (64, 4)
-    assert np.abs(np.asarray(picture)[0, :, 1] - RAMP[0] / 257).max() <= 1
-
-
-def rgb16_tiff(values: np.ndarray) -> bytes:
-    """Grey values as uncompressed little-endian RGB."""
-    height, width = values.shape
-    pixels = values[..., None].repeat(3, -1).astype("<u2").tobytes()
-    tags = [(256, width), (257, height), (259, 1), (262, 2), (273, 200), (277, 3), (278, height), (279, len(pixels))]
-    entries = [(tag, 4, 1, value) for tag, value in tags] + [(258, 3, 3, 190)]
-    ifd = b"".join(
-        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + n.to_bytes(4, "little") + value.to_bytes(4, "little")
-        for tag, kind, n, value in sorted(entries)
-    )
-    head = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little") + ifd + bytes(4)
-    return head.ljust(190, b"\0") + b"\x10\0\x10\0\x10\0".ljust(10, b"\0") + pixels
-
-
 def test_pixels_that_are_no_numbers_are_rejected() -> None:
     with pytest.raises(Rejected, match="no numbers"):
         opened(saved(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
@@ -356,16 +335,6 @@ def test_a_jpeg_decoded_at_a_fraction_gives_the_same_pictures(
     assert psnr(cover(ours, target, place), cover(whole, target, place)) > 40
     for fit in FITS:
         assert psnr(fit_reference(ours, reference_px, fit), fit_reference(whole, reference_px, fit)) > 40
-
-
-def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
-    """Why more can be asked for: the decoder's filter is none of bicubic's."""
-    data, target = saved(photograph(512, 512), "JPEG", quality=90), (256, 256)
-    whole = open_picture(data, "white", MILLION)
-    reduced = open_picture(data, "white", MILLION, [target], headroom=1)
-
-    assert reduced.span == target and whole.span == open_picture(data, "white", MILLION, [target]).span == (512, 512)
-    assert psnr(cover(reduced, target), cover(whole, target)) < 38
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
@@ -45,6 +44,7 @@ DTYPES = {
 TEXT = "text."  # begins the names of what ``Family.prepare_text`` gives: a row for each caption
 OLD_IDS = "ids_MNL"  # caches of the first release: the ids of M captions and N tokenizers
 
+STORED = {"F16": np.float16, "U8": np.uint8, "I32": np.int32}
 MAX_SAMPLES = 10_000_000  # of a shard
 
 BROKEN_MEMBER = "broken cached sample"
@@ -164,25 +164,35 @@ def pack(record: Record, tensors: Mapping[str, Tensor], target: Size | None) -> 
     return save(cast, {"sample": in_json(about).decode()})
 
 
-def metadata_of(data: bytes) -> dict[str, Any]:
-    """The metadata of a sample, without its tensors; raises ``Rejected``."""
+def entries_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The metadata of a sample, the entries of its tensors, and where these begin; raises ``Rejected``."""
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return json.loads(header["__metadata__"]["sample"])
+        begin = 8 + int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:begin])
+        return json.loads(entries.pop("__metadata__")["sample"]), entries, begin
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Rejected(BROKEN_MEMBER, repr(error)) from error
 
 
-def unpack(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of a sample; raises ``Rejected``."""
+def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The metadata of a sample, and its arrays; raises ``Rejected``.
+
+    The arrays are views, since ``safetensors.numpy.load`` copies: it takes 49 µs of the 300 µs of a sample, this 10.
+    """
+    about, entries, begin = entries_of(data)
+    arrays: dict[str, NDArray[Any]] = {}
     try:
-        arrays = load(data)
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            dtype: Any = np.dtype(STORED[entry["dtype"]])
+            count = (end - start) // dtype.itemsize
+            arrays[name] = np.frombuffer(data, dtype, count, begin + start).reshape(entry["shape"])
         if OLD_IDS in arrays:
             ids_MNL = arrays.pop(OLD_IDS)
             arrays[f"{TEXT}ids"] = ids_MNL.reshape(len(ids_MNL), -1)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise Rejected(BROKEN_MEMBER, repr(error)) from error
-    return arrays
+    return about, arrays
 
 
 def to_size(size: Any) -> Size | None:

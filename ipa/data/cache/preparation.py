@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
-from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, metadata_of, to_size, unpack
+from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, to_size, unpack
 from ipa.data.records import Record, Size
 from ipa.data.rejects import Rejected
 from ipa.types import Batch, Features, Position, Posterior
@@ -43,9 +43,9 @@ class CachedPreparation:
         """Raises ``Rejected`` for what was unusable when the cache was made, and for another ``target`` than then."""
         if record.broken:
             raise record.broken.copy()
-        arrays = unpack(record.picture)
+        about, arrays = unpack(record.picture)
         try:
-            made_for = to_size(metadata_of(record.picture)["target"])
+            made_for = to_size(about["target"])
         except (KeyError, TypeError, ValueError) as error:
             raise Rejected(BROKEN_MEMBER, repr(error)) from error
         if target != made_for:

@@ -21,7 +21,7 @@ from ipa.data.cache.format import (
     SAMPLE,
     Header,
     WrongCache,
-    metadata_of,
+    entries_of,
     to_size,
 )
 from ipa.data.records import Record, Source
@@ -111,7 +111,7 @@ def read_record(key: str, extension: str, content: bytes, shard: str) -> Record 
             entry = json.loads(content)
             broken = Rejected(str(entry["reason"]))
             return Record(key, shard, number(entry["index"]), b"", (), (), to_size(entry["size"]), [], broken)
-        about = metadata_of(content)
+        about, _, _ = entries_of(content)
         captions = tuple((str(text), float(chance)) for text, chance in about["captions"])
         if not captions:
             raise UserError("no caption")
