@@ -243,7 +243,11 @@ class ImageEncoder(nn.Module, ABC):
     source: str
     weights: str | None
     widths: EncoderWidths
-    image_size_px: int
+
+    @property
+    @abstractmethod
+    def image_size_px(self) -> int:
+        """Edge of the square images that it reads."""
 
     @abstractmethod
     def encode(self, image_B3HW: Tensor, uses: Uses = "pooled") -> Features:

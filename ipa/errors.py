@@ -38,15 +38,20 @@ def explain(error: BaseException, named: Any = ()) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and _is_named(error.filename, named):
+    if isinstance(error, OSError) and any(_is_named(file, named) for file in _files(error)):
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _is_named(file: Any, named: Any) -> bool:
-    if not isinstance(file, str | bytes | os.PathLike):
-        return False
-    path = Path(os.path.abspath(os.fsdecode(file)))
+def _files(error: OSError) -> list[str]:
+    """The file of an error; the paths in its message if it has none, as for the hub's libraries."""
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        return [os.fsdecode(error.filename)]
+    return [word.strip("'\"`.,:()") for word in str(error).split() if "/" in word]
+
+
+def _is_named(file: str, named: Any) -> bool:
+    path = Path(os.path.abspath(file))
     return any(path.is_relative_to(os.path.abspath(each)) for each in _paths(named))
 
 

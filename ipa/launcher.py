@@ -292,7 +292,9 @@ class ProcessLauncher(SweepLauncher):
 def this_script() -> list[str]:
     """The arguments after ``python`` that started this process: a file, or -m and the name of a module."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name] if spec is not None and spec.origin == os.path.abspath(sys.argv[0]) else [sys.argv[0]]
+    if spec is None or spec.origin != os.path.abspath(sys.argv[0]):
+        return [sys.argv[0]]
+    return ["-m", spec.name.removesuffix(".__main__")]
 
 
 def this_command() -> list[str]:

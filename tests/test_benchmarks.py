@@ -78,16 +78,6 @@ def test_a_package_is_used_when_a_function_of_its_files_runs() -> None:
     assert startup.used_packages(files) == {"torch", "filelock"}
 
 
-def test_startup_table() -> None:
-    package = {"name": "scipy", "modules": 2, "seconds": 0.5, "brought_by": "torchmetrics", "used": False}
-    cheap = {**package, "name": "tqdm", "seconds": 0.001, "used": True}
-    found = {"imported_s": [5.0, 7.0, 6.0], "first_step_s": [2.0], "answers_s": {"help": [0.5]}}
-    told = startup.in_markdown({**found, "packages": [package, cheap]})
-
-    assert "6.00 | 5.00 – 7.00" in told and "| help | 0.50 |" in told
-    assert "| scipy | 2 | 0.50 | `torchmetrics` | no |" in told and "tqdm" not in told
-
-
 def test_the_reference_computes_our_loss() -> None:
     """For the same batch with drops; ours through the adapter, the reference through diffusers' processors."""
     model = tiny.shake(tiny.make_model())

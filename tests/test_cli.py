@@ -247,6 +247,7 @@ def test_a_file_is_named_by_itself_or_by_a_folder_above_it(file: str | bytes, na
     for others in ([], ["other"], ["."], ["/", ""], ["dat"], ["data/0.tarx"]):
         assert explain_failure(error, others) is None
     assert explain_failure(OSError("without a file"), named) is None
+    assert explain_failure(OSError("no weights in data/a/vae."), ["data"]) == "OSError: no weights in data/a/vae."
 
 
 def test_an_error_of_the_writing_function_stays_what_it_is(tmp_path: Path) -> None:

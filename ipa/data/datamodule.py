@@ -140,7 +140,7 @@ class StreamDataModule(LightningDataModule):
         if self.val_order is None:
             return []
         preparation, share = self.val_preparation(), share or self.share()
-        stream = ValStream(self.val_order, preparation, self.val_batch_size, self.val_limit, share)
+        stream = ValStream(self.val_order, preparation, self.val_batch_size, share, self.val_limit)
         return DataLoader(stream, **self.loader_options())
 
     def audit_dataloader(self) -> DataLoader[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -42,24 +43,21 @@ class Record:
         return self.measured
 
 
-class Source(Protocol):
-    """Shards that are read in the same way.
+@dataclass(frozen=True)
+class Source(ABC):
+    """Shards that are read in the same way. ``weight`` is its share of the samples, relative to the other sources."""
 
-    ``read`` gives the samples of a shard in file order; ``fingerprint`` covers everything that decides what they are.
-    """
+    name: str
+    shards: list[str]
+    weight: float
 
-    @property
-    def name(self) -> str: ...
+    @abstractmethod
+    def read(self, shard: str) -> Iterator[Record | Rejected]:
+        """The samples of one of the shards, in file order."""
 
-    @property
-    def shards(self) -> list[str]: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    def read(self, shard: str) -> Iterator[Record | Rejected]: ...
-
-    def fingerprint(self) -> str: ...
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Covers everything that decides which records there are and what they hold; not the folders: data may move."""
 
 
 class Preparation(Protocol):

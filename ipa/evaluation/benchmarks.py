@@ -1,4 +1,4 @@
-"""Where items come from: shards, a folder of pictures, or COCO."""
+"""Where items come from: shards, a folder of images, or COCO."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ShardBenchmark:
 
 
 class FolderBenchmark:
-    """The first ``limit`` pictures of a folder, by name; a ``.txt`` file of the same name has captions, one a line."""
+    """The first ``limit`` images of a folder, by name; a ``.txt`` file of the same name has captions, one a line."""
 
     def __init__(self, name: str, folder: str, limit: int | None = None) -> None:
         self.name, self.folder, self.limit = name, Path(folder), limit
@@ -70,15 +70,15 @@ class FolderBenchmark:
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """By name; raises UserError for no pictures, or two with the same name."""
+        """By name; raises UserError for no images, or two with the same name."""
         if not self.folder.is_dir():
             raise UserError(f"benchmark.folder={self.folder}: no such folder")
         found = sorted(path for path in self.folder.iterdir() if is_picture(path))
         if not found:
-            raise UserError(f"benchmark.folder={self.folder}: no pictures ({', '.join(PICTURE_EXTENSIONS)})")
+            raise UserError(f"benchmark.folder={self.folder}: no images ({', '.join(PICTURE_EXTENSIONS)})")
         paths = {path.stem: path for path in found[: self.limit]}
         if len(paths) < len(found[: self.limit]):
-            raise UserError(f"benchmark.folder={self.folder}: some pictures differ only in their extension")
+            raise UserError(f"benchmark.folder={self.folder}: some images differ only in their extension")
         return paths
 
     @property
@@ -93,7 +93,7 @@ class FolderBenchmark:
 
 
 class CocoBenchmark:
-    """The first ``limit`` pictures of COCO by id with captions (Lin et al. 2014); the paper used all of val2017."""
+    """The first ``limit`` images of COCO by id with captions (Lin et al. 2014); the paper used all of val2017."""
 
     def __init__(self, name: str, images: str, annotations: str, limit: int | None = None) -> None:
         self.name, self.images, self.annotations, self.limit = name, Path(images), Path(annotations), limit
@@ -109,7 +109,7 @@ class CocoBenchmark:
         if not self.annotations.is_file():
             raise UserError(
                 f"benchmark.annotations={self.annotations}: no such file. COCO's captions are in "
-                "annotations_trainval2017.zip, its pictures in val2017.zip (cocodataset.org)"
+                "annotations_trainval2017.zip, its images in val2017.zip (cocodataset.org)"
             )
         try:
             content = json.loads(self.annotations.read_bytes())
@@ -126,7 +126,7 @@ class CocoBenchmark:
         missing = [name for name, _ in self.entries.values() if not (self.images / name).is_file()]
         if missing:
             raise UserError(
-                f"benchmark.images={self.images}: {len(missing)} of the {len(self.entries)} pictures in "
+                f"benchmark.images={self.images}: {len(missing)} of the {len(self.entries)} images in "
                 f"{self.annotations.name} are missing ({missing[0]} …)"
             )
         return [Item(number, captions) for number, (_, captions) in self.entries.items()]
@@ -136,7 +136,7 @@ class CocoBenchmark:
 
 
 def pixels(picture: Opened) -> Tensor:
-    """The whole picture: uint8 image_3HW."""
+    """The whole image: uint8 image_3HW."""
     return picture.pixels_3HW.contiguous()
 
 
@@ -145,7 +145,7 @@ def is_picture(path: Path) -> bool:
 
 
 def fingerprint_of(files: Sequence[Path]) -> str:
-    """A hash of names and file sizes: it differs for a resized copy of the same pictures."""
+    """A hash of names and file sizes: it differs for a resized copy of the same images."""
     return f"{digest(*(part for path in files for part in (path.stem, path.stat().st_size))):016x}"
 
 

@@ -1,10 +1,10 @@
-"""The first half of an evaluation: pictures, written one by one and never made twice.
+"""The first half of an evaluation: images, written one by one and never made twice.
 
     FOLDER/items.json, references/ID.png      the benchmark, the same for every system
     FOLDER/LABEL/manifest.json                how a system was run
-    FOLDER/LABEL/pictures/ITEM_NUMBER.png     its pictures
+    FOLDER/LABEL/pictures/ITEM_NUMBER.png     its images
 
-Pictures are made in batches, a fixed partition of the plan. An unfinished batch is made again as a whole, since
+Images are made in batches, a fixed partition of the plan. An unfinished batch is made again as a whole, since
 rounding depends on the batch size: restarts, order and the number of processes change no bit.
 """
 
@@ -75,7 +75,7 @@ def recorded(sampling: SamplingOptions) -> dict[str, Any]:
 def manifest(
     label: str, benchmark: Benchmark, method: Method, sampling: SamplingOptions, tasks: Sequence[Task], **settings: Any
 ) -> dict[str, Any]:
-    """Everything that determines the pictures."""
+    """Everything that determines the images."""
     return {
         "label": label,
         "benchmark": identity(benchmark),
@@ -102,7 +102,7 @@ def planned(tasks: Sequence[Task]) -> list[dict[str, Any]]:
 def begin(folder: Path, settings: dict[str, Any]) -> None:
     """Write the manifest, unless the run is complete.
 
-    Raises UserError when the folder holds pictures with other settings, or pictures without a manifest.
+    Raises UserError when the folder holds images with other settings, or images without a manifest.
     """
     path = folder / "manifest.json"
     before = read_json(path) if path.is_file() else {}
@@ -110,7 +110,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         refuse_mix(folder, before, json.loads(json.dumps(settings)))
     elif any((folder / "pictures").glob("**/*.png")):
         raise UserError(
-            f"{folder} holds pictures without a manifest of how they were made: give label=ANOTHER or remove it"
+            f"{folder} holds images without a manifest of how they were made: give label=ANOTHER or remove it"
         )
     if before.get("status") != COMPLETE or not all((folder / each["file"]).is_file() for each in settings["pictures"]):
         spent = {"seconds": before["seconds"]} if "seconds" in before else {}
@@ -126,19 +126,19 @@ def refuse_mix(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
     if differ := sorted(name for name in now if before.get(name) != now[name]):
         changes = [f"{name}: {json.dumps(before.get(name)):.80}, now {json.dumps(now[name]):.80}" for name in differ]
         raise UserError(
-            f"{folder} holds pictures with other settings ({', '.join(changes)}): give label=ANOTHER or remove it"
+            f"{folder} holds images with other settings ({', '.join(changes)}): give label=ANOTHER or remove it"
         )
 
 
 def check_made(folder: Path, benchmark: Benchmark, tasks: Sequence[Task]) -> None:
-    """For generate=false: raises UserError unless all these pictures of this benchmark are there."""
+    """For generate=false: raises UserError unless all these images of this benchmark are there."""
     path = folder / "manifest.json"
     if not path.is_file():
-        raise UserError(f"generate=false, but {folder} has no pictures yet: give another label=, or generate=true")
+        raise UserError(f"generate=false, but {folder} has no images yet: give another label=, or generate=true")
     refuse_mix(folder, read_json(path), {"benchmark": identity(benchmark), "pictures": planned(tasks)})
     if missing := [task.file for task in tasks if not (folder / task.file).is_file()]:
         raise UserError(
-            f"generate=false, but {len(missing)} of {len(tasks)} pictures are not in {folder} ({missing[0]} …): give "
+            f"generate=false, but {len(missing)} of {len(tasks)} images are not in {folder} ({missing[0]} …): give "
             "generate=true, or remove the folder"
         )
 
@@ -160,10 +160,10 @@ def generate(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Make the missing pictures of this process's batches, which are every ``world``-th."""
+    """Make the missing images of this process's batches, which are every ``world``-th."""
     mine = [batch for batch in batches(tasks, sampling.batch_size)[rank::world] if not is_done(folder, batch)]
     total = sum(map(len, mine))
-    with tqdm(total=total, unit=" pictures", desc=folder.name, disable=not total) as bar:
+    with tqdm(total=total, unit=" images", desc=folder.name, disable=not total) as bar:
         for batch in mine:
             prompts = [Prompt(read(task.item), task.text, task.seed) for task in batch]
             pixels_B3HW = method.generate(prompts, sampling)
@@ -178,7 +178,7 @@ def check_finite(pixels_B3HW: Tensor, label: str) -> None:
     broken = int((~pixels_B3HW.isfinite().flatten(1).all(1)).sum())
     if broken:
         raise UserError(
-            f"{label}: {broken} of {len(pixels_B3HW)} pictures in a batch are not finite. If the system runs in half "
+            f"{label}: {broken} of {len(pixels_B3HW)} images in a batch are not finite. If the system runs in half "
             "precision, give method.dtype=float32"
         )
 
@@ -188,7 +188,7 @@ def is_done(folder: Path, batch: Sequence[Task]) -> bool:
 
 
 def finish(folder: Path, tasks: Sequence[Task], seconds: float, device: str) -> bool:
-    """Mark the run complete if all pictures of all processes are there."""
+    """Mark the run complete if all images of all processes are there."""
     if not is_done(folder, tasks):
         return False
     path = folder / "manifest.json"
@@ -202,7 +202,7 @@ def finish(folder: Path, tasks: Sequence[Task], seconds: float, device: str) -> 
 
 
 def skip(folder: Path, label: str, name: str, reason: str) -> bool:
-    """Record why a system could not be run, for the report; False if the folder has pictures, which stay."""
+    """Record why a system could not be run, for the report; False if the folder has images, which stay."""
     if (folder / "pictures").is_dir():
         return False
     content = {"label": label, "method": {"name": name}, "status": SKIPPED, "reason": reason}
@@ -211,7 +211,7 @@ def skip(folder: Path, label: str, name: str, reason: str) -> bool:
 
 
 def pictures_hash(folder: Path, tasks: Sequence[Task]) -> str:
-    """SHA-256 of all pictures, to tell whether scores belong to them."""
+    """SHA-256 of all images, to tell whether scores belong to them."""
     whole = hashlib.sha256()
     for task in tasks:
         whole.update((folder / task.file).read_bytes())
@@ -219,7 +219,7 @@ def pictures_hash(folder: Path, tasks: Sequence[Task]) -> str:
 
 
 def read_pictures(folder: Path, tasks: Sequence[Task], batch_size: int) -> Iterator[tuple[Sequence[Task], Tensor]]:
-    """The written pictures, batch by batch: uint8 pictures_B3HW."""
+    """The written images, batch by batch: uint8 pictures_B3HW."""
     for batch in batches(tasks, batch_size):
         yield batch, torch.stack([read_png(folder / task.file) for task in batch])
 

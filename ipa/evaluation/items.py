@@ -1,7 +1,7 @@
-"""Items, each an image prompt with captions, and the plan of pictures to make from each.
+"""Items, each an image prompt with captions, and the plan of images to make from each.
 
 Items come from *benchmarks*: ``ShardBenchmark`` (the demo world, or any shards), ``FolderBenchmark``, ``CocoBenchmark``
-(the paper's: 5,000 pictures of COCO val2017).
+(the paper's: 5,000 images of COCO val2017).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Benchmark(Protocol):
         ...
 
     def read(self, item: Item) -> Tensor:
-        """The whole picture, upright, RGB: uint8 image_3HW."""
+        """The whole image, upright, RGB: uint8 image_3HW."""
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to make, the ``number``-th of an item."""
+    """One image to make, the ``number``-th of an item."""
 
     item: Item
     number: int
@@ -59,7 +59,7 @@ class Task:
 
 
 def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[Task]:
-    """All pictures in order. A picture's seed only depends on ``seed``, its item's id and its number.
+    """All images in order. An image's seed only depends on ``seed``, its item's id and its number.
 
     ``prompt`` is one of ``PROMPTS``: the text is empty, or the item's first caption. Raises UserError.
     """

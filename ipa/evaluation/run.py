@@ -1,4 +1,4 @@
-"""`python evaluate.py`: one system on one benchmark; pictures first, then scores."""
+"""`python evaluate.py`: one system on one benchmark; images first, then scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ipa.sampling import SamplingOptions
 
 log = logging.getLogger(__name__)
 
-# options that change no picture, or that the folder already shows, and so are not part of a label
+# options that change no image, or that the folder already shows, and so are not part of a label
 NOT_IN_LABEL = {
     *("benchmark", "out", "label", "device", "generate", "name", "num_seeds"),
     *("paths", "judge", "metric", "metrics", "hydra", "method", "sweep"),
@@ -92,12 +92,12 @@ def load_or_skip(method: DictConfig, folder: Path, label: str) -> Method | None:
     except MissingWeights as error:
         log.warning("%s skipped: %s", label, error)
         if not skip(folder, label, method_class(method).name, str(error)):
-            log.warning("To score the pictures that are already there: generate=false")
+            log.warning("To score the images that are already there: generate=false")
         return None
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:
-    """The other options that determine the pictures, with the SHA-256 of weights that were given as files."""
+    """The other options that determine the images, with the SHA-256 of weights that were given as files."""
     paths = {str(name): Path(value) for name, value in cfg.method.items() if isinstance(value, str)}
     return {
         "prompt": cfg.prompt,
@@ -190,7 +190,7 @@ def method_class(method: DictConfig) -> type[Method]:
 
 
 def label_of(cfg: DictConfig) -> str:
-    """The method and the options that change its pictures: ip_adapter-simple_global-scale0.5."""
+    """The method and the options that change its images: ip_adapter-simple_global-scale0.5."""
     hydra: Any = HydraConfig.get()
     adapters, others = [], []
     for override in hydra.overrides.task:

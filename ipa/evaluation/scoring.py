@@ -1,4 +1,4 @@
-"""The second half of an evaluation: metrics read the written pictures. A new metric needs no new pictures.
+"""The second half of an evaluation: metrics read the written images. A new metric needs no new images.
 
 FOLDER/LABEL/scores.json     each metric's mean with a confidence interval, its values per item, or why it is missing
 """
@@ -29,7 +29,7 @@ BY_CONFIGURATION = ("settings", "made", "missing")
 
 
 class NotComputable(Exception):
-    """A metric that these pictures have no value of, such as a distance between sets of one."""
+    """A metric that these images have no value of, such as a distance between sets of one."""
 
 
 def score(
@@ -40,10 +40,10 @@ def score(
     make: Callable[[DictConfig], Any],
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Scores of the pictures in ``folder``; those of the same pictures in ``scores.json`` are kept.
+    """Scores of the images in ``folder``; those of the same images in ``scores.json`` are kept.
 
     ``make`` makes a metric from its configuration, which scores.json records. A metric without weights, or that is
-    undefined for so few pictures, is recorded as missing.
+    undefined for so few images, is recorded as missing.
     """
     path, digest = folder / "scores.json", pictures_hash(folder, tasks)
     settings: Any = OmegaConf.to_container(metrics, resolve=True)  # with the judge
@@ -67,7 +67,7 @@ def score(
 
 
 def known_scores(path: Path, digest: str) -> dict[str, Any]:
-    """The scores in ``path`` that belong to the pictures with this hash."""
+    """The scores in ``path`` that belong to the images with this hash."""
     empty: dict[str, Any] = {name: {} for name in (*BY_CONFIGURATION, "metrics", "per_item")}
     found = read_json(path) if path.is_file() else {}
     return {"pictures": digest, **empty, **(found if found.get("pictures") == digest else {})}
@@ -83,7 +83,7 @@ def forget(scores: dict[str, Any], name: str) -> None:
 
 
 def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Read, name: str) -> Any:
-    """The metric, updated with all pictures, and with the captions if every item has one."""
+    """The metric, updated with all images, and with the captions if every item has one."""
     number = 0
     captioned = all(task.item.captions for task in tasks)
     for batch, pictures_B3HW in tqdm(
@@ -120,7 +120,7 @@ def numbers_of(metric: Any, filled: Any, tasks: Sequence[Task]) -> dict[str, dic
 
 
 def means(values_B: Tensor, items: Sequence[str]) -> dict[str, float]:
-    """Mean over the pictures of each item."""
+    """Mean over the images of each item."""
     found: dict[str, list[float]] = {}
     for item, value in zip(items, values_B.tolist(), strict=True):
         found.setdefault(item, []).append(value)

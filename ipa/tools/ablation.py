@@ -31,7 +31,7 @@ from omegaconf import MISSING, OmegaConf
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError, brief
 from ipa.files import read_json, write_atomically
-from ipa.tools.options import run_tool
+from ipa.tools.options import option, run_tool
 
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
 PROMPTED, ALONE = "scale 1", "scale 0"
@@ -55,11 +55,11 @@ CLAIMS = {
 class Options:
     """What `python -m ipa.tools.ablation` takes, with the defaults."""
 
-    sweep: str = MISSING  # folder of the sweep: one folder in it for each run
-    out: str = MISSING  # markdown file; the picture goes into images/ beside it
-    notes: str | None = None  # markdown that is put under the figures, what you make of them
-    adapters: str | None = None  # folder for a copy of each variant's first adapter file
-    rows: int = 8  # prompts of the picture
+    sweep: str = option(MISSING, "folder of the sweep, with one folder for each run")
+    out: str = option(MISSING, "markdown file to write; its picture goes into images/ next to it")
+    notes: str | None = option(None, "markdown file with your conclusions, added below the figures")
+    adapters: str | None = option(None, "folder for a copy of each variant's first adapter file")
+    rows: int = option(8, "image prompts in the picture", at_least=1)
 
 
 @dataclass

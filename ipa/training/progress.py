@@ -14,7 +14,7 @@ from ipa.training.hooks import Order, TrainingCallback, is_due
 
 log = logging.getLogger(__name__)
 
-MAX_LINES, MIN_PAUSE_S = 100, 10.0
+PAUSE_S = 60.0  # between two lines
 SHOWN = {"train/loss": "loss", "train/samples_per_s": "samples/s"}  # logged name → shown name
 
 
@@ -28,7 +28,7 @@ class Progress(TrainingCallback):
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.shown_step, self.shown_at = trainer.global_step, time.monotonic()
+        self.shown_at = time.monotonic()
         if trainer.is_global_zero and sys.stderr.isatty():
             total, done = trainer.max_steps, trainer.global_step
             self.bar = tqdm(desc="training", total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -40,13 +40,9 @@ class Progress(TrainingCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(describe(trainer), refresh=False)
             self.bar.update(step - self.bar.n)
-        elif step == trainer.max_steps or self.is_time(trainer):
+        elif step == trainer.max_steps or time.monotonic() - self.shown_at >= PAUSE_S:
             log.info("step %d of %d  %s", step, trainer.max_steps, describe(trainer))
-            self.shown_step, self.shown_at = step, time.monotonic()
-
-    def is_time(self, trainer: L.Trainer) -> bool:
-        many = (trainer.global_step - self.shown_step) * MAX_LINES >= trainer.max_steps
-        return many and time.monotonic() - self.shown_at >= MIN_PAUSE_S
+            self.shown_at = time.monotonic()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

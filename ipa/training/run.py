@@ -20,7 +20,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -110,9 +109,10 @@ def set_up_torch(cfg: DictConfig) -> None:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors: page faults cost a CPU about a seventh of its throughput."""
-    mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in MALLOC_OPTIONS.items() if mallopt else ():
-        mallopt(option, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in MALLOC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal) -> L.Trainer:
@@ -189,9 +189,7 @@ def batch_size_per_process(cfg: DictConfig, trainer: L.Trainer) -> int:
 
 
 def check_devices(cfg: DictConfig) -> None:
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not (
-        CUDAAccelerator.is_available() or MPSAccelerator.is_available()
-    ):
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
         raise UserError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU: check that nvidia-smi lists one "
             "and that torch.version.cuda fits its driver; or give trainer.accelerator=cpu trainer.precision=32-true"

@@ -115,10 +115,7 @@ class Signals:
     def give_up(self) -> None:
         """Runs in the timer's thread: the main thread may hang in a collective."""
         assert self.number is not None
-        log.error(
-            "the step did not end within %g s (stop.grace_s), so the process ends now",
-            self.grace_s,
-        )
+        log.error("the step did not end within %g s (stop.grace_s), so the process ends now", self.grace_s)
         logging.shutdown()
         os._exit(KILLED_BY_SIGNAL + self.number)
 

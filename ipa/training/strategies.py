@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -126,7 +126,7 @@ class AdapterZeRO2(AdapterFSDP):
     shards_base = False
 
 
-STRATEGIES: dict[str, Any] = {"ddp": AdapterDDP, "fsdp": AdapterFSDP, "zero2": AdapterZeRO2}
+STRATEGIES: dict[str, Callable[[float], Strategy]] = {"ddp": AdapterDDP, "fsdp": AdapterFSDP, "zero2": AdapterZeRO2}
 
 
 def make_strategy(kind: str, accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:

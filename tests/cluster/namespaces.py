@@ -1,7 +1,7 @@
-"""Two machines in one: network namespaces that see each other through a cable, and share the file system.
+"""Two nodes on one machine: network namespaces that are connected by a virtual cable and share the file system.
 
-What runs in one has a network of its own, so nothing can be found by way of loopback or the machine's name. The
-machine needs root and the right to make namespaces (``ip netns``).
+Each has its own network: processes cannot find each other through loopback or the machine's name. This needs root and
+permission to create namespaces (``ip netns``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFIX = "10.213.7"
 
 
 def missing() -> str | None:
-    """Why there can be no namespaces here, None if there can."""
+    """Why namespaces cannot be created here; None if they can."""
     if executable("ip") is None:
         return "ip is missing: apt-get install iproute2"
     if os.geteuid() != 0:
@@ -51,12 +51,12 @@ class Node:
             )
 
     def processes(self) -> dict[int, str]:
-        """Number → command line of all that runs on this node."""
+        """Process id → command line of everything that runs on this node."""
         told = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True).stdout
         return {int(pid): command for pid in told.split() if (command := command_line(int(pid)))}
 
     def kill(self, only: str = "") -> int:
-        """kill -9 of every process with this in its command line, all at once; returns how many there were."""
+        """kill -9 for every process with this in its command line; returns their number."""
         victims = [pid for pid, command in self.processes().items() if only in command]
         for pid in victims:
             try:
@@ -74,7 +74,7 @@ def command_line(pid: int) -> str:
 
 
 class TwoNodes:
-    """A context: two nodes with a cable between them, which are gone after it, with all that runs there."""
+    """A context with two connected nodes, which are removed after it with everything that runs there."""
 
     def __init__(self) -> None:
         self.nodes = [Node(f"ipa{os.getpid()}-{number}", f"{PREFIX}.{number + 1}") for number in range(2)]

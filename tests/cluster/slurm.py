@@ -1,7 +1,7 @@
 """A real Slurm on one machine: munged, slurmctld and a slurmd for each of two nodes, on loopback, in one folder.
 
-Debian's packages ``slurm-wlm`` and ``munge`` are enough; nothing of the machine's own Slurm is read or touched.
-``python tests/cluster/slurm.py`` starts one and a shell in it, to look around.
+Needs only Debian's packages ``slurm-wlm`` and ``munge``; the machine's own Slurm is not used.
+``python tests/cluster/slurm.py`` starts one with a shell in it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def missing() -> str | None:
 
 
 def executable(program: str) -> str | None:
-    """Daemons stand in /usr/sbin, which is not in everybody's PATH."""
+    """Daemons are in /usr/sbin, which may be missing in PATH."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
@@ -82,7 +82,7 @@ def free_port() -> int:
 
 
 def wait_until(holds: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
-    """Raise TimeoutError that says what did not come about."""
+    """Wait for a condition; raises TimeoutError with what did not happen."""
     end = time.monotonic() + patience_s
     while not holds():
         if time.monotonic() > end:
@@ -91,7 +91,7 @@ def wait_until(holds: Callable[[], object], what: str, patience_s: float = PATIE
 
 
 class Slurm:
-    """A context: daemons run inside, and are gone after it. A node has ``cpus`` CPUs, however many the machine has."""
+    """A context with running daemons. A node has ``cpus`` CPUs, regardless of the machine."""
 
     def __init__(self, folder: Path, cpus: int = 2) -> None:
         self.folder = folder
@@ -99,8 +99,8 @@ class Slurm:
         self.daemons = ExitStack()
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         for name in [name for name in self.environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
-            del self.environment[name]  # of a job that these tests may be running in
-        self.environment["MASTER_ADDR"] = "127.0.0.1"  # the nodes' names are known to Slurm alone
+            del self.environment[name]  # from a job that runs these tests
+        self.environment["MASTER_ADDR"] = "127.0.0.1"  # only Slurm knows the nodes' names
 
     def __enter__(self) -> Slurm:
         try:
@@ -141,7 +141,7 @@ class Slurm:
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
         files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
-        # --force: the folder above the socket is nobody else's, which munged takes for a mistake
+        # --force: munged complains about the permissions of the folder above the socket
         self._daemon("munged", "--foreground", "--force", *options)
         wait_until((self.folder / "munge.socket").exists, "munged's socket")
 
@@ -163,7 +163,7 @@ class Slurm:
         return {f"{name} idle" for name in NODES} <= {state.strip() for state in states}
 
     def run(self, *command: str, cwd: Path | None = None, check: bool = True, timeout_s: float = 60) -> str:
-        """Output of one of Slurm's commands; with ``check`` a failure raises with what it said."""
+        """Output of one of Slurm's commands; with ``check``, a failure raises RuntimeError with the output."""
         done = subprocess.run(
             command,
             cwd=cwd or self.folder,
@@ -199,16 +199,16 @@ class Slurm:
         self.run("scontrol", "requeue", str(job))
 
     def warn(self, job: int | str) -> None:
-        """What ``--signal=USR1@120`` does when so many seconds are left."""
+        """Send the signal of ``--signal=USR1@120``."""
         self.run("scancel", "--signal=USR1", str(job))
 
     def preempt(self) -> None:
-        """All that runs, by a short job of a partition that goes first."""
+        """Preempt all jobs, with a short job of higher priority."""
         self.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """A daemon's end, at any price."""
+    """Terminate a daemon, or kill it."""
     process.terminate()
     try:
         process.wait(timeout=10)

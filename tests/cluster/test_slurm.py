@@ -1,4 +1,4 @@
-"""Training under a real Slurm, with the very script that docs/cluster.md gives to its readers."""
+"""Training under a real Slurm, with the scripts of docs/cluster.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainings import (
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "docs/cluster/train.sbatch"
 TORCHRUN = ROOT / "docs/cluster/torchrun.sbatch"
-# what a cluster without GPUs needs to be told otherwise than the scripts do
+# options for a cluster without GPUs, in place of the scripts'
 NO_GPUS = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10", "--mem=0"]
 ONE_NODE = ["--nodes=1", "--ntasks-per-node=2"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
@@ -38,15 +38,15 @@ def submit(slurm: Slurm, tiny_runs: TinyRuns, *options: str, script: Path = TRAI
 
 
 @pytest.mark.slow
-def test_slurm_answers(slurm: Slurm) -> None:
+def test_slurm_runs_on_both_nodes(slurm: Slurm) -> None:
     assert len(slurm.run("srun", "-n", "2", "hostname").split()) == 2
     nodes = slurm.run("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME $SLURM_NODEID $SLURM_NNODES")
     assert sorted(nodes.splitlines()) == ["one 0 2", "two 1 2"]
 
 
 @pytest.mark.slow
-def test_disturbed_run_ends_as_if_nothing_had_been(slurm: Slurm, tiny_runs: TinyRuns) -> None:
-    """Stopped three times, the job waits and goes on with its own run; the other has a node for each of its tasks."""
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+    """Stopped three times, the job resumes its own run; the other run has a node for each of its tasks."""
     job, run = submit(slurm, tiny_runs, *ONE_NODE)
     for times, disturb in enumerate([slurm.requeue, slurm.warn, lambda job: slurm.preempt()], 1):
         wait_for_step(run, times * STEPS // 5)
@@ -63,8 +63,8 @@ def test_disturbed_run_ends_as_if_nothing_had_been(slurm: Slurm, tiny_runs: Tiny
 
 
 @pytest.mark.slow
-def test_torchrun_on_every_node_obeys_as_well(slurm: Slurm, tiny_runs: TinyRuns) -> None:
-    """Its workers are told, write their checkpoint, and the job goes on under the same name."""
+def test_torchrun_on_each_node_handles_signals_as_well(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+    """Its workers get the signal and write a checkpoint, and the job resumes under the same name."""
     job, run = submit(slurm, tiny_runs, *TWO_NODES, "--export=ALL,GPUS_PER_NODE=1", script=TORCHRUN)
     for times, disturb in enumerate([slurm.warn, lambda job: slurm.preempt()], 1):
         wait_for_step(run, times * STEPS // 5)

@@ -1,4 +1,4 @@
-"""Sweeps on a cluster: ``hydra/launcher=submitit_slurm`` on a real Slurm, and what it says where there is none."""
+"""Sweeps with ``hydra/launcher=submitit_slurm`` on a real Slurm, and the message where there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -23,7 +24,7 @@ NOWHERE = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def start(tiny_runs: TinyRuns, environment: Mapping[str, str], *options: str) -> subprocess.Popen[str]:
-    """``python train.py -m`` in the tiny world, where it came to that."""
+    """``python train.py -m`` in the tiny world."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "-m", *tiny_runs.overrides, *options],
         cwd=tiny_runs.folder,
@@ -43,7 +44,7 @@ def sweep(tiny_runs: TinyRuns, environment: Mapping[str, str], *options: str) ->
 
 
 def submitted(process: subprocess.Popen[str], number: str) -> tuple[str, str]:
-    """What Slurm calls the sweep's job with this number, and the output so far."""
+    """Slurm's id of the sweep's job with this number, and the output so far."""
     assert process.stdout is not None
     earlier = ""
     while (found := re.search(rf"Slurm's job (\d+_{number}),", line := process.stdout.readline())) is None:
@@ -54,7 +55,7 @@ def submitted(process: subprocess.Popen[str], number: str) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_two_experiments_run_on_slurm_and_leave_two_adapters(slurm: Slurm, tiny_runs: TinyRuns) -> None:
-    """Each in a job of its own, one requeued in the middle. Other launchers find the same folders, and both done."""
+    """Each in its own job, one requeued in the middle. Other launchers find the same folders, both finished."""
     runs = [tiny_runs.folder / "runs/study" / name for name in ("decoupled_global", "simple_global")]
     process = start(tiny_runs, slurm.environment, *TWO_EXPERIMENTS, *ON_SLURM)
     first, earlier = submitted(process, "0")
@@ -75,8 +76,8 @@ def test_two_experiments_run_on_slurm_and_leave_two_adapters(slurm: Slurm, tiny_
 
 
 @pytest.mark.slow
-def test_jobs_that_fail_or_are_cancelled_are_told(slurm: Slurm, tiny_runs: TinyRuns) -> None:
-    """One at a time: the first fails by itself; the second is cancelled before it begins, and has no exit code."""
+def test_failed_and_cancelled_jobs_are_reported(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+    """One at a time: the first fails; the second is cancelled before it starts, and has no exit code."""
     keeps = ["checkpoint.keep_last=0,2", "name=study", "hydra.launcher.array_parallelism=1"]
     process = start(tiny_runs, slurm.environment, *ON_SLURM, *keeps)
     second, earlier = submitted(process, "1")
@@ -91,7 +92,7 @@ def test_jobs_that_fail_or_are_cancelled_are_told(slurm: Slurm, tiny_runs: TinyR
 
 
 @pytest.mark.slow
-def test_what_sbatch_refuses_is_told_in_its_words(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+def test_messages_of_sbatch_are_shown(slurm: Slurm, tiny_runs: TinyRuns) -> None:
     options = [*TWO_EXPERIMENTS, *ON_SLURM, "hydra.launcher.partition=nowhere"]
     code, output = sweep(tiny_runs, slurm.environment, *options)
 
@@ -99,18 +100,19 @@ def test_what_sbatch_refuses_is_told_in_its_words(slurm: Slurm, tiny_runs: TinyR
     assert "invalid partition specified: nowhere" in output and "Traceback" not in output
 
 
-def test_where_there_is_no_slurm_the_sweep_says_so(tiny_runs: TinyRuns) -> None:
-    tiny_runs.overrides = [f"paths.runs={tiny_runs.folder / 'runs'}"]  # every other takes its time to be looked at
-    code, output = sweep(tiny_runs, NOWHERE, *TWO_EXPERIMENTS, *ON_SLURM)
+def test_where_there_is_no_slurm_the_sweep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    arguments = ["-m", *TWO_EXPERIMENTS, *ON_SLURM]
+    result = forked.run(ROOT / "train.py", *arguments, cwd=tmp_path / "here", environment=NOWHERE)
 
-    assert code == 2
-    assert "this machine has no sbatch" in output and "hydra/launcher=processes" in output
-    assert "Traceback" not in output and not (tiny_runs.folder / "runs").exists()
+    assert result.returncode == 2
+    assert "no sbatch" in result.stderr and "hydra/launcher=processes" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "here/runs").exists()
 
 
 @pytest.mark.slow
 def test_jobs_that_share_a_process_have_one_device(tiny_runs: TinyRuns) -> None:
-    """Hydra's own launcher puts all jobs into one process, which Lightning would start again for each device."""
+    """Hydra's own launcher runs all jobs in one process, which Lightning would start again for each device."""
     code, output = sweep(
         tiny_runs, NOWHERE, *TWO_EXPERIMENTS, "hydra/launcher=basic", "trainer=ddp", "trainer.devices=2"
     )
@@ -121,7 +123,7 @@ def test_jobs_that_share_a_process_have_one_device(tiny_runs: TinyRuns) -> None:
 
 
 def test_options_reach_sbatch_by_its_own_names() -> None:
-    """What is null is Slurm's to say; a run gets the signal that it obeys, and is requeued."""
+    """Options that are null are left to Slurm; a run gets the signal that it handles, and is requeued."""
     options = OmegaConf.load(ROOT / "conf/hydra/launcher/submitit_slurm.yaml")
     given = {name: options[name] for name in options if name not in ("_target_", "submitit_folder", "name")}
     given |= {"partition": "gpu", "gpus_per_node": 8}

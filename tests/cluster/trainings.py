@@ -1,4 +1,4 @@
-"""What the trainings of these tests have in common: their overrides, and what they leave."""
+"""The overrides of the trainings in these tests, and what they write."""
 
 from __future__ import annotations
 

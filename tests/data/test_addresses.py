@@ -11,10 +11,6 @@ def numbers(address: Address, name: str = "noise") -> list[float]:
     return torch.randn(4, generator=address.generator(name)).tolist()
 
 
-def test_same_address_same_numbers() -> None:
-    assert numbers(HERE) == numbers(Address(1, 2, "laion", "00003.tar", 4))
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -66,8 +62,3 @@ def test_drop_rates_are_met_by_one_joint_draw() -> None:
     assert (image & text).float().mean().item() == pytest.approx(0.20, abs=0.025)
     assert draws.time_B.min() >= 0 and draws.time_B.max() < 1
     assert draws.time_B.mean().item() == pytest.approx(0.5, abs=0.02)
-
-
-def test_impossible_drop_rates_are_refused() -> None:
-    with pytest.raises(ValueError, match="sum to at most 1"):
-        DropRates(0.5, 0.5, 0.5)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from hydra.utils import instantiate
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -33,11 +32,6 @@ def test_by_default_nothing_changes(fit: str) -> None:
 
     assert torch.equal(augmented(plain, picture, 24, at(0), fit), fit_reference(picture, 24, fit))
     assert plain.need(24) == (24, 24)
-
-
-def test_it_comes_from_yaml() -> None:
-    values = {"_target_": "ipa.data.images.augment.Augmentation", "area": 0.5, "flip": 0.5, "brightness": 0.1}
-    assert instantiate(values) == Augmentation(area=0.5, flip=0.5, brightness=0.1)
 
 
 @pytest.mark.parametrize(

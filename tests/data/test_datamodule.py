@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -194,6 +193,9 @@ def test_missing_shards_are_told_at_once(tmp_path: Path, clean_shards: list[str]
         ShardDataModule(clean_shards, f"{tmp_path}/nowhere/*.tar")
     with pytest.raises(NoShards, match="empty"):
         ShardDataModule([])
+    assert make(clean_shards).val_dataloader() == []
+    with pytest.raises(ValueError, match="fit_to"):
+        ShardDataModule(clean_shards).train_dataloader()
 
 
 def test_an_error_in_a_worker_reaches_training(tmp_path: Path) -> None:
@@ -202,31 +204,11 @@ def test_an_error_in_a_worker_reaches_training(tmp_path: Path) -> None:
         next(iter(make(shard, num_workers=1).train_dataloader()))
 
 
-def test_sizes_must_be_known(clean_shards: list[str]) -> None:
-    with pytest.raises(ValueError, match="fit_to"):
-        ShardDataModule(clean_shards).train_dataloader()
-
-
-def test_no_validation_shards_no_loader(clean_shards: list[str]) -> None:
-    assert make(clean_shards).val_dataloader() == []
-
-
 def test_validation_through_workers_keeps_file_order(clean_shards: list[str]) -> None:
     batches = list(make(clean_shards, clean_shards, val_batch_size=3, val_limit=17, num_workers=2).val_dataloader())
     keys = [key for batch in batches for key in batch.keys]
     assert keys == sorted(keys) and len(keys) == 17
     assert not any(batch.draws.drop_text_B.any() or batch.draws.drop_image_B.any() for batch in batches)
-
-
-def test_batches_move_as_one(clean_shards: list[str]) -> None:
-    batch = next(iter(make(clean_shards).train_dataloader())).to("meta")
-    assert batch.image_B3HW.is_meta and batch.draws.time_B.is_meta and batch.size_B6.is_meta and len(batch.keys) == 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
-def test_batches_are_pinned_as_one(clean_shards: list[str]) -> None:
-    batch = next(iter(make(clean_shards).train_dataloader())).pin_memory()
-    assert batch.size_B6.is_pinned() and batch.image_B3HW.is_pinned() and batch.draws.time_B.is_pinned()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -243,11 +225,6 @@ def test_a_batch_says_how_each_picture_was_cut(tmp_path: Path, num_workers: int)
     mapped = batch.map(lambda tensor: tensor[:2])
     assert torch.equal(mapped.size_B6, batch.size_B6[:2]) and torch.equal(mapped.to("cpu").size_B6, mapped.size_B6)
     assert batch.keep_all().size_B6 is batch.size_B6
-
-
-def test_a_batch_need_not_say_how_it_was_cut(clean_shards: list[str]) -> None:
-    batch = replace(next(iter(make(clean_shards).train_dataloader())), size_B6=None)
-    assert batch.map(lambda tensor: tensor[:1]).size_B6 is None and batch.to("meta").size_B6 is None
 
 
 def test_nothing_is_dropped_when_all_is_kept(clean_shards: list[str]) -> None:

@@ -47,7 +47,8 @@ def test_limits_belong_to_what_passes(limits: dict[str, Any], passes: bool, valu
 
 
 @pytest.mark.parametrize(
-    "metadata", [None, {}, {"p": None}, {"p": ""}, {"p": "UNLIKELY"}, {"p": float("nan")}, {"p": [1]}]
+    "metadata",
+    [None, {}, {"p": None}, {"p": ""}, {"p": "UNLIKELY"}, {"p": float("nan")}, {"p": [1]}, {"p": 10**400}],
 )
 def test_missing_numbers(metadata: Any) -> None:
     assert reason({"unsafe": {"key": "json.p", "max": 1}}, metadata) == "filter: unsafe is missing"
@@ -64,14 +65,14 @@ def test_the_first_key_that_tells_counts() -> None:
     assert reason(filters, {"similarity": 0.2}) == "filter: watermark is missing"
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400)])
-def test_numbers_beyond_floats_are_none(value: int) -> None:
-    assert reason({"odd": {"key": "json.p", "max": 1}}, {"p": value}) == "filter: odd is missing"
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("short_side_px", 20), ("aspect_ratio", 1.5), ("caption_characters", 11), ("caption_words", 3)],
+    [
+        ("short_side_px", 20),
+        ("aspect_ratio", 1.5),  # of the long side
+        ("caption_characters", 11),
+        ("caption_words", 3),
+    ],
 )
 def test_quantities(key: str, value: float) -> None:
     assert reason({"it": {"key": key, "min": value, "max": value}}) is None
@@ -79,18 +80,11 @@ def test_quantities(key: str, value: float) -> None:
     assert reason({"it": {"key": key, "max": value - 0.01}}) == "filter: it"
 
 
-def test_the_aspect_ratio_is_that_of_the_long_side() -> None:
-    assert reason({"it": {"key": "aspect_ratio", "min": 2, "max": 2}}, picture=png((10, 20))) is None
-    assert reason({"it": {"key": "aspect_ratio", "min": 1, "max": 1}}, picture=png((10, 10))) is None
-
-
 def test_sizes_are_those_of_the_picture_whatever_the_metadata_say() -> None:
+    assert reason({"it": {"key": "aspect_ratio", "min": 2, "max": 2}}, picture=png((10, 20))) is None
+    assert reason({"it": {"key": "short_side_px", "min": 200}}, picture=png((300, 200))[:60]) is None
     assert reason({"it": {"key": "short_side_px", "min": 21}}, {"width": 3000, "height": 2000}) == "filter: it"
     assert reason({"it": {"key": "json.original_width", "min": 21}}, {"original_width": 3000}) is None
-
-
-def test_no_pixel_is_decoded() -> None:
-    assert reason({"it": {"key": "short_side_px", "min": 200}}, picture=png((300, 200))[:60]) is None
 
 
 def test_broken_things_keep_their_own_reasons() -> None:
@@ -105,11 +99,8 @@ def test_the_first_filter_that_rejects_is_counted() -> None:
     assert reason(dict(reversed(filters.items()))) == "filter: small"
 
 
-def test_a_filter_can_be_turned_off() -> None:
-    assert read_filters(None) == read_filters({}) == read_filters({"small": None}) == ()
-
-
 def test_filters_from_hydra_are_plain_values() -> None:
+    assert read_filters(None) == read_filters({}) == read_filters({"small": None}) == ()
     values = {"a": {"key": ["json.p", "json.q"], "min": 1, "missing": "keep"}, "b": {"key": "aspect_ratio", "max": 2}}
     filters = read_filters(OmegaConf.create(values))
     assert filters == read_filters(values) and all(type(key) is str for each in filters for key in each.keys)
@@ -148,8 +139,3 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         "data.known.laion.filters.a",
         "data.known.laion.filters.c",
     ]
-
-
-def test_filters_are_a_mapping() -> None:
-    with pytest.raises(ValueError, match=r"data\.filters=\['watermark'\]: give a mapping"):
-        read_filters(["watermark"])  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def watched(shards: list[str], window: int = 6) -> tuple[Order, list[str]]:
 def opened_by(shards: list[str], preparation: ImagePreparation, share: Share, lanes: Lanes, steps: int) -> set[str]:
     order, opened = watched(shards)
     stream = TrainStream(order, preparation, 2, share, lanes)
-    list(islice(stream.batches(Position(), share), steps))
+    list(islice(stream.batches(share), steps))
     return set(opened)
 
 

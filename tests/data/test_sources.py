@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from tars import good, png, write_tar
 
 from ipa.data.records import Record
-from ipa.data.shards.names import NoShards
 from ipa.data.shards.source import Layout, ShardSource
 
 CONF = Path(__file__).parents[2] / "conf" / "source"
@@ -44,13 +43,6 @@ def test_values_from_hydra_become_plain(clean_shards: list[str]) -> None:
     assert (
         make(clean_shards).layout == make(clean_shards, captions="txt", reference=None, filters={}).layout == Layout()
     )
-
-
-def test_no_shard_is_opened(tmp_path: Path) -> None:
-    for i in range(3):
-        (tmp_path / f"{i:05d}.tar").touch()
-    assert len(make(str(tmp_path), **VALUES).fingerprint()) == 16
-    assert make("s3://nowhere/{00000..00099}.tar").shards[99] == "s3://nowhere/00099.tar"
 
 
 @pytest.mark.parametrize(
@@ -101,16 +93,9 @@ def test_the_fingerprint_does_not_change_between_versions() -> None:
         ),
     ],
 )
-def test_what_cannot_be_read_is_told(clean_shards: list[str], values: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_read_is_refused(clean_shards: list[str], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make(clean_shards, **values)
-
-
-def test_messages_name_where_the_values_stand(clean_shards: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^data\.known\.mine\.weight=0"):
-        make(clean_shards, weight=0, option="data.known.mine")
-    with pytest.raises(NoShards, match="no such shard"):
-        make("nowhere/*.tar", **VALUES)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Folders as an evaluation leaves them: real little pictures, made-up scores."""
+"""Folders as an evaluation leaves them: real small images, made-up scores."""
 
 from __future__ import annotations
 
@@ -30,40 +30,23 @@ def write_items(folder: Path, ids: Sequence[str], num_seeds: int = 1, name: str 
 
 
 def write_run(
-    folder: Path,
-    label: str,
-    scores: dict[str, Any] | None = None,
-    pictures: Sequence[str] = (),
-    method: dict[str, Any] | None = None,
-    sampling: dict[str, Any] | None = None,
-    **manifest: Any,
+    folder: Path, label: str, scores: dict[str, Any] | None = None, pictures: Sequence[str] = (), **manifest: Any
 ) -> None:
-    """A run with the pictures ITEM_NUMBER, which are listed but not made, and with scores, if any."""
-    listed = [
-        {"item": each[:-2], "number": int(each[-1]), "seed": 1, "text": "", "file": f"pictures/{each}.png"}
-        for each in pictures
+    """A run with the images ITEM_NUMBER, listed but not written; ``method`` and ``sampling`` update the defaults."""
+    content = {"label": label, "status": "complete", "prompt": "empty", "seed": 0, "versions": {"torch": "2.15.0"}}
+    content["method"] = {**METHOD, **manifest.pop("method", {})}
+    content["sampling"] = {**SAMPLING, **manifest.pop("sampling", {})}
+    content["pictures"] = [
+        {"item": each[:-2], "number": int(each[-1]), "file": f"pictures/{each}.png"} for each in pictures
     ]
-    content = {
-        "label": label,
-        "status": "complete",
-        "method": {**METHOD, **(method or {})},
-        "sampling": {**SAMPLING, **(sampling or {})},
-        "prompt": "empty",
-        "seed": 0,
-        "versions": {"torch": "2.15.0"},
-        "pictures": listed,
-        **manifest,
-    }
-    write_json(folder / label / "manifest.json", content)
+    write_json(folder / label / "manifest.json", {**content, **manifest})
     if scores is not None:
         write_json(folder / label / "scores.json", scores)
 
 
 def write_skipped(folder: Path, name: str, reason: str) -> None:
-    write_json(
-        folder / name / "manifest.json",
-        {"label": name, "method": {"name": name}, "status": "skipped", "reason": reason},
-    )
+    content = {"label": name, "method": {"name": name}, "status": "skipped", "reason": reason}
+    write_json(folder / name / "manifest.json", content)
 
 
 def scored(clip_i: float, items: dict[str, float] | None = None, **missing: str) -> dict[str, Any]:
@@ -74,30 +57,25 @@ def scored(clip_i: float, items: dict[str, float] | None = None, **missing: str)
         "kid": {"value": 0.02, "higher_is_better": False},
         "kid_std": {"value": 0.001, "higher_is_better": None},
     }
-    return {
-        "pictures": "f00d",
-        "settings": {"clip": {"prefix": "A photo depicts "}},
-        "metrics": metrics,
-        "per_item": {"clip_i": items or {}},
-        "missing": missing,
-    }
+    settings = {"clip": {"prefix": "A photo depicts "}}
+    per_item = {"clip_i": items or {}}
+    return {"pictures": "f00d", "settings": settings, "metrics": metrics, "per_item": per_item, "missing": missing}
 
 
 def write_demo(folder: Path) -> Path:
-    """Six items with two pictures each; λ = 0, 0.5 and 1, an unfinished system and a skipped one."""
+    """Six items with two images each; λ = 0, 0.5 and 1, an unfinished system and a skipped one."""
     ids = [f"item{number}" for number in range(6)]
     write_items(folder, ids, num_seeds=2)
+    pictures = [f"{each}_{number}" for each in ids for number in range(2)]
     for number, each in enumerate(ids):
         write_picture(folder / "references" / f"{each}.png", 40 * number)
-    pictures = [f"{each}_{number}" for each in ids for number in range(2)]
     for scale in (0, 0.5, 1.0):
         items = {each: 0.1 * number * scale for number, each in enumerate(ids)}
         write_run(folder, f"mine-{scale}", scored(0.25 * scale, items), pictures, sampling={"scale": scale})
+        for number, each in enumerate(pictures):
+            write_picture(folder / f"mine-{scale}" / "pictures" / f"{each}.png", 20 * number)
     style = {"name": "t2i_style", "source": "style", "trained": None}
     write_run(folder, "style", None, pictures, method=style, status="unfinished")
-    for label in ("mine-0", "mine-0.5", "mine-1.0"):
-        for number, each in enumerate(pictures):
-            write_picture(folder / label / "pictures" / f"{each}.png", 20 * number)
     write_picture(folder / "style" / "pictures" / "item0_0.png", 200)
     write_skipped(folder, "sd_unclip", "download it | from <there> and give path=FOLDER")
     return folder

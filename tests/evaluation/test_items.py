@@ -50,7 +50,7 @@ def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         FolderBenchmark("folder", str(tmp_path / "nowhere")).items()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         FolderBenchmark("folder", str(tmp_path)).items()
     for ending in ("png", "jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"same.{ending}")
@@ -116,7 +116,7 @@ def test_a_resized_copy_of_coco_is_another_benchmark(tmp_path: Path) -> None:
 
 def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:
     images, annotations = coco(tmp_path)
-    with pytest.raises(UserError, match=r"1 of the 3 pictures in captions\.json are missing \(0+12"):
+    with pytest.raises(UserError, match=r"1 of the 3 images in captions\.json are missing \(0+12"):
         CocoBenchmark("coco2017", str(images), str(annotations)).items()
     with pytest.raises(UserError, match=r"annotations_trainval2017\.zip"):
         CocoBenchmark("coco2017", str(images), str(tmp_path / "nowhere.json")).items()

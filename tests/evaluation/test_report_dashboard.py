@@ -1,4 +1,4 @@
-"""`python -m ipa.tools.report FOLDER wandb=PROJECT`: what is logged, and that nothing is logged without the option."""
+"""`python -m ipa.tools.report FOLDER wandb=PROJECT`: the tables and images that are logged."""
 
 from __future__ import annotations
 
@@ -85,10 +85,3 @@ def test_pictures_are_those_of_the_grid(evaluation: Path) -> None:
         assert (style is None) == (item != "item0")  # it is not finished
         for cell in (prompt, *others):
             assert Image.open(files[cell["path"]]).size == (16, 11)
-
-
-def test_nothing_is_logged_without_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_demo(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
-    main()
-    assert not (folder / "wandb").exists()

@@ -26,23 +26,19 @@ def rows_of(evaluation: Evaluation) -> dict[str, dict[str, str]]:
     return {row[rows[0].index("run")]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
-def test_values_have_intervals_and_the_best_is_bold(tmp_path: Path) -> None:
+def test_values_have_intervals_and_gaps_have_reasons(tmp_path: Path) -> None:
     rows = rows_of(read_evaluation(write_demo(tmp_path)))
 
     assert rows["mine-0.5"]["CLIP-I ↑"] == "0.125 [0.115, 0.135]"
-    assert rows["mine-1.0"]["CLIP-I ↑"] == "**0.250** [0.240, 0.260]"
-    assert rows["mine-1.0"]["KID ↓"] == "**0.0200** ± 0.0010"
-    assert rows["mine-1.0"]["trained"] == "22.3 M" and rows["mine-1.0"]["λ"] == "1"
-    assert "guidance" not in rows["mine-1.0"], "it is the same for all"
-
-
-def test_systems_without_scores_are_listed_with_the_reason(tmp_path: Path) -> None:
-    rows = rows_of(read_evaluation(write_demo(tmp_path)))
-
-    assert rows["sd_unclip"]["note"] == "skipped: download it / from <there> and give path=FOLDER"
-    assert rows["sd_unclip"]["trained"] == "870 M (paper)" and rows["sd_unclip"]["CLIP-I ↑"] == "–"
-    assert rows["style"]["note"] == "unfinished: 1 of 12 images exist"
-    assert (rows["style"]["custom models"], rows["sd_unclip"]["custom models"]) == ("✓", "✗")
+    best = rows["mine-1.0"]
+    assert best["CLIP-I ↑"] == "**0.250** [0.240, 0.260]" and best["KID ↓"] == "**0.0200** ± 0.0010"
+    assert best["trained"] == "22.3 M" and best["λ"] == "1"
+    assert "guidance" not in best, "it is the same for all"
+    skipped, unfinished = rows["sd_unclip"], rows["style"]
+    assert skipped["note"] == "skipped: download it / from <there> and give path=FOLDER"
+    assert skipped["trained"] == "870 M (paper)" and skipped["CLIP-I ↑"] == "–"
+    assert unfinished["note"] == "unfinished: 1 of 12 images exist"
+    assert (unfinished["custom models"], skipped["custom models"]) == ("✓", "✗")
 
 
 def test_missing_metrics_say_why_and_where(tmp_path: Path) -> None:
@@ -66,12 +62,9 @@ def papers_values(folder: Path, items: int = 5000, seeds: int = 4, name: str = "
 
 
 def test_the_papers_values_are_next_to_ours_on_its_benchmark(tmp_path: Path) -> None:
-    assert papers_values(tmp_path) == ["0.588", "0.828"]
-
-
-def test_a_system_that_was_never_run_has_the_papers_values_everywhere(tmp_path: Path) -> None:
+    """Also in the row of a system that was never run."""
     write_skipped(tmp_path, "sd_unclip", "download it")
-    papers_values(tmp_path)
+    assert papers_values(tmp_path) == ["0.588", "0.828"]
 
     evaluation = read_evaluation(tmp_path)
 
@@ -82,12 +75,8 @@ def test_a_system_that_was_never_run_has_the_papers_values_everywhere(tmp_path: 
 @pytest.mark.parametrize(
     "other",
     [
-        {"items": 100},
-        {"seeds": 2},
-        {"name": "demo"},
-        {"sampling": {"scale": 0.0}},
-        {"prompt": "caption"},
-        {"method": {"trained": 351_285_248}},
+        *({"items": 100}, {"seeds": 2}, {"name": "demo"}),
+        *({"sampling": {"scale": 0.0}}, {"prompt": "caption"}, {"method": {"trained": 351_285_248}}),
     ],
     ids=str,
 )
@@ -95,18 +84,13 @@ def test_the_papers_values_are_not_next_to_other_settings(tmp_path: Path, other:
     assert papers_values(tmp_path, **other) == ["no column"] * 2
 
 
-def test_the_fine_grained_adapter_has_its_own_row() -> None:
+def test_every_method_has_a_title_and_the_fine_grained_adapter_its_own_row() -> None:
+    methods = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
     row = paper_row("IP-Adapter", 49_087_488)
 
+    assert methods and methods <= set(KINDS) and kind_of("IP-Adapter") is kind_of("ip_adapter")
     assert row is not None and (row.clip_score, row.clip_i) == (0.579, 0.835)
     assert paper_row("seecoder", 294_000_000) is None
-
-
-def test_every_method_has_a_title_and_a_place() -> None:
-    methods = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-
-    assert methods and set(methods) <= set(KINDS)
-    assert kind_of("IP-Adapter") is kind_of("ip_adapter")
 
 
 def test_json_has_everything_but_single_items(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_complete_run_stays_as_it_is(run: Run, out: Path) -> None:
 
 
 def test_scores_alone_need_all_pictures(run: Run, evaluated: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    with pytest.raises(UserError, match=r"generate=false, but .*x has no pictures yet"):
+    with pytest.raises(UserError, match=r"generate=false, but .*x has no images yet"):
         run("label=x", "generate=false")
     out = Path(shutil.copytree(evaluated, tmp_path / "out", dirs_exist_ok=True))
     (out / "x/scores.json").unlink()
@@ -186,7 +186,7 @@ def test_scores_alone_need_all_pictures(run: Run, evaluated: Path, tmp_path: Pat
         run("label=x", "generate=false", "adapter=null")
         assert (out / "x/scores.json").is_file() == (rank == 0)
     (out / "x/pictures/picture1_0.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 10 pictures are not in .*picture1_0\.png"):
+    with pytest.raises(UserError, match=r"1 of 10 images are not in .*picture1_0\.png"):
         run("label=x", "generate=false")
 
 
@@ -219,7 +219,7 @@ def test_pictures_that_are_not_finite_are_refused() -> None:
     pixels_B3HW = torch.zeros(3, 3, 4, 4)
     check_finite(pixels_B3HW, "x")
     pixels_B3HW[1, 0, 0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"x: 1 of 3 pictures .*method\.dtype=float32"):
+    with pytest.raises(UserError, match=r"x: 1 of 3 images .*method\.dtype=float32"):
         check_finite(pixels_B3HW, "x")
 
 

@@ -8,8 +8,9 @@ import pytest
 from omegaconf import MISSING
 
 from ipa.errors import UserError
-from ipa.tools import ablation, export, pack, report, sample
+from ipa.tools import ablation, export, report, sample
 from ipa.tools.options import describe, option, read_options, run_tool
+from ipa.tools.pack import __main__ as pack
 
 
 @dataclass

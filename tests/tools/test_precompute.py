@@ -29,7 +29,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ipa.data.addresses import Address
-from ipa.data.cache.format import Header, WrongCache
+from ipa.data.cache.format import WrongCache
+from ipa.data.cache.source import read_header
 from ipa.data.records import Record
 from ipa.errors import UserError
 from ipa.tools.precompute.run import check_finite, precompute
@@ -296,7 +297,7 @@ def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_pa
 def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
     red = "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red]}"
     out = run(tmp_path / "out", *parts, red)
-    assert Header.of_shard(str(out / "00000.tar")).choices["background"] == "red"
+    assert read_header(str(out / "00000.tar")).choices["background"] == "red"
     for asked in (red, "data.background=null"):
         instantiate(compose("train", *parts, "data=cache", f"data.train={out}", asked).data)
     with pytest.raises(InstantiationException, match="background red, not white"):
@@ -361,7 +362,7 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
     assert [(source.name, source.weight, len(source.shards)) for source in sources] == [("laion", 3, 3), ("coyo", 1, 3)]
     assert len(train_batches(cfg, build_model(cfg), 3)) == 3
     misnamed = [caches[0].replace("caches.laion", "caches.mine"), caches[1]]
-    with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: call it so"):
+    with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: use that name"):
         instantiate(compose("train", *plain, "data=cache", *misnamed).data)
     padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "++data.max_pixels=10_000")
     for path, said in (

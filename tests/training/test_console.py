@@ -102,13 +102,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_nobody_is_logged_in_without_a_key(home: Path) -> None:
+def test_a_key_in_the_environment_is_a_login(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not logged_in()
-
-
-def test_key_in_the_environment_is_a_login(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-
     assert logged_in()
 
 
@@ -121,24 +117,18 @@ def test_key_in_the_environment_is_a_login(home: Path, monkeypatch: pytest.Monke
         ("api.wandb.ai", "https://wandb.example.org", False),
     ],
 )
+@pytest.mark.parametrize("place", [".netrc", "elsewhere"])
 def test_netrc_is_a_login_at_its_host(
-    home: Path, monkeypatch: pytest.MonkeyPatch, host: str, server: str | None, expected: bool
+    home: Path, monkeypatch: pytest.MonkeyPatch, host: str, server: str | None, expected: bool, place: str
 ) -> None:
-    netrc = home / ".netrc"
+    netrc = home / place
     netrc.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
     netrc.chmod(0o600)
     if server:
         monkeypatch.setenv("WANDB_BASE_URL", server)
+    if place != ".netrc":
+        monkeypatch.setenv("NETRC", str(netrc))
 
     assert logged_in() == expected
-
-
-def test_netrc_elsewhere_or_unreadable(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = home / "secrets"
-    elsewhere.write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    elsewhere.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(elsewhere))
-    assert logged_in()
-
-    elsewhere.write_text("machine\n")
+    netrc.write_text("machine\n")
     assert not logged_in()

@@ -15,7 +15,7 @@ from PIL import Image
 from wandb_records import WandbRun, read_offline_runs
 
 from ipa.cli import explain_failure
-from ipa.secrets import without_secrets
+from ipa.training.loggers import make_wandb
 
 WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "NETRC", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 CURVES = ("train/loss", "image_prompt/gap", "train/lr", "train/grad_norm", "train/samples_per_s")
@@ -83,12 +83,10 @@ def test_previews_are_shown_at_their_steps(run: WandbRun, folder: Path) -> None:
         assert Image.open(path).convert("RGB").tobytes() == kept.tobytes()
 
 
-@pytest.mark.parametrize("score", ["clip_i", "clip_t", "retrieval_at_1", "border_lab"])
-def test_scores_are_shown_at_the_steps_of_the_previews(run: WandbRun, folder: Path, score: str) -> None:
-    curve = run.curve(f"preview/{score}")
-
-    assert list(curve) == [2, 4]
-    assert curve == {step: float(value) for step, value in column(folder, f"preview/{score}").items()}
+def test_scores_are_shown_at_the_steps_of_the_previews(run: WandbRun, folder: Path) -> None:
+    for name in [f"preview/{score}" for score in ("clip_i", "clip_t", "retrieval_at_1", "border_lab")]:
+        assert list(run.curve(name)) == [2, 4]
+        assert run.curve(name) == {step: float(value) for step, value in column(folder, name).items()}
 
 
 def test_the_configuration_is_the_resolved_one(run: WandbRun, folder: Path) -> None:
@@ -97,28 +95,28 @@ def test_the_configuration_is_the_resolved_one(run: WandbRun, folder: Path) -> N
     assert run.config["callbacks"]["previews"]["folder"] == str(folder / "previews")
 
 
-def test_nothing_is_laid_in_the_home_folder(run: WandbRun, home: Path) -> None:
+def test_a_resumed_run_is_another_file_with_the_same_id(home: Path, tmp_path: Path) -> None:
+    for steps in (range(1, 4), range(4, 6)):
+        logger = make_wandb(tmp_path, project="ipa", name="x")
+        for step in steps:
+            logger.log_metrics({"loss": 1 / step}, step=step)
+        wandb.finish()
+        wandb.teardown()
+        # wandb names folders by the second; these names make room for the next, and their order is not that of time
+        latest = (tmp_path / "wandb/latest-run").resolve()
+        latest.rename(latest.with_name(f"offline-run-{9 - steps.start}"))
+
+    first, second = read_offline_runs(tmp_path)
+    assert first.id == second.id
+    assert list(first.curve("loss")) == [1, 2, 3] and list(second.curve("loss")) == [4, 5]
+
+
+def test_nothing_is_written_to_the_home_folder(run: WandbRun, home: Path) -> None:
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
-def test_secrets_stay_at_home() -> None:
-    told = {
-        "data": {"train": ["https://user:pass@host/{0..9}.tar", "s3://bucket/a@b.tar"], "caption_key": "txt"},
-        "logger": {"wandb": {"api_key": "0123", "entity": "us"}},
-        "tokens": {"num_tokens": 4, "secret": None},
-        "hub_access_token": "hf_0123",
-    }
-
-    assert without_secrets(told) == {
-        "data": {"train": ["https://…@host/{0..9}.tar", "s3://bucket/a@b.tar"], "caption_key": "txt"},
-        "logger": {"wandb": {"api_key": "…", "entity": "us"}},
-        "tokens": {"num_tokens": 4, "secret": None},
-        "hub_access_token": "…",
-    }
-
-
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_tensorboard_that_is_missing_is_told(world: World, tmp_path: Path) -> None:
+def test_a_missing_tensorboard_is_reported(world: World, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="tensorboard") as caught:
         run_training(tmp_path / "x", *world.overrides(), "logger=tensorboard")
 

@@ -228,8 +228,12 @@ def test_a_data_worker_writes_its_stack_on_request(tmp_path: Path) -> None:
     monitor.setup(trainer, None, "fit")  # type: ignore[arg-type]
     worker = multiprocessing.get_context("fork").Process(target=faults.hang_in_source)
     worker.start()
-    os.kill(worker.pid or 0, DUMP or 0)
-    faults.wait_until(lambda: faults.has_stack(tmp_path / "stalls/rank_0.txt", "hang_in_source"))
+
+    def has_answered() -> bool:
+        os.kill(worker.pid or 0, DUMP or 0)
+        return faults.has_stack(tmp_path / "stalls/rank_0.txt", "hang_in_source")
+
+    faults.wait_until(has_answered)
     worker.kill()
     worker.join()
     monitor.close()

@@ -27,15 +27,18 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("captioned", [True, False])
-def test_previews_and_scores_of_a_folder(train_in: Run, tmp_path: Path, pictures: Path, captioned: bool) -> None:
+@pytest.mark.parametrize("captioned", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_previews_and_scores_of_a_folder_in_place_of_the_held_out_shards(
+    train_in: Run, tmp_path: Path, pictures: Path, captioned: bool
+) -> None:
     if captioned:
         (pictures / "a.txt").write_text("red thing\n")
-    folder = train_in(tmp_path / "x", "data.val=null", f"preview.images={pictures}", "trainer.max_steps=2")
+    few = ("trainer.max_steps=2", "preview.num_prompts=9")
+    folder = train_in(tmp_path / "x", f"preview.images={pictures}", *few)
     scores = json.loads((folder / "summary.json").read_text())["scores"]["scale 1"]
 
     with Image.open(folder / "previews/step_000002.png") as grid:
-        assert grid.height == 3 * 100 + 4 + 18  # of four pictures preview.num_prompts=3
+        assert grid.height == 4 * 100 + 4 + 18
     assert list(column(folder, "preview/clip_i")) == [2]
     assert list(column(folder, "preview/clip_t")) == ([2] if captioned else [])
     assert ("clip_t" in scores) == captioned
@@ -58,11 +61,3 @@ def test_references_of_a_folder_are_cut_as_in_training(pictures: Path, fit: str)
     made = [fit_reference(read_picture(pictures / f"{name}.PNG"), 24, fit) for name in sorted(NAMES)]
 
     assert torch.equal(prompts.references_B3HW, torch.stack(made))
-
-
-def test_a_folder_is_preferred_to_the_held_out_shards(train_in: Run, tmp_path: Path, pictures: Path) -> None:
-    few = ("trainer.max_steps=2", "preview.num_prompts=9", "scoring=null")
-    folder = train_in(tmp_path / "x", f"preview.images={pictures}", *few)
-
-    with Image.open(folder / "previews/step_000002.png") as grid:
-        assert grid.height == 4 * 100 + 4 + 18

@@ -136,7 +136,7 @@ class Wrong(L.Callback):
             raise KeyError("wrong")
 
 
-@pytest.mark.parametrize("step", [3, 7], ids=["timed", "traced"])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 7], ids=["timed", "traced"])
 def test_a_step_that_fails_leaves_nothing_running(step: int, train_in: Run, tmp_path: Path) -> None:
     wrong = ("+callbacks.wrong._target_=test_profiling.Wrong", f"+callbacks.wrong.step={step}")
     with pytest.raises(KeyError, match="wrong"):

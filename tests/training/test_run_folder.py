@@ -150,7 +150,7 @@ def test_the_last_step_counts_always_and_there_may_be_fewer_held_out_images_than
         assert grid.height == HELDOUT * 100 + 4 + 18
 
 
-@pytest.mark.parametrize("missing", [["data.val=null"], ["judge=null"]], ids=" ".join)
+@pytest.mark.parametrize("missing", [pytest.param(["data.val=null"], marks=pytest.mark.slow), ["judge=null"]])
 def test_without_held_out_pictures_or_judge_the_rest_is_there(
     train_in: Run, tmp_path: Path, missing: list[str]
 ) -> None:

@@ -45,7 +45,7 @@ slow = pytest.mark.slow
         ("step", 1, 1, signal.SIGINT),
         pytest.param("step", 2, 2, signal.SIGTERM, marks=slow),  # where a checkpoint and a preview are due
         ("preview", 2, 2, signal.SIGTERM),
-        ("data", 3, 3, signal.SIGUSR1),
+        ("data", 2, 2, signal.SIGUSR1),
         ("step", 4, 4, signal.SIGTERM),
         pytest.param("preview", 4, 4, signal.SIGTERM, marks=slow),
         pytest.param("end", 4, 4, signal.SIGTERM, marks=slow),

@@ -31,8 +31,8 @@ ACCEPTANCE = (
     *QUIET,
     "global_batch_size=4",
     "optimizer.lr=1e-4",
-    "trainer.max_steps=8",
-    "trainer.log_every_n_steps=4",
+    "trainer.max_steps=4",
+    "trainer.log_every_n_steps=2",
 )
 ALL = (
     *EVERYTHING,
@@ -98,7 +98,7 @@ def furthest(one: Path, other: Path) -> float:
 
 def test_two_processes_give_what_one_gives(place: Path) -> None:
     """AdamW at 1e-4, float32: within 2e-5 is promised, 6e-8 was measured."""
-    assert checkpoint(place / "two")["global_step"] == 8
+    assert checkpoint(place / "two")["global_step"] == 4
     assert furthest(place / "one", place / "two") < 2e-6
 
 
@@ -133,7 +133,7 @@ def test_only_the_adapters_gradients_travel(place: Path) -> None:
     """Seen by DDP's own hook in a training: the frozen parts are in no bucket, and not sent around at the start."""
     seen = json.loads((place / "travelled.json").read_text())
     assert seen["static"]
-    assert sum(seen["bytes"]) == 8 * seen["trained_bytes"] > 0
+    assert sum(seen["bytes"]) == 4 * seen["trained_bytes"] > 0
     assert seen["ignored"] == sorted(seen["frozen"]) and len(seen["frozen"]) > 100
     assert not {*seen["ignored"]} & {*seen["trained"]}
 

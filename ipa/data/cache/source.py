@@ -24,7 +24,7 @@ from ipa.data.cache.format import (
     metadata_of,
     to_size,
 )
-from ipa.data.records import Record
+from ipa.data.records import Record, Source
 from ipa.data.rejects import BROKEN_TAR, Rejected
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.source import read_weight
@@ -33,12 +33,9 @@ from ipa.errors import UserError
 
 
 @dataclass(frozen=True)
-class CacheSource:
+class CacheSource(Source):
     """Feature shards as a source; its name is that of the source that they were made from, since draws depend on it."""
 
-    name: str
-    shards: list[str]
-    weight: float
     header: Header
 
     @classmethod
@@ -59,7 +56,7 @@ class CacheSource:
         return cls(header.source, found, read_weight(weight, f"{option}.weight"), header)
 
     def read(self, shard: str) -> Iterator[Record | Rejected]:
-        """The samples of a shard, in file order; one without its closing member counts as broken.
+        """A shard without its closing member counts as broken.
 
         Raises ``WrongCache`` for a shard that was made with other options than the others.
         """

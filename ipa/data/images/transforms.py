@@ -283,10 +283,6 @@ def cut_part(picture: Opened, whole: Size, corner: tuple[int, int], size: Size) 
     return to_tensor(pixels.resize(size, Image.Resampling.BICUBIC, box=(near[0], near[1], far[0], far[1])))
 
 
-def crop_square(picture: Opened, size_px: int) -> Tensor:
-    return cover(picture, (size_px, size_px))
-
-
 def pad_square(picture: Opened, size_px: int) -> Tensor:
     long_px = max(picture.size)
     width, height = (max(1, size_px * side // long_px) for side in picture.size)
@@ -297,10 +293,6 @@ def pad_square(picture: Opened, size_px: int) -> Tensor:
     return canvas_3HW
 
 
-def squash_square(picture: Opened, size_px: int) -> Tensor:
-    return picture.resized((size_px, size_px)).contiguous()
-
-
 class Fit(NamedTuple):
     """A way to make a square; ``words`` describe it in an adapter file's metadata."""
 
@@ -308,9 +300,13 @@ class Fit(NamedTuple):
     make: Callable[[Opened, int], Tensor]
 
 
+def squash_square(picture: Opened, size_px: int) -> Tensor:
+    return picture.resized((size_px, size_px)).contiguous()
+
+
 # Pads have CLIP's mean colour, as in LLaVA: 0 after CLIP's normalisation.
 FITS = {
-    "crop": Fit("shortest side bicubic, centre crop", crop_square),
+    "crop": Fit("shortest side bicubic, centre crop", lambda picture, size_px: cover(picture, (size_px, size_px))),
     "pad": Fit(f"longest side bicubic, padded with {PAD_COLOUR}", pad_square),
     "squash": Fit("both sides bicubic, proportions lost", squash_square),
 }

@@ -53,7 +53,20 @@ class Lookahead:
             self.seen.popleft()
 
 
-class TrainStream(IterableDataset[Batch]):
+class Stream(IterableDataset[Batch]):
+    """Batches of this process's ``share``, in a data worker its part of them."""
+
+    def __init__(self, order: Order, preparation: Preparation, batch_size: int, share: Share | None = None) -> None:
+        self.order, self.preparation, self.batch_size, self.share = order, preparation, batch_size, share or Share()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(self.share.in_worker())
+
+    def batches(self, share: Share) -> Iterator[Batch]:
+        raise NotImplementedError
+
+
+class TrainStream(Stream):
     """Endless training batches of this share, from the last position given to ``begin_at``.
 
     ``step_samples`` (G) is a multiple of ``lanes.ranks``; with aspect-ratio buckets ``lanes.ranks`` divides the world,
@@ -68,22 +81,20 @@ class TrainStream(IterableDataset[Batch]):
         share: Share | None = None,
         lanes: Lanes | None = None,
     ) -> None:
-        self.order, self.preparation = order, preparation
-        self.share, self.lanes = share or Share(), lanes or Lanes()
-        self.step_samples = batch_size * self.share.world
+        super().__init__(order, preparation, batch_size, share)
+        self.lanes = lanes or Lanes()
+        self.step_samples = self.batch_size * self.share.world
         self.take = self.step_samples // self.lanes.ranks
         assert self.take * self.lanes.ranks == self.step_samples, "the lanes of a row give equally many samples"
-        self.start = SharedPosition(self.lanes.number, len(order.sources))
+        self.start = SharedPosition(self.lanes.number, len(self.order.sources))
         self.begin_at(Position())
 
     def begin_at(self, position: Position) -> None:
         """Lanes that the position lacks begin their first pass."""
         self.start.set(position, self.order.begin())
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(self.start.get(), self.share.in_worker())
-
-    def batches(self, start: Position, share: Share) -> Iterator[Batch]:
+    def batches(self, share: Share) -> Iterator[Batch]:
+        start = self.start.get()
         mine = self.lanes.read_by(share, start.step, self.step_samples)
         readers = {lane: self.reader(lane, start, share) for lane in sorted(mine)}
         for number in count():
@@ -151,17 +162,11 @@ class SharedPosition:
         return Position(int(self.step), dict(enumerate(lanes)))
 
 
-class AuditStream(IterableDataset[Batch]):
+class AuditStream(Stream):
     """Every good sample once; this share reads its own shards, and a batch never spans two of them.
 
     Rejects are counted with the next batch of this share, those after the last batch with that one.
     """
-
-    def __init__(self, order: Order, preparation: Preparation, batch_size: int, share: Share | None = None) -> None:
-        self.order, self.preparation, self.batch_size, self.share = order, preparation, batch_size, share or Share()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(self.share.in_worker())
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """The last batch also counts what was rejected after it."""
@@ -203,7 +208,7 @@ class AuditStream(IterableDataset[Batch]):
         return self.preparation.batch(samples, rejects, None)
 
 
-class ValStream(IterableDataset[Batch]):
+class ValStream(Stream):
     """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
 
     def __init__(
@@ -211,17 +216,11 @@ class ValStream(IterableDataset[Batch]):
         order: Order,
         preparation: Preparation,
         batch_size: int,
-        limit: int | None = None,
         share: Share | None = None,
+        limit: int | None = None,
     ) -> None:
-        self.order = order
-        self.preparation = preparation
-        self.batch_size = batch_size
+        super().__init__(order, preparation, batch_size, share)
         self.limit = limit
-        self.share = share or Share()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(self.share.in_worker())
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""

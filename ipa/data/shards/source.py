@@ -16,7 +16,7 @@ from typing import Any
 from webdataset.tariterators import group_by_keys
 
 from ipa.data.addresses import digest
-from ipa.data.records import Record
+from ipa.data.records import Record, Source
 from ipa.data.rejects import BROKEN_TAR, DUPLICATE_KEY, NO_REFERENCE, Rejected
 from ipa.data.shards.fields import Captions, Fields, is_extension, is_weight
 from ipa.data.shards.filters import Filter, as_list, read_filters
@@ -54,13 +54,10 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class ShardSource:
-    """``shards`` are single archives. ``weight`` is this source's share of the samples, relative to the others'."""
+class ShardSource(Source):
+    """``shards`` are single archives, ``layout`` is what to read in them."""
 
-    name: str
-    shards: list[str]
-    weight: float = 1.0
-    layout: Layout = field(default_factory=Layout)
+    layout: Layout
 
     @classmethod
     def of(
@@ -91,11 +88,9 @@ class ShardSource:
         return cls(name, found, read_weight(weight, f"{option}.weight"), layout)
 
     def read(self, shard: str) -> Iterator[Record | Rejected]:
-        """The samples of one of the shards, in file order."""
         return read_shard(shard, self.layout)
 
     def fingerprint(self) -> str:
-        """Covers everything that decides which records there are and what they hold; not the folders: data may move."""
         return self.identity
 
     @cached_property

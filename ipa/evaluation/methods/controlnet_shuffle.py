@@ -1,9 +1,9 @@
-"""ControlNet Shuffle: the picture, warped by a smooth random flow, as the control of a ControlNet.
+"""ControlNet Shuffle: the image, warped by a smooth random flow, as the control of a ControlNet.
 
-    control(u) = picture(f(u)),   f two smooth noises that span the picture from edge to edge
+    control(u) = image(f(u)),   f two smooth noises that span the image from edge to edge
 
 The residuals are pooled over space, so they carry content and no layout, and they only enter the conditional half of
-guidance. The flow covers the whole picture whatever its proportions, and comes from the picture's own seed, after the
+guidance. The flow covers the whole image whatever its proportions, and comes from the image's own seed, after the
 starting noise. λ weights the residuals. Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion
 Models", version 1.1; weights in lllyasviel/control_v11e_sd15_shuffle.
 
@@ -31,7 +31,7 @@ CELL_PX = 256  # distance of the noise's support points in pixels of the control
 
 
 class ControlNetShuffle(StableDiffusionMethod):
-    """A ControlNet that pools its residuals, given shuffled pictures; ``cell_px`` sets how smooth the flow is."""
+    """A ControlNet that pools its residuals, given shuffled images; ``cell_px`` sets how smooth the flow is."""
 
     name = "controlnet_shuffle"
     uses_text = True
@@ -42,7 +42,7 @@ class ControlNetShuffle(StableDiffusionMethod):
         if not controlnet.config.global_pool_conditions:
             raise UserError(
                 f"method.controlnet: {source or 'this ControlNet'} does not pool its residuals (global_pool_conditions "
-                "in its config.json), so it was not trained on shuffled pictures: give "
+                "in its config.json), so it was not trained on shuffled images: give "
                 "lllyasviel/control_v11e_sd15_shuffle"
             )
         super().__init__(source, family=family, controlnet=controlnet)
@@ -69,13 +69,13 @@ class ControlNetShuffle(StableDiffusionMethod):
         )
 
     def controls(self, prompts: Sequence[Prompt], start: Start) -> Tensor:
-        """Every picture shuffled by its own generator: control_B3HW in [0, 1]."""
+        """Every image shuffled by its own generator: control_B3HW in [0, 1]."""
         pairs = zip(prompts, start.generators, strict=True)
         return torch.stack([shuffle(each.image_3HW, start.size_px, own, self.cell_px) for each, own in pairs])
 
 
 def shuffle(image_3HW: Tensor, size_px: int, generator: torch.Generator, cell_px: int = CELL_PX) -> Tensor:
-    """uint8 picture of any size → float shuffled_3HW in [0, 1], square, sampled bilinearly from it."""
+    """uint8 image of any size → float shuffled_3HW in [0, 1], square, sampled bilinearly from it."""
     flow_HW2 = torch.stack([smooth_noise(size_px, cell_px, generator) for _ in "xy"], -1) * 2 - 1
     picture = image_3HW[None].float() / 255
     return F.grid_sample(picture, flow_HW2[None], mode="bilinear", align_corners=True)[0].clamp(0, 1)

@@ -1,6 +1,6 @@
-"""Edges of a picture (Canny 1986), the input of a ControlNet for edges.
+"""Edges of an image (Canny 1986), the input of a ControlNet for edges.
 
-    G = |∂x| + |∂y| of the blurred picture (Sobel); an edge is where G is a maximum across the edge,
+    G = |∂x| + |∂y| of the blurred image (Sobel); an edge is where G is a maximum across the edge,
     starts above ``high`` and continues above ``low``
 
 Thresholds are in OpenCV's units: Sobel sums over levels of 0 to 255, added over both directions. ControlNets were
@@ -39,7 +39,7 @@ class Canny:
             raise UserError(f"method.edge_blur_px={self.blur_px}: 0 for none, or a standard deviation in pixels")
 
     def __call__(self, image_3HW: Tensor) -> Tensor:
-        """uint8 picture → edges_HW, 1 on an edge and 0 elsewhere."""
+        """uint8 image → edges_HW, 1 on an edge and 0 elsewhere."""
         size_HW, direction_HW = gradient(blur(gray(image_3HW), self.blur_px))
         thin_HW = size_HW * is_largest_across(size_HW, direction_HW)
         return connected(thin_HW > self.high, thin_HW > self.low).float()

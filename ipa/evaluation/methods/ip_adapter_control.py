@@ -1,4 +1,4 @@
-"""IP-Adapter with a ControlNet (Ye et al. 2023, section 4.3.2): content from the picture, structure from its edges.
+"""IP-Adapter with a ControlNet (Ye et al. 2023, section 4.3.2): content from the image, structure from its edges.
 
     ε = UNet(x_t, text, image tokens; + w · ControlNet(x_t, text, edges))
 
@@ -83,7 +83,7 @@ class IPAdapterControl(IPAdapterMethod):
         return family.decode_latents(latents_BCHW)
 
     def controls(self, prompts: Sequence[Prompt], size_px: int) -> Tensor:
-        """Edges of the pictures' centre squares: control_B3HW in [0, 1]."""
+        """Edges of the images' centre squares: control_B3HW in [0, 1]."""
         return torch.stack([self.edges(prompt.cut(size_px)).expand(3, -1, -1) for prompt in prompts])
 
 
@@ -96,7 +96,7 @@ def check_controlnet(controlnet: Any, model: IPAdapterModel) -> None:
         )
     if controlnet.config.global_pool_conditions:
         raise UserError(
-            "method.controlnet: it pools its residuals over the picture (global_pool_conditions in its config.json), "
+            "method.controlnet: it pools its residuals over the image (global_pool_conditions in its config.json), "
             "so it carries no structure: give one that was trained on edges, such as lllyasviel/control_v11p_sd15_canny"
         )
 

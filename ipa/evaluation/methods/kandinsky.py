@@ -1,15 +1,15 @@
-"""Kandinsky 2.1: an unCLIP in latent space, from a CLIP embedding and a text to a picture.
+"""Kandinsky 2.1: an unCLIP in latent space, from a CLIP embedding and a text to an image.
 
     embedding = (1 - w) · CLIP(image) + w · prior(text),   w = 0 for an empty text
-    (embedding, text) → decoder → latents → MoVQ → picture
+    (embedding, text) → decoder → latents → MoVQ → image
 
-The prior is a diffusion model from a text to the embedding of a matching picture; its ancestral sampler draws noise
-from the picture's own seed. "No image" is the embedding of a picture of zeros. The decoder keeps the sampler of its
+The prior is a diffusion model from a text to the embedding of a matching image; its ancestral sampler draws noise
+from the image's own seed. "No image" is the embedding of an image of zeros. The decoder keeps the sampler of its
 checkpoint. Weights in kandinsky-community/kandinsky-2-1 and kandinsky-2-1-prior.
 
     method = Kandinsky21.from_pretrained("kandinsky-community/kandinsky-2-1")
 
-Letters: B pictures, E width of CLIP ViT-L/14's embedding.
+Letters: B images, E width of CLIP ViT-L/14's embedding.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Kandinsky21(PipelineMethod):
 
     @property
     def trained(self) -> int:
-        """The decoder's UNet, as the paper counts; pictures do not pass through the prior."""
+        """The decoder's UNet, as the paper counts; images do not pass through the prior."""
         return count_parameters(self.decoder.unet)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
@@ -93,7 +93,7 @@ class Kandinsky21(PipelineMethod):
         return size_px // factor
 
     def embeddings(self, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:
-        """embedding_BE, mixed as the prior's ``interpolate`` does it for one picture."""
+        """embedding_BE, mixed as the prior's ``interpolate`` does it for one image."""
         mixed_BE = self.encode_images(prompts)
         rows = [row for row, prompt in enumerate(prompts) if prompt.text]
         if rows:

@@ -1,8 +1,8 @@
-"""Open unCLIP: Karlo, an unCLIP trained from scratch (Ramesh et al. 2022), from a CLIP embedding to a picture.
+"""Open unCLIP: Karlo, an unCLIP trained from scratch (Ramesh et al. 2022), from a CLIP embedding to an image.
 
     embedding of CLIP ViT-L/14 → decoder, 64 px → two super-resolution networks, 256 px
 
-It works on pixels with its own ancestral sampler, which draws noise in every step, here from the picture's own seed.
+It works on pixels with its own ancestral sampler, which draws noise in every step, here from the image's own seed.
 ``sampling.num_steps`` are the decoder's steps; super-resolution has seven, the last with a network of its own. The text
 stays empty. Weights in kakaobrain/karlo-v1-alpha-image-variations.
 
@@ -25,7 +25,7 @@ from ipa.sampling import SamplingOptions
 
 
 class OpenUnCLIP(PipelineMethod):
-    """An ``UnCLIPImageVariationPipeline``: its pictures have one size, 256 px."""
+    """An ``UnCLIPImageVariationPipeline``: its images have one size, 256 px."""
 
     name = "open_unclip"
     uses_text = False
@@ -57,11 +57,11 @@ class OpenUnCLIP(PipelineMethod):
         return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1
 
     def check_possible(self, sampling: SamplingOptions) -> None:
-        """Raise UserError for another size, and for half precision on a CPU, where torch cannot resize pictures."""
+        """Raise UserError for another size, and for half precision on a CPU, where torch cannot resize images."""
         size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
         if size_px not in (None, self.image_size_px):
             raise UserError(
-                f"sampling.image_size_px={size_px}: {self.name} makes pictures of {self.image_size_px} px only"
+                f"sampling.image_size_px={size_px}: {self.name} makes images of {self.image_size_px} px only"
             )
         if self.pipeline.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             raise UserError(f"method.dtype={str(dtype).removeprefix('torch.')}: on a CPU {self.name} needs float32")

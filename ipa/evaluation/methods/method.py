@@ -1,9 +1,9 @@
-"""The contract of a compared system: image prompts in, pictures out, the same pictures for the same seeds.
+"""The contract of a compared system: image prompts in, images out, the same images for the same seeds.
 
 method = SomeMethod.from_pretrained("owner/name", dtype="float16")
 pixels_B3HW = method.generate([Prompt(image_3HW, "", seed=0)], SamplingOptions(num_steps=50, guidance=7.5))
 
-Letters: B pictures; C, H, W of pixels or latents.
+Letters: B images; C, H, W of pixels or latents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ipa.sampling import SamplingOptions
 
 @dataclass(frozen=True)
 class Prompt:
-    """An image prompt as uint8 image_3HW (RGB, any size), a text (empty for none), and the seed of its picture."""
+    """An image prompt as uint8 image_3HW (RGB, any size), a text (may be empty), and the generated image's seed."""
 
     image_3HW: Tensor
     text: str
@@ -39,7 +39,7 @@ class Method(nn.Module, ABC):
     """A frozen system: its parts are in eval mode and need no gradients.
 
     ``uses_text`` says whether the prompt's text has any effect, ``rescales_guidance`` whether the system's pipeline has
-    ``guidance_rescale``, and ``source`` which weights were loaded. Each picture's noise comes from its own seed, drawn
+    ``guidance_rescale``, and ``source`` which weights were loaded. Each image's noise comes from its own seed, drawn
     on the CPU, so that it starts from the same noise on every device.
     """
 
@@ -90,7 +90,7 @@ def make_generators(prompts: Sequence[Prompt]) -> list[torch.Generator]:
 
 
 def draw_start(prompts: Sequence[Prompt], shape_CHW: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
-    """Starting noise_BCHW, each picture's from its own seed, and the generators for what is drawn after it."""
+    """Starting noise_BCHW, each image's from its own seed, and the generators for what is drawn after it."""
     generators = make_generators(prompts)
     return torch.stack([torch.randn(shape_CHW, generator=generator) for generator in generators]), generators
 

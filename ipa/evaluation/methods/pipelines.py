@@ -4,7 +4,7 @@ A pipeline is loaded part by part, each with the class that the pipeline's const
 diffusers would download what is not needed here, initialise missing weights at random, and refuse the published Karlo
 and Versatile Diffusion, whose model_index.json names modules that have moved inside diffusers.
 
-Letters: B pictures; C, H, W of pixels or latents.
+Letters: B images; C, H, W of pixels or latents.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class LatentPipelineMethod(PipelineMethod):
 
     @property
     def image_size_px(self) -> int:
-        """The picture size that the UNet was trained for."""
+        """The image size that the UNet was trained for."""
         return self.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     def call(self, prompts: Sequence[Prompt], sampling: SamplingOptions, **arguments: Any) -> Tensor:
-        """Pixels from the pipeline, which draws more noise from each picture's own generator."""
+        """Pixels from the pipeline, which draws more noise from each image's own generator."""
         size_px = sampling.image_size_px or self.image_size_px
         cells = size_px // self.pipeline.vae_scale_factor
         noise_BCHW, generators = draw_start(prompts, (self.unet.config.in_channels, cells, cells))

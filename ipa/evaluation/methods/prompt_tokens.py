@@ -3,7 +3,7 @@
     encode(image) → (conditional tokens, unconditional tokens)
     StableDiffusionPipeline(prompt_embeds=…, negative_prompt_embeds=…)
 
-The tokens follow the text's states or replace them. Letters: B pictures, T image tokens, L text tokens, D context
+The tokens follow the text's states or replace them. Letters: B images, T image tokens, L text tokens, D context
 width; C, H, W of latents.
 """
 
@@ -35,7 +35,7 @@ class Start:
 
 
 class StableDiffusionMethod(Method):
-    """A system around Stable Diffusion: DDIM on the checkpoint's own schedule, each picture's noise from its seed."""
+    """A system around Stable Diffusion: DDIM on the checkpoint's own schedule, each image's noise from its seed."""
 
     family: StableDiffusion
     rescales_guidance = True

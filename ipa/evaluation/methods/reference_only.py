@@ -1,7 +1,7 @@
-"""ControlNet reference-only: no trained weights; self-attention also reads a reference picture.
+"""ControlNet reference-only: no trained weights; self-attention also reads a reference image.
 
 Every step calls the UNet twice. The first call gets the reference at the step's noise level and stores the input of
-each self-attention layer, r; the second makes the picture, and its layers read
+each self-attention layer, r; the second makes the image, and its layers read
 
     x ← Attention(Q(x), K([x; r]), V([x; r]))
 
@@ -33,7 +33,7 @@ EPS = 1e-6
 
 
 class ReferenceOnly(StableDiffusionMethod):
-    """The reference is cropped to the picture's square. The UNet is restored after each call."""
+    """The reference is cropped to the image's square. The UNet is restored after each call."""
 
     name = "reference_only"
     uses_text = True
@@ -59,7 +59,7 @@ class ReferenceOnly(StableDiffusionMethod):
             return self.call(self.family.pipeline(), self.text_states(prompts), start, sampling)
 
     def noised_references(self, prompts: Sequence[Prompt], start: Start) -> Callable[[Tensor], Tensor]:
-        """Timestep → the references at its noise level, with noise from each picture's own generator."""
+        """Timestep → the references at its noise level, with noise from each image's own generator."""
         noise_BCHW = start.noise_BCHW
 
         def draw() -> Tensor:

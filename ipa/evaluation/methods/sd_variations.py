@@ -1,6 +1,6 @@
 """SD Image Variations: Stable Diffusion 1.4 fine-tuned to read one CLIP embedding in place of the text.
 
-The embedding of CLIP ViT-L/14 is the whole context, a single token; "no image" is zeros. It was trained on pictures
+The embedding of CLIP ViT-L/14 is the whole context, a single token; "no image" is zeros. It was trained on images
 resized to a square without antialiasing, and its model card asks for the same, which makes a large difference.
 Weights in lambdalabs/sd-image-variations-diffusers, revision v2.0.
 
@@ -23,7 +23,7 @@ from ipa.sampling import SamplingOptions
 
 
 class SDImageVariations(LatentPipelineMethod):
-    """A ``StableDiffusionImageVariationPipeline`` that reads pictures preprocessed as in its training."""
+    """A ``StableDiffusionImageVariationPipeline`` that reads images preprocessed as in its training."""
 
     name = "sd_image_variations"
     uses_text = False
@@ -39,5 +39,5 @@ class SDImageVariations(LatentPipelineMethod):
 
 
 def squeeze(image_3HW: Tensor, size_px: int) -> Tensor:
-    """uint8 picture of any size → square_3HW in [0, 1] (up to overshoot): bicubic, stretched, not antialiased."""
+    """uint8 image of any size → square_3HW in [0, 1] (up to overshoot): bicubic, stretched, not antialiased."""
     return F.interpolate(image_3HW[None].float() / 255, (size_px, size_px), mode="bicubic", align_corners=False)[0]

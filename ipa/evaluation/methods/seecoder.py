@@ -4,7 +4,7 @@
 
 Xu et al. 2023, "Prompt-Free Diffusion: Taking 'Text' out of Text-to-Image Diffusion Models"; weights in
 shi-labs/prompt-free-diffusion. There is no text and no λ. "No image" is 148 zeros. Its authors sample with a guidance
-of about 2. Letters: B pictures, T tokens, P positions in a map, D width.
+of about 2. Letters: B images, T tokens, P positions in a map, D width.
 
     method = SeeCoder.from_pretrained("stable-diffusion-v1-5/…", "seecoder-v1-0.safetensors")
 """
@@ -27,7 +27,7 @@ LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
 HEADS = 8
 GROUPS = 32
 NUM_GLOBAL = 4
-IMAGE_PX = 512  # its authors' demo reads pictures at their own sizes; squares of one size fit into one batch
+IMAGE_PX = 512  # its authors' demo reads images at their own sizes; squares of one size fit into one batch
 
 
 class SemanticContextEncoder(nn.Module):
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
     """Maps of three sizes → as many of one width: a transformer, plus a convolution as a shortcut.
 
     The published code attends along the batch, not along the positions of a map. Its own inference has a batch of one,
-    where each position attends to itself only; the same is done here for every batch, so pictures do not mix.
+    where each position attends to itself only; the same is done here for every batch, so images do not mix.
     """
 
     def __init__(self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6) -> None:
@@ -175,7 +175,7 @@ def count(state: dict[str, Tensor], suffix: str) -> int:
 
 
 class SeeCoder(PromptTokens):
-    """Stable Diffusion with SeeCoder in place of its text encoder. It reads the picture's centre square."""
+    """Stable Diffusion with SeeCoder in place of its text encoder. It reads the image's centre square."""
 
     name = "seecoder"
     uses_text = False

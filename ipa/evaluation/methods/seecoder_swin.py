@@ -5,7 +5,7 @@ Attention within windows of w × w cells, in every second block shifted by w/2 (
     x ← x + join(Attention(cut(roll(pad(LN(x)))))),   x ← x + MLP(LN(x))
 
 A map is padded before it is rolled, and maps no larger than a window are rolled too. (timm pads after rolling, so it
-differs where the window does not divide the map.) Letters: N windows in a picture, K = w² cells of a window,
+differs where the window does not divide the map.) Letters: N windows in an image, K = w² cells of a window,
 M heads, d head width; maps are B H W C.
 """
 
@@ -25,7 +25,7 @@ MASKED = -100.0  # added to the attention between cells that only rolling made n
 
 
 class SwinBackbone(nn.Module):
-    """image_B3HW → one map_BCHW for each stage, the last one 32 times smaller than the picture."""
+    """image_B3HW → one map_BCHW for each stage, the last one 32 times smaller than the image."""
 
     def __init__(self, width: int, depths: list[int], heads: list[int], window: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Versatile Diffusion: a diffusion model with an image flow and a text flow, trained from scratch (Xu et al. 2022).
 
 The context of the image flow is all 257 tokens of CLIP ViT-L/14, projected and divided by the class token's norm;
-"no image" is the same of a grey picture. ``Versatile`` is image variation. ``VersatileDual`` runs every attention layer
+"no image" is the same of a grey image. ``Versatile`` is image variation. ``VersatileDual`` runs every attention layer
 of both flows and mixes their residuals:
 
     h + w · (text layer(h) - h) + (1 - w) · (image layer(h) - h),   also where the text is empty
@@ -10,7 +10,7 @@ Weights of both in shi-labs/versatile-diffusion.
 
     method = Versatile.from_pretrained("shi-labs/versatile-diffusion")
 
-Two bugs of diffusers are fixed here, in our pipelines only: its grey is a float picture of 0.5 that CLIP's processor
+Two bugs of diffusers are fixed here, in our pipelines only: its grey is a float image of 0.5 that CLIP's processor
 divides by 255, which makes it almost black; and its UNet passes an ``encoder_attention_mask`` to every attention layer,
 which the layers of the dual flow do not accept.
 """

@@ -70,7 +70,7 @@ def test_the_decoder_is_as_large_as_in_the_paper() -> None:
 def test_pictures_have_one_size() -> None:
     method = make_method()
     method.generate(parts.make_prompts(), replace(parts.FAST, image_size_px=16))
-    with pytest.raises(ValueError, match=r"image_size_px=32: open_unclip makes pictures of 16 px only"):
+    with pytest.raises(ValueError, match=r"image_size_px=32: open_unclip makes images of 16 px only"):
         method.generate(parts.make_prompts(), replace(parts.FAST, image_size_px=32))
 
 
