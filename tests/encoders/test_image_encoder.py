@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from ipa.adapter.heads import FullHead, GlobalHead, ResamplerHead
-from ipa.encoders import open_encoder, public_name, read_widths
+from ipa.encoders import open_encoder, read_widths
 from ipa.encoders.image_encoder import ImageEncoder
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.encoders.vision_model import VisionModelEncoder
@@ -173,22 +173,6 @@ def test_a_further_encoder_is_one_class() -> None:
 
     assert encoder.widths == (5, 0, 0, 16)
     assert encoder.encode(torch.zeros(2, 3, 16, 16)).pooled_BE.shape == (2, 5)
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "public"),
-    [
-        ("ViT-H-14", "laion2b_s32b_b79k", "OpenCLIP ViT-H/14 (laion2b_s32b_b79k)"),
-        ("ViT-bigG-14", "laion2b_s39b_b160k", "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)"),
-        ("ViT-L-14-quickgelu", "openai", "CLIP ViT-L/14 (openai)"),
-    ],
-)
-def test_public_names_are_those_of_the_models_with_these_widths(name: str, weights: str, public: str) -> None:
-    widths = read_widths(name, weights)
-
-    assert public_name("pooled", widths.pooled) == public_name("patches", widths.patch) == public
-    assert weights in public
-    assert public_name("pooled", 1664) is None
 
 
 def test_importing_the_package_stays_light() -> None:
