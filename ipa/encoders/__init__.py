@@ -24,7 +24,7 @@ PUBLIC = {
     ("patches", 1664): "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)",
 }
 
-# encoders of other libraries, by the prefix of their source; ``from_pretrained`` and ``read_widths`` take path and layer
+# encoders of other libraries, by the prefix of their source; their ``from_pretrained`` takes path, dtype and layer
 EXTRA: dict[str, type[ImageEncoder]] = {}
 
 
