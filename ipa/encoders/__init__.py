@@ -24,6 +24,9 @@ PUBLIC = {
     ("patches", 1664): "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)",
 }
 
+# encoders of other libraries, by the prefix of their source; their ``from_pretrained`` takes path, dtype and layer
+EXTRA: dict[str, type[ImageEncoder]] = {}
+
 
 def open_encoder(
     source: str, weights: str | None = None, dtype: str = "float32", layer: str | None = None
@@ -47,6 +50,9 @@ def resolve(source: str, weights: str | None, layer: str | None) -> tuple[Any, d
     """The class that loads ``source``, and its arguments."""
     from ipa.encoders.image_encoder import read_layer
 
+    for prefix, encoder_class in EXTRA.items():
+        if source.startswith(prefix):
+            return encoder_class, {"path": source, "layer": read_layer(layer)}
     if not is_transformers(source, weights):
         from ipa.encoders.open_clip import OpenClipEncoder
 

@@ -24,11 +24,19 @@ PREPROCESSING = "preprocessor_config.json"
 
 
 class Folder(NamedTuple):
-    """A model's files: ``source`` as given, ``root`` a local folder or hub id, ``subfolder`` within it."""
+    """A model's files: ``source`` as given, ``root`` a local folder or hub id, ``subfolder`` within it.
+
+    ``option`` is what the user gave ``source`` as, for messages.
+    """
 
     source: str
     root: str
     subfolder: str
+    option: str = "encoder.path"
+
+    @property
+    def given(self) -> str:
+        return f"{self.option}={self.source}"
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the folder, None if there is no such file. Raises UserError."""
@@ -36,9 +44,9 @@ class Folder(NamedTuple):
             file = self._find(name)
             return None if file is None else json.loads(file.read_text())
         except OSError as error:
-            raise MissingWeights(f"encoder.path={self.source}: {name} cannot be read: {brief(error)}") from error
+            raise MissingWeights(f"{self.given}: {name} cannot be read: {brief(error)}") from error
         except ValueError as error:
-            raise UserError(f"encoder.path={self.source}: {name} cannot be read: {brief(error)}") from error
+            raise UserError(f"{self.given}: {name} cannot be read: {brief(error)}") from error
 
     def _find(self, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
@@ -121,18 +129,18 @@ def network_class(config: Any) -> Any:
     return CLIPVisionModelWithProjection if config.model_type == CLIP else MODEL_MAPPING[type(config)]
 
 
-def locate(path: str, subfolder: str | None = None) -> Folder:
+def locate(path: str, subfolder: str | None = None, option: str = "encoder.path") -> Folder:
     """A local folder, or a hub id with exactly one slash and a subfolder after a second one. Raises UserError."""
     source = "/".join(part.rstrip("/") for part in (path, subfolder) if part)
     if Path(source).is_dir():
-        return Folder(source, source, "")
+        return Folder(source, source, "", option)
     if "/" not in source or source.startswith((".", "/", "~")):
         raise MissingWeights(
-            f"encoder.path={source}: no such folder. Give a folder in transformers' layout, or a hub id owner/name, "
+            f"{option}={source}: no such folder. Give a folder in transformers' layout, or a hub id owner/name, "
             "followed by the subfolder if there is one"
         )
     owner, name, *rest = source.split("/")
-    return Folder(source, f"{owner}/{name}", "/".join(rest))
+    return Folder(source, f"{owner}/{name}", "/".join(rest), option)
 
 
 def read_config(folder: Folder) -> Any:
@@ -141,14 +149,14 @@ def read_config(folder: Folder) -> Any:
 
     content = folder.read_json("config.json")
     if content is None:
-        raise MissingWeights(f"encoder.path={folder.source}: {explain_missing_config(Path(folder.source))}")
+        raise MissingWeights(f"{folder.given}: {explain_missing_config(Path(folder.source))}")
     try:
         config: Any = AutoConfig.for_model(**content)
         config = getattr(config, "vision_config", config)
         network_class(config)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"encoder.path={folder.source} holds a model of type {content.get('model_type')}, which is not a vision "
+            f"{folder.given} holds a model of type {content.get('model_type')}, which is not a vision "
             f"model of transformers: {brief(error)}"
         ) from error
     square_edge(config.image_size, folder.source)
@@ -163,8 +171,11 @@ def explain_missing_config(folder: Path) -> str:
     return "there is no such folder, and the hub (or its cache, if it cannot be reached) has no config.json"
 
 
-def load_network(folder: Folder, config: Any) -> Any:
-    """The network with all its weights; transformers alone would initialise missing ones at random."""
+def load_network(folder: Folder, config: Any, unused: str | None = None) -> Any:
+    """The network with all its weights; transformers alone would initialise missing ones at random.
+
+    Only weights whose names start with ``unused`` may be missing.
+    """
     try:
         visual, info = network_class(config).from_pretrained(
             folder.root,
@@ -175,8 +186,8 @@ def load_network(folder: Folder, config: Any) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever breaks: errors of pickle, safetensors, torch and the hub
-        raise UserError(f"encoder.path={folder.source}: the weights cannot be loaded: {brief(error)}") from error
-    missing = sorted(info["missing_keys"])
+        raise UserError(f"{folder.given}: the weights cannot be loaded: {brief(error)}") from error
+    missing = sorted(key for key in info["missing_keys"] if not (unused and key.startswith(unused)))
     if missing:
-        raise UserError(f"encoder.path={folder.source}: {len(missing)} weights are missing, {missing[0]} among them")
+        raise UserError(f"{folder.given}: {len(missing)} weights are missing, {missing[0]} among them")
     return visual

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ipa.encoders.vision_model import load_network, locate, read_config
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.metrics.pixels import Images, fit_square, on_each_size
 from ipa.types import to_uint8
@@ -79,22 +80,8 @@ class DinoNetwork(ImageNetwork):
 
         Raises MissingWeights if it is not found, UserError if it is incomplete.
         """
-        from transformers import AutoModel
-
-        loader: Any = AutoModel  # its annotations do not know that output_loading_info returns a pair
-        try:
-            transformer, info = loader.from_pretrained(
-                path, dtype=torch.float32, weights_only=True, output_loading_info=True
-            )
-        except OSError as error:
-            raise MissingWeights(
-                f"DINO network path={path}: {brief(error)}. Download config.json and model.safetensors of "
-                "https://huggingface.co/facebook/dinov2-base into a folder and give the folder as path"
-            ) from error
-        missing = [key for key in info["missing_keys"] if not key.startswith("pooler")]  # not used here
-        if missing:
-            raise UserError(f"DINO network path={path}: {len(missing)} weights are missing, {missing[0]} among them")
-        return cls(transformer, size_px, crop_px, path)
+        folder = locate(path, option="network.path")
+        return cls(load_network(folder, read_config(folder), unused="pooler"), size_px, crop_px, path)
 
     def _embed(self, prepared_B3HW: Tensor) -> Tensor:
         return F.normalize(self.transformer(prepared_B3HW).last_hidden_state[:, 0], dim=-1)

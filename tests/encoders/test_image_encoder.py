@@ -13,11 +13,12 @@ import tiny
 import torch
 
 from ipa.adapter.heads import FullHead, GlobalHead, ResamplerHead
-from ipa.encoders import open_encoder, public_name, read_widths
+from ipa.encoders import EXTRA, open_encoder, read_widths
 from ipa.encoders.image_encoder import ImageEncoder
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import UserError
+from ipa.types import EncoderWidths
 
 ROOT = Path(__file__).resolve().parents[2]
 E, F, PX = tiny.POOLED_WIDTH, tiny.PATCH_WIDTH, tiny.REFERENCE_PX
@@ -161,34 +162,29 @@ def test_a_source_goes_to_the_library_that_its_form_names(
             read(*arguments)
 
 
-class TwoColours(ImageEncoder):
+class MeanColour(ImageEncoder):
     """An encoder of its own: one class."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: str = "float32", layer: int = -2) -> MeanColour:
+        visual = torch.nn.Linear(3, 5).to(getattr(torch, dtype))
+        return cls(visual, 16, mean=[0.5] * 3, std=[0.5] * 3, source=path, layer=layer)
+
+    @classmethod
+    def read_widths(cls, path: str, dtype: str = "float32", layer: int = -2) -> EncoderWidths:
+        return cls.from_pretrained(path).widths
 
     def forward(self, normalized_B3HW: torch.Tensor, uses: Any) -> torch.Tensor | None:
         return self.visual(normalized_B3HW.mean((2, 3))) if uses == "pooled" else None
 
 
-def test_a_further_encoder_is_one_class() -> None:
-    encoder = TwoColours(torch.nn.Linear(3, 5), 16, mean=[0.5] * 3, std=[0.5] * 3, source="two colours")
+def test_a_further_encoder_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRA, "colour:", MeanColour)
+    encoder = open_encoder("colour:mean", dtype="bfloat16")
 
-    assert encoder.widths == (5, 0, 0, 16)
+    assert type(encoder) is MeanColour
+    assert encoder.widths == read_widths(encoder.source) == (5, 0, 0, 16)
     assert encoder.encode(torch.zeros(2, 3, 16, 16)).pooled_BE.shape == (2, 5)
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "public"),
-    [
-        ("ViT-H-14", "laion2b_s32b_b79k", "OpenCLIP ViT-H/14 (laion2b_s32b_b79k)"),
-        ("ViT-bigG-14", "laion2b_s39b_b160k", "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)"),
-        ("ViT-L-14-quickgelu", "openai", "CLIP ViT-L/14 (openai)"),
-    ],
-)
-def test_public_names_are_those_of_the_models_with_these_widths(name: str, weights: str, public: str) -> None:
-    widths = read_widths(name, weights)
-
-    assert public_name("pooled", widths.pooled) == public_name("patches", widths.patch) == public
-    assert weights in public
-    assert public_name("pooled", 1664) is None
 
 
 def test_importing_the_package_stays_light() -> None:

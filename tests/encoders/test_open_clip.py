@@ -15,17 +15,21 @@ from safetensors.torch import save_file
 from tiny_encoders import VISION, save_tower
 from transformers import CLIPVisionModelWithProjection
 
+from ipa.encoders import public_name
 from ipa.encoders.open_clip import OpenClipEncoder, resolve_name
 from ipa.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = {
-    "ViT-H-14": (1024, 1280, 257, 224),
-    "ViT-bigG-14": (1280, 1664, 257, 224),
     "ViT-L-14": (768, 1024, 257, 224),
-    "ViT-L-14-quickgelu": (768, 1024, 257, 224),
     "RN50": (1024, 0, 0, 224),
     "ViT-SO400M-14-SigLIP-384": (1152, 1152, 729, 384),
+}
+# configurations of the encoders of published adapters: their widths, and how messages call them
+PUBLIC = {
+    "vit_h": ((1024, 1280, 257, 224), "OpenCLIP ViT-H/14 (laion2b_s32b_b79k)"),
+    "vit_bigg": ((1280, 1664, 257, 224), "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)"),
+    "vit_l": ((768, 1024, 257, 224), "CLIP ViT-L/14 (openai)"),
 }
 
 
@@ -84,13 +88,16 @@ def test_widths_of_public_models_are_read_without_weights(name: str) -> None:
     assert OpenClipEncoder.read_widths(name) == WIDTHS[name]
 
 
-@pytest.mark.parametrize("file", ["vit_h", "vit_bigg", "vit_l"])
+@pytest.mark.parametrize("file", PUBLIC)
 def test_configurations_of_public_models_name_weights_that_exist(file: str) -> None:
     node: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/encoder" / f"{file}.yaml"))
-    target = node.pop("_target_")
+    widths, public = PUBLIC[file]
 
-    assert target == "ipa.encoders.open_clip.OpenClipEncoder.from_pretrained"
-    assert OpenClipEncoder.read_widths(**node) == WIDTHS[node["name"]]
+    assert node.pop("_target_") == "ipa.encoders.open_clip.OpenClipEncoder.from_pretrained"
+    assert OpenClipEncoder.read_widths(**node) == widths
+    assert public_name("pooled", widths[0]) == public_name("patches", widths[1]) == public
+    assert node["pretrained"] in public
+    assert public_name("pooled", 1664) is None
 
 
 def test_a_tower_for_oblong_images_is_refused(tmp_path: Path) -> None:
@@ -181,6 +188,8 @@ def test_what_is_not_there_is_named(read, tmp_path: Path) -> None:
         read(f"local-dir:{tmp_path}")
     with pytest.raises(UserError, match=r"encoder\.name=ViT-H14: .* `local-dir:FOLDER`.* Did you mean ViT-H-14\?"):
         read("ViT-H14")
+    with pytest.raises(UserError, match=r"encoder\.dtype=half: one of float32, bfloat16"):
+        read("ViT-H-14", "laion2b_s32b_b79k", dtype="half")
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -202,12 +211,6 @@ def test_weights_that_open_clip_would_not_find_or_misuse_are_refused(
 
     with pytest.raises(UserError, match=rf"encoder\.name={name}.*{message}"):
         read(name, pretrained)
-
-
-@pytest.mark.parametrize("read", READERS)
-def test_a_precision_that_does_not_exist_is_named(read, clip_name: str) -> None:
-    with pytest.raises(UserError, match=r"encoder\.dtype=half: one of float32, bfloat16"):
-        read(clip_name, dtype="half")
 
 
 @pytest.mark.parametrize(
