@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ipa.errors import UserError, brief
@@ -31,7 +31,7 @@ def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     if is_pickle(path):
         write_atomically(path, lambda temporary: save_pickle(contiguous, temporary))
     else:
-        write_atomically(path, lambda temporary: save_file(contiguous, temporary, dict(metadata)))
+        write_atomically(path, lambda temporary: save_safetensors(contiguous, temporary, dict(metadata)))
 
 
 def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:

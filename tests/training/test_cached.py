@@ -11,6 +11,7 @@ import pytest
 from conftest import QUIET, ROOT, Run, World, checkpoint, column
 
 from ipa.data.cache.format import CacheWriter, Header, WrongCache
+from ipa.data.cache.source import read_header
 from ipa.tools.precompute.run import precompute
 
 
@@ -66,7 +67,7 @@ def test_a_foreign_shard_is_refused_in_one_message(features: Path, train_in: Run
     mixed.mkdir()
     for shard in features.iterdir():
         (mixed / shard.name).symlink_to(shard)
-    header = Header.of_shard(str(mixed / "00000.tar"))
+    header = read_header(str(mixed / "00000.tar"))
     with (mixed / "00002.tar").open("wb") as file:
         CacheWriter(
             file, Header(header.source, {**header.fingerprints, "vae": "x"}, header.choices, header.sizes)
