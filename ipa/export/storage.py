@@ -34,6 +34,14 @@ def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         write_atomically(path, lambda temporary: save_safetensors(contiguous, temporary, dict(metadata)))
 
 
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Raises OSError if the disk is full, for which safetensors has an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
     content = io.BytesIO()  # torch's own file writer ends the process if it cannot write
     torch.save(nested({name: tensor.clone() for name, tensor in tensors.items()}), content)  # a view saves all of it
