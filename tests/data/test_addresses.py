@@ -58,3 +58,8 @@ def test_drop_rates_are_met_by_one_joint_draw() -> None:
     assert (image & text).float().mean().item() == pytest.approx(0.20, abs=0.025)
     assert draws.time_B.min() >= 0 and draws.time_B.max() < 1
     assert draws.time_B.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_impossible_drop_rates_are_refused() -> None:
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        DropRates(0.5, 0.5, 0.5)

@@ -394,3 +394,114 @@ def test_background_needs_colours_and_knows_them() -> None:
         Background(white=0.5)
     with pytest.raises(ValueError, match="unknown color"):
         Background(["blurple"], white=0.5)
+
+
+def test_dark_pictures_of_16_bit_stay_dark() -> None:
+    picture = opened(saved(Image.fromarray(np.full((4, 4), 2570, np.uint16)), "PNG"))
+    assert picture.getpixel((0, 0)) == (10, 10, 10)
+
+
+def rgb16_tiff(values: np.ndarray) -> bytes:
+    """Grey values as uncompressed little-endian RGB."""
+    height, width = values.shape
+    pixels = values[..., None].repeat(3, -1).astype("<u2").tobytes()
+    tags = [(256, width), (257, height), (259, 1), (262, 2), (273, 200), (277, 3), (278, height), (279, len(pixels))]
+    entries = [(tag, 4, 1, value) for tag, value in tags] + [(258, 3, 3, 190)]
+    ifd = b"".join(
+        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + n.to_bytes(4, "little") + value.to_bytes(4, "little")
+        for tag, kind, n, value in sorted(entries)
+    )
+    head = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little") + ifd + bytes(4)
+    return head.ljust(190, b"\0") + b"\x10\0\x10\0\x10\0".ljust(10, b"\0") + pixels
+
+
+def test_deep_colours_are_scaled() -> None:
+    """A TIFF of 16 bits a channel, which PIL reads but does not write."""
+    picture = opened(rgb16_tiff(RAMP))
+    assert picture.size == (64, 4)
+    assert np.abs(np.asarray(picture)[0, :, 1] - RAMP[0] / 257).max() <= 1
+
+
+def test_exif_that_cannot_be_read_does_not_matter() -> None:
+    assert opened(saved(noise_picture(6, 4), "JPEG", exif=b"Exif\0\0nonsense")).size == (6, 4)
+
+
+@pytest.mark.parametrize("kind", [smooth, soft_photograph, sharp])
+@pytest.mark.parametrize(
+    ("size", "target", "scale"),
+    [
+        ((1024, 1024), (512, 512), 2),
+        ((1023, 800), (300, 360), 2),
+        ((1200, 900), (224, 224), 4),
+        ((1024, 768), (96, 80), 8),
+    ],
+)
+def test_most_pictures_need_no_headroom(kind: Callable[..., Image.Image], size: Size, target: Size, scale: int) -> None:
+    """As training decodes: at least as large as needed, and within 40 dB of the whole work all the same."""
+    data, reference_px = saved(kind(*size), "JPEG", quality=90), min(target) * 7 // 16
+    whole = open_picture(data, "white", MILLION * 2)
+    reduced = open_picture(data, "white", MILLION * 2, [target, (reference_px, reference_px)], headroom=1)
+
+    assert reduced.span == (size[0] / scale, size[1] / scale)
+    ours = reduced.shrunk(target)
+    assert psnr(cover(ours, target), cover(whole, target)) > 40
+    for fit in FITS:
+        assert psnr(fit_reference(ours, reference_px, fit), fit_reference(whole, reference_px, fit)) > 40
+
+
+def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
+    """Why more can be asked for: the decoder's filter is none of bicubic's."""
+    data, target = saved(photograph(512, 512), "JPEG", quality=90), (256, 256)
+    whole = open_picture(data, "white", MILLION)
+    reduced = open_picture(data, "white", MILLION, [target], headroom=1)
+
+    assert reduced.span == target and whole.span == open_picture(data, "white", MILLION, [target]).span == (512, 512)
+    assert psnr(cover(reduced, target), cover(whole, target)) < 38
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_at_a_fraction_too(mode: str) -> None:
+    data = saved(smooth(320, 200).convert(mode), "JPEG", quality=90)
+    whole, reduced = (open_picture(data, "white", MILLION, needs) for needs in ([], [(40, 40)]))
+
+    assert reduced.span == (160, 100)
+    assert psnr(cover(reduced, (40, 40)), cover(whole, (40, 40))) > 40
+
+
+def test_half_transparent_pixels_mix() -> None:
+    picture = opened(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"))
+    assert picture.getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_a_cut_of_the_right_size_changes_nothing() -> None:
+    picture = noise_picture(16, 24)
+    assert torch.equal(cover(Opened.of(picture), (16, 24)), to_tensor(picture))
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 61)])
+def test_a_squashed_reference_is_the_whole_picture_without_its_proportions(size: Size) -> None:
+    picture = mild_noise(*size)
+    theirs = v2.Resize((16, 16), BICUBIC)(picture)
+    assert differ(fit_reference(Opened.of(picture), 16, "squash"), to_tensor(theirs)) <= 1
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: Size) -> None:
+    picture = noise_picture(*size)
+    resized = to_tensor(v2.Resize(16, BICUBIC)(picture)).int()
+    left, top = cut_corner(size, (16, 16))
+    _, height, width = resized.shape
+    differences = {
+        (x, y): float((resized[:, y : y + 16, x : x + 16] - cover(Opened.of(picture), (16, 16))).abs().max())
+        for x in range(width - 15)
+        for y in range(height - 15)
+    }
+
+    assert differences.pop((left, top)) <= 1
+    assert min(differences.values(), default=99) > 5
+
+
+def test_a_small_picture_is_enlarged_once_at_most() -> None:
+    picture = Opened.of(noise_picture(20, 16))
+    assert picture.shrunk((40, 40)) is picture
+    assert picture.shrunk((16, 16)).shrunk((8, 8)).size == (20, 16)
