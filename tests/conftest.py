@@ -1,6 +1,8 @@
 """Fixtures for all tests: seed 0, and tiny real models (see ``tiny.py``)."""
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """Commands configure the logs of their process, and a run on another rank silences them."""
+    yield
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] == "ipa":
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

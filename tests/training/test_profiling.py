@@ -6,7 +6,6 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from safetensors.torch import load_file
 from torch.profiler import record_function
 
 from ipa.data.order.streams import TrainStream
-from ipa.training.profiling import FETCH, MODEL, REST, StepClock, StepProfile, by_part, plan_steps, table
+from ipa.training import profiling
+from ipa.training.profiling import FETCH, MODEL, REST, StepClock, StepProfile, by_part, table
 
 LONG = (*QUIET, "trainer.max_steps=8", "preview.every_n_steps=100")
 
@@ -51,20 +51,6 @@ def test_every_action_has_a_part() -> None:
     )
     assert sum(parts.values()) == pytest.approx(sum(seconds.values()))
     assert "| **step** | 3250.50 | 100.0% |" in table(parts, 2)
-
-
-@pytest.mark.parametrize(
-    ("done", "max_steps", "plan"),
-    [
-        (0, 600, {5: "timed", 25: "traced", 28: "end"}),
-        (400, 600, {405: "timed", 425: "traced", 428: "end"}),
-        (0, 8, {2: "timed", 6: "traced", 8: "end"}),
-        (7, 8, {7: "timed", 8: "end"}),
-    ],
-)
-def test_short_runs_are_timed_too(done: int, max_steps: int, plan: dict[int, str]) -> None:
-    assert plan_steps(done, max_steps) == plan
-    assert all(one < other for one, other in pairwise(plan))
 
 
 def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -99,7 +85,9 @@ def test_the_wait_for_slow_data_is_in_the_log(
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory, train_in: Run) -> Path:
-    return train_in(tmp_path_factory.mktemp("profiled") / "x", *EVERYTHING, *FEW, "profile=true")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "PLAN", {1: "timed", 4: "traced", 5: "end"})
+        return train_in(tmp_path_factory.mktemp("profiled") / "x", *EVERYTHING, *FEW, "profile=true")
 
 
 def test_profiling_changes_no_number(profiled: Path, variant: Callable[[str], Path]) -> None:
@@ -137,7 +125,10 @@ class Wrong(L.Callback):
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 7], ids=["timed", "traced"])
-def test_a_step_that_fails_leaves_nothing_running(step: int, train_in: Run, tmp_path: Path) -> None:
+def test_a_step_that_fails_leaves_nothing_running(
+    step: int, train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "PLAN", {2: "timed", 6: "traced", 8: "end"})
     wrong = ("+callbacks.wrong._target_=test_profiling.Wrong", f"+callbacks.wrong.step={step}")
     with pytest.raises(KeyError, match="wrong"):
         train_in(tmp_path / "run", *LONG, *wrong, "profile=true")
