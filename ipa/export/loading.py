@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
+from ipa.contracts import Family
 from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.errors import UserError
@@ -37,7 +38,6 @@ def load_model(
     Raises UserError; misfits are reported before any weight is read.
     """
     file, metadata = identify_file(path), read_metadata(path)
-    fit = read_fit(metadata, str(path))
     if encoder is None:
         encoder_weights = encoder_weights or metadata.get("encoder_weights") or None
     base, encoder = base or metadata.get("base"), encoder or metadata.get("encoder")
@@ -50,7 +50,23 @@ def load_model(
     family_class = family_of(base, base_config)
     widths = family_class.read_widths(base, config=base_config), read_widths(encoder, encoder_weights, file.layer)
     check_fits(file, *widths, source=str(path), base=base, encoder=encoder)
+    read_fit(metadata, str(path))
     family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
+    return load_onto(family, path, encoder, encoder_weights, dtype)
+
+
+def load_onto(
+    family: Family, path: Path, encoder: str | None = None, encoder_weights: str | None = None, dtype: str = "float32"
+) -> IPAdapterModel:
+    """A model of a loaded base with the adapter of ``path``, installed beside any others that the base has."""
+    file, metadata = identify_file(path), read_metadata(path)
+    fit = read_fit(metadata, str(path))
+    if encoder is None:
+        encoder, encoder_weights = metadata.get("encoder"), metadata.get("encoder_weights") or None
+    if encoder is None:
+        raise UserError(f"{path} does not say which encoder it was trained with: give encoder=…")
+    widths = read_widths(encoder, encoder_weights, file.layer)
+    check_fits(file, family.widths, widths, source=str(path), base=family.source, encoder=encoder)
     vision = open_encoder(encoder, encoder_weights, dtype, file.layer)
     model = IPAdapterModel(family, vision, make_head(file), KINDS[file.kind](family.hosts()), reference_fit=fit)
     load_into(model, path)
