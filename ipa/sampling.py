@@ -50,9 +50,9 @@ class SamplingOptions:
         return replace(self, scale=scale)
 
 
-def recorded_options(metadata: Mapping[str, str]) -> dict[str, float]:
+def recorded_options(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The options that ``SamplingOptions.describe`` put into the metadata, as far as they are there and are numbers."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in RECORDED:
         with suppress(KeyError, ValueError):
             number = float(metadata[f"sampling_{name}"])

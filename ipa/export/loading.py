@@ -83,7 +83,7 @@ def known_sources(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
     known = {name: metadata[name] for name in ("base", "encoder", "encoder_weights") if metadata.get(name)}
     for folder in (path, path.parent, path.parent.parent):
         config = read_config(folder / "config.yaml")
-        base, encoder = (config.get(part) if isinstance(config.get(part), dict) else {} for part in ("base", "encoder"))
+        base, encoder = config["base"], config["encoder"]
         paths = {"base": base.get("path"), "encoder": encoder.get("name") or encoder.get("path")}
         if encoder.get("subfolder"):
             paths["encoder"] = f"{paths['encoder']}/{encoder['subfolder']}"
@@ -93,13 +93,14 @@ def known_sources(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
     return known
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's configuration as plain data, nothing of it resolved; empty if there is none."""
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """``base`` and ``encoder`` of a run's configuration as plain data, nothing of it resolved; empty without one."""
     try:
         content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = None
+    parts = content if isinstance(content, dict) else {}
+    return {name: parts[name] if isinstance(parts.get(name), dict) else {} for name in ("base", "encoder")}
 
 
 def read_fit(metadata: Mapping[str, str], source: str) -> str:

@@ -22,7 +22,7 @@ from ipa.tools.options import option, run_tool
 
 DTYPES = ("float16", "bfloat16", "float32")
 # metadata without which a file can be misread
-NEEDED = ("head", "kind", "head_width", "num_tokens", "no_image", "layer")
+NEEDED = ("base_family", "head", "kind", "head_width", "num_tokens", "no_image", "layer")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def export(options: Any) -> Path | None:
     with torch.device("meta"):
         check_layout(make_head(adapter.file), adapter.file.kind, options.layout, adapter.file.base_family)
     if out.suffix == ".bin":
-        check_shapes_tell_all(adapter.file, adapter.tensors)
+        check_without_metadata(adapter)
     licence = {"licence": options.licence} if options.licence else {}
     metadata = {**adapter.metadata, **adapter.file.metadata(), **licence}
     save_adapter(out, convert(adapter.tensors, options.dtype), metadata)
@@ -69,17 +69,22 @@ def export(options: Any) -> Path | None:
     return out
 
 
-def check_shapes_tell_all(file: Any, tensors: dict[str, Any]) -> None:
+def check_without_metadata(adapter: Any) -> None:
     """Refuse to omit metadata without which the file would be misread."""
     from ipa.export.adapter_file import identify
 
-    try:
-        shown = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}).metadata()
-    except UserError:
-        shown = {}
-    needed = [
-        f"{name}={value}" for name, value in file.metadata().items() if name in NEEDED and shown.get(name) != value
-    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    metadata = {**adapter.metadata, **adapter.file.metadata()}
+
+    def is_needed(name: str) -> bool:
+        try:
+            return (
+                identify(shapes, {other: value for other, value in metadata.items() if other != name}) != adapter.file
+            )
+        except UserError:
+            return True
+
+    needed = [f"{name}={metadata[name]}" for name in NEEDED if name in metadata and is_needed(name)]
     if needed:
         raise UserError(
             f"a .bin cannot hold metadata, and its readers would not assume {', '.join(needed)}: give out=….safetensors"
