@@ -108,8 +108,10 @@ def write_row(pixels_B3HW: Any, out: Path) -> None:
     from PIL import Image
 
     from ipa.files import write_atomically
-    from ipa.types import to_uint8
+    from ipa.types import first_not_finite, to_uint8
 
+    if first_not_finite({"": pixels_B3HW}):
+        raise UserError("the images are not finite: if dtype= is float16, give dtype=float32 or bfloat16")
     row = torch.cat(list(to_uint8(pixels_B3HW)), dim=-1).permute(1, 2, 0).numpy()
     write_atomically(out, lambda path: Image.fromarray(row).save(path, format=FORMATS[out.suffix.lower()]))
 

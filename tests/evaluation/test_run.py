@@ -219,7 +219,7 @@ def test_pictures_that_are_not_finite_are_refused() -> None:
     pixels_B3HW = torch.zeros(3, 3, 4, 4)
     check_finite(pixels_B3HW, "x")
     pixels_B3HW[1, 0, 0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"x: 1 of 3 images .*method\.dtype=float32"):
+    with pytest.raises(UserError, match=r"x: image 1 .*method\.dtype=float32"):
         check_finite(pixels_B3HW, "x")
 
 
