@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -135,9 +136,9 @@ class IPAdapterModel(nn.Module):
         return {
             "base_family": self.family.name,
             "kind": self.adapter.name,
-            "base": self.family.source,
-            "encoder": self.encoder.source,
-            "encoder_weights": self.encoder.weights or "",
+            "base": public_source(self.family.source),
+            "encoder": public_source(self.encoder.source),
+            "encoder_weights": public_source(self.encoder.weights or ""),
             "image_size_px": str(self.encoder.image_size_px),
             "preprocessing": self.preprocessing,
             "features": self.head.uses,
@@ -315,6 +316,12 @@ def check_combination(family: Family, head: TokenHead, adapter: AdapterKind, min
         )
     if min_snr_gamma is not None and not family.supports_min_snr:
         raise UserError(f"min_snr_gamma={min_snr_gamma}: {family.title} has no such loss weighting; give null")
+
+
+def public_source(source: str) -> str:
+    """A hub id or relative path as it is; of an absolute one only the name, since adapter files are published."""
+    prefix, _, path = source.rpartition(":")  # local-dir:/data/clip
+    return source if not Path(path).is_absolute() else f"{prefix}:{Path(path).name}".lstrip(":")
 
 
 def as_weight(scale: float | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-from ipa.export.adapter_file import identify_file, make_head
-from ipa.export.layouts import check_layout, check_same_sizes
+from ipa.export.adapter_file import make_head
+from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
 from ipa.export.published import check_fits
+from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.types import BaseWidths, EncoderWidths
+
+log = logging.getLogger(__name__)
 
 
 def check_parts(cfg: DictConfig, begins: bool = True) -> None:
@@ -27,10 +31,13 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
     with torch.device("meta"):
         head = instantiate(cfg.tokens)(encoder, base.context)
     kind: str = get_class(cfg.adapter.make._target_).name  # type: ignore[attr-defined]
-    check_layout(head, kind, cfg.callbacks.export.layout)
+    layout: str = cfg.callbacks.export.layout
+    check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
+    if warning := other_no_image(head, layout):
+        log.warning("%s", warning)
     if cfg.adapter.init_from and begins:
         path = Path(cfg.adapter.init_from)
-        file = identify_file(path)
+        file = read_adapter(path).file
         check_fits(file, base, encoder, source=str(path), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
             check_same_sizes(make_head(file), file.kind, head, kind, str(path))

@@ -153,7 +153,7 @@ def build_module(cfg: DictConfig, datamodule: Any, trainer: L.Trainer, start: Pa
         latent_shape=model.family.latent_shape(size_px),
     )
     datamodule.check_model(model)
-    metadata = {"licence": cfg.licence} if cfg.licence else {}
+    metadata = instantiate(cfg.sampling).describe() | ({"licence": cfg.licence} if cfg.licence else {})
     return AdapterTraining(model, optimizer, instantiate(cfg.schedule), cfg.ema.decay, metadata)
 
 
