@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType
@@ -29,21 +29,30 @@ from ipa.cli import explain_failure, nearest, refuse_pickles, typed_values
 from ipa.errors import UserError
 from ipa.secrets import hide
 
-TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list[str]: "a list [a,b]"}
+TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+LISTS: dict[Any, Any] = {list[str]: str, list[float]: float, list[int]: int}
 
 
 def option(
     default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None, one_of: Sequence[str] = ()
 ) -> Any:
     """A field of an ``Options`` class: its default (MISSING for a required option), its meaning, and its limits."""
-    return field(default=default, metadata={"help": help, "limits": (at_least, at_most, tuple(one_of))})
+    metadata = {"help": help, "limits": (at_least, at_most, tuple(one_of))}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
-    """Arguments → options; raises UserError for one that is misspelled, wrong, given twice or missing."""
+def read_options(
+    arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = (), saved: Mapping[str, Any] | None = None
+) -> Any:
+    """Arguments → options; raises UserError for one that is misspelled, wrong, given twice or missing.
+
+    ``saved`` takes the place of the defaults.
+    """
     known = {each.name: each for each in fields(kind)}
     hints = get_type_hints(kind)
-    options: Any = OmegaConf.structured(kind)
+    options: Any = OmegaConf.merge(OmegaConf.structured(kind), saved or {})
     for name, value in named(arguments, list(known), positional):
         try:
             options = OmegaConf.merge(options, {name: parse(value, hints[name])})
@@ -92,8 +101,8 @@ def parse(typed: str, hint: Any) -> Any:
         value = parsed["value"]
     except yaml.YAMLError:
         value = typed
-    if hint == list[str]:
-        return value if isinstance(value, list) else [typed]
+    if hint in LISTS:
+        return value if isinstance(value, list) else [typed if hint == list[str] else value]
     if str not in kinds_of(hint) or isinstance(value, str):
         return value
     return None if typed == "null" and NoneType in kinds_of(hint) else typed
@@ -101,7 +110,7 @@ def parse(typed: str, hint: Any) -> Any:
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """``int | None`` → ``int`` and ``NoneType``."""
-    return (hint,) if hint == list[str] else get_args(hint) or (hint,)
+    return (hint,) if hint in LISTS else get_args(hint) or (hint,)
 
 
 def limits_of(known: Field[Any]) -> tuple[float | None, float | None, Sequence[str]]:
@@ -110,8 +119,10 @@ def limits_of(known: Field[Any]) -> tuple[float | None, float | None, Sequence[s
 
 def is_within(value: Any, known: Field[Any]) -> bool:
     least, most, choices = limits_of(known)
-    return value is None or (
-        (least is None or value >= least) and (most is None or value <= most) and (not choices or value in choices)
+    values = value if OmegaConf.is_list(value) else [] if value is None else [value]
+    return all(
+        (least is None or each >= least) and (most is None or each <= most) and (not choices or each in choices)
+        for each in values
     )
 
 
@@ -120,9 +131,14 @@ def possible(known: Field[Any], hint: Any) -> str:
     least, most, choices = limits_of(known)
     if choices:
         return f"one of {', '.join(choices)}"
-    words = " or ".join(TYPES.get(each, "null") for each in kinds_of(hint))
+    if hint in LISTS:
+        return f"{TYPES[LISTS[hint]]}{bounds(least, most)}, or a list [a,b] of them"
+    return " or ".join(TYPES.get(each, "null") for each in kinds_of(hint)) + bounds(least, most)
+
+
+def bounds(least: float | None, most: float | None) -> str:
     limits = [f"{word} {value:g}" for word, value in (("at least", least), ("at most", most)) if value is not None]
-    return ", ".join([words, *limits])
+    return "".join(f", {limit}" for limit in limits)
 
 
 def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:
@@ -143,6 +159,7 @@ def run_tool(
     do: Callable[[Any], Path | None],
     about: str | None,
     positional: Sequence[str] = (),
+    saved: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
     """Print the help, or call ``do`` with the options; errors that the user can fix end the process with a message."""
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -151,7 +168,7 @@ def run_tool(
     refuse_pickles()
     values: list[Any] = [typed_values(arguments)]
     try:
-        options = read_options(arguments, kind, positional)
+        options = read_options(arguments, kind, positional, saved and saved())
         values.append(OmegaConf.to_container(options))
         written = do(options)
     except Exception as error:
