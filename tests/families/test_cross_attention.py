@@ -101,14 +101,6 @@ def test_without_a_prompt_the_replaced_processor_answers(attention: Attention) -
     assert attention.processor is found
 
 
-def test_a_place_takes_one_branch_also_from_another_host(attention: Attention) -> None:
-    host = CrossAttentionHost("a layer", attention)
-    host.plug(host.make_branch(), Channel())
-    for other in (host, CrossAttentionHost("the same layer", attention)):
-        with pytest.raises(RuntimeError, match=r"layer already has a branch; call remove\(\)"):
-            other.plug(host.make_branch(), Channel())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_of_a_prompt_changes_no_bit(attention: Attention, dtype: torch.dtype) -> None:
     host, channel = CrossAttentionHost("a layer", attention.to(dtype)), Channel()
