@@ -15,7 +15,6 @@ from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
 from ipa.export.published import check_fits
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
-from ipa.training.average import check_decay
 from ipa.types import BaseWidths, EncoderWidths
 
 log = logging.getLogger(__name__)
@@ -36,8 +35,6 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
     check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
     if warning := other_no_image(head, layout):
         log.warning("%s", warning)
-    if cfg.ema.decay is not None:
-        check_decay(cfg.ema.decay)
     if cfg.adapter.init_from and begins:
         path = Path(cfg.adapter.init_from)
         file = read_adapter(path).file
