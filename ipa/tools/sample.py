@@ -18,6 +18,7 @@ from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError
+from ipa.ranges import MAX_EDGE_PX, MAX_SEED, TRAINING_STEPS
 from ipa.tools.options import option, run_tool
 
 OPTIONS = ("num_steps", "guidance", "scale", "guidance_rescale", "image_size_px")  # of `ipa.sampling`
@@ -29,18 +30,22 @@ class Options:
     adapter: str = option(MISSING, "adapter file, checkpoint, or run folder (its last checkpoint)")
     image: list[str] = option(MISSING, "image prompt, or several")
     text: str = option("", "text prompt")
-    scale: float = option(1.0, "λ, the weight of the image prompt; 0 ignores it")
+    scale: float = option(1.0, "λ, the weight of the image prompt; 0 ignores it", at_least=0, at_most=100)
     out: str = option("picture.png", f"output file, one of {', '.join(FORMATS)}; several images form a row")
     num_images: int = option(1, "number of images, each with its own seed", at_least=1)
-    seed: int = option(0, "seed of the first image")
-    num_steps: int | None = option(None, "denoising steps; null: as the training's previews, or else 25", at_least=1)
+    seed: int = option(0, "seed of the first image", at_least=0, at_most=MAX_SEED)
+    num_steps: int | None = option(
+        None, "denoising steps; null: those of the training, else 25", at_least=1, at_most=TRAINING_STEPS
+    )
     guidance: float | None = option(
-        None, "classifier-free guidance scale, 1: none; null: as the training's previews, or else usual for the base"
+        None, "guidance scale, 1: none; null: that of the training, else of the base", at_least=0, at_most=1000
     )
     guidance_rescale: float | None = option(
-        None, "φ, reduces the contrast that guidance adds; 0.7 for bases with zero terminal SNR", at_least=0, at_most=1
+        None, "φ, reduces the contrast that guidance adds; 0.7 for zero terminal SNR", at_least=0, at_most=1
     )
-    image_size_px: int | None = option(None, "width and height of an image; null: the base's native size", at_least=8)
+    image_size_px: int | None = option(
+        None, "edge of an image; null: the base's native size", at_least=8, at_most=MAX_EDGE_PX
+    )
     base: str | None = option(None, "base model in place of the metadata's: diffusers folder, hub id or .safetensors")
     base_config: str | None = option(None, "for a base in one file: diffusers folder or hub id with its layout")
     encoder: str | None = option(
