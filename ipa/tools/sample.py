@@ -38,7 +38,7 @@ class Options:
         None, "denoising steps; null: those of the training, else 25", at_least=1, at_most=TRAINING_STEPS
     )
     guidance: float | None = option(
-        None, "guidance scale, 1: none; null: that of the training, else of the base", at_least=0, at_most=1000
+        None, "guidance scale, 1: none; null: the training's, else the base's", at_least=0, at_most=1000
     )
     guidance_rescale: float | None = option(
         None, "φ, reduces the contrast that guidance adds; 0.7 for zero terminal SNR", at_least=0, at_most=1
