@@ -204,7 +204,7 @@ def test_every_item_of_a_batch_may_have_its_own_everything(prompter: Prompter) -
         Item([Reference([CAT, SKY])], "cat", seed=5),
         Item(text="cat", seed=6),
     ]
-    together = prompter.generate(items, batch_size=4, **OPTIONS)
+    together = prompter.generate(items, **OPTIONS)
     alone = [prompter.generate([item], **OPTIONS)[0] for item in items]
 
     for ours, single in zip(together, alone, strict=True):

@@ -27,9 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ipa.cli import explain_failure, nearest, refuse_pickles, typed_values
 from ipa.errors import UserError
+from ipa.ranges import Range
 from ipa.secrets import hide
 
-TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+TYPES = {str: "a text"}
 LISTS: dict[Any, Any] = {list[str]: str, list[float]: float, list[int]: int}
 
 
@@ -55,12 +56,9 @@ def read_options(
     options: Any = OmegaConf.merge(OmegaConf.structured(kind), saved or {})
     for name, value in named(arguments, list(known), positional):
         try:
-            options = OmegaConf.merge(options, {name: parse(value, hints[name])})
-            fits = is_within(options[name], known[name])
-        except OmegaConfBaseException:
-            fits = False
-        if not fits:
-            raise UserError(f"{name}={value}: give {possible(known[name], hints[name])}")
+            options = OmegaConf.merge(options, {name: read(parse(value, hints[name]), known[name], hints[name])})
+        except (OmegaConfBaseException, ValueError):
+            raise UserError(f"{name}={value}: give {possible(known[name], hints[name])}") from None
     missing = [name for name in known if OmegaConf.is_missing(options, name)]
     if missing:
         raise UserError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
@@ -110,35 +108,37 @@ def parse(typed: str, hint: Any) -> Any:
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """``int | None`` → ``int`` and ``NoneType``."""
-    return (hint,) if hint in LISTS else get_args(hint) or (hint,)
+    return (LISTS[hint],) if hint in LISTS else get_args(hint) or (hint,)
 
 
-def limits_of(known: Field[Any]) -> tuple[float | None, float | None, Sequence[str]]:
-    return known.metadata.get("limits", (None, None, ()))
-
-
-def is_within(value: Any, known: Field[Any]) -> bool:
-    least, most, choices = limits_of(known)
-    values = value if OmegaConf.is_list(value) else [] if value is None else [value]
-    return all(
-        (least is None or each >= least) and (most is None or each <= most) and (not choices or each in choices)
-        for each in values
+def range_of(known: Field[Any], hint: Any) -> Range | None:
+    """The range of a number or switch."""
+    kinds = kinds_of(hint)
+    least, most, _ = known.metadata.get("limits", (None, None, ()))
+    return next(
+        (Range(kind, least, most, null=NoneType in kinds) for kind in kinds if kind in (int, float, bool)), None
     )
 
 
+def choices_of(known: Field[Any]) -> Sequence[str]:
+    return known.metadata.get("limits", (None, None, ()))[2]
+
+
+def read(value: Any, known: Field[Any], hint: Any) -> Any:
+    """The value that is meant; raises ValueError for one that the option cannot have."""
+    if within := range_of(known, hint):
+        return [within.read(each) for each in value] if hint in LISTS else within.read(value)
+    if value is not None and choices_of(known) and value not in choices_of(known):
+        raise ValueError(value)
+    return value
+
+
 def possible(known: Field[Any], hint: Any) -> str:
-    """The possible values of an option in words: "an integer, at least 1"."""
-    least, most, choices = limits_of(known)
-    if choices:
-        return f"one of {', '.join(choices)}"
-    if hint in LISTS:
-        return f"{TYPES[LISTS[hint]]}{bounds(least, most)}, or a list [a,b] of them"
-    return " or ".join(TYPES.get(each, "null") for each in kinds_of(hint)) + bounds(least, most)
-
-
-def bounds(least: float | None, most: float | None) -> str:
-    limits = [f"{word} {value:g}" for word, value in (("at least", least), ("at most", most)) if value is not None]
-    return "".join(f", {limit}" for limit in limits)
+    """The possible values of an option in words: "an integer at least 1"."""
+    if choices_of(known):
+        return f"one of {', '.join(choices_of(known))}"
+    one = str(range_of(known, hint) or " or ".join(TYPES.get(kind, "null") for kind in kinds_of(hint)))
+    return f"{one}, or a list [a,b]" if hint in LISTS else one
 
 
 def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:

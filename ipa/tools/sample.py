@@ -49,17 +49,15 @@ class Options:
     combine: str = option("concat", "several images: concat, add, average, norm average, subtract, max, min")
     negative: list[str] = option([], "image prompt of guidance's negative part, as many as image=")
     references: str | None = option(
-        None, "in place of image=: prompts with options of their own, [{images: a.png, scale: 0.5, adapter: 1}, …]"
+        None, "in place of image=: prompts with their own options, [{images: a.png, scale: 0.5, adapter: 1}]"
     )
-    out: str | None = option(
-        None, f"a file, one of {', '.join(FORMATS)}, or a folder for image=FOLDER; null: picture.png"
-    )
+    out: str = option("picture.png", f"a file, one of {', '.join(FORMATS)}; for image=FOLDER a folder")
     num_steps: int | None = option(None, "denoising steps; null: as the training's previews, or else 25", at_least=1)
     guidance: float | None = option(
-        None, "guidance scale, 1: none; null: as the training's previews, or else usual for the base", at_least=0
+        None, "guidance scale, 1: none; null: as the training's previews, or usual for the base", at_least=0
     )
     guidance_rescale: float | None = option(
-        None, "φ, reduces the contrast of guidance; 0.7 for bases with zero terminal SNR", at_least=0, at_most=1
+        None, "φ, reduces the contrast of guidance; 0.7 for zero terminal SNR", at_least=0, at_most=1
     )
     width: int | None = option(None, "of an image (px); null: the base's native size", at_least=8)
     height: int | None = option(None, "of an image (px)", at_least=8)
