@@ -184,7 +184,7 @@ def make(prompter: Any, settings: dict[str, Any]) -> Any:
 
 
 def label(name: str, value: Any) -> str:
-    return {"scale": f"λ {value}", "seed": f"seed {value}"}.get(name, str(value))
+    return {"scale": f"scale {value}", "seed": f"seed {value}"}.get(name, str(value))
 
 
 def item(settings: dict[str, Any], chosen: dict[str, Any]) -> Any:
