@@ -14,7 +14,25 @@ from typing import Any
 
 from ipa.errors import UserError, brief
 
-PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# all that ``data.images.opening`` reads; of a sample's members the first in this order is its picture
+PICTURES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "jfif",
+    "jpe",
+    "jp2",
+    "ppm",
+    "heic",
+    "heif",
+)
+PICTURE_EXTENSIONS = tuple(f".{extension}" for extension in PICTURES)
 OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
 FOLDER_FSYNC_UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
@@ -80,6 +98,30 @@ def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected an object: {advice}")
     return content
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is a picture by its name; names with a leading dot are not (macOS adds ._NAME to each file)."""
+    return not os.path.basename(name).startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file in UTF-8, with or without a byte order mark; raises UserError for another encoding, OSError."""
+    content = Path(path).read_bytes()
+    try:
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8: byte {error.start} (line {line}) is 0x{content[error.start]:02x}. Save it as UTF-8; "
+            "if it is Latin-1: iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+    """A text file with an entry per line; comments (# at the beginning), blank lines and quotes are left out."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    return [line.strip("'\"") for line in lines if line and not line.startswith("#")]
 
 
 def hash_file(path: Path) -> str:

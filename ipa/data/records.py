@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ipa.data.addresses import Address
-from ipa.data.images.transforms import Size, picture_size
+from ipa.data.images.opening import Size, picture_size
 from ipa.data.rejects import Rejected
 from ipa.types import Batch, Position
 
@@ -65,4 +64,4 @@ class Preparation(Protocol):
 
     def sample(self, record: Record, address: Address, target: Size | None) -> Any: ...
 
-    def batch(self, samples: Sequence[Any], rejects: Counter[str], position: Position | None) -> Batch: ...
+    def batch(self, samples: Sequence[Any], rejects: Sequence[Rejected], position: Position | None) -> Batch: ...

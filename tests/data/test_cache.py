@@ -234,7 +234,7 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
         preparation.sample(make_record(i, picture=pack(make_record(i), make_tensors(i), None)), address(i))
         for i in range(8)
     ]
-    batch = preparation.batch(samples, Counter({NO_PICTURE: 2}))
+    batch = preparation.batch(samples, [Rejected(NO_PICTURE)] * 2)
     chosen = [["a cat", "a red cat"].index(text) for text in batch.text]
     expected = torch.stack([make_tensors(i)["text.ids"][chosen[i]] for i in range(8)])
 
@@ -250,7 +250,7 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
 def test_text_inputs_have_any_names_and_lengths() -> None:
     tensors = make_tensors() | {"text.second": torch.arange(8).view(2, 4)}
     record = make_record(picture=pack(make_record(), tensors, None))
-    batch = CachedPreparation().batch([CachedPreparation().sample(record, address())], Counter())
+    batch = CachedPreparation().batch([CachedPreparation().sample(record, address())], [])
     chosen = ["a cat", "a red cat"].index(batch.text[0])
 
     assert {name: tuple(x.shape) for name, x in batch.text_inputs.items()} == {"ids": (1, 6), "second": (1, 4)}

@@ -192,7 +192,7 @@ def test_missing_shards_are_told_at_once(tmp_path: Path, clean_shards: list[str]
 
 def test_an_error_in_a_worker_reaches_training(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "0.tar", [("a.png", b"")])
-    with pytest.raises(NoGoodSamples, match="no caption: 1"):
+    with pytest.raises(NoGoodSamples, match=r"1 × no caption: a of 0\.tar"):
         next(iter(make(shard, num_workers=1).train_dataloader()))
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from tars import png
 
-from ipa.data.images.transforms import open_picture, picture_size
+from ipa.data.images.opening import picture_size
+from ipa.data.images.transforms import open_picture
 from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import Fields
 

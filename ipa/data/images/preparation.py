@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
-from ipa.data.images.transforms import Background, Size, cover, cut_corner, fit_named, fit_reference, open_picture
+from ipa.data.images.opening import Size
+from ipa.data.images.transforms import Background, cover, cut_corner, fit_named, fit_reference, open_picture
 from ipa.data.records import Record
-from ipa.data.rejects import Rejected
+from ipa.data.rejects import Rejected, count_reasons, examples_of
 from ipa.errors import UserError
 from ipa.types import Batch, Position
 
@@ -67,8 +67,8 @@ class ImagePreparation:
         try:
             return self.decode(record, address, target or (self.image_size_px, self.image_size_px))
         except Rejected as reject:
-            record.broken, record.picture, record.references = reject.copy(), b"", ()
-            raise
+            record.broken, record.picture, record.references = reject.at(record.key, record.shard), b"", ()
+            raise record.broken from None
 
     def decode(self, record: Record, address: Address, target: Size) -> Sample:
         """Target and reference; if a record has references of its own, one is chosen at random."""
@@ -98,7 +98,7 @@ class ImagePreparation:
             return address.uniform("crop x"), address.uniform("crop y")
         return 0.5, 0.5
 
-    def batch(self, samples: Sequence[Sample], rejects: Counter[str], position: Position | None = None) -> Batch:
+    def batch(self, samples: Sequence[Sample], rejects: Sequence[Rejected], position: Position | None = None) -> Batch:
         """Stack samples of one size, and make their draws."""
         image_B3HW = torch.stack([sample.image_3HW for sample in samples])
         return Batch(
@@ -109,7 +109,8 @@ class ImagePreparation:
             size_B6=torch.stack([sample.size_6 for sample in samples]),
             keys=[sample.record.key for sample in samples],
             shards=[sample.record.shard for sample in samples],
-            rejects=dict(rejects),
+            rejects=count_reasons(rejects),
+            reject_examples=examples_of(rejects),
             position=position,
         )
 

@@ -124,7 +124,7 @@ def describe_speed(data: ShardDataModule) -> str:
 
     slots, reading_s = timed(lambda: list(islice(order.in_file_order(loud=False), TIMED_SAMPLES)))
     _, decoding_s = timed(decode)
-    _, collating_s = timed(lambda: preparation.batch(good, Counter(), None))
+    _, collating_s = timed(lambda: preparation.batch(good, [], None))
     rates = {"reading": len(slots) / reading_s, "decoding and cropping": len(good) / decoding_s}
     rates["sampling noise and collating"] = len(good) / collating_s
     return "one process, samples/s: " + ", ".join(f"{stage} {rate:,.0f}" for stage, rate in rates.items())
