@@ -217,13 +217,14 @@ ODD: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("kind", ODD)
 def test_what_is_stored_next_to_the_pixels_decides_nothing(kind: str) -> None:
     data = ODD[kind]()
-    assert differ(opened(data), gradient()) <= 2 and picture_size(data) == (96, 64)
+    plain = opened(jpeg_with()) if data.startswith(b"\xff\xd8") else gradient()
+    assert differ(opened(data), plain) == 0 and picture_size(data) == (96, 64)
 
 
 def test_an_orientation_between_odd_tags_counts() -> None:
     data = jpeg_with((0xE1, odd_exif()))
     assert picture_size(data) == open_picture(data, "white", MILLION, [(32, 32)]).size == (64, 96)
-    assert differ(opened(data), gradient().rotate(-90, expand=True)) <= 2
+    assert differ(opened(data), opened(jpeg_with()).rotate(-90, expand=True)) == 0
 
 
 # colours
@@ -258,15 +259,14 @@ def stored_in(profile: bytes, picture: Image.Image) -> Image.Image:
     return ImageCms.profileToProfile(picture, srgb, target, outputMode=picture.mode)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("JPEG", {"quality": 100, "subsampling": 0})],
-)
-def test_wide_colours_are_converted_to_srgb(kind: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+def test_wide_colours_are_converted_to_srgb(kind: str) -> None:
     profile, picture = make_profile(), gradient()
     numbers = stored_in(profile, picture)
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    changes = np.abs(np.asarray(opened(saved(numbers, kind, icc_profile=profile, **options))).astype(int) - picture)
     assert differ(numbers, picture) > 10
-    assert differ(opened(saved(numbers, kind, icc_profile=profile, **options)), picture) <= (6 if kind == "JPEG" else 2)
+    assert (changes.mean() if kind == "JPEG" else changes.max()) <= 2
 
 
 def test_transparency_palettes_and_greys_have_profiles_too() -> None:
