@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,15 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
             temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """What ``write_atomically`` left of these files when its process was killed; nobody may be writing them now."""
+    wanted = set(paths)
+    for folder in {path.parent for path in wanted}:
+        for leftover in folder.glob(".*.tmp"):
+            if folder / leftover.name[1:].rsplit(".", 2)[0] in wanted:
+                leftover.unlink(missing_ok=True)
+
+
 def fsync(path: Path) -> None:
     """Force a file to disk, or the entries of a folder where the file system supports that (mounted buckets do not)."""
     try:
@@ -83,10 +92,10 @@ def mode_of_new_file(path: Path) -> int:
     return mode
 
 
-def write_json(path: Path, content: Any, indent: int = 1) -> None:
+def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_RUN_FOLDER) -> None:
     """Write JSON atomically; raises as ``write_atomically`` does."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), otherwise)
 
 
 def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
@@ -120,7 +129,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def read_list(path: str | os.PathLike[str]) -> list[str]:
     """A text file with an entry per line; comments (# at the beginning), blank lines and quotes are left out."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).split("\n")]
     return [line.strip("'\"") for line in lines if line and not line.startswith("#")]
 
 

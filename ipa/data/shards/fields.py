@@ -59,6 +59,8 @@ class Fields:
     @property
     def what_there_is(self) -> str:
         """The members, and how one that is missed may be found."""
+        if "safetensors" in self.members:
+            return "it is a sample of a feature cache, which data=cache reads"
         names = [*self.members][:MAX_NAMES_SHOWN]
         dotted = [name for name in names if name.endswith(PICTURE_EXTENSIONS) and name not in self.references]
         if dotted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import posixpath
@@ -14,8 +15,9 @@ from typing import Any
 
 from tqdm.contrib.concurrent import thread_map
 
-from ipa.data.shards.fields import PICTURE_MEMBERS, is_unicode
+from ipa.data.shards.fields import is_unicode
 from ipa.errors import UserError
+from ipa.files import PICTURES, is_picture, read_text
 
 USUAL_COLUMNS = {"path_column": ("file_name", "path", "image"), "caption_column": ("text", "caption", "prompt")}
 TABLES = ("jsonl", "csv", "tsv", "parquet")
@@ -24,6 +26,7 @@ SHOW_PROGRESS_AFTER_S = 2
 SHOWN_EXAMPLES = 3
 
 Stamp = tuple[int, int]  # size in bytes and modification time in ns, which tell whether a file has changed
+NOTHING = (-1, 0)  # the stamp of a link whose file does not exist
 Files = dict[str, Stamp]  # name (relative path with /) → stamp, sorted
 Row = dict[str, Any]
 Entries = dict[str, tuple[tuple[str, ...], Row]]  # picture → its captions, and the other columns of its first row
@@ -35,12 +38,12 @@ def list_files(path: str, option: str, skip: str | None = None) -> Files:
         raise UserError(f"{option}={path}: no such folder")
     files = dict(sorted(walk(path, (os.path.realpath(path), os.path.realpath(skip or path)))))
     if not pictures_in(files):
-        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURE_MEMBERS)}); shards need no packing")
+        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURES)}); shards need no packing")
     return files
 
 
 def walk(folder: str, closed: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Stamp]]:
-    """Regular files without a leading dot. Links to folders are followed, except to one of the ``closed``."""
+    """Regular files and dangling links, without a leading dot; links to folders outside of ``closed`` are followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -49,10 +52,12 @@ def walk(folder: str, closed: tuple[str, ...], prefix: str = "") -> Iterator[tup
                 yield prefix + entry.name, (entry.stat().st_size, entry.stat().st_mtime_ns)
             elif entry.is_dir() and (real := os.path.realpath(entry)) not in closed:
                 yield from walk(entry.path, (*closed, real), f"{prefix}{entry.name}/")
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                yield prefix + entry.name, NOTHING
 
 
 def pictures_in(files: Files) -> list[str]:
-    return [name for name in files if extension(name) in PICTURE_MEMBERS]
+    return [name for name, stamp in files.items() if is_picture(name) and stamp != NOTHING]
 
 
 def extension(name: str) -> str:
@@ -96,9 +101,10 @@ def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
     if wanted in tables:
         return read_tables(files, tables[wanted], options)
     paths = [Path(options.folder, text) for text in texts.values()]
-    read = thread_map(read_text, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
-    found = {name: (captions, Row()) for name, captions in zip(texts, read, strict=True) if captions}
-    return found, "captions: .txt files"
+    read = thread_map(read_caption, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
+    found = {name: (usable(text), Row()) for name, text in zip(texts, read, strict=True) if usable(text)}
+    refused = [str(error) for error in read if isinstance(error, UserError)]
+    return found, "captions: .txt files" + (f"; {len(refused)} are no text: {refused[0]}" if refused else "")
 
 
 def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
@@ -115,8 +121,11 @@ def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
     return tables
 
 
-def read_text(path: Path) -> tuple[str, ...]:
-    return usable(path.read_text("utf-8-sig", "surrogateescape"))
+def read_caption(path: Path) -> str | UserError:
+    try:
+        return read_text(path)
+    except UserError as error:
+        return error
 
 
 def read_tables(files: Files, tables: Mapping[Path, str], options: Any) -> tuple[Entries, str]:
@@ -170,14 +179,13 @@ def rows_of(table: Path) -> Iterator[Row]:
     if table.suffix.lower() == ".parquet":
         yield from import_module("pyarrow.parquet").read_table(table).to_pylist()
         return
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        if table.suffix.lower() == ".jsonl":
-            yield from map(json.loads, filter(str.strip, file))
-            return
-        header = file.readline()  # separated by whichever of , ; | and tab it has most of
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=max(",;|\t", key=header.count), skipinitialspace=True)
-        for row in reader:
-            if len(row) != len(reader.fieldnames or []):  # a value without a column, or a column named twice
-                raise UserError(f"line {reader.line_num} does not fit the columns {', '.join(reader.fieldnames or [])}")
-            yield row
+    lines = io.StringIO(read_text(table), newline="").readlines()
+    if table.suffix.lower() == ".jsonl":
+        yield from map(json.loads, filter(str.strip, lines))
+        return
+    delimiter = max(",;|\t", key="".join(lines[:1]).count)  # whichever the header has most of
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    for row in reader:
+        if len(row) != len(reader.fieldnames or []):  # a value without a column, or a column named twice
+            raise UserError(f"line {reader.line_num} does not fit the columns {', '.join(reader.fieldnames or [])}")
+        yield row

@@ -9,34 +9,33 @@ import os
 import random
 import re
 import shlex
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from ipa.data.images.transforms import open_header, picture_size
+from ipa.data.images.opening import Size, picture_size, upright, upright_size, with_picture
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.images.transforms import open_picture
 from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected
 from ipa.data.shards.names import ENDINGS
-from ipa.errors import UserError
-from ipa.files import read_json, write_atomically, write_json
+from ipa.errors import UserError, brief
+from ipa.files import PICTURES, read_json, write_atomically, write_json
 from ipa.tools.pack import folder
 
 PLAN = "pack.json"  # what the shards in a folder were packed from
 OTHER_FOLDER = "choose another folder with out=FOLDER"
-NOT_SHRUNK = "broken picture, cannot be shrunk"
 NEUTRAL = ("out", "workers", "overwrite")  # options that do not change what a shard holds
 JPEG_QUALITY = 95
 REDUCING_GAP = 3  # fast first step of resizing, down to this many times the final size
 
 LeftOut = dict[str, list[str]]  # reason → names
 Members = dict[str, bytes]  # extension → content
-Size = tuple[int, int]  # width and height
 
 
 class Sample(NamedTuple):
@@ -74,10 +73,12 @@ def collect(options: Any) -> tuple[list[Sample], LeftOut]:
     entries, about = folder.read_captions(files, options)
     print(f"{about}, for {len(entries):,} of {len(folder.pictures_in(files)):,} pictures", flush=True)
     samples, left_out = list[Sample](), LeftOut()
-    if others := [
-        name for name in files if folder.extension(name) not in (*folder.PICTURE_MEMBERS, *folder.TABLES, "txt")
-    ]:
-        left_out["not a picture that can be read"] = others
+    known = (*PICTURES, *folder.TABLES, "txt")
+    unused = {
+        "not a picture that can be read": [name for name in files if folder.extension(name) not in known],
+        "a link to nothing": [name for name, stamp in files.items() if stamp == folder.NOTHING],
+    }
+    left_out |= {reason: names for reason, names in unused.items() if names}
     for number, name in enumerate(folder.pictures_in(files)):
         reference = stems.get(folder.stem(name), "")
         if name not in entries and options.missing_caption != "empty":
@@ -135,9 +136,7 @@ def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
     for path in [*out.glob(".*.tmp"), *outdated]:  # .tmp: of a process that was killed
         path.unlink()
     if changes:
-        write_atomically(
-            out / PLAN, lambda path: path.write_text(json.dumps({"samples": digest, **plan})), OTHER_FOLDER
-        )
+        write_json(out / PLAN, {"samples": digest, **plan}, otherwise=OTHER_FOLDER)
 
 
 def stats_path(shard: Path) -> Path:
@@ -161,14 +160,13 @@ def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | 
     with temporary.open("wb") as file, TarWriter(file, "", "", encoder=False, mtime=0, format="PAX_FORMAT") as tar:
         for sample, members in zip(samples, found, strict=False):  # the next shard's members stay
             if isinstance(members, Rejected):
-                failed.setdefault(members.reason, []).append(sample.picture)
+                failed.setdefault(members.reason, []).append(f"{sample.picture}: {members.detail}")
             else:
                 tar.write({"__key__": sample.key, **members})
                 extensions, written = extensions | members.keys(), written + 1
+    counts = {"count": len(samples), "successes": written, "failed_to_resize": len(samples) - written}
     status = {"success": written} | {reason: len(names) for reason, names in failed.items()}
-    counts = {"count": len(samples), "successes": written, "failed_to_resize": status.get(NOT_SHRUNK, 0)}
-    counts["failed_to_download"] = counts["count"] - written - counts["failed_to_resize"]
-    details = {"status_dict": status, "failed": failed, "extensions": sorted(extensions)}
+    details = {"failed_to_download": 0, "status_dict": status, "failed": failed, "extensions": sorted(extensions)}
     write_json(stats, counts | details | {"tar_bytes": temporary.stat().st_size})
 
 
@@ -177,9 +175,9 @@ def members_of(sample: Sample, options: Any) -> Members | Rejected:
         picture, size, original = load(Path(options.folder, sample.picture), options.size)
         reference = load(Path(options.references, sample.reference), options.size)[0] if sample.reference else {}
     except OSError as error:
-        return Rejected(BROKEN_PICTURE, str(error))
+        return Rejected(BROKEN_PICTURE, brief(error))
     except Rejected as reject:
-        return Rejected(reject.reason, reject.detail)  # without the traceback, which holds the picture
+        return reject.at()
     caption = next(iter(sample.captions), "")
     metadata: dict[str, Any] = {"status": "success", "caption": caption, "captions": sample.captions}
     metadata |= {name: None if value != value else value for name, value in sample.columns.items()}  # no NaN in JSON
@@ -190,29 +188,26 @@ def members_of(sample: Sample, options: Any) -> Members | Rejected:
 
 
 def load(path: Path, size_px: int | None) -> tuple[Members, Size, Size]:
-    """The picture, copied, or shrunk if its shortest side is longer; its size now and before. Raises ``Rejected``."""
+    """The picture, copied, or shrunk if its shortest side is longer; its size now and before.
+
+    Raises ``Rejected`` for what training would reject, which only decoding finds.
+    """
     data = path.read_bytes()
     size = picture_size(data)
-    if size_px is None or min(size) <= size_px:
-        return {folder.extension(path.name): data}, size, size
-    try:
-        with warnings.catch_warnings(action="ignore"):  # odd metadata; training has its own limit on pixels
-            return *shrink(data, size_px), size
-    except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise Rejected(NOT_SHRUNK, repr(error)) from error
+    if size_px is not None and min(size) > size_px:
+        return *with_picture(data, partial(shrink, size_px=size_px)), size
+    open_picture(data, "white", ImagePreparation.max_pixels, needs=[(1, 1)], headroom=1)
+    return {folder.extension(path.name): data}, size, size
 
 
-def shrink(data: bytes, size_px: int) -> tuple[Members, Size]:
-    """Upright, with the shortest side ``size_px``: lossless WebP where there is transparency, else JPEG."""
-    picture: Image.Image = open_header(data)
-    mode = "RGBA" if picture.has_transparency_data else "RGB"
-    profile = picture.info.get("icc_profile") if picture.mode == mode else None  # does not fit another mode
-    if picture.format != "JPEG":  # thumbnail decodes a JPEG at a half, a quarter … of its size
-        picture = picture.convert(mode)
-    width, height = (round(side * size_px / min(picture.size)) for side in picture.size)
-    picture.thumbnail((width, height), Image.Resampling.LANCZOS, REDUCING_GAP)
-    picture = ImageOps.exif_transpose(picture).convert(mode)
+def shrink(picture: Image.Image, size_px: int) -> tuple[Members, Size]:
+    """Upright, in sRGB, with the shortest side ``size_px``: lossless WebP where there is transparency, else JPEG."""
+    width, height = (round(side * size_px / min(picture.size)) for side in upright_size(picture))
+    picture.draft(None, (REDUCING_GAP * size_px,) * 2)  # a JPEG is decoded at a half, a quarter …
+    small = upright(picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
     out = io.BytesIO()
-    kind, how = ("webp", {"lossless": True}) if mode == "RGBA" else ("jpeg", {"quality": JPEG_QUALITY})
-    picture.save(out, kind, icc_profile=profile, **how)
-    return {kind.replace("jpeg", "jpg"): out.getvalue()}, picture.size
+    if small.mode == "RGBA":
+        small.save(out, "webp", lossless=True)
+        return {"webp": out.getvalue()}, small.size
+    small.save(out, "jpeg", quality=JPEG_QUALITY)
+    return {"jpg": out.getvalue()}, small.size
