@@ -11,7 +11,7 @@ from tars import png
 from ipa.data.images.opening import picture_size
 from ipa.data.images.transforms import open_picture
 from ipa.data.rejects import Rejected
-from ipa.data.shards.fields import Fields
+from ipa.data.shards.fields import Captions, Fields
 
 
 def saved(kind: str, orientation: int | None = None, size: tuple[int, int] = (30, 20)) -> bytes:
@@ -58,6 +58,22 @@ def test_the_picture_is_none_of_the_references() -> None:
     assert Fields(members, ["jpg", "ref.jpg"]).picture == b"picture"
     with pytest.raises(Rejected, match="no picture"):
         _ = Fields(members, ["jpg", "png"]).picture
+
+
+def test_the_option_names_the_picture_and_the_reason_says_so() -> None:
+    members = {"1.jpg": b"one", "2.jpg": b"two", "txt": b"x"}
+    assert Fields(members, images=["2.jpg"]).picture == b"two"
+    for fields, words in (
+        (Fields(members), r"data\.image=1\.jpg"),
+        (Fields({"txt": b"x"}), r"only txt.*tar --sort=name"),
+    ):
+        with pytest.raises(Rejected, match=words):
+            _ = fields.picture
+
+
+def test_a_byte_order_mark_is_no_text() -> None:
+    fields = Fields({"txt": "\ufeffred".encode(), "json": '\ufeff{"a": 1}'.encode()})
+    assert Captions().read(fields) == (("red", 1.0),) and fields.metadata == {"a": 1}
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"null", b'{"a": "caf\xe9"}', b"[" * 100_000, b"", b"9" * 5000])

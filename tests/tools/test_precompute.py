@@ -23,6 +23,7 @@ import hydra
 import pytest
 import tiny
 import torch
+import toy_family
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -184,6 +185,22 @@ def test_aspect_buckets_are_kept_and_batches_have_one_each(parts: list[str], tmp
         cfg = compose("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", asked)
         with nullcontext() if said is None else pytest.raises(WrongCache, match=said):
             train_batches(cfg, model, 1)
+
+
+def test_a_family_with_packed_latents_and_two_tokenizers(parts: list[str], shards: Path, tmp_path: Path) -> None:
+    """The family says what the cache keeps of a text: two rows of ids of different length for each caption."""
+    with toy_family.installed(tmp_path) as toy:
+        parts = [*parts, *toy, "data.num_workers=0", "data.lanes.ranks=1", "data.lanes.workers=1", TWO_CAPTIONS]
+        out = run(tmp_path / "features", *parts)
+        online, cached = compose("train", *parts), compose("train", *parts, "data=cache", f"data.train={out}")
+        model = tiny.shake(build_model(online))
+        model.adapter.install()
+        for pictures, features in zip(train_batches(online, model, 4), train_batches(cached, model, 4), strict=True):
+            assert {name: ids.shape[1] for name, ids in features.text_inputs.items()} == toy_family.LENGTHS
+            assert features.text == pictures.text and features.image_B3HW is None
+            with torch.no_grad():
+                losses = [model.errors(batch).error_B for batch in (features, pictures)]
+            torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
 
 
 def killed_at_random(cfg: DictConfig) -> None:
