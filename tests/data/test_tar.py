@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 from collections.abc import Callable
 from itertools import islice
@@ -129,13 +132,10 @@ def test_only_regular_files_count(kind: bytes) -> None:
     assert ours(out.getvalue()) == ([("0002.txt", b"")], False)
 
 
-@pytest.mark.parametrize("program", ["gzip", "bzip2", "xz"])
-@pytest.mark.parametrize("broken", [False, True])
-def test_compressed_archives(tmp_path: Path, program: str, broken: bool) -> None:
-    module = __import__({"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}[program])
-    data = module.compress(archive())
-    found, ends_in_break = ours(data[: len(data) // 2] if broken else data)
-    assert ends_in_break == broken and (broken or [name for name, _ in found] == NAMES)
+def test_archives_in_gzip_are_read_and_others_are_breaks() -> None:
+    data = gzip.compress(archive())
+    assert ours(data) == (ours(archive())[0], False) and ours(data[: len(data) // 2])[1]
+    assert ours(bz2.compress(archive())) == ours(lzma.compress(archive())) == ([], True)
 
 
 def test_names_are_split_at_the_first_dot_and_files_without_a_key_are_counted(tmp_path: Path) -> None:

@@ -12,13 +12,11 @@ member larger than any picture, of which no byte is kept. A decompression bomb c
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 from ipa.data.rejects import BROKEN_TAR, TOO_LARGE, UNSAFE_MEMBER, Rejected
@@ -28,16 +26,11 @@ from ipa.secrets import hide
 BLOCK_BYTES, CHUNK_BYTES = tarfile.BLOCKSIZE, 1 << 24
 MAX_MEMBER_BYTES = 1 << 29  # 100 megapixels without compression are 300 MB at most
 MAX_EXPANSION, UNCHECKED_BYTES = 200, 1 << 26  # of a compressed archive; the first bytes are not checked
-MAX_XZ_MEMORY_BYTES = 1 << 28
 ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 RESERVED = re.compile(r"\.__(key|url|bad|local_path)__$", re.IGNORECASE)  # WebDataset keeps its own entries under these
-BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
-COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Callable[[Any], Any]], ...] = (
-    (re.compile(rb"\x1f\x8b\x08"), gzip.open),
-    (re.compile(rb"BZh[1-9]1AY&SY"), bz2.open),
-    (re.compile(rb"\xfd7zXZ|\x5d\0\0\x80"), lambda file: Unxz(file)),
-)
+OTHER_COMPRESSIONS = (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class Member(NamedTuple):
@@ -108,35 +101,11 @@ class Forward:
 
 
 def uncompressed(file: Forward) -> Forward:
-    """The archive inside gzip, bzip2 or xz, recognised by its first bytes; other files as they are."""
+    """The archive inside gzip, recognised by its first bytes; other files as they are."""
     file = Forward(file, file.read(BLOCK_BYTES))
-    opens = [opener for magic, opener in COMPRESSIONS if magic.match(file.begin)]
-    return Forward(opens[0](file), compressed=file) if opens else file
-
-
-class Unxz:
-    """xz with a memory limit: a header may ask for gigabytes, and Python's own reader has no limit."""
-
-    def __init__(self, file: Forward) -> None:
-        self.file, self.decoder = file, self.new_decoder()
-
-    def new_decoder(self) -> lzma.LZMADecompressor:
-        return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY_BYTES)
-
-    def read(self, size: int) -> bytes:
-        while size:
-            if self.decoder.eof:
-                rest = self.decoder.unused_data.lstrip(b"\0") or self.file.read(BLOCK_BYTES)
-                if not rest.strip(b"\0"):
-                    return b""
-                self.decoder = self.new_decoder()
-            else:
-                rest = self.file.read(1 << 16) if self.decoder.needs_input else b""
-                if self.decoder.needs_input and not rest:
-                    raise EOFError("the compressed archive is cut off")
-            if data := self.decoder.decompress(rest, size):
-                return data
-        return b""
+    if file.begin.startswith(OTHER_COMPRESSIONS):
+        raise tarfile.ReadError("bzip2, xz and zstd are not read: compress it with gzip, or not at all")
+    return Forward(gzip.GzipFile(fileobj=cast(Any, file)), compressed=file) if file.begin.startswith(b"\x1f\x8b\x08") else file
 
 
 def walk(file: Forward) -> Iterator[Member | Rejected]:
