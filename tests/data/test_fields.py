@@ -80,7 +80,3 @@ def test_a_byte_order_mark_is_no_text() -> None:
 def test_broken_metadata(content: bytes) -> None:
     with pytest.raises(Rejected, match="broken metadata"):
         _ = Fields({"json": content}).metadata
-
-
-def test_no_metadata_are_empty() -> None:
-    assert Fields({}).metadata == {}

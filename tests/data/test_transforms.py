@@ -284,34 +284,6 @@ def test_background_needs_colours_and_knows_them() -> None:
         Background(["blurple"], white=0.5)
 
 
-def test_dark_pictures_of_16_bit_stay_dark() -> None:
-    picture = opened(saved(Image.fromarray(np.full((4, 4), 2570, np.uint16)), "PNG"))
-    assert picture.getpixel((0, 0)) == (10, 10, 10)
-
-
-@pytest.mark.parametrize("kind", [smooth, soft_photograph, sharp])
-@pytest.mark.parametrize(
-    ("size", "target", "scale"),
-    [
-        ((1024, 1024), (512, 512), 2),
-        ((1023, 800), (300, 360), 2),
-        ((1200, 900), (224, 224), 4),
-        ((1024, 768), (96, 80), 8),
-    ],
-)
-def test_most_pictures_need_no_headroom(kind: Callable[..., Image.Image], size: Size, target: Size, scale: int) -> None:
-    """As training decodes: at least as large as needed, and within 40 dB of the whole work all the same."""
-    data, reference_px = saved(kind(*size), "JPEG", quality=90), min(target) * 7 // 16
-    whole = open_picture(data, "white", MILLION * 2)
-    reduced = open_picture(data, "white", MILLION * 2, [target, (reference_px, reference_px)], headroom=1)
-
-    assert reduced.span == (size[0] / scale, size[1] / scale)
-    ours = reduced.shrunk(target)
-    assert psnr(cover(ours, target), cover(whole, target)) > 40
-    for fit in FITS:
-        assert psnr(fit_reference(ours, reference_px, fit), fit_reference(whole, reference_px, fit)) > 40
-
-
 def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
     """Why more can be asked for: the decoder's filter is none of bicubic's."""
     data, target = saved(photograph(512, 512), "JPEG", quality=90), (256, 256)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import hydra
@@ -13,7 +12,6 @@ from omegaconf import DictConfig
 from PIL import Image
 from tars import write_tar
 
-from ipa.tools.inspect.__main__ import main
 from ipa.tools.inspect.findings import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,10 +78,3 @@ def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: 
     with pytest.raises(ValueError, match="no good sample"):
         inspect(compose(*parts, f"data.train={tmp_path}/0.tar", f"out={tmp_path / 'x.png'}"))
     assert ("feature cache, which data=cache reads" in caplog.text) == (content == "cache")
-
-
-def test_a_typo_gets_the_nearest_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["inspect.py", "pictuers=3"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "Did you mean pictures=3" in capsys.readouterr().err
