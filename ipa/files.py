@@ -114,6 +114,11 @@ def is_picture(name: str) -> bool:
     return not os.path.basename(name).startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
 
 
+def printable(name: str) -> str:
+    """Without line breaks and undecodable bytes, which break terminals and tar files."""
+    return "".join(letter if letter.isprintable() else "_" for letter in name)
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """A text file in UTF-8, with or without a byte order mark; raises UserError for another encoding, OSError."""
     content = Path(path).read_bytes()

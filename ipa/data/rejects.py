@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from ipa.errors import UserError
+from ipa.files import printable
 
 BROKEN_TAR = "broken tar"
 NO_KEY = "member without a key"
@@ -43,7 +44,7 @@ class Rejected(Exception):
 
     @property
     def example(self) -> Example:
-        return " of ".join(filter(None, (self.key, self.shard))), self.detail
+        return printable(" of ".join(filter(None, (self.key, self.shard)))), self.detail
 
 
 def count_reasons(rejects: Iterable[Rejected]) -> Counter[str]:
@@ -82,8 +83,12 @@ def in_detail(examples: Sequence[Example]) -> str:
     return "; ".join(f"{found} ({detail})" if found and detail else found or detail for found, detail in parts)
 
 
+def describe(rejects: Sequence[Rejected]) -> list[str]:
+    return describe_rejects(count_reasons(rejects), examples_of(rejects))
+
+
 def in_words(rejects: Sequence[Rejected]) -> str:
-    return "; ".join(describe_rejects(count_reasons(rejects), examples_of(rejects)))
+    return "; ".join(describe(rejects))
 
 
 class NoGoodSamples(UserError):

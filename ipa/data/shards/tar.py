@@ -105,7 +105,11 @@ def uncompressed(file: Forward) -> Forward:
     file = Forward(file, file.read(BLOCK_BYTES))
     if file.begin.startswith(OTHER_COMPRESSIONS):
         raise tarfile.ReadError("bzip2, xz and zstd are not read: compress it with gzip, or not at all")
-    return Forward(gzip.GzipFile(fileobj=cast(Any, file)), compressed=file) if file.begin.startswith(b"\x1f\x8b\x08") else file
+    return (
+        Forward(gzip.GzipFile(fileobj=cast(Any, file)), compressed=file)
+        if file.begin.startswith(b"\x1f\x8b\x08")
+        else file
+    )
 
 
 def walk(file: Forward) -> Iterator[Member | Rejected]:

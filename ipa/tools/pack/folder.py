@@ -15,15 +15,16 @@ from typing import Any
 
 from tqdm.contrib.concurrent import thread_map
 
+from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import is_unicode
+from ipa.data.shards.names import some
 from ipa.errors import UserError
-from ipa.files import PICTURES, is_picture, read_text
+from ipa.files import PICTURE_EXTENSIONS, is_picture, read_text
 
 USUAL_COLUMNS = {"path_column": ("file_name", "path", "image"), "caption_column": ("text", "caption", "prompt")}
-TABLES = ("jsonl", "csv", "tsv", "parquet")
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 READING_THREADS = 32  # small files on network storage
 SHOW_PROGRESS_AFTER_S = 2
-SHOWN_EXAMPLES = 3
 
 Stamp = tuple[int, int]  # size in bytes and modification time in ns, which tell whether a file has changed
 NOTHING = (-1, 0)  # the stamp of a link whose file does not exist
@@ -38,7 +39,7 @@ def list_files(path: str, option: str, skip: str | None = None) -> Files:
         raise UserError(f"{option}={path}: no such folder")
     files = dict(sorted(walk(path, (os.path.realpath(path), os.path.realpath(skip or path)))))
     if not pictures_in(files):
-        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURES)}); shards need no packing")
+        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURE_EXTENSIONS)}); shards need no packing")
     return files
 
 
@@ -60,10 +61,6 @@ def pictures_in(files: Files) -> list[str]:
     return [name for name, stamp in files.items() if is_picture(name) and stamp != NOTHING]
 
 
-def extension(name: str) -> str:
-    return PurePosixPath(name).suffix.lower().removeprefix(".")
-
-
 def stem(name: str) -> str:
     return normal(name.removesuffix(PurePosixPath(name).suffix))
 
@@ -73,20 +70,16 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def examples(names: Iterable[str]) -> str:
-    """``12 (a.jpg, b.jpg, c.jpg …)``"""
-    shown = [printable(name) for name in names]
-    return f"{len(shown):,} ({', '.join(shown[:SHOWN_EXAMPLES])}{' …' if len(shown) > SHOWN_EXAMPLES else ''})"
-
-
-def printable(name: str) -> str:
-    """Without line breaks and undecodable bytes, which break terminals and tar files."""
-    return "".join(letter if letter.isprintable() else "_" for letter in name)
+def unused(files: Files) -> list[Rejected]:
+    """Files that are neither pictures nor text."""
+    known = (*PICTURE_EXTENSIONS, *TABLES, ".txt")
+    links = [Rejected("link to nothing", key=name) for name, stamp in files.items() if stamp == NOTHING]
+    return links + [Rejected("not a picture", key=name) for name in files if not name.lower().endswith(known)]
 
 
 def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
     """The pictures with usable captions, and a line about their source; raises UserError for none or several."""
-    stems = {stem(name): name for name in files if extension(name) == "txt"}
+    stems = {stem(name): name for name in files if name.lower().endswith(".txt")}
     texts = {name: stems[stem(name)] for name in pictures_in(files) if stem(name) in stems}
     tables = find_tables(files, options)
     sources = [*(["txt"] if texts else []), *tables]
@@ -116,7 +109,7 @@ def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
             tables[options.captions] = {given: "" if start.startswith("..") else start}
     for name in files:
         start, file = posixpath.split(name)
-        if extension(name) in TABLES and (not start or stem(file) == "metadata"):
+        if name.lower().endswith(TABLES) and (not start or stem(file) == "metadata"):
             tables.setdefault(file, {})[Path(options.folder, name)] = start
     return tables
 
@@ -141,8 +134,10 @@ def read_tables(files: Files, tables: Mapping[Path, str], options: Any) -> tuple
                 entries[name] = tuple(dict.fromkeys(before + captions)), first
     about = f"captions: {', '.join(map(str, tables))}"
     if not entries:
-        raise UserError(f"{about}: paths such as {examples(unknown)} are not in the folder: {examples(pictures)}")
-    return entries, about + (f"; rows without a picture: {examples(unknown)}" if unknown else "")
+        raise UserError(
+            f"{about}: no row names a picture of the folder; paths: {some(unknown)}; pictures: {some(list(pictures))}"
+        )
+    return entries, about + (f"; {len(unknown):,} rows without a picture: {some(unknown)}" if unknown else "")
 
 
 def read_rows(table: Path, options: Any) -> Iterator[tuple[str, tuple[str, ...], Row]]:

@@ -22,10 +22,10 @@ from webdataset.writer import TarWriter
 from ipa.data.images.opening import Size, picture_size, upright, upright_size, with_picture
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.transforms import open_picture
-from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected
+from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected, count_reasons, describe, in_words
 from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError, brief
-from ipa.files import PICTURES, read_json, write_atomically, write_json
+from ipa.files import printable, read_json, write_atomically, write_json
 from ipa.tools.pack import folder
 
 PLAN = "pack.json"  # what the shards in a folder were packed from
@@ -34,7 +34,6 @@ NEUTRAL = ("out", "workers", "overwrite")  # options that do not change what a s
 JPEG_QUALITY = 95
 REDUCING_GAP = 3  # fast first step of resizing, down to this many times the final size
 
-LeftOut = dict[str, list[str]]  # reason → names
 Members = dict[str, bytes]  # extension → content
 
 
@@ -63,7 +62,7 @@ def pack(options: Any) -> None:
     print("\n".join(summary([read_json(stats_path(path)) for path in shards], left_out, options.out)))
 
 
-def collect(options: Any) -> tuple[list[Sample], LeftOut]:
+def collect(options: Any) -> tuple[list[Sample], list[Rejected]]:
     """The samples, sorted by name, and what is left out; raises UserError if nothing is left."""
     files = folder.list_files(options.folder, "folder", skip=options.references)
     references = folder.list_files(options.references, "references") if options.references else {}
@@ -72,45 +71,34 @@ def collect(options: Any) -> tuple[list[Sample], LeftOut]:
         raise UserError(f"references={options.references} has several pictures of one name, with different extensions")
     entries, about = folder.read_captions(files, options)
     print(f"{about}, for {len(entries):,} of {len(folder.pictures_in(files)):,} pictures", flush=True)
-    samples, left_out = list[Sample](), LeftOut()
-    known = (*PICTURES, *folder.TABLES, "txt")
-    unused = {
-        "not a picture that can be read": [name for name in files if folder.extension(name) not in known],
-        "a link to nothing": [name for name, stamp in files.items() if stamp == folder.NOTHING],
-    }
-    left_out |= {reason: names for reason, names in unused.items() if names}
+    samples, left_out = list[Sample](), folder.unused(files)
     for number, name in enumerate(folder.pictures_in(files)):
         reference = stems.get(folder.stem(name), "")
         if name not in entries and options.missing_caption != "empty":
-            left_out.setdefault(NO_CAPTION, []).append(name)
+            left_out.append(Rejected(NO_CAPTION, key=name))
         elif options.references and not reference:
-            left_out.setdefault(NO_REFERENCE, []).append(name)
+            left_out.append(Rejected(NO_REFERENCE, key=name))
         else:
-            key = f"{number:06d}_{re.sub('[/.]', '_', folder.printable(folder.stem(name)))}"
+            key = f"{number:06d}_{re.sub('[/.]', '_', printable(folder.stem(name)))}"
             stamps = files[name], references.get(reference)
             samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
-    if not samples or (options.missing_caption == "error" and NO_CAPTION in left_out):
-        raise UserError("; ".join([*described(left_out), "missing_caption=skip leaves those out, empty packs them"]))
+    if not samples or (options.missing_caption == "error" and any(each.reason == NO_CAPTION for each in left_out)):
+        raise UserError(f"{in_words(left_out)}; missing_caption=skip leaves those out, empty packs them")
     return samples, left_out
 
 
-def described(left_out: LeftOut) -> list[str]:
-    return [f"left out, {reason}: {folder.examples(sorted(names))}" for reason, names in left_out.items()]
-
-
-def summary(stats: Sequence[dict[str, Any]], left_out: LeftOut, out: str) -> list[str]:
+def summary(stats: Sequence[dict[str, Any]], left_out: list[Rejected], out: str) -> list[str]:
     """What is in the shards, what was left out, and the command that trains; raises UserError if they are empty."""
-    for reason, names in [pair for each in stats for pair in each["failed"].items()]:
-        left_out[reason] = left_out.get(reason, []) + names
+    left_out = [*left_out, *(Rejected(*failed) for each in stats for failed in each["failed"])]
     pictures, size = sum(each["successes"] for each in stats), sum(each["tar_bytes"] for each in stats)
     if not pictures:
-        raise UserError("; ".join(["none of the pictures could be packed", *described(left_out)]))
+        raise UserError(f"none of the pictures could be packed: {in_words(left_out)}")
     value = out if re.fullmatch(r"[\w./-]+", out, re.ASCII) else f'"{out}"'  # quoted for Hydra, then for the shell
     words = ["python", "train.py", "experiment=decoupled_global", "recipe=sd15", f"data.train={value}"]
     references = {kind for each in stats for kind in each["extensions"] if kind.startswith("ref.")}
     words += [f"data.reference=[{','.join(sorted(references))}]"] if references else []
     what = f"{out}: {pictures:,} pictures, shards: {len(stats):,}, {size / 1e6:,.1f} MB"
-    return [*described(left_out), what, f"next: {shlex.join(words)}"]
+    return [*(f"left out, {line}" for line in describe(left_out)), what, f"next: {shlex.join(words)}"]
 
 
 def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
@@ -156,18 +144,18 @@ def write_shards(shards: Mapping[Path, Sequence[Sample]], options: Any) -> None:
 
 def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | Rejected], temporary: Path) -> None:
     """The tar, and before it gets its name the statistics as img2dataset has them, with the names of what failed."""
-    failed, extensions, written = dict[str, list[str]](), set[str](), 0
+    failed, extensions, written = list[Rejected](), set[str](), 0
     with temporary.open("wb") as file, TarWriter(file, "", "", encoder=False, mtime=0, format="PAX_FORMAT") as tar:
         for sample, members in zip(samples, found, strict=False):  # the next shard's members stay
             if isinstance(members, Rejected):
-                failed.setdefault(members.reason, []).append(f"{sample.picture}: {members.detail}")
+                failed.append(members.at(sample.picture))
             else:
                 tar.write({"__key__": sample.key, **members})
                 extensions, written = extensions | members.keys(), written + 1
-    counts = {"count": len(samples), "successes": written, "failed_to_resize": len(samples) - written}
-    status = {"success": written} | {reason: len(names) for reason, names in failed.items()}
-    details = {"failed_to_download": 0, "status_dict": status, "failed": failed, "extensions": sorted(extensions)}
-    write_json(stats, counts | details | {"tar_bytes": temporary.stat().st_size})
+    counts = {"count": len(samples), "successes": written, "failed_to_download": 0, "failed_to_resize": len(failed)}
+    counts["tar_bytes"] = temporary.stat().st_size
+    details = {"status_dict": {"success": written} | count_reasons(failed), "extensions": sorted(extensions)}
+    write_json(stats, counts | details | {"failed": [each.args[:3] for each in failed]}, otherwise=OTHER_FOLDER)
 
 
 def members_of(sample: Sample, options: Any) -> Members | Rejected:
@@ -197,7 +185,7 @@ def load(path: Path, size_px: int | None) -> tuple[Members, Size, Size]:
     if size_px is not None and min(size) > size_px:
         return *with_picture(data, partial(shrink, size_px=size_px)), size
     open_picture(data, "white", ImagePreparation.max_pixels, needs=[(1, 1)], headroom=1)
-    return {folder.extension(path.name): data}, size, size
+    return {path.suffix.lower().removeprefix("."): data}, size, size
 
 
 def shrink(picture: Image.Image, size_px: int) -> tuple[Members, Size]:
