@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from ipa.data.addresses import Address
 from ipa.data.images.opening import Size, picture_size
-from ipa.data.rejects import Rejected
-from ipa.types import Batch, Position
+from ipa.data.rejects import Rejected, count_reasons, examples_of
+from ipa.types import Batch, Draws, Position
 
 
 @dataclass
@@ -57,6 +57,22 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Covers everything that decides which records there are and what they hold; not the folders: data may move."""
+
+
+def make_batch(
+    samples: Sequence[Any], draws: Draws, rejects: Sequence[Rejected], position: Position | None, **tensors: Any
+) -> Batch:
+    """What the batches of all preparations have, and their ``tensors``."""
+    return Batch(
+        text=[sample.text for sample in samples],
+        draws=draws,
+        keys=[sample.record.key for sample in samples],
+        shards=[sample.record.shard for sample in samples],
+        rejects=count_reasons(rejects),
+        reject_examples=examples_of(rejects),
+        position=position,
+        **tensors,
+    )
 
 
 class Preparation(Protocol):

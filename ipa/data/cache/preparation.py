@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, to_size, unpack
-from ipa.data.records import Record, Size
-from ipa.data.rejects import Rejected, count_reasons, examples_of
+from ipa.data.records import Record, Size, make_batch
+from ipa.data.rejects import Rejected
 from ipa.types import Batch, Features, Position, Posterior
 
 OTHER_BUCKET = "cached for another aspect-ratio bucket"
@@ -84,19 +84,14 @@ class CachedPreparation:
         stacked = stack([sample.arrays for sample in samples])
         pooled_BE = stacked.get("pooled_E")
         channels, height, width = samples[0].arrays["mean_CHW"].shape
-        return Batch(
-            text=[sample.text for sample in samples],
-            draws=draw([sample.address for sample in samples], (channels, height, width), self.drops),
+        draws = draw([sample.address for sample in samples], (channels, height, width), self.drops)
+        return make_batch(
+            *(samples, draws, rejects, position),
             reference_B3HW=stacked.get("reference_3HW"),
             posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
             text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
             size_B6=stacked["size_6"].long(),
-            keys=[sample.record.key for sample in samples],
-            shards=[sample.record.shard for sample in samples],
-            rejects=count_reasons(rejects),
-            reject_examples=examples_of(rejects),
-            position=position,
         )
 
 

@@ -12,8 +12,8 @@ from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.opening import Size
 from ipa.data.images.transforms import Background, cover, cut_corner, fit_named, fit_reference, open_picture
-from ipa.data.records import Record
-from ipa.data.rejects import Rejected, count_reasons, examples_of
+from ipa.data.records import Record, make_batch
+from ipa.data.rejects import Rejected
 from ipa.errors import UserError
 from ipa.types import Batch, Position
 
@@ -100,19 +100,13 @@ class ImagePreparation:
 
     def batch(self, samples: Sequence[Sample], rejects: Sequence[Rejected], position: Position | None = None) -> Batch:
         """Stack samples of one size, and make their draws."""
-        image_B3HW = torch.stack([sample.image_3HW for sample in samples])
-        return Batch(
-            image_B3HW=image_B3HW,
-            reference_B3HW=torch.stack([sample.reference_3HW for sample in samples]),
-            text=[sample.text for sample in samples],
-            draws=draw([sample.address for sample in samples], self.latents_of(image_B3HW), self.drops),
-            size_B6=torch.stack([sample.size_6 for sample in samples]),
-            keys=[sample.record.key for sample in samples],
-            shards=[sample.record.shard for sample in samples],
-            rejects=count_reasons(rejects),
-            reject_examples=examples_of(rejects),
-            position=position,
-        )
+        tensors = {
+            "image_B3HW": torch.stack([sample.image_3HW for sample in samples]),
+            "reference_B3HW": torch.stack([sample.reference_3HW for sample in samples]),
+            "size_B6": torch.stack([sample.size_6 for sample in samples]),
+        }
+        draws = draw([sample.address for sample in samples], self.latents_of(tensors["image_B3HW"]), self.drops)
+        return make_batch(samples, draws, rejects, position, **tensors)
 
     def latents_of(self, image_B3HW: Tensor) -> tuple[int, int, int]:
         """C, H, W of the latents: those of the square, in proportion."""
