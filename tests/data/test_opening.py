@@ -206,7 +206,6 @@ ODD: dict[str, Callable[[], bytes]] = {
     "profile of 5 MB": lambda: png_with(chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(5_000_000)))),
     "checksum of a comment": lambda: png_with(chunk(b"tEXt", b"key\0value")[:-4] + b"oops"),
     "profile that is none": lambda: jpeg_with((0xE2, b"ICC_PROFILE\0\1\1" + b"no profile" * 20)),
-    "short JFIF": lambda: jpeg_with((0xE0, b"JFIF")),
     "damaged index of an MPO": lambda: jpeg_with((0xE2, b"MPF\0II*\0" + b"\xff" * 40)),
     "thumbnail of many scans": lambda: jpeg_with((0xE1, SCANS)),
     "a film behind a JPEG": lambda: jpeg_with(after=SCANS),

@@ -72,7 +72,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parts(shards: Path, base_folder: Path, clip_name: str) -> list[str]:
     """What precomputing and training have in common."""
     return [
@@ -98,9 +98,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, shards: Path, base_folder: Path, clip_name: str) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path:
     """A cache of the pooled embedding; only to be read."""
-    parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", f"data.train={shards}", "data.val=null"]
     return run(tmp_path_factory.mktemp("made") / "features", *parts)
 
 
@@ -120,16 +119,9 @@ def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int |
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, shards: Path, base_folder: Path, clip_name: str) -> Path:
+def both(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path:
     """A cache that keeps the pooled embedding and the reference, with two captions of some samples."""
-    parts = [
-        f"base.path={base_folder}",
-        f"encoder.name={clip_name}",
-        f"data.train={shards}",
-        "data.val=null",
-        TWO_CAPTIONS,
-    ]
-    return run(tmp_path_factory.mktemp("both") / "features", *parts, "keep=[pooled,reference]")
+    return run(tmp_path_factory.mktemp("both") / "features", *parts, TWO_CAPTIONS, "keep=[pooled,reference]")
 
 
 @pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained"])

@@ -115,33 +115,17 @@ def count_scans(data: bytes) -> int:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG without what PIL may stumble over and the pixels do not need; other files as they are."""
-    if data.startswith(b"\x89PNG"):
-        return data[:8] + b"".join(essential_chunks(data))
-    if data.startswith(b"\xff\xd8"):
-        return data[:2] + b"".join(essential_segments(data))
-    return data
+    """A PNG of its critical chunks, whose names begin with a capital, and tRNS; other files as they are.
 
-
-def essential_chunks(data: bytes) -> Iterator[bytes]:
-    """Of a PNG: critical chunks, whose names begin with a capital, and the transparent colours."""
-    at, kind = 8, b""
-    while at < len(data) and kind != b"IEND":
+    PIL refuses a PNG for its texts, profile or checksums; of the other formats it skips what it cannot read.
+    """
+    at, kind, kept = 8, b"", [data[:8]]
+    while data.startswith(b"\x89PNG") and at < len(data) and kind != b"IEND":
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         if kind[:1].isupper() or kind == b"tRNS":
-            yield data[at:end]
+            kept.append(data[at:end])
         at = end
-
-
-def essential_segments(data: bytes) -> Iterator[bytes]:
-    """Of a JPEG: all up to the first scan but APP1 to APP13, APP15 and comments, and then the rest."""
-    at = 2
-    while (marker := MARKER.match(data, at)) and marker[1] != SCAN[1:]:
-        end = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
-        if not (0xE0 <= marker[1][0] <= 0xEF and marker[1] != b"\xee") and marker[1] != b"\xfe":
-            yield data[at:end]
-        at = end
-    yield data[at:]
+    return b"".join(kept) if at > 8 else data
 
 
 def picture_size(data: bytes) -> Size:
