@@ -47,6 +47,7 @@ import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save  # noqa: E402
+from tars import saved as encoded  # noqa: E402
 
 from ipa import cli  # noqa: E402
 from ipa.data.addresses import Address  # noqa: E402
@@ -157,12 +158,6 @@ def cached_tensors(seed: int) -> dict[str, torch.Tensor]:
         "text.ids": torch.arange(6).view(1, 6),
         "size_6": torch.tensor([20, 30, 0, 5, 16, 16]),
     }
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def sample(number: int) -> list[tuple[str, bytes]]:

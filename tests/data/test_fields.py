@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 from PIL import Image
-from tars import png
+from tars import png, saved
 
 from ipa.data.images.opening import picture_size
 from ipa.data.images.transforms import open_picture
@@ -14,24 +12,23 @@ from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import Captions, Fields
 
 
-def saved(kind: str, orientation: int | None = None, size: tuple[int, int] = (30, 20)) -> bytes:
-    out, exif = io.BytesIO(), Image.Exif()
+def turned(kind: str, orientation: int | None) -> bytes:
+    exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    Image.new("RGB", size, "teal").save(out, kind, exif=exif)
-    return out.getvalue()
+    return saved(Image.new("RGB", (30, 20), "teal"), kind, exif=exif)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
 def test_the_size_in_the_header_is_that_of_the_opened_picture(kind: str, orientation: int | None) -> None:
-    data = saved(kind, orientation)
+    data = turned(kind, orientation)
     assert picture_size(data) == open_picture(data, "white", 10_000).size
 
 
 def test_nothing_but_the_header_is_looked_at() -> None:
     assert picture_size(png((300, 200))[:60]) == (300, 200)
-    assert picture_size(saved("JPEG", 6)[:-10]) == (20, 30)
+    assert picture_size(turned("JPEG", 6)[:-10]) == (20, 30)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dirt import bomb
 from PIL import ExifTags, Image, ImageCms, ImageOps
-from tars import png
+from tars import noise_picture, png, saved
 
 from ipa.data.images.opening import FORMATS, known_formats, picture_size
 from ipa.data.images.transforms import open_picture, read_picture, to_tensor
@@ -26,21 +26,11 @@ MILLION = 1_000_000
 Size = tuple[int, int]
 
 
-def noise_picture(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def gradient() -> Image.Image:
     """All hues, smoothly, so that JPEG keeps them to a level or two."""
     across, down = np.meshgrid(np.linspace(90, 190, 96), np.linspace(100, 180, 64))
     pixels = np.stack([across, 280 - across, down], -1)
     return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
 
 
 def opened(data: bytes, background: str = "white") -> Image.Image:

@@ -1,6 +1,5 @@
 """Decoding of whatever the web has, and cuts and resizes against PIL's and torchvision's own."""
 
-import io
 import math
 from collections.abc import Callable
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import noise_picture, saved
 from torchvision.transforms import v2
 
 from ipa.data.addresses import Address
@@ -32,25 +32,9 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 Size = tuple[int, int]
 
 
-def noise_picture(width: int, height: int, least: int = 0, most: int = 255) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(least, most + 1, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def mild_noise(width: int, height: int) -> Image.Image:
     """Nothing overshoots: PIL resizes tall pictures in the other order of passes, and both clip in between."""
     return noise_picture(width, height, 80, 175)
-
-
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
-
-
-def opened(data: bytes, background: str = "white") -> Image.Image:
-    """Decoded in full, as PIL has it."""
-    return to_picture(open_picture(data, background, MILLION).pixels_3HW)
 
 
 def to_picture(pixels_3HW: torch.Tensor) -> Image.Image:
@@ -301,11 +285,6 @@ def test_grey_and_cmyk_jpegs_are_decoded_at_a_fraction_too(mode: str) -> None:
 
     assert reduced.span == (160, 100)
     assert psnr(cover(reduced, (40, 40)), cover(whole, (40, 40))) > 40
-
-
-def test_half_transparent_pixels_mix() -> None:
-    picture = opened(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"))
-    assert picture.getpixel((0, 0)) == (127, 127, 127)
 
 
 def test_a_cut_of_the_right_size_changes_nothing() -> None:
