@@ -278,41 +278,9 @@ def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
     assert psnr(cover(reduced, target), cover(whole, target)) < 38
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_grey_and_cmyk_jpegs_are_decoded_at_a_fraction_too(mode: str) -> None:
-    data = saved(smooth(320, 200).convert(mode), "JPEG", quality=90)
-    whole, reduced = (open_picture(data, "white", MILLION, needs) for needs in ([], [(40, 40)]))
-
-    assert reduced.span == (160, 100)
-    assert psnr(cover(reduced, (40, 40)), cover(whole, (40, 40))) > 40
-
-
 def test_a_cut_of_the_right_size_changes_nothing() -> None:
     picture = noise_picture(16, 24)
     assert torch.equal(cover(Opened.of(picture), (16, 24)), to_tensor(picture))
-
-
-@pytest.mark.parametrize("size", [(40, 20), (20, 61)])
-def test_a_squashed_reference_is_the_whole_picture_without_its_proportions(size: Size) -> None:
-    picture = mild_noise(*size)
-    theirs = v2.Resize((16, 16), BICUBIC)(picture)
-    assert differ(fit_reference(Opened.of(picture), 16, "squash"), to_tensor(theirs)) <= 1
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: Size) -> None:
-    picture = noise_picture(*size)
-    resized = to_tensor(v2.Resize(16, BICUBIC)(picture)).int()
-    left, top = cut_corner(size, (16, 16))
-    _, height, width = resized.shape
-    differences = {
-        (x, y): float((resized[:, y : y + 16, x : x + 16] - cover(Opened.of(picture), (16, 16))).abs().max())
-        for x in range(width - 15)
-        for y in range(height - 15)
-    }
-
-    assert differences.pop((left, top)) <= 1
-    assert min(differences.values(), default=99) > 5
 
 
 def test_a_small_picture_is_enlarged_once_at_most() -> None:

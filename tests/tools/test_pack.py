@@ -279,11 +279,11 @@ def table(path: Path, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "labels.csv"])
 def test_captions_from_a_table(pack: Pack, tmp_path: Path, name: str) -> None:
-    for stem in ("a", "b", "sub/c"):
+    for stem in ("a", "b", "sub/cafe\u0301"):  # as file systems of macOS write an é
         picture(tmp_path / f"photos/{stem}.png")
     rows = [
         {"file_name": "a.png", "text": 'an "a", red', "score": 5.5, "likes": 3, "id": "007"},
-        {"file_name": "./sub/c.png", "text": " the c ", "score": 4, "likes": -1, "id": "1_0"},
+        {"file_name": "./sub/caf\u00e9.png", "text": " the c ", "score": 4, "likes": -1, "id": "1_0"},
         {"file_name": "gone.png", "text": "x", "score": 1, "likes": 0, "id": "9"},
     ]
     rows = [
@@ -294,7 +294,7 @@ def test_captions_from_a_table(pack: Pack, tmp_path: Path, name: str) -> None:
 
     said = pack(captions="null" if name.startswith("metadata") else name)
 
-    assert {n: r.captions[0][0] for n, r in by_name("out").items()} == {"a": 'an "a", red', "sub_c": "the c"}
+    assert {n: r.captions[0][0] for n, r in by_name("out").items()} == {"a": 'an "a", red', "sub_café": "the c"}
     entry = metadata("out")["a.png"]
     assert (float(entry["score"]), int(entry["likes"]), entry["id"]) == (5.5, 3, "007")
     assert len(records("out", filters={"good": {"key": "json.score", "min": 4}})) == 2
@@ -347,14 +347,6 @@ def test_a_table_in_a_subfolder_by_either_path(pack: Pack, tmp_path: Path) -> No
     for out, captions in (("one", "sub/labels.csv"), ("two", "./photos/sub/labels.csv")):
         pack(out, captions=captions)
         assert [record.captions[0][0] for record in records(out)] == ["an a"]
-
-
-def test_names_in_the_other_unicode_form(pack: Pack, tmp_path: Path) -> None:
-    picture(tmp_path / "photos/cafe\u0301.png")
-    table(tmp_path / "photos/metadata.jsonl", [{"file_name": "caf\u00e9.png", "text": "a café"}])
-
-    pack()
-    assert [record.captions[0][0] for record in records("out")] == ["a café"]
 
 
 def test_parquet(pack: Pack, photos: Path) -> None:
