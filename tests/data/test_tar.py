@@ -139,12 +139,21 @@ def test_archives_in_gzip_are_read_and_others_are_breaks() -> None:
 
 
 def test_names_are_split_at_the_first_dot_and_files_without_a_key_are_counted(tmp_path: Path) -> None:
-    names = ["./x/0001.ref.JPG", "0001.txt", "README", ".hidden", "._0001.txt", "x/.DS_Store"]
+    names = [
+        "./x/0001.ref.JPG",
+        "0001.txt",
+        "README",
+        ".hidden",
+        "._0001.txt",
+        "x/.DS_Store",
+        "x/._0001.jpg",
+        "x/.y.jpg",
+    ]
     shard = write_tar(tmp_path / "00000.tar", [(name, name.encode()) for name in names])
     assert [member.name for member in read_members(shard)] == names
     found = [each for each in read_shard(shard, Layout(references=("ref.jpg",))) if isinstance(each, Rejected)]
-    assert sorted(each.reason for each in found) == ["member without a key"] * 2 + ["no picture"] * 2
-    assert {"README", ".hidden"} == {each.detail.split("'")[1] for each in found if "key" in each.reason}
+    assert sorted(each.reason for each in found) == ["member without a key"] * 3 + ["no picture"] * 2
+    assert {"README", ".hidden", "x/.y.jpg"} == {each.detail.split("'")[1] for each in found if "key" in each.reason}
 
 
 def test_archives_one_after_the_other_are_read_on(tmp_path: Path) -> None:

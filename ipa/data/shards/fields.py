@@ -92,7 +92,7 @@ class Fields:
         """A member's text; may raise UnicodeDecodeError."""
         if len(self.members[extension]) > max_bytes:
             raise Rejected(TOO_LARGE, f"{extension}: {len(self.members[extension]):,} bytes of text")
-        return self.members[extension].decode("utf-8-sig")  # a byte order mark is no part of the text
+        return self.members[extension].decode().removeprefix("\ufeff")  # a byte order mark is no text
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,6 @@ def read_weight(weight: Any, option: str) -> float:
     return float(weight)
 
 
-def is_of_macos(name: str) -> bool:
-    """A file that macOS adds to archives: it has no key and is no loss."""
-    return name.rpartition("/")[2].startswith(("._", ".DS_Store"))
-
-
 def read_shard(shard: str, layout: Layout) -> Iterator[Record | Rejected]:
     """The samples of a shard in file order.
 
@@ -144,16 +139,15 @@ def read_shard(shard: str, layout: Layout) -> Iterator[Record | Rejected]:
     name, files = shard_name(shard), Files(shard)
     seen, incomplete = set[str](), set[str]()
     held: Record | Rejected | None = None
-    for index, members in enumerate(group_by_keys(files, handler=files.skip_double)):
+    for index, members in enumerate(group_by_keys(files, files.split, handler=files.skip_double)):
         if held is not None:
             yield held
         key, _ = members.pop("__key__"), members.pop("__url__")
-        duplicate = Rejected(DUPLICATE_KEY, "the first one is used", key, name)
         if files.doubled and key not in seen:
-            yield duplicate
+            yield Rejected(DUPLICATE_KEY, "the first one is used", key, name)
         held = layout.try_record(key, name, index, members)
         if key in seen:
-            held = None if key in incomplete else duplicate
+            held = None if key in incomplete else Rejected(DUPLICATE_KEY, "the first one is used", key, name)
         elif isinstance(held, Rejected) and held.reason in INCOMPLETE:
             incomplete.add(key)
         seen.add(key)
@@ -173,16 +167,30 @@ class Files:
         self.rejects: list[Rejected] = []
         self.broken: Rejected | None = None
         self.doubled = False
-        self.key, self.size_bytes = "", 0
+        self.parts: tuple[str | None, str | None] = (None, None)  # key and extension of the last member
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        last_key, size_bytes = "", 0
         for member in read_members(self.shard):
             if isinstance(member, Rejected):
                 self.set_aside(member)
-            elif fault := self.fault(member.name, len(member.content)):
-                self.set_aside(fault)
-            elif not is_of_macos(member.name):
-                yield {"fname": member.name, "data": member.content, "__url__": self.shard}
+                continue
+            name, content = member
+            key, _ = self.parts = base_plus_ext(name)
+            if key is None or key.endswith("/"):
+                self.set_aside_without_key(name)
+                continue
+            size_bytes = len(content) + BLOCK_BYTES + (size_bytes if key == last_key else 0)
+            last_key = key
+            if size_bytes > MAX_SAMPLE_BYTES:
+                self.set_aside(Rejected(TOO_LARGE, f"{name}: {key} has over {MAX_SAMPLE_BYTES:,} bytes in all"))
+            else:
+                yield {"fname": name, "data": content, "__url__": self.shard}
+
+    def set_aside_without_key(self, name: str) -> None:
+        """Not what macOS adds to archives, which is no loss."""
+        if not name.rpartition("/")[2].startswith(("._", ".DS_Store")):
+            self.set_aside(Rejected(NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is"))
 
     def set_aside(self, reject: Rejected) -> None:
         if reject.reason == BROKEN_TAR:
@@ -190,17 +198,9 @@ class Files:
         else:
             self.rejects.append(reject.at(shard=shard_name(self.shard)))
 
-    def fault(self, name: str, size_bytes: int) -> Rejected | None:
-        """Why a member is rejected, if it is."""
-        key, _ = base_plus_ext(name)
-        if key is None:
-            return None if is_of_macos(name) else Rejected(NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is")
-        if key != self.key:
-            self.key, self.size_bytes = key, 0
-        self.size_bytes += size_bytes + BLOCK_BYTES
-        if self.size_bytes > MAX_SAMPLE_BYTES:
-            return Rejected(TOO_LARGE, f"{name}: all members of {key} have more than {MAX_SAMPLE_BYTES:,} bytes")
-        return None
+    def split(self, name: str) -> Any:
+        """Key and extension of the member that was just given."""
+        return self.parts
 
     def skip_double(self, error: Exception) -> bool:
         """Called for a second member with the same name, which is left out."""
