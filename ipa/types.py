@@ -147,7 +147,8 @@ class Batch:
     ``prepare_text``, where a cache has it.
     ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
-    the way to this batch. ``position`` is where training goes on after it; validation has none.
+    the way to this batch, ``reject_examples`` has the place and the fault of the first. ``position`` is where training
+    goes on after it; validation has none.
     """
 
     text: list[str]
@@ -161,6 +162,7 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
     rejects: dict[str, int] = field(default_factory=dict)
+    reject_examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     position: Position | None = None
 
     def __len__(self) -> int:

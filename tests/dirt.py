@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import struct
 import zlib
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
-from tars import Members, write_tar
+from tars import Members, saved, write_tar
 
 SIDE_PX = 48
 
@@ -27,16 +26,12 @@ class Content:
 def jpeg(draw: random.Random, mode: str = "RGB") -> bytes:
     """A small picture of its own: 4 × 4 random colours, enlarged."""
     small = Image.frombytes(mode, (4, 4), draw.randbytes(16 * len(mode)))
-    out = io.BytesIO()
-    small.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
-    return out.getvalue()
+    return saved(small.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
 def animation(draw: random.Random) -> bytes:
     frames = [Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize((SIDE_PX, SIDE_PX)) for _ in range(3)]
-    out = io.BytesIO()
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
-    return out.getvalue()
+    return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
 def bomb() -> bytes:
@@ -72,9 +67,7 @@ KINDS: dict[str, tuple[object, str | None]] = {
 
 
 def png_bytes(draw: random.Random) -> bytes:
-    out = io.BytesIO()
-    Image.frombytes("RGB", (16, 16), draw.randbytes(768)).save(out, "PNG")
-    return out.getvalue()
+    return saved(Image.frombytes("RGB", (16, 16), draw.randbytes(768)), "PNG")
 
 
 def sample(key: str, draw: random.Random, dirty: bool, content: Content) -> Members:

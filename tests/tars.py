@@ -6,7 +6,9 @@ import io
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 Members = list[tuple[str, bytes]]
@@ -22,10 +24,19 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
     return str(path)
 
 
-def png(size: tuple[int, int] = (10, 8), colour: str | tuple[int, ...] = "teal", mode: str = "RGB") -> bytes:
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
-    Image.new(mode, size, colour).save(out, "PNG")
+    picture.save(out, kind, **options)
     return out.getvalue()
+
+
+def png(size: tuple[int, int] = (10, 8), colour: str | tuple[int, ...] = "teal", mode: str = "RGB") -> bytes:
+    return saved(Image.new(mode, size, colour), "PNG")
+
+
+def noise_picture(width: int, height: int, least: int = 0, most: int = 255) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(least, most + 1, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def good(key: str, caption: str = "a thing") -> Members:

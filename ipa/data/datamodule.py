@@ -29,6 +29,7 @@ from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import AuditStream, TrainStream, ValStream
 from ipa.data.records import Preparation
+from ipa.data.rejects import Examples, add_examples, describe_rejects, in_detail
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.distributed import gather
@@ -65,10 +66,11 @@ class TrainLoader(DataLoader[Batch]):
 class StreamDataModule(LightningDataModule):
     """Orders of samples → loaders, and the position that training has reached.
 
-    ``captions``, ``reference`` and ``schemes`` belong to the validation shards ``val``. ``batch_size`` is per device.
-    ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training order is made for; null values
-    are those of the run that begins. ``images`` are options of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches
-    may be needed for ``grace_s`` after a signal. ``rejects`` counts what ``consumed`` batches skipped (on this rank).
+    ``captions``, ``image``, ``reference`` and ``schemes`` belong to the validation shards ``val``. ``batch_size`` is
+    per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training order is made for;
+    null values are those of the run that begins. ``images`` are options of ``ImagePreparation``; ``fit_to`` sets its
+    sizes. Batches may be needed for ``grace_s`` after a signal. ``rejects`` counts what ``consumed`` batches skipped
+    (on this rank), ``reject_examples`` has the first of each.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class StreamDataModule(LightningDataModule):
         val: Shards | None,
         *,
         captions: Any = "txt",
+        image: Any = None,
         reference: Any = None,
         schemes: Sequence[str] = TRUSTED,
         batch_size: int = 8,
@@ -89,7 +92,7 @@ class StreamDataModule(LightningDataModule):
         super().__init__()
         self.train_order, self.val_order = train_order, None
         if val is not None:
-            layout = {"captions": captions, "reference": reference, "schemes": schemes}
+            layout = {"captions": captions, "image": image, "reference": reference, "schemes": schemes}
             self.val_order = Order([ShardSource.of("val", shards=val, **layout)], train_order.seed)
         self.images = ImagePreparation(**{name: value for name, value in images.items() if value is not None})
         self.batch_size, self.val_batch_size, self.val_limit = batch_size, val_batch_size or batch_size, val_limit
@@ -99,6 +102,7 @@ class StreamDataModule(LightningDataModule):
         self.readers: tuple[int, int] | None = None
         self.position = Position()
         self.rejects: Counter[str] = Counter()
+        self.reject_examples: Examples = {}
 
     @property
     def image_size_px(self) -> int:
@@ -171,6 +175,8 @@ class StreamDataModule(LightningDataModule):
         self.position.step = batch.position.step
         self.position.lanes.update(batch.position.lanes)
         self.rejects.update(batch.rejects)
+        for reason in add_examples(self.reject_examples, batch.reject_examples):
+            log.warning("data.train: rejected, %s: %s", reason, in_detail(self.reject_examples[reason]))
 
     def settle_lanes(self) -> Lanes:
         """Choose lanes for a run that begins; for one that resumes, check that its lanes can still be read."""
@@ -220,6 +226,13 @@ class StreamDataModule(LightningDataModule):
     def all_rejects(self) -> Counter[str]:
         """What all ranks rejected, by reason; all of them must call it."""
         return sum(gather(self.rejects), Counter[str]())
+
+    def describe_rejects(self) -> list[str]:
+        """A line per reason, with the first samples since this process began; all ranks must call it."""
+        examples: Examples = {}
+        for known in gather(self.reject_examples):
+            add_examples(examples, known)
+        return describe_rejects(self.all_rejects(), examples)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every lane, gathered from all ranks; all of them must call it.
@@ -271,8 +284,8 @@ class StreamDataModule(LightningDataModule):
 class ShardDataModule(StreamDataModule):
     """WebDataset shards in img2dataset's layout → ``Batch``; raises ``NoShards`` at once if they do not exist.
 
-    Either ``train`` names shards, read as ``captions``, ``filters`` and ``reference`` say, or ``sources`` names entries
-    of ``known``, each with values for ``ShardSource.of``. ``options`` are those of ``StreamDataModule``.
+    Either ``train`` names shards, read as ``captions``, ``image``, ``filters`` and ``reference`` say, or ``sources``
+    names entries of ``known``, each with values for ``ShardSource.of``. ``options`` are those of ``StreamDataModule``.
     """
 
     def __init__(
@@ -284,6 +297,7 @@ class ShardDataModule(StreamDataModule):
         known: Mapping[str, Mapping[str, Any]] | None = None,
         captions: Any = "txt",
         filters: Mapping[str, Any] | None = None,
+        image: Any = None,
         reference: Any = None,
         buckets: Any = None,
         window: int = 2048,
@@ -291,7 +305,7 @@ class ShardDataModule(StreamDataModule):
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        layout: dict[str, Any] = {"captions": captions, "reference": reference}
+        layout: dict[str, Any] = {"captions": captions, "image": image, "reference": reference}
         shards = choose_sources(train, sources, known or {}, filters=filters, **layout)
         read = [ShardSource.of(name, **values, schemes=schemes) for name, values in shards.items()]
         super().__init__(Order(read, seed, window), val, schemes=schemes, **layout, **options)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ipa.data.addresses import Address
-from ipa.data.images.transforms import Size, picture_size
-from ipa.data.rejects import Rejected
-from ipa.types import Batch, Position
+from ipa.data.images.opening import Size, picture_size
+from ipa.data.rejects import Rejected, count_reasons, examples_of
+from ipa.types import Batch, Draws, Position
 
 
 @dataclass
@@ -60,6 +59,22 @@ class Source(ABC):
         """Covers everything that decides which records there are and what they hold; not the folders: data may move."""
 
 
+def make_batch(
+    samples: Sequence[Any], draws: Draws, rejects: Sequence[Rejected], position: Position | None, **tensors: Any
+) -> Batch:
+    """What the batches of all preparations have, and their ``tensors``."""
+    return Batch(
+        text=[sample.text for sample in samples],
+        draws=draws,
+        keys=[sample.record.key for sample in samples],
+        shards=[sample.record.shard for sample in samples],
+        rejects=count_reasons(rejects),
+        reject_examples=examples_of(rejects),
+        position=position,
+        **tensors,
+    )
+
+
 class Preparation(Protocol):
     """Records → samples (raises ``Rejected``) → batches. ``target`` is an aspect-ratio bucket, None without buckets."""
 
@@ -69,4 +84,4 @@ class Preparation(Protocol):
 
     def sample(self, record: Record, address: Address, target: Size | None) -> Any: ...
 
-    def batch(self, samples: Sequence[Any], rejects: Counter[str], position: Position | None) -> Batch: ...
+    def batch(self, samples: Sequence[Any], rejects: Sequence[Rejected], position: Position | None) -> Batch: ...

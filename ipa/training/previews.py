@@ -22,7 +22,7 @@ from ipa.data.images.transforms import cover, fit_reference, read_picture
 from ipa.data.order.lanes import Share
 from ipa.distributed import rank_and_world, send_to_first
 from ipa.errors import UserError
-from ipa.files import PICTURE_EXTENSIONS, write_atomically
+from ipa.files import PICTURE_EXTENSIONS, is_picture, read_text, write_atomically
 from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipCosines
@@ -73,7 +73,7 @@ class HeldOutPrompts:
         images = torch.stack([cover(picture, (image_size_px, image_size_px)) for picture in pictures])
         references = torch.stack([fit_reference(picture, reference_size_px, reference_fit) for picture in pictures])
         captions = [path.with_suffix(".txt") for path in paths]
-        return cls(images, references, [path.read_text().strip() if path.is_file() else "" for path in captions])
+        return cls(images, references, [read_text(path).strip() if path.is_file() else "" for path in captions])
 
     @classmethod
     def find(cls, datamodule: Any, folder: str | Path | None, count: int) -> HeldOutPrompts | None:
@@ -93,7 +93,7 @@ class HeldOutPrompts:
 def pictures_in(folder: str | Path) -> list[Path]:
     """Sorted by name; raises UserError if there are none."""
     is_folder = isinstance(folder, str | Path) and Path(folder).is_dir()
-    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS] if is_folder else []
+    paths = [path for path in Path(folder).iterdir() if is_picture(path.name)] if is_folder else []
     if not paths:
         raise UserError(f"preview.images={folder}: give a folder with images ({', '.join(PICTURE_EXTENSIONS)})")
     return sorted(paths)

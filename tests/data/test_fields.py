@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 from PIL import Image
-from tars import png
+from tars import png, saved
 
-from ipa.data.images.transforms import open_picture, picture_size
+from ipa.data.images.opening import picture_size
+from ipa.data.images.transforms import open_picture
 from ipa.data.rejects import Rejected
-from ipa.data.shards.fields import Fields
+from ipa.data.shards.fields import Captions, Fields
 
 
-def saved(kind: str, orientation: int | None = None, size: tuple[int, int] = (30, 20)) -> bytes:
-    out, exif = io.BytesIO(), Image.Exif()
+def turned(kind: str, orientation: int | None) -> bytes:
+    exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    Image.new("RGB", size, "teal").save(out, kind, exif=exif)
-    return out.getvalue()
+    return saved(Image.new("RGB", (30, 20), "teal"), kind, exif=exif)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
 def test_the_size_in_the_header_is_that_of_the_opened_picture(kind: str, orientation: int | None) -> None:
-    data = saved(kind, orientation)
+    data = turned(kind, orientation)
     assert picture_size(data) == open_picture(data, "white", 10_000).size
 
 
 def test_nothing_but_the_header_is_looked_at() -> None:
     assert picture_size(png((300, 200))[:60]) == (300, 200)
-    assert picture_size(saved("JPEG", 6)[:-10]) == (20, 30)
+    assert picture_size(turned("JPEG", 6)[:-10]) == (20, 30)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "broken picture"),
-        (b"<html>", "broken picture"),
-        (b"P5 60000 60000 255\n", "too many pixels"),
-        (b"P5 9500 10000 255\n", None),  # PIL only warns of it: data.max_pixels decides
-    ],
-)
-def test_pictures_without_a_size(data: bytes, reason: str | None) -> None:
-    if reason is None:
-        assert picture_size(data) == (9500, 10000)
-        return
-    with pytest.raises(Rejected) as caught:
-        picture_size(data)
-    assert caught.value.reason == reason
+def test_too_large_a_picture_is_rejected_by_its_header() -> None:
+    assert picture_size(b"P5 9500 10000 255\n") == (9500, 10000)  # PIL only warns of it: data.max_pixels decides
+    with pytest.raises(Rejected, match="too many pixels"):
+        picture_size(b"P5 60000 60000 255\n")
 
 
 def test_the_picture_is_none_of_the_references() -> None:
@@ -59,11 +45,23 @@ def test_the_picture_is_none_of_the_references() -> None:
         _ = Fields(members, ["jpg", "png"]).picture
 
 
+def test_the_option_names_the_picture_and_the_reason_says_so() -> None:
+    members = {"1.jpg": b"one", "2.jpg": b"two", "txt": b"x"}
+    assert Fields(members, images=["2.jpg"]).picture == b"two"
+    for fields, words in (
+        (Fields(members), r"data\.image=1\.jpg"),
+        (Fields({"txt": b"x"}), r"only txt.*tar --sort=name"),
+    ):
+        with pytest.raises(Rejected, match=words):
+            _ = fields.picture
+
+
+def test_a_byte_order_mark_is_no_text() -> None:
+    fields = Fields({"txt": "\ufeffred".encode(), "json": '\ufeff{"a": 1}'.encode()})
+    assert Captions().read(fields) == (("red", 1.0),) and fields.metadata == {"a": 1}
+
+
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"null", b'{"a": "caf\xe9"}', b"[" * 100_000, b"", b"9" * 5000])
 def test_broken_metadata(content: bytes) -> None:
     with pytest.raises(Rejected, match="broken metadata"):
         _ = Fields({"json": content}).metadata
-
-
-def test_no_metadata_are_empty() -> None:
-    assert Fields({}).metadata == {}

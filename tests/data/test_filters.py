@@ -128,14 +128,3 @@ def test_filters_from_hydra_are_plain_values() -> None:
 def test_what_cannot_be_read_is_told_with_what_is_possible(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^data\.filters\.watermark: .*{message}"):
         read_filters({"watermark": values})
-
-
-def test_all_that_is_wrong_is_told_at_once() -> None:
-    wrong = {"a": {"key": "json.p", "least": 1}, "b": {"key": "json.p", "max": 1}, "c": {"key": "q", "min": 1}}
-    with pytest.raises(ValueError, match="unknown option") as caught:
-        read_filters(wrong, "data.known.laion.filters")
-    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
-        "data.known.laion.filters.a",
-        "data.known.laion.filters.a",
-        "data.known.laion.filters.c",
-    ]

@@ -157,7 +157,7 @@ def test_a_broken_picture_of_a_large_source_is_replaced_though_the_small_one_is_
 def test_nothing_good_in_any_source_is_an_error(tmp_path, preparation) -> None:
     broken = [("x.txt", b"a thing"), ("x.png", b"?")]
     sources = [ShardSource.of(name, shards=write_tar(tmp_path / f"{name}.tar", broken)) for name in ("one", "other")]
-    with pytest.raises(NoGoodSamples, match=r"whole pass over 2 shards \(broken picture: 2\)"):
+    with pytest.raises(NoGoodSamples, match=r"data\.one, other: .* \(2 × broken picture: x of one\.tar, x of"):
         train(Order(sources, seed=0), preparation, 2, 1)
 
 

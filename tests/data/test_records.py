@@ -153,13 +153,6 @@ def test_a_name_that_webdataset_reserves_takes_no_sample_away(tmp_path: Path, na
     assert read(shard) == (["a", "b"], {"unsafe member": 1})
 
 
-@pytest.mark.parametrize("data", [b"", b"not a tar at all" * 100])
-def test_no_tar_at_all(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "00000.tar"
-    path.write_bytes(data)
-    assert read(str(path)) == ([], {"broken tar": 1})
-
-
 def test_s3_is_read_by_the_aws_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     five(tmp_path)
     program = tmp_path / "bin" / "aws"

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from ipa.data.shards.names import NoShards, expand_shards, shard_name
+from ipa.errors import UserError
 
 
 @pytest.fixture
@@ -31,12 +32,15 @@ def test_a_list_keeps_its_order(folder: Path) -> None:
 
 def test_a_file_of_names(folder: Path, tmp_path: Path) -> None:
     listed = tmp_path / "shards.txt"
-    listed.write_text(f"{folder}/0000{{0,2}}.tar\n\n s3://bucket/{{7..8}}.tar \n")
+    listed.write_text(f"\ufeff# two\n{folder}/0000{{0,2}}.tar\n\n 's3://bucket/{{7..8}}.tar' \n")
     assert names(expand_shards([str(listed), f"{folder}/00001.tar"])) == [
         *("00000.tar", "00002.tar", "7.tar", "8.tar", "00001.tar")
     ]
     listed.write_text("\n")
     with pytest.raises(NoShards, match=r"shards.txt is empty: it should name shards, one a line"):
+        expand_shards(str(listed))
+    listed.write_bytes("a.tar\ncafé.tar".encode("latin-1"))
+    with pytest.raises(UserError, match=r"shards.txt is not UTF-8: byte 9 \(line 2\) is 0xe9"):
         expand_shards(str(listed))
 
 

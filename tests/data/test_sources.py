@@ -53,6 +53,7 @@ def test_values_from_hydra_become_plain(clean_shards: list[str]) -> None:
         {"captions": {"json.alt": 3, "txt": 1}},
         {"captions": {"keys": ["txt", "json.alt"], "choice": "random"}},
         {"reference": None},
+        {"image": "photo.png"},
         {"reference": ["ref.png"]},
         {"filters": None},
         {"filters": {"small": {"key": "short_side_px", "min": 9}}},
@@ -80,7 +81,10 @@ def test_the_fingerprint_does_not_change_between_versions() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"caption_key": "txt"}, r"data has no caption_key; there are shards, weight, captions, reference, filters"),
+        (
+            {"caption_key": "txt"},
+            r"data has no caption_key; there are shards, weight, captions, image, reference, filters",
+        ),
         ({"captions": 3}, r"data\.captions=3: give"),
         ({"filters": {"small": {"key": "short_side_px"}}}, r"data\.filters\.small: give min, max or both"),
         *(({"weight": weight}, rf"data\.weight={weight}: give a number above 0") for weight in (0, -1, "much", True)),

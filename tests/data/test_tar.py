@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from tars import write_tar
+from tars import good, write_tar
 from webdataset import TarWriter
 
+from ipa.data.records import Record
 from ipa.data.rejects import Rejected
+from ipa.data.shards import source
 from ipa.data.shards.source import Layout, read_shard
 from ipa.data.shards.tar import BREAKS, Forward, Member, StrictTarInfo, read_members, uncompressed, walk
 
@@ -127,21 +132,59 @@ def test_only_regular_files_count(kind: bytes) -> None:
     assert ours(out.getvalue()) == ([("0002.txt", b"")], False)
 
 
-@pytest.mark.parametrize("program", ["gzip", "bzip2", "xz"])
-@pytest.mark.parametrize("broken", [False, True])
-def test_compressed_archives(tmp_path: Path, program: str, broken: bool) -> None:
-    module = __import__({"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}[program])
-    data = module.compress(archive())
-    found, ends_in_break = ours(data[: len(data) // 2] if broken else data)
-    assert ends_in_break == broken and (broken or [name for name, _ in found] == NAMES)
+def test_archives_in_gzip_are_read_and_others_are_breaks() -> None:
+    data = gzip.compress(archive())
+    assert ours(data) == (ours(archive())[0], False) and ours(data[: len(data) // 2])[1]
+    assert ours(bz2.compress(archive())) == ours(lzma.compress(archive())) == ([], True)
 
 
-def test_names_are_split_at_the_first_dot_and_files_without_a_key_left_out(tmp_path: Path) -> None:
-    names = ["./x/0001.ref.JPG", "0001.txt", "README", ".hidden"]
+def test_names_are_split_at_the_first_dot_and_files_without_a_key_are_counted(tmp_path: Path) -> None:
+    names = [
+        "./x/0001.ref.JPG",
+        "0001.txt",
+        "README",
+        ".hidden",
+        "._0001.txt",
+        "x/.DS_Store",
+        "x/._0001.jpg",
+        "x/.y.jpg",
+    ]
     shard = write_tar(tmp_path / "00000.tar", [(name, name.encode()) for name in names])
     assert [member.name for member in read_members(shard)] == names
-    found = list(read_shard(shard, Layout(references=("ref.jpg",))))
-    assert [each.detail or each.reason for each in found if isinstance(each, Rejected)] == ["no picture", "no picture"]
+    found = [each for each in read_shard(shard, Layout(references=("ref.jpg",))) if isinstance(each, Rejected)]
+    assert sorted(each.reason for each in found) == ["member without a key"] * 3 + ["no picture"] * 2
+    assert {"README", ".hidden", "x/.y.jpg"} == {each.detail.split("'")[1] for each in found if "key" in each.reason}
+
+
+def test_archives_one_after_the_other_are_read_on(tmp_path: Path) -> None:
+    """As `cat` makes them: padded to records, or ended by two blocks of zeros only, with comments of their own."""
+    padded, commented = KINDS["gnu"](), KINDS["a name for all"]()
+    unpadded = padded[: -(-len(padded.rstrip(b"\0")) // 512) * 512] + bytes(1024)
+    for parts in ((padded, padded), (unpadded, padded), (commented, padded, bytes(5000))):
+        found, broken = ours(b"".join(parts))
+        expected = [member for part in parts if part.strip(b"\0") for member in ours(part)[0]]
+        assert found == expected and not broken
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_a_hole_of_zeros_is_a_break(blocks: int) -> None:
+    whole = archive(["0001.jpg"] * 60)
+    headers = [at for at in range(0, len(whole), 512) if whole[at : at + 8] == b"0001.jpg"]
+    at = next(at for at in headers if at > 10240 and (at + blocks * 512) % 10240)
+    found, broken = ours(whole[:at] + bytes(blocks * 512) + whole[at + blocks * 512 :])
+    assert broken and 0 < len(found) < 60
+
+
+def test_what_follows_an_archive_and_is_none_is_a_break() -> None:
+    assert ours(archive() + b"x" * 600) == (ours(archive())[0], True)
+
+
+def test_the_members_of_a_sample_are_bounded_as_a_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "MAX_SAMPLE_BYTES", 5000)
+    members = [*good("a"), *[(f"b.{i}", bytes(900)) for i in range(5)], *good("b"), *good("c")]
+    found = list(read_shard(write_tar(tmp_path / "00000.tar", members), Layout()))
+    assert [each.key for each in found if isinstance(each, Record)] == ["a", "c"]
+    assert {each.reason for each in found if isinstance(each, Rejected)} == {"too large a member", "no picture"}
 
 
 def test_a_program_that_fails_late_loses_nothing_that_it_wrote(tmp_path: Path) -> None:

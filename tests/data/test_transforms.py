@@ -1,15 +1,13 @@
 """Decoding of whatever the web has, and cuts and resizes against PIL's and torchvision's own."""
 
-import io
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from dirt import bomb
-from PIL import Image, ImageOps
-from tars import png
+from PIL import Image
+from tars import noise_picture, saved
 from torchvision.transforms import v2
 
 from ipa.data.addresses import Address
@@ -27,7 +25,6 @@ from ipa.data.images.transforms import (
     open_picture,
     to_tensor,
 )
-from ipa.data.rejects import Rejected
 
 BLUE = (59, 111, 212)
 MILLION = 1_000_000
@@ -35,25 +32,9 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 Size = tuple[int, int]
 
 
-def noise_picture(width: int, height: int, least: int = 0, most: int = 255) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(least, most + 1, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def mild_noise(width: int, height: int) -> Image.Image:
     """Nothing overshoots: PIL resizes tall pictures in the other order of passes, and both clip in between."""
     return noise_picture(width, height, 80, 175)
-
-
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
-
-
-def opened(data: bytes, background: str = "white") -> Image.Image:
-    """Decoded in full, as PIL has it."""
-    return to_picture(open_picture(data, background, MILLION).pixels_3HW)
 
 
 def to_picture(pixels_3HW: torch.Tensor) -> Image.Image:
@@ -157,115 +138,6 @@ def test_every_fit_has_words_of_its_own() -> None:
     assert len({fit.words for fit in FITS.values()}) == 3
     with pytest.raises(ValueError, match=r"data\.reference_fit=stretch: one of crop, pad, squash"):
         fit_reference(Opened.of(noise_picture(4, 4)), 2, "stretch")
-
-
-# decoding
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_laid_on_the_background(mode: str) -> None:
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    data = saved(clear.quantize() if mode == "P" else clear.convert(mode), "PNG")
-    assert opened(data, "#3b6fd4").getpixel((1, 1)) == BLUE
-    half = opened(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"))
-    assert half.getpixel((0, 0)) == (127, 127, 127)
-
-
-def test_a_transparent_colour_of_a_palette_or_of_rgb_is_laid_on_the_background() -> None:
-    palette = Image.new("RGB", (4, 4), "red").quantize()
-    assert opened(saved(palette, "GIF", transparency=palette.getpixel((0, 0))), "#3b6fd4").getpixel((1, 1)) == BLUE
-    assert opened(saved(Image.new("RGB", (4, 4), "red"), "PNG", transparency=(255, 0, 0)), "teal").getpixel((1, 1)) == (
-        0,
-        128,
-        128,
-    )
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "LAB"])
-def test_opaque_pictures_become_rgb(mode: str) -> None:
-    assert opened(saved(Image.new(mode, (4, 4)), "TIFF"), "teal").mode == "RGB"
-
-
-@pytest.mark.parametrize("colour", ["white", "black", "teal", "orange"])
-def test_cmyk_jpegs_have_their_colours(colour: str) -> None:
-    """PIL writes them as Adobe does, inverted; a reader that overlooks it sees a negative."""
-    picture = Image.new("RGB", (16, 16), colour)
-    data = saved(picture.convert("CMYK"), "JPEG", quality=95)
-    assert b"Adobe" in data
-    assert differ(to_tensor(opened(data)), to_tensor(picture)) <= 6
-
-
-RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(4, 0)
-
-
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        (RAMP, "PNG"),
-        (RAMP, "TIFF"),
-        (RAMP.astype(np.int32), "TIFF"),
-        (RAMP.astype(np.int32) * 32768, "TIFF"),
-        ((RAMP / 65535).astype(np.float32), "TIFF"),
-        ((RAMP / 257).astype(np.float32), "TIFF"),
-        (RAMP.astype(np.float32), "TIFF"),
-    ],
-    ids=["16 bit PNG", "16 bit TIFF", "16 of 32 bit", "32 bit", "0 to 1", "0 to 255", "0 to 65535"],
-)
-def test_deep_greys_are_scaled_and_not_clipped(values: np.ndarray, kind: str) -> None:
-    pixels = np.asarray(opened(saved(Image.fromarray(values), kind)))[0, :, 0]
-    assert np.abs(pixels - RAMP[0] / 257).max() <= 1
-
-
-def test_pixels_that_are_no_numbers_are_rejected() -> None:
-    with pytest.raises(Rejected, match="no numbers"):
-        opened(saved(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF"))
-
-
-@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
-def test_of_an_animation_the_first_frame_counts(kind: str, options: dict[str, object]) -> None:
-    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "lime")]
-    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
-    assert opened(data).getcolors() == [(24, (255, 0, 0))]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = saved(noise_picture(24, 16), kind, exif=exif)
-    theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    ours = open_picture(data, "white", MILLION)
-
-    assert ours.size == theirs.size == ((24, 16) if orientation < 5 else (16, 24))
-    assert torch.equal(ours.pixels_3HW, to_tensor(theirs.convert("RGB")))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "progressive JPEG", "LZW TIFF"])
-@pytest.mark.parametrize("needs", [[], [(8, 8)]], ids=["in full", "scaled"])
-def test_truncated_pictures_are_rejected(kind: str, needs: list[Size]) -> None:
-    """However little is missing; no decoder fills the rest with grey."""
-    options = {"progressive": {"progressive": True}, "LZW": {"compression": "tiff_lzw"}}.get(kind.split()[0], {})
-    data = saved(noise_picture(64, 64), kind.split()[-1], **options)
-    for kept in (20, len(data) // 2, len(data) - 40):
-        with pytest.raises(Rejected) as caught:
-            open_picture(data[:kept], "white", MILLION, needs)
-        assert caught.value.reason == "broken picture"
-
-
-@pytest.mark.parametrize("data", [b"", b"<html>", png()[:50], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_what_is_no_picture_is_rejected(data: bytes) -> None:
-    with pytest.raises(Rejected) as caught:
-        open_picture(data, "white", MILLION)
-    assert caught.value.reason == "broken picture"
-
-
-@pytest.mark.parametrize(("data", "most"), [(png((30, 20)), 599), (bomb(), MILLION), (bomb(), 10**12)])
-def test_too_many_pixels_are_rejected_before_they_are_decoded(data: bytes, most: int) -> None:
-    """The bomb has no pixels to decode: trying would find it broken."""
-    with pytest.raises(Rejected) as caught:
-        open_picture(data, "white", most)
-    assert caught.value.reason == "too many pixels"
 
 
 # less than the whole work
@@ -396,59 +268,6 @@ def test_background_needs_colours_and_knows_them() -> None:
         Background(["blurple"], white=0.5)
 
 
-def test_dark_pictures_of_16_bit_stay_dark() -> None:
-    picture = opened(saved(Image.fromarray(np.full((4, 4), 2570, np.uint16)), "PNG"))
-    assert picture.getpixel((0, 0)) == (10, 10, 10)
-
-
-def rgb16_tiff(values: np.ndarray) -> bytes:
-    """Grey values as uncompressed little-endian RGB."""
-    height, width = values.shape
-    pixels = values[..., None].repeat(3, -1).astype("<u2").tobytes()
-    tags = [(256, width), (257, height), (259, 1), (262, 2), (273, 200), (277, 3), (278, height), (279, len(pixels))]
-    entries = [(tag, 4, 1, value) for tag, value in tags] + [(258, 3, 3, 190)]
-    ifd = b"".join(
-        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + n.to_bytes(4, "little") + value.to_bytes(4, "little")
-        for tag, kind, n, value in sorted(entries)
-    )
-    head = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little") + ifd + bytes(4)
-    return head.ljust(190, b"\0") + b"\x10\0\x10\0\x10\0".ljust(10, b"\0") + pixels
-
-
-def test_deep_colours_are_scaled() -> None:
-    """A TIFF of 16 bits a channel, which PIL reads but does not write."""
-    picture = opened(rgb16_tiff(RAMP))
-    assert picture.size == (64, 4)
-    assert np.abs(np.asarray(picture)[0, :, 1] - RAMP[0] / 257).max() <= 1
-
-
-def test_exif_that_cannot_be_read_does_not_matter() -> None:
-    assert opened(saved(noise_picture(6, 4), "JPEG", exif=b"Exif\0\0nonsense")).size == (6, 4)
-
-
-@pytest.mark.parametrize("kind", [smooth, soft_photograph, sharp])
-@pytest.mark.parametrize(
-    ("size", "target", "scale"),
-    [
-        ((1024, 1024), (512, 512), 2),
-        ((1023, 800), (300, 360), 2),
-        ((1200, 900), (224, 224), 4),
-        ((1024, 768), (96, 80), 8),
-    ],
-)
-def test_most_pictures_need_no_headroom(kind: Callable[..., Image.Image], size: Size, target: Size, scale: int) -> None:
-    """As training decodes: at least as large as needed, and within 40 dB of the whole work all the same."""
-    data, reference_px = saved(kind(*size), "JPEG", quality=90), min(target) * 7 // 16
-    whole = open_picture(data, "white", MILLION * 2)
-    reduced = open_picture(data, "white", MILLION * 2, [target, (reference_px, reference_px)], headroom=1)
-
-    assert reduced.span == (size[0] / scale, size[1] / scale)
-    ours = reduced.shrunk(target)
-    assert psnr(cover(ours, target), cover(whole, target)) > 40
-    for fit in FITS:
-        assert psnr(fit_reference(ours, reference_px, fit), fit_reference(whole, reference_px, fit)) > 40
-
-
 def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
     """Why more can be asked for: the decoder's filter is none of bicubic's."""
     data, target = saved(photograph(512, 512), "JPEG", quality=90), (256, 256)
@@ -459,46 +278,9 @@ def test_without_headroom_the_sharpest_photographs_lose_quality() -> None:
     assert psnr(cover(reduced, target), cover(whole, target)) < 38
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_grey_and_cmyk_jpegs_are_decoded_at_a_fraction_too(mode: str) -> None:
-    data = saved(smooth(320, 200).convert(mode), "JPEG", quality=90)
-    whole, reduced = (open_picture(data, "white", MILLION, needs) for needs in ([], [(40, 40)]))
-
-    assert reduced.span == (160, 100)
-    assert psnr(cover(reduced, (40, 40)), cover(whole, (40, 40))) > 40
-
-
-def test_half_transparent_pixels_mix() -> None:
-    picture = opened(saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG"))
-    assert picture.getpixel((0, 0)) == (127, 127, 127)
-
-
 def test_a_cut_of_the_right_size_changes_nothing() -> None:
     picture = noise_picture(16, 24)
     assert torch.equal(cover(Opened.of(picture), (16, 24)), to_tensor(picture))
-
-
-@pytest.mark.parametrize("size", [(40, 20), (20, 61)])
-def test_a_squashed_reference_is_the_whole_picture_without_its_proportions(size: Size) -> None:
-    picture = mild_noise(*size)
-    theirs = v2.Resize((16, 16), BICUBIC)(picture)
-    assert differ(fit_reference(Opened.of(picture), 16, "squash"), to_tensor(theirs)) <= 1
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_the_corner_is_where_the_square_lies_in_the_resized_picture(size: Size) -> None:
-    picture = noise_picture(*size)
-    resized = to_tensor(v2.Resize(16, BICUBIC)(picture)).int()
-    left, top = cut_corner(size, (16, 16))
-    _, height, width = resized.shape
-    differences = {
-        (x, y): float((resized[:, y : y + 16, x : x + 16] - cover(Opened.of(picture), (16, 16))).abs().max())
-        for x in range(width - 15)
-        for y in range(height - 15)
-    }
-
-    assert differences.pop((left, top)) <= 1
-    assert min(differences.values(), default=99) > 5
 
 
 def test_a_small_picture_is_enlarged_once_at_most() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import hydra
@@ -11,8 +10,8 @@ import pytest
 from dirt import write_dirty_shard
 from omegaconf import DictConfig
 from PIL import Image
+from tars import write_tar
 
-from ipa.tools.inspect.__main__ import main
 from ipa.tools.inspect.findings import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +38,8 @@ def test_it_counts_and_draws(shard, base_folder: Path, clip_name: str, tmp_path:
 
     said = capsys.readouterr().out
     assert f"{good} good samples, {bad} rejected" in said
-    assert re.search(r"\d+  caption is not UTF-8", said) and re.search(r"\d+  broken picture", said)
+    assert re.search(r"\d+ × caption is not UTF-8: \d+ of 00000\.tar \(txt: byte 3 is 0xe9\)", said)
+    assert re.search(r"\d+ × broken picture: .*it is a web page", said) and "upscaled" not in said
     assert "shorter side (px): median 48" in said
     assert "one process, samples/s: reading" in said
     sheet = Image.open(out)
@@ -53,7 +53,7 @@ def test_big_recipes_need_no_weights(shard, clip_name: str, tmp_path: Path, caps
     inspect(compose(*parts, "samples=10", "pictures=2", f"out={tmp_path / 'x.png'}"))
 
     said = capsys.readouterr().out
-    assert "10 good samples" in said
+    assert "10 good samples" in said and "10 of them (100 %) are smaller than" in said and "upscaled" in said
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,12 @@ def test_mistakes_are_reported(overrides: list[str], complaint: str) -> None:
         inspect(compose(*overrides))
 
 
-def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str) -> None:
-    (tmp_path / "0.tar").write_bytes(b"<html>")
+@pytest.mark.parametrize("content", ["<html>", "cache"])
+def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str, caplog, content: str) -> None:
+    (tmp_path / "0.tar").write_text(content)
+    if content == "cache":
+        write_tar(tmp_path / "0.tar", [("cache.header.json", b"{}"), ("1.safetensors", b""), ("2.safetensors", b"")])
     parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", "data.num_workers=0"]
     with pytest.raises(ValueError, match="no good sample"):
         inspect(compose(*parts, f"data.train={tmp_path}/0.tar", f"out={tmp_path / 'x.png'}"))
-
-
-def test_a_typo_gets_the_nearest_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["inspect.py", "pictuers=3"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "Did you mean pictures=3" in capsys.readouterr().err
+    assert ("feature cache, which data=cache reads" in caplog.text) == (content == "cache")

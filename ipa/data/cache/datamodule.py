@@ -23,7 +23,7 @@ from ipa.data.shards.source import Layout
 from ipa.errors import UserError
 
 # entries of the header that may differ between the caches of one training
-PER_SOURCE = {"source", "choices captions", "choices filters", "choices max_pixels", "choices reference"}
+PER_SOURCE = {"source", *(f"choices {name}" for name in ("captions", "filters", "image", "max_pixels", "reference"))}
 
 
 class CachedDataModule(StreamDataModule):
@@ -135,6 +135,7 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
         "captions": "all of " + repr(layout.captions),
         "reference": list(layout.references),
         "filters": repr(layout.filters),
+        **({"image": list(layout.images)} if layout.images else {}),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, to_size, unpack
-from ipa.data.records import Record, Size
+from ipa.data.records import Record, Size, make_batch
 from ipa.data.rejects import Rejected
 from ipa.types import Batch, Features, Position, Posterior
 
@@ -50,7 +49,7 @@ class CachedPreparation:
     def sample(self, record: Record, address: Address, target: Size | None = None) -> CachedSample:
         """Raises ``Rejected`` for what was unusable when the cache was made, and for another ``target`` than then."""
         if record.broken:
-            raise record.broken.copy()
+            raise record.broken.at(record.key, record.shard)
         about, arrays = unpack(record.picture)
         try:
             made_for = to_size(about["target"])
@@ -86,23 +85,21 @@ class CachedPreparation:
         reference = shapes.get("reference_3HW") == (3, edge, edge) if "reference" in kept else True
         return latents and reference and ("pooled" not in kept or "pooled_E" in shapes)
 
-    def batch(self, samples: Sequence[CachedSample], rejects: Counter[str], position: Position | None = None) -> Batch:
+    def batch(
+        self, samples: Sequence[CachedSample], rejects: Sequence[Rejected], position: Position | None = None
+    ) -> Batch:
         """Stack samples of one size, and make their draws."""
         stacked = stack([sample.arrays for sample in samples])
         pooled_BE = stacked.get("pooled_E")
         channels, height, width = samples[0].arrays["mean_CHW"].shape
-        return Batch(
-            text=[sample.text for sample in samples],
-            draws=draw([sample.address for sample in samples], (channels, height, width), self.drops),
+        draws = draw([sample.address for sample in samples], (channels, height, width), self.drops)
+        return make_batch(
+            *(samples, draws, rejects, position),
             reference_B3HW=stacked.get("reference_3HW"),
             posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
             text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
             size_B6=stacked["size_6"].long(),
-            keys=[sample.record.key for sample in samples],
-            shards=[sample.record.shard for sample in samples],
-            rejects=dict(rejects),
-            position=position,
         )
 
 

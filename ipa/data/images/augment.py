@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ipa.data.addresses import Address
-from ipa.data.images.transforms import Opened, Size, covering
+from ipa.data.images.opening import Size
+from ipa.data.images.transforms import Opened, covering
 
 MAX_STRETCH = math.log(4 / 3)  # of a crop's aspect ratio relative to the picture's
 GREY = (0.299, 0.587, 0.114)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Self
 
-from ipa.data.images.transforms import Size
+from ipa.data.images.opening import Size
 from ipa.errors import UserError
 
 Group = tuple[list[int], int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
-from ipa.data.images.transforms import Background, Size, cover, cut_corner, fit_named, fit_reference, open_picture
-from ipa.data.records import Record
+from ipa.data.images.opening import Size
+from ipa.data.images.transforms import Background, cover, cut_corner, fit_named, fit_reference, open_picture
+from ipa.data.records import Record, make_batch
 from ipa.data.rejects import Rejected
 from ipa.errors import UserError
 from ipa.types import Batch, Position
@@ -73,8 +73,8 @@ class ImagePreparation:
         try:
             return self.decode(record, address, target or (self.image_size_px, self.image_size_px))
         except Rejected as reject:
-            record.broken, record.picture, record.references = reject.copy(), b"", ()
-            raise
+            record.broken, record.picture, record.references = reject.at(record.key, record.shard), b"", ()
+            raise record.broken from None
 
     def decode(self, record: Record, address: Address, target: Size) -> Sample:
         """Target and reference; if a record has references of its own, one is chosen at random."""
@@ -104,20 +104,15 @@ class ImagePreparation:
             return address.uniform("crop x"), address.uniform("crop y")
         return 0.5, 0.5
 
-    def batch(self, samples: Sequence[Sample], rejects: Counter[str], position: Position | None = None) -> Batch:
+    def batch(self, samples: Sequence[Sample], rejects: Sequence[Rejected], position: Position | None = None) -> Batch:
         """Stack samples of one size, and make their draws."""
-        image_B3HW = torch.stack([sample.image_3HW for sample in samples])
-        return Batch(
-            image_B3HW=image_B3HW,
-            reference_B3HW=torch.stack([sample.reference_3HW for sample in samples]),
-            text=[sample.text for sample in samples],
-            draws=draw([sample.address for sample in samples], self.latents_of(image_B3HW), self.drops),
-            size_B6=torch.stack([sample.size_6 for sample in samples]),
-            keys=[sample.record.key for sample in samples],
-            shards=[sample.record.shard for sample in samples],
-            rejects=dict(rejects),
-            position=position,
-        )
+        tensors = {
+            "image_B3HW": torch.stack([sample.image_3HW for sample in samples]),
+            "reference_B3HW": torch.stack([sample.reference_3HW for sample in samples]),
+            "size_B6": torch.stack([sample.size_6 for sample in samples]),
+        }
+        draws = draw([sample.address for sample in samples], self.latents_of(tensors["image_B3HW"]), self.drops)
+        return make_batch(samples, draws, rejects, position, **tensors)
 
     def latents_of(self, image_B3HW: Tensor) -> tuple[int, int, int]:
         """C, H, W of the latents: those of the square, in proportion."""

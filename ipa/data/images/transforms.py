@@ -16,11 +16,7 @@ a bicubic filter keeps: 1/f noise falls to 31 to 36 dB; thirteen photographs of 
 
 from __future__ import annotations
 
-import functools
-import io
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,22 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from ipa.data.addresses import Address
-from ipa.data.rejects import BROKEN_PICTURE, TOO_MANY_PIXELS, Rejected
+from ipa.data.images.opening import JPEGS, Size, flatten, orientation, upright, upright_size, with_picture
+from ipa.data.rejects import TOO_MANY_PIXELS, Rejected
 from ipa.errors import UserError
-
-Size = tuple[int, int]
-
-# the web's formats; PIL knows more, but runs Ghostscript for one of them
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-SCALABLE = ("JPEG", "MPO")
-SCAN, MAX_SCANS = b"\xff\xda", 100  # a progressive JPEG has about ten; each of a bomb's costs a pass over all pixels
-TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# modes of more than 8 bits, and what white may be in them
-WHITES: dict[str, tuple[int, ...]] = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 HEADROOM = 2
 MAX_EXCESS = 4  # resized whole only up to this many times the pixels that are kept; else just the crop is computed
@@ -125,55 +112,7 @@ def open_picture(
     ``needs`` are all sizes that it will be resized to: a much larger JPEG is not decoded in full, but at least
     ``headroom`` times as large as they are.
     """
-    with rejecting():
-        picture = open_header(data)
-        if picture.width * picture.height > max_pixels:
-            raise Rejected(TOO_MANY_PIXELS, f"{picture.width} x {picture.height}")
-        return decode(picture, background, needs, headroom)
-
-
-@contextmanager
-def rejecting() -> Iterator[None]:
-    """Turn everything that PIL raises on damaged bytes into ``Rejected``."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of odd metadata and of sizes that data.max_pixels decides on
-            yield
-    except Image.DecompressionBombError as error:
-        raise Rejected(TOO_MANY_PIXELS, str(error)) from error
-    except Rejected:
-        raise
-    except Exception as error:  # a decoder may raise nearly anything
-        raise Rejected(BROKEN_PICTURE, repr(error)) from error
-
-
-def open_header(data: bytes) -> Image.Image:
-    """The picture before decoding; raises ``Rejected``, or whatever PIL raises on damaged bytes."""
-    picture = Image.open(io.BytesIO(data), formats=known_formats())
-    if picture.format in SCALABLE and data.count(SCAN) > MAX_SCANS:
-        raise Rejected(BROKEN_PICTURE, f"a JPEG of {data.count(SCAN)} scans")
-    if min(picture.size) < 1:
-        raise Rejected(BROKEN_PICTURE, "it has no pixels")
-    return picture
-
-
-@functools.cache
-def known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def picture_size(data: bytes) -> Size:
-    """Width and height of the upright picture, from its header; nothing is decoded. Raises ``Rejected``.
-
-    The metadata's ``width`` and ``height`` are not used: img2dataset writes the size before the EXIF rotation, and
-    another tool may have resized the picture since. Reading a header takes 20 μs.
-    """
-    with rejecting():
-        picture = open_header(data)
-        exif = Image.Image.getexif(picture)  # a PNG's own method would decode it
-    turned = exif.get(ExifTags.Base.Orientation) in TURNED and picture.format != "TIFF"  # PIL turns those itself
-    return picture.size[::-1] if turned else picture.size
+    return with_picture(data, lambda picture: decode(picture, background, max_pixels, needs, headroom))
 
 
 def read_picture(path: Path, option: str = "image") -> Opened:
@@ -186,22 +125,22 @@ def read_picture(path: Path, option: str = "image") -> Opened:
         raise UserError(f"{option}={path} cannot be read as a picture: {error}") from error
 
 
-def decode(picture: Image.Image, background: str, needs: Sequence[Size], headroom: float) -> Opened:
-    """Raises whatever PIL raises on damaged bytes."""
-    size = picture.size
-    scale = scale_down(picture, needs, headroom) if needs and picture.format in SCALABLE else 1
-    decoded = picture.size
-    ImageOps.exif_transpose(picture, in_place=True)
-    if picture.size != decoded:
-        size = size[::-1]
-    width, height = size
-    return Opened(view(flatten(picture, background)), size, (width / scale, height / scale))
+def decode(picture: Image.Image, background: str, max_pixels: int, needs: Sequence[Size], headroom: float) -> Opened:
+    """Raises ``Rejected``, or whatever PIL raises on damaged bytes."""
+    if picture.width * picture.height > max_pixels:
+        raise Rejected(TOO_MANY_PIXELS, f"{picture.width} x {picture.height}, more than data.max_pixels={max_pixels}")
+    size, scale = None, 1
+    if needs and picture.format in JPEGS:
+        size, scale = upright_size(picture), scale_down(picture, needs, headroom)
+    pixels = flatten(upright(picture), background)
+    width, height = size = size or pixels.size
+    return Opened(view(pixels), size, (width / scale, height / scale))
 
 
 def scale_down(picture: Image.Image, needs: Sequence[Size], headroom: float) -> int:
     """Make libjpeg decode at 1/2, 1/4 or 1/8 if all ``needs`` keep the headroom; returns 2, 4, 8, or 1."""
-    turn = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    sides = [need[::-1] if turn in TURNED else need for need in needs]
+    turn = orientation(picture)
+    sides = [need[::-1] if turn >= 5 else need for need in needs]
     width, height = picture.size
     for scale in (8, 4, 2):
         # turning would bring the half empty pixels of an inexact division to the near edges
@@ -210,30 +149,6 @@ def scale_down(picture: Image.Image, needs: Sequence[Size], headroom: float) -> 
             picture.draft(None, (width // scale, height // scale))
             return scale
     return 1
-
-
-def flatten(picture: Image.Image, background: str) -> Image.Image:
-    """RGB of 8 bits, transparency composited on ``background``."""
-    if picture.mode[:4] in WHITES:
-        picture = to_eight_bits(picture)
-    if not picture.has_transparency_data:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    canvas = Image.new("RGBA", picture.size, background)
-    canvas.alpha_composite(picture.convert("RGBA"))
-    return canvas.convert("RGB")
-
-
-def to_eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits → 8, where PIL would clip.
-
-    32 bits do not define white: it is the first of ``WHITES`` that no pixel exceeds, else the largest pixel.
-    """
-    values = np.asarray(picture).astype(np.float64)
-    top = values.max()
-    if not np.isfinite(values).all():
-        raise Rejected(BROKEN_PICTURE, "it has pixels that are no numbers")
-    white = next((white for white in WHITES[picture.mode[:4]] if top <= white), top)
-    return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
 
 
 def covers(have: tuple[float, float], need: Size, times: float = 1) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, count, dropwhile, islice
@@ -23,7 +22,7 @@ from ipa.data.addresses import Address, Item, digest, permuted, uniform_at
 from ipa.data.images.buckets import Buckets
 from ipa.data.order.lanes import Lane
 from ipa.data.records import Record, Size, Source
-from ipa.data.rejects import BROKEN_TAR, Rejected, no_good_samples
+from ipa.data.rejects import BROKEN_TAR, NoGoodSamples, Rejected, no_good_samples
 from ipa.types import LanePlace, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class Order:
                 empty = False
                 yield slot
         if empty:
-            raise no_good_samples(reasons(rejects), self.num_shards)
+            raise self.no_good_samples(rejects)
 
     def of_shards(
         self, source: Source, shards: Sequence[str], rejects: list[Rejected], loud: bool = True
@@ -99,6 +98,9 @@ class Order:
     def target(self, record: Record) -> Size | None:
         """The best bucket for a record; None without buckets."""
         return None if self.buckets is None else self.buckets.nearest(record.size)
+
+    def no_good_samples(self, rejects: Iterable[Rejected]) -> NoGoodSamples:
+        return no_good_samples(rejects, self.num_shards, [source.name for source in self.sources])
 
     def address(self, slot: Slot) -> Address:
         return Address(self.seed, slot.epoch, slot.source, slot.record.shard, slot.record.index)
@@ -155,7 +157,7 @@ class SourceOrder:
                 yield slot
             tried = tried | set(shards) if empty and begin == SourcePlace(epoch) else set()
             if tried.issuperset(self.source.shards):
-                raise no_good_samples(reasons(rejects), len(self.source.shards))
+                raise no_good_samples(rejects, len(self.source.shards), [self.source.name])
 
     def shards(self, epoch: int) -> Sequence[str]:
         """This lane's shards of a pass, in the pass's order."""
@@ -216,10 +218,6 @@ def attach_rejects(
             yield held
         if found is not None:
             held = (number, found)
-
-
-def reasons(rejects: Iterable[Rejected]) -> Counter[str]:
-    return Counter(reject.reason for reject in rejects)
 
 
 def chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

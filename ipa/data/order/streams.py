@@ -27,9 +27,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ipa.data.order.lanes import Lanes, Share
-from ipa.data.order.sequence import Order, Slot, chunks, reasons
+from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Preparation, Size, Source
-from ipa.data.rejects import Rejected, no_good_samples
+from ipa.data.rejects import Rejected, add_examples, count_reasons, examples_of, in_detail, in_words
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -111,14 +111,14 @@ class TrainStream(Stream):
         numbers = range(self.share.rank, self.step_samples, self.share.world)
         filled = [self.fill(readers[row[p % self.lanes.ranks]], p // self.lanes.ranks) for p in numbers]
         after = {lane: readers[lane][self.take - 1].after for lane in row if lane in readers}
-        rejects = sum((rejects for _, rejects in filled), Counter[str]())
+        rejects = [reject for _, rejects in filled for reject in rejects]
         return self.preparation.batch([sample for sample, _ in filled], rejects, Position(step + 1, after))
 
-    def fill(self, ahead: Lookahead, place: int) -> tuple[Any, Counter[str]]:
+    def fill(self, ahead: Lookahead, place: int) -> tuple[Any, list[Rejected]]:
         """The sample for a slot, and the slot's own rejects (not those of its replacements)."""
         slot = ahead[place]
         address = self.order.address(slot)
-        counted, tried = reasons(slot.record.rejects), dict[tuple[str, str, int], Counter[str]]()
+        counted, tried = [*slot.record.rejects], dict[tuple[str, str, int], list[Rejected]]()
         unread = {source.name for source in self.order.sources}
         begun: dict[str, int] = {}
         for i in count(place):
@@ -127,14 +127,14 @@ class TrainStream(Stream):
             if candidate.epoch - begun.setdefault(candidate.source, candidate.epoch) >= 2 * self.lanes.number:
                 unread.discard(candidate.source)
             if not unread:
-                raise no_good_samples(sum(tried.values(), Counter[str]()), self.order.num_shards)
+                raise self.order.no_good_samples(reject for rejects in tried.values() for reject in rejects)
             try:
                 return self.preparation.sample(candidate.record, address, slot.target), counted
             except Rejected as reject:
                 record = candidate.record
-                tried[candidate.source, record.shard, record.index] = reasons([*record.rejects, reject])
+                tried[candidate.source, record.shard, record.index] = [*record.rejects, reject.at()]
                 if candidate is slot:
-                    counted += reasons([reject])
+                    counted.append(reject.at())
         raise AssertionError("the order is endless")
 
 
@@ -177,9 +177,14 @@ class AuditStream(Stream):
                     yield held
                 held = batch
         if held is not None:
-            yield replace(held, rejects=dict(Counter(held.rejects) + reasons(pending)))
+            counts = Counter(held.rejects) + count_reasons(pending)
+            add_examples(held.reject_examples, examples_of(pending))
+            yield replace(held, rejects=counts)
         elif pending:
-            log.warning("these shards have only rejected samples: %s", dict(reasons(pending)))
+            log.warning(
+                "these shards have only rejected samples: %s",
+                in_words(pending),
+            )
 
     def of_shard(self, source: Source, shard: str, pending: list[Rejected]) -> Iterator[Batch]:
         """A shard's batches, each of one bucket; the rejects after the last one are left in ``pending``."""
@@ -191,7 +196,7 @@ class AuditStream(Stream):
             try:
                 sample = self.preparation.sample(slot.record, self.order.address(slot), target)
             except Rejected as reject:
-                pending.append(reject)
+                pending.append(reject.at())
                 continue
             waiting.setdefault(target, []).append(sample)
             if len(waiting[target]) == self.batch_size:
@@ -201,9 +206,9 @@ class AuditStream(Stream):
             yield self.flush(samples, pending)
 
     def flush(self, samples: list[Any], pending: list[Rejected]) -> Batch:
-        rejects = reasons(pending)
+        batch = self.preparation.batch(samples, pending, None)
         pending.clear()
-        return self.preparation.batch(samples, rejects, None)
+        return batch
 
 
 @dataclass(eq=False)
@@ -214,35 +219,41 @@ class ValStream(Stream):
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""
-        rejects, delivered = Counter[str](), False
+        rejects, delivered = list[Rejected](), False
         for number, slots in enumerate(chunks(self.slots(share.first), self.batch_size)):
             if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
+            self.log_new(rejects)
             if samples:
                 yield self.preparation.batch(samples, rejects, None)
-                rejects, delivered = Counter[str](), True
-        if rejects:
-            log.warning("the last validation samples are rejected: %s", dict(rejects))
+                rejects, delivered = [], True
         if rejects and not delivered:
             self.check_any()
+
+    def log_new(self, rejects: Iterable[Rejected]) -> None:
+        """Each reason once, with its first sample: validation is repeated, and nothing else counts its rejects."""
+        for reject in rejects:
+            if reject.reason not in self.order.logged:
+                self.order.logged.add(reject.reason)
+                log.warning("data.val: rejected, %s: %s", reject.reason, in_detail([reject.example]))
 
     def slots(self, loud: bool = False) -> Iterator[Slot]:
         return islice(self.order.in_file_order(loud), self.limit)
 
-    def good(self, slots: Iterable[Slot], rejects: Counter[str]) -> list[Any]:
+    def good(self, slots: Iterable[Slot], rejects: list[Rejected]) -> list[Any]:
         """The usable ones; adds the others to ``rejects``."""
         samples = []
         for slot in slots:
-            rejects.update(reasons(slot.record.rejects))
+            rejects += slot.record.rejects
             try:
                 samples.append(self.preparation.sample(slot.record, self.order.address(slot), None))
             except Rejected as reject:
-                rejects[reject.reason] += 1
+                rejects.append(reject.at())
         return samples
 
     def check_any(self) -> None:
         """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""
-        rejects = Counter[str]()
+        rejects: list[Rejected] = []
         if not any(self.good([slot], rejects) for slot in self.slots()):
-            raise no_good_samples(rejects, self.order.num_shards)
+            raise self.order.no_good_samples(rejects)

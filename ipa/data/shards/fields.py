@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ipa.data.images.transforms import Size, picture_size
+from ipa.data.images.opening import Size, picture_size
 from ipa.data.rejects import (
     BROKEN_METADATA,
     EMPTY_CAPTION,
@@ -28,28 +28,44 @@ from ipa.data.rejects import (
     Rejected,
 )
 from ipa.errors import UserError
+from ipa.files import PICTURE_EXTENSIONS, PICTURES
 
-# the extensions of a sample's picture, the preferred one first; a folder's pictures are ``files.PICTURE_EXTENSIONS``
-PICTURE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 METADATA = "json"
 ENTRY = f"{METADATA}."  # begins the key of an entry of the metadata: json.NAME
 MAX_TEXT_BYTES, MAX_METADATA_BYTES = 1 << 20, 1 << 24
+MAX_NAMES_SHOWN = 8
 CHOICES = ("first", "random", "weight")
 WAYS = "a key (txt, json.NAME), a list of keys, a mapping key: weight, or {keys: …, choice: first | random | weight}"
 
 
 class Fields:
-    """One sample: extension → content. ``references`` are not its own picture. All properties raise ``Rejected``."""
+    """One sample: extension → content. Its picture is the first of ``images`` that is no reference.
 
-    def __init__(self, members: Mapping[str, bytes], references: Sequence[str] = ()) -> None:
-        self.members, self.references = members, references
+    All properties raise ``Rejected``.
+    """
+
+    def __init__(
+        self, members: Mapping[str, bytes], references: Sequence[str] = (), images: Sequence[str] = ()
+    ) -> None:
+        self.members, self.references, self.images = members, references, images or PICTURES
 
     @cached_property
     def picture(self) -> bytes:
-        for extension in PICTURE_MEMBERS:
+        for extension in self.images:
             if extension in self.members and extension not in self.references:
                 return self.members[extension]
-        raise Rejected(NO_PICTURE)
+        raise Rejected(NO_PICTURE, self.what_there_is)
+
+    @property
+    def what_there_is(self) -> str:
+        """The members, and how one that is missed may be found."""
+        if "safetensors" in self.members:
+            return "it is a sample of a feature cache, which data=cache reads"
+        names = [*self.members][:MAX_NAMES_SHOWN]
+        dotted = [name for name in names if name.endswith(PICTURE_EXTENSIONS) and name not in self.references]
+        if dotted:
+            return f"it has {', '.join(names)}; keys end at the first dot, and data.image={dotted[0]} names this member"
+        return f"it has only {', '.join(names)}; members of a sample must be adjacent, as `tar --sort=name` stores them"
 
     @cached_property
     def size(self) -> Size:
@@ -76,7 +92,7 @@ class Fields:
         """A member's text; may raise UnicodeDecodeError."""
         if len(self.members[extension]) > max_bytes:
             raise Rejected(TOO_LARGE, f"{extension}: {len(self.members[extension]):,} bytes of text")
-        return self.members[extension].decode()
+        return self.members[extension].decode().removeprefix("\ufeff")  # a byte order mark is no text
 
 
 @dataclass(frozen=True)
@@ -107,13 +123,13 @@ class Captions:
             try:
                 texts = read_texts(fields, key)
             except Rejected as reject:
-                rejects.append(reject.copy())
+                rejects.append(reject.at())
                 continue
             if self.first:
                 return ((texts[0], 1.0),)
             found += [(text, weight / len(texts)) for text in texts]
         if not found:
-            raise rejects[0].copy()
+            raise rejects[0].at()
         total = sum(weight for _, weight in found)
         return tuple((text, weight / total) for text, weight in found)
 
@@ -149,11 +165,11 @@ def read_texts(fields: Fields, key: str) -> list[str]:
         value = fields.metadata.get(key.removeprefix(ENTRY))
         return usable(value if isinstance(value, list) else [value])
     if key not in fields.members:
-        raise Rejected(NO_CAPTION)
+        raise Rejected(NO_CAPTION, fields.what_there_is)
     try:
         return usable([fields.text(key)])
     except UnicodeDecodeError as error:
-        raise Rejected(NOT_UTF8, str(error)) from error
+        raise Rejected(NOT_UTF8, f"{key}: byte {error.start} is 0x{error.object[error.start]:02x}") from error
 
 
 def usable(values: Sequence[Any]) -> list[str]:

@@ -6,7 +6,7 @@ A specification is one of these, relative paths starting in the working director
     data/train/*.tar                      a glob
     data/{00000..00099}.tar               braces; every shard must exist
     [laion/{00000..00099}.tar, coyo]      a list of these
-    shards.txt                            a file of these, one a line: a configuration is slow with many thousands
+    shards.txt                            a file of these, one a line, # for comments: a configuration is slow with many
     s3://…  https://…  pipe:…             what a program fetches: only the scheme is checked
 
 Only URLs whose scheme is in ``schemes`` are accepted. ``pipe:`` runs its command in a shell, so the user must allow it.
@@ -26,6 +26,7 @@ from math import prod
 from braceexpand import braceexpand
 
 from ipa.errors import UserError
+from ipa.files import read_list
 from ipa.secrets import hide
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -62,7 +63,7 @@ def expand_shards(
         check_scheme(pattern, schemes, option)
         return [pattern] if is_remote(pattern) else local_shards(pattern, listing)
 
-    entries = [entry for spec in specs for entry in (read_list(spec) if is_list(spec) else [spec])]
+    entries = [entry for spec in specs for entry in (entries_in(spec) if is_list(spec) else [spec])]
     return [shard for entry in entries for shard in expand_entry(entry, expand)]
 
 
@@ -70,12 +71,8 @@ def is_list(entry: str) -> bool:
     return entry.endswith(".txt") and not is_remote(entry) and os.path.isfile(os.path.expanduser(entry))
 
 
-def read_list(path: str) -> list[str]:
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            entries = [line.strip() for line in file if line.strip()]
-    except UnicodeDecodeError as error:
-        raise NoShards(f"{path} is no list of shards: {error}") from error
+def entries_in(path: str) -> list[str]:
+    entries = read_list(os.path.expanduser(path))
     if not entries:
         raise NoShards(f"{path} is empty: it should name shards, one a line. {WAYS}")
     return entries

@@ -13,31 +13,46 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ipa.data.addresses import digest
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_TAR, DUPLICATE_KEY, NO_REFERENCE, Rejected
+from ipa.data.rejects import (
+    BROKEN_TAR,
+    DUPLICATE_KEY,
+    NO_CAPTION,
+    NO_KEY,
+    NO_PICTURE,
+    NO_REFERENCE,
+    TOO_LARGE,
+    Rejected,
+)
 from ipa.data.shards.fields import Captions, Fields, is_extension, is_weight
 from ipa.data.shards.filters import Filter, as_list, read_filters
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
-from ipa.data.shards.tar import read_members
+from ipa.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, read_members
 from ipa.errors import UserError
 
-OPTIONS = ("shards", "weight", "captions", "reference", "filters")
+OPTIONS = ("shards", "weight", "captions", "image", "reference", "filters")
+MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES  # all members of a sample, with their headers
+INCOMPLETE = (NO_PICTURE, NO_CAPTION, NO_REFERENCE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which member or entry of the metadata is the caption, which members are references, what is filtered."""
+    """Which member or entry of the metadata is the caption, which members are references, what is filtered.
+
+    ``images`` are the extensions that the picture may have, the preferred one first; by default ``files.PICTURES``.
+    """
 
     captions: Captions = field(default_factory=Captions)
     references: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
+    images: tuple[str, ...] = field(default=(), repr=False)  # so the fingerprints of older runs stay
 
     def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record:
         """Members: extension → content. The first fault of picture, caption, reference and filters is raised."""
-        fields = Fields(members, self.references)
+        fields = Fields(members, self.references, self.images)
         picture, captions = fields.picture, self.captions.read(fields)
         references = tuple(members[name] for name in self.references if name in members)
         if self.references and not references:
@@ -50,7 +65,7 @@ class Layout:
         try:
             return self.record(key, shard, index, members)
         except Rejected as reject:
-            return reject.copy()
+            return reject.at(key, shard)
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,14 @@ class ShardSource(Source):
         shards: str | Sequence[str],
         weight: float = 1.0,
         captions: Any = "txt",
+        image: str | Sequence[str] | None = None,
         reference: str | Sequence[str] | None = None,
         filters: Mapping[str, Any] | None = None,
         option: str = "data",
         schemes: Sequence[str] = TRUSTED,
         **unknown: Any,
     ) -> ShardSource:
-        """From YAML: see ``expand_shards``, ``captions`` and ``filters``; ``reference``: extensions of other pictures.
+        """From YAML: see ``expand_shards``, ``captions`` and ``filters``; ``image`` and ``reference`` are extensions.
 
         Raises UserError, whose messages name what is below ``option``. No shard is opened.
         """
@@ -81,8 +97,9 @@ class ShardSource(Source):
             raise UserError(f"{option} has no {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
         layout = Layout(
             Captions.of(captions, f"{option}.captions"),
-            read_references(reference, f"{option}.reference"),
+            read_extensions(reference, f"{option}.reference"),
             read_filters(filters, f"{option}.filters"),
+            read_extensions(image, f"{option}.image"),
         )
         found = expand_shards(shards, schemes, f"{option.partition('.')[0]}.schemes")
         return cls(name, found, read_weight(weight, f"{option}.weight"), layout)
@@ -95,14 +112,14 @@ class ShardSource(Source):
 
     @cached_property
     def identity(self) -> str:
-        return f"{digest(repr(self.layout), *map(shard_name, self.shards)):016x}"
+        return f"{digest(repr(self.layout), *self.layout.images, *map(shard_name, self.shards)):016x}"
 
 
-def read_references(reference: Any, option: str) -> tuple[str, ...]:
-    names = [] if reference is None else as_list(reference)
+def read_extensions(given: Any, option: str) -> tuple[str, ...]:
+    names = [] if given is None else as_list(given)
     if not all(map(is_extension, names)) or len({name.lower() for name in names}) < len(names):
         raise UserError(
-            f"{option}={reference}: give the extension of a member (ref.jpg of 0001.ref.jpg), or a list of them"
+            f"{option}={given}: give the extension of a member (ref.jpg of 0001.ref.jpg), or a list of them"
         )
     return tuple(name.lower() for name in names)
 
@@ -116,18 +133,23 @@ def read_weight(weight: Any, option: str) -> float:
 def read_shard(shard: str, layout: Layout) -> Iterator[Record | Rejected]:
     """The samples of a shard in file order.
 
-    Of samples with the same key the first counts. The last sample before a break is used if it is complete; if not, it
-    is part of the break and not counted separately.
+    Of samples with the same key the first counts; one whose members are not adjacent is counted once. The last sample
+    before a break is used if it is complete; if not, it is part of the break and not counted separately.
     """
-    name, seen, files = shard_name(shard), set[str](), Files(shard)
+    name, files = shard_name(shard), Files(shard)
+    seen, incomplete = set[str](), set[str]()
     held: Record | Rejected | None = None
-    for index, members in enumerate(group_by_keys(files, handler=files.skip_double)):
+    for index, members in enumerate(group_by_keys(files, files.split, handler=files.skip_double)):
         if held is not None:
             yield held
         key, _ = members.pop("__key__"), members.pop("__url__")
         if files.doubled and key not in seen:
-            yield Rejected(DUPLICATE_KEY, key)
-        held = Rejected(DUPLICATE_KEY, key) if key in seen else layout.try_record(key, name, index, members)
+            yield Rejected(DUPLICATE_KEY, "the first one is used", key, name)
+        held = layout.try_record(key, name, index, members)
+        if key in seen:
+            held = None if key in incomplete else Rejected(DUPLICATE_KEY, "the first one is used", key, name)
+        elif isinstance(held, Rejected) and held.reason in INCOMPLETE:
+            incomplete.add(key)
         seen.add(key)
         yield from files.take_rejects()
     if held is not None and not (files.broken and isinstance(held, Rejected)):
@@ -145,15 +167,40 @@ class Files:
         self.rejects: list[Rejected] = []
         self.broken: Rejected | None = None
         self.doubled = False
+        self.parts: tuple[str | None, str | None] = (None, None)  # key and extension of the last member
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        last_key, size_bytes = "", 0
         for member in read_members(self.shard):
-            if not isinstance(member, Rejected):
-                yield {"fname": member.name, "data": member.content, "__url__": self.shard}
-            elif member.reason == BROKEN_TAR:
-                self.broken = member
+            if isinstance(member, Rejected):
+                self.set_aside(member)
+                continue
+            name, content = member
+            key, _ = self.parts = base_plus_ext(name)
+            if key is None or key.endswith("/"):
+                self.set_aside_without_key(name)
+                continue
+            size_bytes = len(content) + BLOCK_BYTES + (size_bytes if key == last_key else 0)
+            last_key = key
+            if size_bytes > MAX_SAMPLE_BYTES:
+                self.set_aside(Rejected(TOO_LARGE, f"{name}: {key} has over {MAX_SAMPLE_BYTES:,} bytes in all"))
             else:
-                self.rejects.append(member)
+                yield {"fname": name, "data": content, "__url__": self.shard}
+
+    def set_aside_without_key(self, name: str) -> None:
+        """Not what macOS adds to archives, which is no loss."""
+        if not name.rpartition("/")[2].startswith(("._", ".DS_Store")):
+            self.set_aside(Rejected(NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is"))
+
+    def set_aside(self, reject: Rejected) -> None:
+        if reject.reason == BROKEN_TAR:
+            self.broken = reject
+        else:
+            self.rejects.append(reject.at(shard=shard_name(self.shard)))
+
+    def split(self, name: str) -> Any:
+        """Key and extension of the member that was just given."""
+        return self.parts
 
     def skip_double(self, error: Exception) -> bool:
         """Called for a second member with the same name, which is left out."""

@@ -12,32 +12,25 @@ member larger than any picture, of which no byte is kept. A decompression bomb c
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 from ipa.data.rejects import BROKEN_TAR, TOO_LARGE, UNSAFE_MEMBER, Rejected
 from ipa.data.shards.opening import bytes_of, close_shard, open_shard
 from ipa.secrets import hide
 
-CHUNK_BYTES = 1 << 24
+BLOCK_BYTES, CHUNK_BYTES = tarfile.BLOCKSIZE, 1 << 24
 MAX_MEMBER_BYTES = 1 << 29  # 100 megapixels without compression are 300 MB at most
 MAX_EXPANSION, UNCHECKED_BYTES = 200, 1 << 26  # of a compressed archive; the first bytes are not checked
-MAX_XZ_MEMORY_BYTES = 1 << 28
 ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 RESERVED = re.compile(r"\.__(key|url|bad|local_path)__$", re.IGNORECASE)  # WebDataset keeps its own entries under these
-BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+BREAKS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
-COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Callable[[Any], Any]], ...] = (
-    (re.compile(rb"\x1f\x8b\x08"), gzip.open),
-    (re.compile(rb"BZh[1-9]1AY&SY"), bz2.open),
-    (re.compile(rb"\xfd7zXZ|\x5d\0\0\x80"), lambda file: Unxz(file)),
-)
+OTHER_COMPRESSIONS = (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class Member(NamedTuple):
@@ -77,6 +70,9 @@ class Forward:
     def tell(self) -> int:
         return self.position
 
+    def unread(self, data: bytes) -> None:
+        self.begin, self.position = data + self.begin, self.position - len(data)
+
     def read(self, size: int) -> bytes:
         """Fewer bytes than ``size`` only at the end of the file."""
         data = self.some(size)
@@ -105,35 +101,15 @@ class Forward:
 
 
 def uncompressed(file: Forward) -> Forward:
-    """The archive inside gzip, bzip2 or xz, recognised by its first bytes; other files as they are."""
-    file = Forward(file, file.read(tarfile.BLOCKSIZE))
-    opens = [opener for magic, opener in COMPRESSIONS if magic.match(file.begin)]
-    return Forward(opens[0](file), compressed=file) if opens else file
-
-
-class Unxz:
-    """xz with a memory limit: a header may ask for gigabytes, and Python's own reader has no limit."""
-
-    def __init__(self, file: Forward) -> None:
-        self.file, self.decoder = file, self.new_decoder()
-
-    def new_decoder(self) -> lzma.LZMADecompressor:
-        return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY_BYTES)
-
-    def read(self, size: int) -> bytes:
-        while size:
-            if self.decoder.eof:
-                rest = self.decoder.unused_data.lstrip(b"\0") or self.file.read(tarfile.BLOCKSIZE)
-                if not rest.strip(b"\0"):
-                    return b""
-                self.decoder = self.new_decoder()
-            else:
-                rest = self.file.read(1 << 16) if self.decoder.needs_input else b""
-                if self.decoder.needs_input and not rest:
-                    raise EOFError("the compressed archive is cut off")
-            if data := self.decoder.decompress(rest, size):
-                return data
-        return b""
+    """The archive inside gzip, recognised by its first bytes; other files as they are."""
+    file = Forward(file, file.read(BLOCK_BYTES))
+    if file.begin.startswith(OTHER_COMPRESSIONS):
+        raise tarfile.ReadError("bzip2, xz and zstd are not read: compress it with gzip, or not at all")
+    return (
+        Forward(gzip.GzipFile(fileobj=cast(Any, file)), compressed=file)
+        if file.begin.startswith(b"\x1f\x8b\x08")
+        else file
+    )
 
 
 def walk(file: Forward) -> Iterator[Member | Rejected]:
@@ -176,7 +152,10 @@ def cut_off(file: Forward) -> tarfile.ReadError:
 
 
 class Archive:
-    """What ``TarInfo.fromtarfile`` needs of a ``TarFile``; ``offset`` is where the next header begins."""
+    """What ``TarInfo.fromtarfile`` needs of a ``TarFile``; ``offset`` is where the next header begins.
+
+    ``start`` is where the archive does, of several in one file.
+    """
 
     encoding = "utf-8"
     errors = "surrogateescape"
@@ -184,19 +163,42 @@ class Archive:
     def __init__(self, file: Forward) -> None:
         self.fileobj = file
         self.pax_headers: dict[str, str] = {}
-        self.offset = 0
+        self.offset = self.start = 0
 
     def next_header(self) -> tarfile.TarInfo | None:
         """None at the end of the archive."""
         try:
-            info = StrictTarInfo.fromtarfile(cast(tarfile.TarFile, self))
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zero blocks that end an archive
-            return None
+            info = self.read_header()
         except RecursionError as error:  # a header before a header, thousands of times
             raise tarfile.ReadError(f"headers without end at byte {self.fileobj.tell()}") from error
-        if info.issparse():
+        if info and info.issparse():
             raise tarfile.ReadError(f"{info.name} is a sparse file, which is not read, at byte {self.fileobj.tell()}")
         return info
+
+    def read_header(self) -> StrictTarInfo | None:
+        while True:
+            try:
+                return StrictTarInfo.fromtarfile(cast(tarfile.TarFile, self))
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zero blocks that end an archive
+                if not self.is_followed():
+                    return None
+
+    def is_followed(self) -> bool:
+        """Whether another archive follows after the end of one, as `cat` puts them together.
+
+        It begins after two blocks of zeros, or after as many as fill the record; others are a hole in the archive.
+        """
+        zeros = 1
+        while (block := self.fileobj.read(BLOCK_BYTES)) and not block.strip(b"\0"):
+            zeros += 1
+        if not block:
+            return False
+        self.fileobj.unread(block)
+        start = self.fileobj.tell()
+        if zeros == 1 or (zeros > 2 and (start - self.start) % tarfile.RECORDSIZE):
+            raise tarfile.ReadError(f"{zeros} blocks of zeros in the middle, before byte {start}")
+        self.start, self.pax_headers = start, {}
+        return True
 
 
 class StrictTarInfo(tarfile.TarInfo):

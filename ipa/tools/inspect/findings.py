@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ipa.data.datamodule import ShardDataModule
-from ipa.data.rejects import Rejected
+from ipa.data.rejects import Examples, Rejected, add_examples, describe_rejects
 from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.tools.inspect.contact_sheet import draw_cell, tile
@@ -30,11 +30,13 @@ OTHER_FILE = "choose another file with out=FILE"
 
 @dataclass
 class Findings:
-    """What was seen: original sizes (height, width), caption lengths in characters, rejects by reason, seconds."""
+    """What was seen: original sizes (height, width), how many are upscaled, caption lengths in characters, rejects."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
+    upscaled: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    reject_examples: Examples = field(default_factory=dict)
     buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -42,9 +44,11 @@ class Findings:
         assert batch.size_B6 is not None
         for height, width, _, _, target_height, target_width in batch.size_B6.tolist():
             self.sizes.append((height, width))
+            self.upscaled += height < target_height or width < target_width
             self.buckets[target_width, target_height] += 1
         self.captions += map(len, batch.text)
         self.rejects.update(batch.rejects)
+        add_examples(self.reject_examples, batch.reject_examples)
 
 
 def inspect(cfg: DictConfig) -> None:
@@ -92,8 +96,9 @@ def describe(findings: Findings, workers: int) -> str:
     good, bad = len(findings.sizes), sum(findings.rejects.values())
     lines = [
         f"{good:,} good samples, {bad:,} rejected ({100 * bad / (good + bad):.1f} %)",
-        *(f"    {count:8,}  {reason}" for reason, count in findings.rejects.most_common()),
+        *(f"    {line}" for line in describe_rejects(findings.rejects, findings.reject_examples)),
         quantiles("shorter side (px)", [min(size) for size in findings.sizes]),
+        *describe_upscaled(findings),
         quantiles("aspect ratio", [max(size) / min(size) for size in findings.sizes]),
         quantiles("caption (characters)", findings.captions),
         f"{good / findings.seconds:,.0f} samples/s with {workers} workers, startup included",
@@ -102,6 +107,18 @@ def describe(findings: Findings, workers: int) -> str:
         most = ", ".join(f"{w} × {h}: {count:,}" for (w, h), count in findings.buckets.most_common(12))
         lines.append(f"buckets (width × height): {most}")
     return "\n".join(lines)
+
+
+def describe_upscaled(findings: Findings) -> list[str]:
+    """A line about pictures that are smaller than what training crops, if there are any."""
+    if not findings.upscaled:
+        return []
+    width, height = findings.buckets.most_common(1)[0][0]
+    return [
+        f"{findings.upscaled:,} of them ({100 * findings.upscaled / len(findings.sizes):.0f} %) are smaller than what "
+        f"training crops ({width} × {height} px) and are upscaled: use larger pictures, a smaller image_size_px, or "
+        f"'data.filters={{small: {{key: short_side_px, min: {min(width, height)}}}}}'"
+    ]
 
 
 def quantiles(name: str, values: list[Any]) -> str:
@@ -122,7 +139,7 @@ def describe_speed(data: ShardDataModule) -> str:
 
     slots, reading_s = timed(lambda: list(islice(order.in_file_order(loud=False), TIMED_SAMPLES)))
     _, decoding_s = timed(decode)
-    _, collating_s = timed(lambda: preparation.batch(good, Counter(), None))
+    _, collating_s = timed(lambda: preparation.batch(good, [], None))
     rates = {"reading": len(slots) / reading_s, "decoding and cropping": len(good) / decoding_s}
     rates["sampling noise and collating"] = len(good) / collating_s
     return "one process, samples/s: " + ", ".join(f"{stage} {rate:,.0f}" for stage, rate in rates.items())

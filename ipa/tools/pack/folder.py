@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import posixpath
@@ -14,16 +15,19 @@ from typing import Any
 
 from tqdm.contrib.concurrent import thread_map
 
-from ipa.data.shards.fields import PICTURE_MEMBERS, is_unicode
+from ipa.data.rejects import Rejected
+from ipa.data.shards.fields import is_unicode
+from ipa.data.shards.names import some
 from ipa.errors import UserError
+from ipa.files import PICTURE_EXTENSIONS, is_picture, read_text
 
 USUAL_COLUMNS = {"path_column": ("file_name", "path", "image"), "caption_column": ("text", "caption", "prompt")}
-TABLES = ("jsonl", "csv", "tsv", "parquet")
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 READING_THREADS = 32  # small files on network storage
 SHOW_PROGRESS_AFTER_S = 2
-SHOWN_EXAMPLES = 3
 
 Stamp = tuple[int, int]  # size in bytes and modification time in ns, which tell whether a file has changed
+NOTHING = (-1, 0)  # the stamp of a link whose file does not exist
 Files = dict[str, Stamp]  # name (relative path with /) → stamp, sorted
 Row = dict[str, Any]
 Entries = dict[str, tuple[tuple[str, ...], Row]]  # picture → its captions, and the other columns of its first row
@@ -35,12 +39,12 @@ def list_files(path: str, option: str, skip: str | None = None) -> Files:
         raise UserError(f"{option}={path}: no such folder")
     files = dict(sorted(walk(path, (os.path.realpath(path), os.path.realpath(skip or path)))))
     if not pictures_in(files):
-        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURE_MEMBERS)}); shards need no packing")
+        raise UserError(f"{option}={path} has no pictures ({', '.join(PICTURE_EXTENSIONS)}); shards need no packing")
     return files
 
 
 def walk(folder: str, closed: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Stamp]]:
-    """Regular files without a leading dot. Links to folders are followed, except to one of the ``closed``."""
+    """Regular files and dangling links, without a leading dot; links to folders outside of ``closed`` are followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -49,14 +53,12 @@ def walk(folder: str, closed: tuple[str, ...], prefix: str = "") -> Iterator[tup
                 yield prefix + entry.name, (entry.stat().st_size, entry.stat().st_mtime_ns)
             elif entry.is_dir() and (real := os.path.realpath(entry)) not in closed:
                 yield from walk(entry.path, (*closed, real), f"{prefix}{entry.name}/")
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                yield prefix + entry.name, NOTHING
 
 
 def pictures_in(files: Files) -> list[str]:
-    return [name for name in files if extension(name) in PICTURE_MEMBERS]
-
-
-def extension(name: str) -> str:
-    return PurePosixPath(name).suffix.lower().removeprefix(".")
+    return [name for name, stamp in files.items() if is_picture(name) and stamp != NOTHING]
 
 
 def stem(name: str) -> str:
@@ -68,20 +70,16 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def examples(names: Iterable[str]) -> str:
-    """``12 (a.jpg, b.jpg, c.jpg …)``"""
-    shown = [printable(name) for name in names]
-    return f"{len(shown):,} ({', '.join(shown[:SHOWN_EXAMPLES])}{' …' if len(shown) > SHOWN_EXAMPLES else ''})"
-
-
-def printable(name: str) -> str:
-    """Without line breaks and undecodable bytes, which break terminals and tar files."""
-    return "".join(letter if letter.isprintable() else "_" for letter in name)
+def unused(files: Files) -> list[Rejected]:
+    """Files that are neither pictures nor text."""
+    known = (*PICTURE_EXTENSIONS, *TABLES, ".txt")
+    links = [Rejected("link to nothing", key=name) for name, stamp in files.items() if stamp == NOTHING]
+    return links + [Rejected("not a picture", key=name) for name in files if not name.lower().endswith(known)]
 
 
 def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
     """The pictures with usable captions, and a line about their source; raises UserError for none or several."""
-    stems = {stem(name): name for name in files if extension(name) == "txt"}
+    stems = {stem(name): name for name in files if name.lower().endswith(".txt")}
     texts = {name: stems[stem(name)] for name in pictures_in(files) if stem(name) in stems}
     tables = find_tables(files, options)
     sources = [*(["txt"] if texts else []), *tables]
@@ -96,9 +94,10 @@ def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
     if wanted in tables:
         return read_tables(files, tables[wanted], options)
     paths = [Path(options.folder, text) for text in texts.values()]
-    read = thread_map(read_text, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
-    found = {name: (captions, Row()) for name, captions in zip(texts, read, strict=True) if captions}
-    return found, "captions: .txt files"
+    read = thread_map(read_caption, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
+    found = {name: (usable(text), Row()) for name, text in zip(texts, read, strict=True) if usable(text)}
+    refused = [str(error) for error in read if isinstance(error, UserError)]
+    return found, "captions: .txt files" + (f"; {len(refused)} are no text: {refused[0]}" if refused else "")
 
 
 def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
@@ -110,13 +109,16 @@ def find_tables(files: Files, options: Any) -> dict[str, dict[Path, str]]:
             tables[options.captions] = {given: "" if start.startswith("..") else start}
     for name in files:
         start, file = posixpath.split(name)
-        if extension(name) in TABLES and (not start or stem(file) == "metadata"):
+        if name.lower().endswith(TABLES) and (not start or stem(file) == "metadata"):
             tables.setdefault(file, {})[Path(options.folder, name)] = start
     return tables
 
 
-def read_text(path: Path) -> tuple[str, ...]:
-    return usable(path.read_text("utf-8-sig", "surrogateescape"))
+def read_caption(path: Path) -> str | UserError:
+    try:
+        return read_text(path)
+    except UserError as error:
+        return error
 
 
 def read_tables(files: Files, tables: Mapping[Path, str], options: Any) -> tuple[Entries, str]:
@@ -132,8 +134,10 @@ def read_tables(files: Files, tables: Mapping[Path, str], options: Any) -> tuple
                 entries[name] = tuple(dict.fromkeys(before + captions)), first
     about = f"captions: {', '.join(map(str, tables))}"
     if not entries:
-        raise UserError(f"{about}: paths such as {examples(unknown)} are not in the folder: {examples(pictures)}")
-    return entries, about + (f"; rows without a picture: {examples(unknown)}" if unknown else "")
+        raise UserError(
+            f"{about}: no row names a picture of the folder; paths: {some(unknown)}; pictures: {some(list(pictures))}"
+        )
+    return entries, about + (f"; {len(unknown):,} rows without a picture: {some(unknown)}" if unknown else "")
 
 
 def read_rows(table: Path, options: Any) -> Iterator[tuple[str, tuple[str, ...], Row]]:
@@ -170,14 +174,13 @@ def rows_of(table: Path) -> Iterator[Row]:
     if table.suffix.lower() == ".parquet":
         yield from import_module("pyarrow.parquet").read_table(table).to_pylist()
         return
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        if table.suffix.lower() == ".jsonl":
-            yield from map(json.loads, filter(str.strip, file))
-            return
-        header = file.readline()  # separated by whichever of , ; | and tab it has most of
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=max(",;|\t", key=header.count), skipinitialspace=True)
-        for row in reader:
-            if len(row) != len(reader.fieldnames or []):  # a value without a column, or a column named twice
-                raise UserError(f"line {reader.line_num} does not fit the columns {', '.join(reader.fieldnames or [])}")
-            yield row
+    lines = io.StringIO(read_text(table), newline="").readlines()
+    if table.suffix.lower() == ".jsonl":
+        yield from map(json.loads, filter(str.strip, lines))
+        return
+    delimiter = max(",;|\t", key="".join(lines[:1]).count)  # whichever the header has most of
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    for row in reader:
+        if len(row) != len(reader.fieldnames or []):  # a value without a column, or a column named twice
+            raise UserError(f"line {reader.line_num} does not fit the columns {', '.join(reader.fieldnames or [])}")
+        yield row

@@ -9,34 +9,32 @@ import os
 import random
 import re
 import shlex
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from ipa.data.images.transforms import open_header, picture_size
-from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected
+from ipa.data.images.opening import Size, picture_size, upright, upright_size, with_picture
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.images.transforms import open_picture
+from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected, count_reasons, describe, in_words
 from ipa.data.shards.names import ENDINGS
-from ipa.errors import UserError
-from ipa.files import read_json, write_atomically, write_json
+from ipa.errors import UserError, brief
+from ipa.files import printable, read_json, write_atomically, write_json
 from ipa.tools.pack import folder
 
 PLAN = "pack.json"  # what the shards in a folder were packed from
 OTHER_FOLDER = "choose another folder with out=FOLDER"
-NOT_SHRUNK = "broken picture, cannot be shrunk"
 NEUTRAL = ("out", "workers", "overwrite")  # options that do not change what a shard holds
 JPEG_QUALITY = 95
 REDUCING_GAP = 3  # fast first step of resizing, down to this many times the final size
 
-LeftOut = dict[str, list[str]]  # reason → names
 Members = dict[str, bytes]  # extension → content
-Size = tuple[int, int]  # width and height
 
 
 class Sample(NamedTuple):
@@ -64,7 +62,7 @@ def pack(options: Any) -> None:
     print("\n".join(summary([read_json(stats_path(path)) for path in shards], left_out, options.out)))
 
 
-def collect(options: Any) -> tuple[list[Sample], LeftOut]:
+def collect(options: Any) -> tuple[list[Sample], list[Rejected]]:
     """The samples, sorted by name, and what is left out; raises UserError if nothing is left."""
     files = folder.list_files(options.folder, "folder", skip=options.references)
     references = folder.list_files(options.references, "references") if options.references else {}
@@ -73,43 +71,34 @@ def collect(options: Any) -> tuple[list[Sample], LeftOut]:
         raise UserError(f"references={options.references} has several pictures of one name, with different extensions")
     entries, about = folder.read_captions(files, options)
     print(f"{about}, for {len(entries):,} of {len(folder.pictures_in(files)):,} pictures", flush=True)
-    samples, left_out = list[Sample](), LeftOut()
-    if others := [
-        name for name in files if folder.extension(name) not in (*folder.PICTURE_MEMBERS, *folder.TABLES, "txt")
-    ]:
-        left_out["not a picture that can be read"] = others
+    samples, left_out = list[Sample](), folder.unused(files)
     for number, name in enumerate(folder.pictures_in(files)):
         reference = stems.get(folder.stem(name), "")
         if name not in entries and options.missing_caption != "empty":
-            left_out.setdefault(NO_CAPTION, []).append(name)
+            left_out.append(Rejected(NO_CAPTION, key=name))
         elif options.references and not reference:
-            left_out.setdefault(NO_REFERENCE, []).append(name)
+            left_out.append(Rejected(NO_REFERENCE, key=name))
         else:
-            key = f"{number:06d}_{re.sub('[/.]', '_', folder.printable(folder.stem(name)))}"
+            key = f"{number:06d}_{re.sub('[/.]', '_', printable(folder.stem(name)))}"
             stamps = files[name], references.get(reference)
             samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
-    if not samples or (options.missing_caption == "error" and NO_CAPTION in left_out):
-        raise UserError("; ".join([*described(left_out), "missing_caption=skip leaves those out, empty packs them"]))
+    if not samples or (options.missing_caption == "error" and any(each.reason == NO_CAPTION for each in left_out)):
+        raise UserError(f"{in_words(left_out)}; missing_caption=skip leaves those out, empty packs them")
     return samples, left_out
 
 
-def described(left_out: LeftOut) -> list[str]:
-    return [f"left out, {reason}: {folder.examples(sorted(names))}" for reason, names in left_out.items()]
-
-
-def summary(stats: Sequence[dict[str, Any]], left_out: LeftOut, out: str) -> list[str]:
+def summary(stats: Sequence[dict[str, Any]], left_out: list[Rejected], out: str) -> list[str]:
     """What is in the shards, what was left out, and the command that trains; raises UserError if they are empty."""
-    for reason, names in [pair for each in stats for pair in each["failed"].items()]:
-        left_out[reason] = left_out.get(reason, []) + names
+    left_out = [*left_out, *(Rejected(*failed) for each in stats for failed in each["failed"])]
     pictures, size = sum(each["successes"] for each in stats), sum(each["tar_bytes"] for each in stats)
     if not pictures:
-        raise UserError("; ".join(["none of the pictures could be packed", *described(left_out)]))
+        raise UserError(f"none of the pictures could be packed: {in_words(left_out)}")
     value = out if re.fullmatch(r"[\w./-]+", out, re.ASCII) else f'"{out}"'  # quoted for Hydra, then for the shell
     words = ["python", "train.py", "experiment=decoupled_global", "recipe=sd15", f"data.train={value}"]
     references = {kind for each in stats for kind in each["extensions"] if kind.startswith("ref.")}
     words += [f"data.reference=[{','.join(sorted(references))}]"] if references else []
     what = f"{out}: {pictures:,} pictures, shards: {len(stats):,}, {size / 1e6:,.1f} MB"
-    return [*described(left_out), what, f"next: {shlex.join(words)}"]
+    return [*(f"left out, {line}" for line in describe(left_out)), what, f"next: {shlex.join(words)}"]
 
 
 def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
@@ -135,9 +124,7 @@ def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
     for path in [*out.glob(".*.tmp"), *outdated]:  # .tmp: of a process that was killed
         path.unlink()
     if changes:
-        write_atomically(
-            out / PLAN, lambda path: path.write_text(json.dumps({"samples": digest, **plan})), OTHER_FOLDER
-        )
+        write_json(out / PLAN, {"samples": digest, **plan}, otherwise=OTHER_FOLDER)
 
 
 def stats_path(shard: Path) -> Path:
@@ -157,19 +144,18 @@ def write_shards(shards: Mapping[Path, Sequence[Sample]], options: Any) -> None:
 
 def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | Rejected], temporary: Path) -> None:
     """The tar, and before it gets its name the statistics as img2dataset has them, with the names of what failed."""
-    failed, extensions, written = dict[str, list[str]](), set[str](), 0
+    failed, extensions, written = list[Rejected](), set[str](), 0
     with temporary.open("wb") as file, TarWriter(file, "", "", encoder=False, mtime=0, format="PAX_FORMAT") as tar:
         for sample, members in zip(samples, found, strict=False):  # the next shard's members stay
             if isinstance(members, Rejected):
-                failed.setdefault(members.reason, []).append(sample.picture)
+                failed.append(members.at(sample.picture))
             else:
                 tar.write({"__key__": sample.key, **members})
                 extensions, written = extensions | members.keys(), written + 1
-    status = {"success": written} | {reason: len(names) for reason, names in failed.items()}
-    counts = {"count": len(samples), "successes": written, "failed_to_resize": status.get(NOT_SHRUNK, 0)}
-    counts["failed_to_download"] = counts["count"] - written - counts["failed_to_resize"]
-    details = {"status_dict": status, "failed": failed, "extensions": sorted(extensions)}
-    write_json(stats, counts | details | {"tar_bytes": temporary.stat().st_size})
+    counts = {"count": len(samples), "successes": written, "failed_to_download": 0, "failed_to_resize": len(failed)}
+    counts["tar_bytes"] = temporary.stat().st_size
+    details = {"status_dict": {"success": written} | count_reasons(failed), "extensions": sorted(extensions)}
+    write_json(stats, counts | details | {"failed": [each.args[:3] for each in failed]}, otherwise=OTHER_FOLDER)
 
 
 def members_of(sample: Sample, options: Any) -> Members | Rejected:
@@ -177,9 +163,9 @@ def members_of(sample: Sample, options: Any) -> Members | Rejected:
         picture, size, original = load(Path(options.folder, sample.picture), options.size)
         reference = load(Path(options.references, sample.reference), options.size)[0] if sample.reference else {}
     except OSError as error:
-        return Rejected(BROKEN_PICTURE, str(error))
+        return Rejected(BROKEN_PICTURE, brief(error))
     except Rejected as reject:
-        return Rejected(reject.reason, reject.detail)  # without the traceback, which holds the picture
+        return reject.at()
     caption = next(iter(sample.captions), "")
     metadata: dict[str, Any] = {"status": "success", "caption": caption, "captions": sample.captions}
     metadata |= {name: None if value != value else value for name, value in sample.columns.items()}  # no NaN in JSON
@@ -190,29 +176,26 @@ def members_of(sample: Sample, options: Any) -> Members | Rejected:
 
 
 def load(path: Path, size_px: int | None) -> tuple[Members, Size, Size]:
-    """The picture, copied, or shrunk if its shortest side is longer; its size now and before. Raises ``Rejected``."""
+    """The picture, copied, or shrunk if its shortest side is longer; its size now and before.
+
+    Raises ``Rejected`` for what training would reject, which only decoding finds.
+    """
     data = path.read_bytes()
     size = picture_size(data)
-    if size_px is None or min(size) <= size_px:
-        return {folder.extension(path.name): data}, size, size
-    try:
-        with warnings.catch_warnings(action="ignore"):  # odd metadata; training has its own limit on pixels
-            return *shrink(data, size_px), size
-    except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise Rejected(NOT_SHRUNK, repr(error)) from error
+    if size_px is not None and min(size) > size_px:
+        return *with_picture(data, partial(shrink, size_px=size_px)), size
+    open_picture(data, "white", ImagePreparation.max_pixels, needs=[(1, 1)], headroom=1)
+    return {path.suffix.lower().removeprefix("."): data}, size, size
 
 
-def shrink(data: bytes, size_px: int) -> tuple[Members, Size]:
-    """Upright, with the shortest side ``size_px``: lossless WebP where there is transparency, else JPEG."""
-    picture: Image.Image = open_header(data)
-    mode = "RGBA" if picture.has_transparency_data else "RGB"
-    profile = picture.info.get("icc_profile") if picture.mode == mode else None  # does not fit another mode
-    if picture.format != "JPEG":  # thumbnail decodes a JPEG at a half, a quarter … of its size
-        picture = picture.convert(mode)
-    width, height = (round(side * size_px / min(picture.size)) for side in picture.size)
-    picture.thumbnail((width, height), Image.Resampling.LANCZOS, REDUCING_GAP)
-    picture = ImageOps.exif_transpose(picture).convert(mode)
+def shrink(picture: Image.Image, size_px: int) -> tuple[Members, Size]:
+    """Upright, in sRGB, with the shortest side ``size_px``: lossless WebP where there is transparency, else JPEG."""
+    width, height = (round(side * size_px / min(picture.size)) for side in upright_size(picture))
+    picture.draft(None, (REDUCING_GAP * size_px,) * 2)  # a JPEG is decoded at a half, a quarter …
+    small = upright(picture).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
     out = io.BytesIO()
-    kind, how = ("webp", {"lossless": True}) if mode == "RGBA" else ("jpeg", {"quality": JPEG_QUALITY})
-    picture.save(out, kind, icc_profile=profile, **how)
-    return {kind.replace("jpeg", "jpg"): out.getvalue()}, picture.size
+    if small.mode == "RGBA":
+        small.save(out, "webp", lossless=True)
+        return {"webp": out.getvalue()}, small.size
+    small.save(out, "jpeg", quality=JPEG_QUALITY)
+    return {"jpg": out.getvalue()}, small.size

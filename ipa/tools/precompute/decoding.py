@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ class Task:
     target: Target = None
     ends_window: bool = False
     ends_shard: bool = False
-    rejects: Counter[str] = field(default_factory=Counter)
+    rejects: list[Rejected] = field(default_factory=list)
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Decoding(Dataset[Decoded]):
                 samples.append(self.preparation.sample(record, address, task.target))
                 decoded.good.append(light)
             except Rejected as reject:
-                decoded.broken.append(replace(light, broken=Rejected(reject.reason)))
+                decoded.broken.append(replace(light, broken=reject.at()))
         if samples:
             decoded.image_B3HW = torch.stack([sample.image_3HW for sample in samples])
             decoded.reference_B3HW = torch.stack([sample.reference_3HW for sample in samples])

@@ -21,8 +21,10 @@ from ipa.data.cache.format import DTYPES, Header
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.records import Record
+from ipa.data.rejects import describe_rejects
 from ipa.data.shards.names import is_remote, some
 from ipa.errors import UserError
+from ipa.files import remove_temporaries
 from ipa.model import fingerprints
 from ipa.tools.precompute.decoding import Decoded, Decoding, Task
 from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
@@ -48,6 +50,7 @@ def precompute(cfg: DictConfig) -> None:
     headers = make_headers(data, sizes, fingerprints(family, encoder))
     jobs = list_jobs(data.train_order, headers, Path(cfg.out))
     mine, others = jobs[rank::world], [job for number, job in enumerate(jobs) if number % world != rank]
+    remove_temporaries(job.path for job in mine)
     todo = [job for job in mine if not job.is_done()]
     tasks = tasks_of(todo, data.train_order, cfg.batch_size)
     loader = make_loader(tasks, data.images, cfg.num_workers)
@@ -71,8 +74,8 @@ def report(out: str, made: Made, found: int, missing: Sequence[Job]) -> None:
     lines += [f"{found} shards were complete"] * (found > 0)
     lines += [f"{len(missing)} shards are left to other processes"] * (len(missing) > 0)
     log.info(", ".join(lines))
-    if made.rejects:
-        log.info("rejected: %s", ", ".join(f"{reason}: {number}" for reason, number in made.rejects.most_common()))
+    for line in describe_rejects(made.rejects, made.reject_examples):
+        log.info("rejected: %s", line)
     if made.cut_off:
         raise UserError(
             f"{len(made.cut_off)} shards broke off while they were read ({some(made.cut_off)}) and were not kept. "

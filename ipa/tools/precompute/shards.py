@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from glob import escape
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from ipa.data.cache.format import CacheWriter, Header, WrongCache
 from ipa.data.cache.source import read_header
 from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_TAR, Rejected
+from ipa.data.rejects import BROKEN_TAR, Examples, Rejected, add_examples, count_reasons, examples_of
 from ipa.data.shards.names import is_remote, shard_name
 from ipa.errors import UserError
 from ipa.files import write_atomically
@@ -87,16 +86,15 @@ def list_jobs(order: Order, headers: Mapping[str, Header], out: Path) -> list[Jo
 def tasks_of(jobs: Iterable[Job], order: Order, batch_size: int) -> Iterator[Task]:
     """Which records are encoded together depends on their shard alone, so that the bytes are reproducible."""
     for job in jobs:
-        rejects: Counter[str] = Counter()
+        rejects: list[Rejected] = []
         leftover: list[Rejected] = []
         for window in chunks(order.of_shards(job.source, [job.shard], leftover), WINDOW * batch_size):
-            rejects.update(reject.reason for slot in window for reject in slot.record.rejects)
+            rejects += [reject for slot in window for reject in slot.record.rejects]
             parts = by_bucket(window, order, batch_size)
             for number, (target, slots) in enumerate(parts, 1):
                 records, addresses = [slot.record for slot in slots], [order.address(slot) for slot in slots]
                 yield Task(records, addresses, target, ends_window=number == len(parts))
-        rejects.update(reject.reason for reject in leftover)
-        yield Task(ends_shard=True, rejects=rejects)
+        yield Task(ends_shard=True, rejects=rejects + leftover)
 
 
 def by_bucket(window: Sequence[Slot], order: Order, batch_size: int) -> list[tuple[Target, list[Slot]]]:
@@ -115,6 +113,7 @@ class Made:
     samples: int = 0
     size_bytes: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    reject_examples: Examples = field(default_factory=dict)
     cut_off: list[str] = field(default_factory=list)
 
     def make(self, job: Job, encoded: Iterator[tuple[Decoded, Rows]], count: Callable[[int], object]) -> None:
@@ -124,21 +123,18 @@ class Made:
         except CutOff:
             self.cut_off.append(job.shard)
             return
-        for leftover in job.path.parent.glob(f".{escape(job.path.name)}.*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
         self.shards += 1
         self.size_bytes += job.path.stat().st_size
 
     def write(
         self, job: Job, encoded: Iterator[tuple[Decoded, Rows]], count: Callable[[int], object], temporary: Path
     ) -> None:
-        rejects: Counter[str] = Counter()
+        rejects: list[Rejected] = []
         waiting: dict[int, tuple[Record, Mapping[str, Tensor], Target]] = {}  # until their window is complete
         with temporary.open("wb") as file:
             writer = CacheWriter(file, job.header)
             for decoded, rows in encoded:
-                rejects.update(decoded.task.rejects)
-                rejects.update(record.broken.reason for record in decoded.broken if record.broken)
+                rejects += decoded.task.rejects + [record.broken for record in decoded.broken if record.broken]
                 waiting |= {record.index: (record, {}, None) for record in decoded.broken}
                 for record, row in zip(decoded.good, rows, strict=True):
                     waiting[record.index] = (record, row, decoded.task.target)
@@ -147,11 +143,13 @@ class Made:
                     write_in_order(writer, waiting)
                 if decoded.task.ends_shard:
                     break
-            if rejects[BROKEN_TAR] and is_remote(job.shard):
+            counts = count_reasons(rejects)
+            if counts[BROKEN_TAR] and is_remote(job.shard):
                 raise CutOff
-            writer.close(rejects)
+            writer.close(counts)
         self.samples += writer.samples
-        self.rejects += rejects
+        self.rejects += counts
+        add_examples(self.reject_examples, examples_of(rejects))
 
 
 def write_in_order(writer: CacheWriter, waiting: dict[int, tuple[Record, Mapping[str, Tensor], Target]]) -> None:
