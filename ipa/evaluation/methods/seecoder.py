@@ -11,16 +11,18 @@ of about 2. Letters: B images, T tokens, P positions in a map, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import PromptTokens, cut_squares
-from ipa.evaluation.methods.seecoder_swin import SwinBackbone
-from ipa.evaluation.methods.weights import cut_prefix, load_base
+from ipa.evaluation.methods.weights import cut_prefix, load_base, load_module
 from ipa.families.stable_diffusion import StableDiffusion
 
 LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
@@ -28,10 +30,24 @@ HEADS = 8
 GROUPS = 32
 NUM_GLOBAL = 4
 IMAGE_PX = 512  # its authors' demo reads images at their own sizes; squares of one size fit into one batch
+PATCH_PX = 4
+# names of the backbone in the published file, that of its authors' detection models → those of torchvision's layers
+SWIN: dict[str, Any] = {
+    r"patch_embed\.proj\.": "features.0.0.",
+    r"patch_embed\.norm\.": "features.0.2.",
+    r"layers\.(\d)\.blocks\.": lambda found: f"features.{2 * int(found[1]) + 1}.",
+    r"layers\.(\d)\.downsample\.": lambda found: f"features.{2 * int(found[1]) + 2}.",
+    r"mlp\.fc1\.": "mlp.0.",
+    r"mlp\.fc2\.": "mlp.3.",
+    r"imencoder\.norm(\d)\.": r"imencoder.norms.\1.",
+}
 
 
 class SemanticContextEncoder(nn.Module):
-    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first. The names are the published ones."""
+    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first.
+
+    The names are the published ones, but for the backbone's (``rename``).
+    """
 
     def __init__(self, imencoder: SwinBackbone, imdecoder: Decoder, qtransformer: QueryTransformer) -> None:
         super().__init__()
@@ -52,6 +68,48 @@ class SemanticContextEncoder(nn.Module):
     def forward(self, image_B3HW: Tensor) -> Tensor:
         maps = self.imencoder(image_B3HW)[-len(LEVELS) :]
         return self.qtransformer(self.imdecoder(maps))
+
+
+def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the published file under the names that they have here."""
+    renamed = {}
+    for name, weight in state.items():
+        for pattern, new in SWIN.items() if name.startswith("imencoder.") else ():
+            name = re.sub(pattern, new, name)
+        renamed[name] = weight.flatten() if name.endswith("relative_position_index") else weight
+    return renamed
+
+
+class SwinBackbone(nn.Module):
+    """The layers of torchvision's Swin transformer (Liu et al. 2021), with a norm for the map of each stage.
+
+    They equal the published ones while every map is larger than a window, so for images of more than 384 px.
+    """
+
+    def __init__(self, width: int, depths: list[int], heads: list[int], window: int) -> None:
+        super().__init__()
+        sizes: Any = {"patch_size": [PATCH_PX] * 2, "window_size": [window] * 2, "num_classes": 1}
+        swin = SwinTransformer(embed_dim=width, depths=depths, num_heads=heads, stochastic_depth_prob=0.0, **sizes)
+        self.features = swin.features
+        self.norms = nn.ModuleList(nn.LayerNorm(width * 2**stage) for stage in range(len(depths)))
+
+    @classmethod
+    def like(cls, state: Mapping[str, Tensor]) -> Self:
+        """With the sizes of these weights."""
+        stages = range(sum(name.startswith("norms.") for name in state) // 2)
+        table = "attn.relative_position_bias_table"
+        depths = [sum(bool(re.match(rf"features\.{2 * i + 1}\.\d+\.{table}", name)) for name in state) for i in stages]
+        tables = [state[f"features.{2 * i + 1}.0.{table}"] for i in stages]
+        window = (math.isqrt(len(tables[0])) + 1) // 2
+        return cls(len(state["features.0.0.weight"]), depths, [each.shape[1] for each in tables], window)
+
+    def forward(self, image_B3HW: Tensor) -> list[Tensor]:
+        """One map_BCHW for each stage, the last one 32 times smaller than the image."""
+        x_BHWC, maps = image_B3HW, []
+        for norm, embed_or_merge, blocks in zip(self.norms, self.features[::2], self.features[1::2], strict=True):
+            x_BHWC = blocks(embed_or_merge(x_BHWC))
+            maps.append(norm(x_BHWC).permute(0, 3, 1, 2))
+        return maps
 
 
 class Decoder(nn.Module):
@@ -192,6 +250,10 @@ class SeeCoder(PromptTokens):
     ) -> None:
         super().__init__(source, family=family, adapter=adapter)
         self.reference_size_px = reference_size_px
+
+    @classmethod
+    def load_adapter(cls, path: str) -> SemanticContextEncoder:
+        return load_module(cls.adapter_class.like, path, *cls.published, rename=rename)
 
     @classmethod
     def from_pretrained(cls, base: str, adapter: str, dtype: str = "float16") -> Self:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import AutoPipelineForText2Image, ControlNetModel
 from torch import Tensor, nn
 
+from ipa.contracts import Family
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families.latent_diffusion import to_dtype
@@ -91,6 +92,13 @@ def load_controlnet(path: str, dtype: str) -> ControlNetModel:
     return controlnet
 
 
+def controlnet_pipeline(family: Family, controlnet: ControlNetModel) -> Any:
+    """The pipeline of diffusers with a ControlNet (Zhang et al. 2023) around a family's parts."""
+    pipeline: Any = AutoPipelineForText2Image.from_pipe(family.pipeline(), controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def find_file(path: str, key: str) -> Path:
     """A local file, or one on the hub written owner/name/path; raises MissingWeights."""
     if Path(path).is_file():
@@ -112,16 +120,21 @@ def find_file(path: str, key: str) -> Path:
 
 
 def load_module(
-    make: Callable[[dict[str, Tensor]], Built], path: str, what: str, prefix: str = "", key: str = "method.adapter"
+    make: Callable[[dict[str, Tensor]], Built],
+    path: str,
+    what: str,
+    prefix: str = "",
+    key: str = "method.adapter",
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Built:
-    """A module with exactly the weights that a file holds under ``prefix``.
+    """A module with exactly the weights that a file holds under ``prefix``, after ``rename``.
 
     ``make`` builds it from the weights' shapes, ``what`` names it in messages. Raises MissingWeights when there is no
     such file, UserError when it holds something else.
     """
     file = find_file(path, key)
     try:
-        state = read_state(file, prefix)
+        state = rename(read_state(file, prefix))
         module = make(state)
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         found = {name: tensor.shape for name, tensor in state.items()}

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -5,22 +6,32 @@ import pytest
 import tiny
 import tiny_prompt_tokens as parts
 import torch
+import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import SwinConfig
 
 from ipa.errors import UserError
 from ipa.evaluation.methods.method import Prompt, count_parameters
-from ipa.evaluation.methods.seecoder import Decoder, QueryTransformer, SeeCoder, SemanticContextEncoder
-from ipa.evaluation.methods.seecoder_swin import SwinBackbone
+from ipa.evaluation.methods.seecoder import (
+    Decoder,
+    QueryTransformer,
+    SeeCoder,
+    SemanticContextEncoder,
+    SwinBackbone,
+    rename,
+)
+from ipa.evaluation.methods.weights import cut_prefix
 from ipa.families.stable_diffusion import StableDiffusion
 
+DEPTHS = [1, 2, 1, 2]
 WIDTH = 32  # the decoder's norms have 32 groups
 
 
 def make_coder() -> Any:
     decoder, queries = Decoder([16, 32, 64], WIDTH, 24, num_layers=2), QueryTransformer(WIDTH, 40, 9, num_layers=4)
-    return SemanticContextEncoder(SwinBackbone(8, [1, 2, 1, 2], [1, 2, 2, 4], window=2), decoder, queries).eval()
+    return SemanticContextEncoder(SwinBackbone(8, DEPTHS, [1, 2, 2, 4], window=2), decoder, queries).eval()
 
 
 def make_family() -> StableDiffusion:
@@ -60,16 +71,21 @@ def attention(name: str) -> list[str]:
     return [f"{name}.in_proj_weight", f"{name}.in_proj_bias", *both(f"{name}.out_proj")]
 
 
+def swin_names(depths: list[int]) -> list[str]:
+    """In the published file, behind ``imencoder.``."""
+    names = [*both("patch_embed.proj", "patch_embed.norm"), *both(*(f"norm{i}" for i in range(len(depths))))]
+    for i, depth in enumerate(depths):
+        for block in (f"layers.{i}.blocks.{j}" for j in range(depth)):
+            names += both(*(f"{block}.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2")))
+            names += both(f"{block}.mlp.fc1", f"{block}.mlp.fc2")
+            names += [f"{block}.attn.relative_position_{kind}" for kind in ("bias_table", "index")]
+        if i + 1 < len(depths):
+            names += [*both(f"layers.{i}.downsample.norm"), f"layers.{i}.downsample.reduction.weight"]
+    return names
+
+
 def test_its_weights_have_the_published_names() -> None:
     """At full size, as in seecoder-v1-0.safetensors behind ``ctx.image.``."""
-    swin = [*both("patch_embed.proj", "patch_embed.norm"), *both(*(f"norm{i}" for i in range(4)))]
-    for i, depth in enumerate([2, 2, 18, 2]):
-        for block in (f"layers.{i}.blocks.{j}" for j in range(depth)):
-            swin += both(*(f"{block}.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2")))
-            swin += both(f"{block}.mlp.fc1", f"{block}.mlp.fc2")
-            swin += [f"{block}.attn.relative_position_{kind}" for kind in ("bias_table", "index")]
-        if i < 3:
-            swin += [*both(f"layers.{i}.downsample.norm"), f"layers.{i}.downsample.reduction.weight"]
     decoder = ["level_embed"]
     for level in ("res3", "res4", "res5"):
         decoder += both(f"inproj_layers.{level}.0", f"inproj_layers.{level}.1", f"lateral_layers.{level}.norm")
@@ -85,9 +101,65 @@ def test_its_weights_have_the_published_names() -> None:
 
     with torch.device("meta"):
         found = SemanticContextEncoder.large().state_dict()
-    parts_of = {"imencoder": swin, "imdecoder": decoder, "qtransformer": queries}
-    assert found.keys() == {f"{part}.{name}" for part, names in parts_of.items() for name in names}
+    parts_of = {"imencoder": swin_names([2, 2, 18, 2]), "imdecoder": decoder, "qtransformer": queries}
+    published = {f"{part}.{name}": torch.zeros(1) for part, names in parts_of.items() for name in names}
+    assert found.keys() == rename(published).keys()
     assert len(found) == sum(len(names) for names in parts_of.values())
+
+
+# transformers' names of a block's parts; it splits ``qkv``
+THEIRS = {
+    r"patch_embed\.proj": "swin.embeddings.patch_embeddings.projection",
+    r"patch_embed\.norm": "swin.embeddings.norm",
+    r"layers\.": "swin.encoder.layers.",
+    r"^norm(\d)": lambda found: f"hidden_states_norms.stage{int(found[1]) + 1}",
+    r"\.norm1\.": ".layernorm_before.",
+    r"\.norm2\.": ".layernorm_after.",
+    r"attn\.proj": "attention.o_proj",
+    r"attn\.relative": "attention.relative_position_bias.relative",
+}
+
+
+def published(parts_of: dict[str, Any], depths: list[int]) -> dict[str, Tensor]:
+    """The weights under their published names."""
+    names = {
+        next(iter(rename({name: torch.zeros(1)}))): name for name in (f"imencoder.{n}" for n in swin_names(depths))
+    }
+    state = {f"{part}.{name}": weight for part, made in parts_of.items() for name, weight in made.state_dict().items()}
+    return {names.get(name, name): weight for name, weight in state.items()}
+
+
+def transformers_like(published: dict[str, Tensor], config: SwinConfig) -> transformers.SwinBackbone:
+    theirs = transformers.SwinBackbone(config).eval()
+    state = {name: weight for name, weight in theirs.state_dict().items() if name.startswith("swin.layernorm")}
+    for name, weight in published.items():
+        for pattern, new in THEIRS.items():
+            name = re.sub(pattern, new, name)
+        if "qkv" in name:
+            parts_of = zip("qkv", weight.chunk(3), strict=True)
+            state |= {name.replace("attn.qkv", f"attention.{part}_proj"): own for part, own in parts_of}
+        elif not name.endswith("position_index"):
+            state[name] = weight
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize("size", [(128, 128), (120, 88)])
+@torch.no_grad()
+def test_the_backbone_is_that_of_transformers(size: tuple[int, int]) -> None:
+    """Another implementation, with the same weights; also where the window does not divide a map."""
+    width, depths, heads, window = 8, [2, 2, 2], [1, 2, 4], 4
+    ours = SwinBackbone(width, depths, heads, window).eval()
+    for parameter in ours.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape))
+    config = SwinConfig(embed_dim=width, depths=depths, num_heads=heads, window_size=window)
+    config.out_features = ["stage1", "stage2", "stage3"]
+    image = torch.randn(2, 3, *size)
+    theirs = transformers_like(cut_prefix(published({"imencoder": ours}, depths), "imencoder."), config)
+    expected = theirs(image).feature_maps
+
+    for found, map_BCHW in zip(ours(image), expected, strict=True):
+        torch.testing.assert_close(found, map_BCHW, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -151,7 +223,8 @@ def test_pictures_are_read_from_0_to_1_without_normalisation(method: SeeCoder) -
 def test_a_checkpoint_is_read(tmp_path: Path) -> None:
     made, base, file = make_coder(), tmp_path / "base", tmp_path / "seecoder.safetensors"
     make_family().pipeline().save_pretrained(base)
-    save_file({f"ctx.image.{name}": weight.contiguous() for name, weight in made.state_dict().items()}, file)
+    state = published(dict(made.named_children()), DEPTHS)
+    save_file({f"ctx.image.{name}": weight.contiguous() for name, weight in state.items()}, file)
 
     method = SeeCoder.from_pretrained(str(base), str(file), dtype="float32")
     loaded = method.adapter.state_dict()
