@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.swin_transformer import SwinTransformer  # type: ignore[import-untyped]
 
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import PromptTokens, cut_squares
