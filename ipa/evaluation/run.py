@@ -28,6 +28,7 @@ from ipa.evaluation.generation import (
     skip,
     write_items,
 )
+from ipa.evaluation.hub import goes_offline, may_be_on_hub
 from ipa.evaluation.items import PROMPTS, Benchmark, plan
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
@@ -65,6 +66,7 @@ def evaluate(cfg: DictConfig) -> None:
     if not items:
         raise UserError(f"benchmark={benchmark.name} has no items: {benchmark.settings}")
     tasks = plan(items, cfg.num_seeds, cfg.seed, cfg.prompt)
+    ask_hub(cfg)
     write_items(out, benchmark, items, cfg.num_seeds)
     read, folder = functools.lru_cache(maxsize=MAX_PROMPTS_IN_MEMORY)(benchmark.read), out / label
     if cfg.generate:
@@ -83,6 +85,20 @@ def evaluate(cfg: DictConfig) -> None:
         return
     log.info("\n%s", describe(label, score(folder, tasks, read, cfg.metrics, make, device)))
     log.info("\nNext: python -m ipa.tools.report %s", out)
+
+
+def ask_hub(cfg: DictConfig) -> None:
+    """Say before the first image which metrics there will be no weights for."""
+    metrics: Any = OmegaConf.to_container(cfg.metrics, resolve=True)
+    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
+    if not goes_offline({"metrics": metrics, "method": method}):
+        return
+    for name in metrics:
+        try:
+            if may_be_on_hub(metrics[name]):
+                make(cfg.metrics[name])
+        except MissingWeights as error:
+            log.warning("%s will be missing: %s", name, error)
 
 
 def load_or_skip(method: DictConfig, folder: Path, label: str) -> Method | None:

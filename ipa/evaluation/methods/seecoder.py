@@ -11,7 +11,6 @@ of about 2. Letters: B images, T tokens, P positions in a map, D width.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -22,7 +21,7 @@ from torchvision.models.swin_transformer import SwinTransformer  # type: ignore[
 
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import PromptTokens, cut_squares
-from ipa.evaluation.methods.weights import cut_prefix, load_base, load_module
+from ipa.evaluation.methods.weights import load_base
 from ipa.families.stable_diffusion import StableDiffusion
 
 LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
@@ -59,12 +58,6 @@ class SemanticContextEncoder(nn.Module):
         swin_l = SwinBackbone(192, depths=[2, 2, 18, 2], heads=[6, 12, 24, 48], window=12)
         return cls(swin_l, Decoder([384, 768, 1536]), QueryTransformer())
 
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        """With the sizes of these weights."""
-        parts = [cut_prefix(state, prefix) for prefix in ("imencoder.", "imdecoder.", "qtransformer.")]
-        return cls(SwinBackbone.like(parts[0]), Decoder.like(parts[1]), QueryTransformer.like(parts[2]))
-
     def forward(self, image_B3HW: Tensor) -> Tensor:
         maps = self.imencoder(image_B3HW)[-len(LEVELS) :]
         return self.qtransformer(self.imdecoder(maps))
@@ -93,16 +86,6 @@ class SwinBackbone(nn.Module):
         self.features = swin.features
         self.norms = nn.ModuleList(nn.LayerNorm(width * 2**stage) for stage in range(len(depths)))
 
-    @classmethod
-    def like(cls, state: Mapping[str, Tensor]) -> Self:
-        """With the sizes of these weights."""
-        stages = range(sum(name.startswith("norms.") for name in state) // 2)
-        table = "attn.relative_position_bias_table"
-        depths = [sum(bool(re.match(rf"features\.{2 * i + 1}\.\d+\.{table}", name)) for name in state) for i in stages]
-        tables = [state[f"features.{2 * i + 1}.0.{table}"] for i in stages]
-        window = (math.isqrt(len(tables[0])) + 1) // 2
-        return cls(len(state["features.0.0.weight"]), depths, [each.shape[1] for each in tables], window)
-
     def forward(self, image_B3HW: Tensor) -> list[Tensor]:
         """One map_BCHW for each stage, the last one 32 times smaller than the image."""
         x_BHWC, maps = image_B3HW, []
@@ -129,12 +112,6 @@ class Decoder(nn.Module):
         layer = nn.TransformerEncoderLayer(width, HEADS, inner_width, dropout=0.0)
         self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.level_embed = nn.Parameter(torch.randn(len(LEVELS), width))
-
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        widths = [state[f"lateral_layers.{name}.weight"].shape[1] for name in LEVELS]
-        inner_width, width = state["transformer.layers.0.linear1.weight"].shape
-        return cls(widths, width, inner_width, count(state, "linear1.weight"))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         made = []
@@ -171,11 +148,6 @@ class QueryTransformer(nn.Module):
         self.init_query = nn.Embedding(num_queries, width)
         self.query_pos_embedding = nn.Embedding(num_queries, width)
         self.level_embed = nn.Embedding(len(LEVELS), width)
-
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        inner_width, width = state["transformer_feedforward_layers.0.linear1.weight"].shape
-        return cls(width, inner_width, len(state["init_query.weight"]), count(state, "linear1.weight"))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         levels = [
@@ -228,18 +200,15 @@ class FeedForward(nn.Module):
         return self.norm(x_BTD + self.linear2(self.linear1(x_BTD).relu()))
 
 
-def count(state: dict[str, Tensor], suffix: str) -> int:
-    return sum(name.endswith(f".{suffix}") for name in state)
-
-
 class SeeCoder(PromptTokens):
     """Stable Diffusion with SeeCoder in place of its text encoder. It reads the image's centre square."""
 
     name = "seecoder"
     uses_text = False
     adapter: SemanticContextEncoder
-    adapter_class = SemanticContextEncoder
+    make_adapter = SemanticContextEncoder.large
     published = ("a SeeCoder", "ctx.image.")
+    renamed = staticmethod(rename)
 
     def __init__(
         self,
@@ -250,10 +219,6 @@ class SeeCoder(PromptTokens):
     ) -> None:
         super().__init__(source, family=family, adapter=adapter)
         self.reference_size_px = reference_size_px
-
-    @classmethod
-    def load_adapter(cls, path: str) -> SemanticContextEncoder:
-        return load_module(cls.adapter_class.like, path, *cls.published, rename=rename)
 
     @classmethod
     def from_pretrained(cls, base: str, adapter: str, dtype: str = "float16") -> Self:

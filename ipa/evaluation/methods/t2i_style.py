@@ -12,7 +12,6 @@ tokens. Mou et al. 2023, "T2I-Adapter"; weights in TencentARC/T2I-Adapter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
@@ -35,13 +34,6 @@ class StyleAdapter(nn.Module):
         self.transformer_layes = nn.Sequential(*layers)
         self.proj = nn.Parameter(torch.randn(width, context_width) * width**-0.5)
 
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        """With the sizes of these weights."""
-        width, context_width = state["proj"].shape
-        num_layers = sum(name.endswith(".ln_1.weight") for name in state)
-        return cls(width, context_width, state["style_embedding"].shape[1], num_layers)
-
     @property
     def num_tokens(self) -> int:
         return self.style_embedding.shape[1]
@@ -57,7 +49,7 @@ class T2IStyle(ClipPromptTokens):
 
     name = "t2i_style"
     adapter: StyleAdapter
-    adapter_class = StyleAdapter
+    make_adapter = StyleAdapter
     published = ("a style adapter of T2I-Adapter", "")
 
     def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def find_file(path: str, key: str) -> Path:
 
 
 def load_module(
-    make: Callable[[dict[str, Tensor]], Built],
+    make: Callable[[], Built],
     path: str,
     what: str,
     prefix: str = "",
@@ -129,20 +129,17 @@ def load_module(
 ) -> Built:
     """A module with exactly the weights that a file holds under ``prefix``, after ``rename``.
 
-    ``make`` builds it from the weights' shapes, ``what`` names it in messages. Raises MissingWeights when there is no
-    such file, UserError when it holds something else.
+    ``what`` names it in messages. Raises MissingWeights when there is no such file, UserError when it holds something
+    else.
     """
     file = find_file(path, key)
     try:
         state = rename(read_state(file, prefix))
-        module = make(state)
-        expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in state.items()}
-    except KeyError as error:
-        raise UserError(f"{key}={path} is not {what}: it has no {prefix}{error.args[0]}") from error
+        module = make()
+        expected, found = ({(n, each.shape) for n, each in own.items()} for own in (module.state_dict(), state))
     except Exception as error:  # pickle's, safetensors' and torch's errors have no common class
         raise UserError(f"{key}={path} is not {what}: {brief(error)}") from error
-    if differ := sorted(name for name, _ in expected.items() ^ found.items()):
+    if differ := sorted(name for name, _ in expected ^ found):
         raise UserError(f"{key}={path} is not {what}: {prefix}{differ[0]} is missing, unknown or of another shape")
     module.load_state_dict(state)
     return module

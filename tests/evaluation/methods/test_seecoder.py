@@ -220,7 +220,8 @@ def test_pictures_are_read_from_0_to_1_without_normalisation(method: SeeCoder) -
     torch.testing.assert_close(image_B3HW.mean((1, 2, 3)), torch.tensor([1.0, 0.0]))
 
 
-def test_a_checkpoint_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SeeCoder, "make_adapter", make_coder)
     made, base, file = make_coder(), tmp_path / "base", tmp_path / "seecoder.safetensors"
     make_family().pipeline().save_pretrained(base)
     state = published(dict(made.named_children()), DEPTHS)

@@ -11,6 +11,12 @@ from ipa.evaluation.methods.uni_controlnet import GlobalAdapter, UniControlNet
 
 
 @pytest.fixture
+def tiny_adapter(monkeypatch: pytest.MonkeyPatch) -> GlobalAdapter:
+    monkeypatch.setattr(UniControlNet, "make_adapter", lambda: GlobalAdapter(tiny.CONTEXT_WIDTH))
+    return GlobalAdapter(tiny.CONTEXT_WIDTH)
+
+
+@pytest.fixture
 def method() -> UniControlNet:
     adapter = parts.loud(GlobalAdapter(tiny.CONTEXT_WIDTH))
     return UniControlNet(tiny.make_family(), parts.make_image_encoder(), adapter)
@@ -58,8 +64,8 @@ def test_tokens_stand_behind_the_text_and_no_image_is_a_zero_embedding(method: U
 
 
 @pytest.mark.parametrize("kind", ["lightning", "plain", "old", "safetensors"])
-def test_a_checkpoint_is_read_in_every_form(kind: str, tmp_path: Path) -> None:
-    made = GlobalAdapter(tiny.CONTEXT_WIDTH)
+def test_a_checkpoint_is_read_in_every_form(kind: str, tiny_adapter: GlobalAdapter, tmp_path: Path) -> None:
+    made = tiny_adapter
     state = {f"global_adapter.{name}": weight for name, weight in made.state_dict().items()}
     state["local_adapter.other.weight"] = torch.zeros(2)
     file = tmp_path / ("uni.safetensors" if kind == "safetensors" else "uni.ckpt")
@@ -74,8 +80,8 @@ def test_a_checkpoint_is_read_in_every_form(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
 
 
-def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
-    made, encoder, file = GlobalAdapter(tiny.CONTEXT_WIDTH), tmp_path / "encoder", tmp_path / "uni.ckpt"
+def test_folders_are_read(tiny_adapter: GlobalAdapter, base_folder: Path, tmp_path: Path) -> None:
+    made, encoder, file = tiny_adapter, tmp_path / "encoder", tmp_path / "uni.ckpt"
     torch.save({f"global_adapter.{name}": weight for name, weight in made.state_dict().items()}, file)
     parts.make_vision().save_pretrained(encoder)
     method = UniControlNet.from_pretrained(str(base_folder), str(encoder), str(file), dtype="float32")
@@ -83,9 +89,11 @@ def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
     parts.check_without_guidance(method)
 
 
-def test_missing_weights_are_told(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_told(
+    tiny_adapter: GlobalAdapter, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "uni.ckpt"
-    torch.save({f"global_adapter.{k}": v for k, v in GlobalAdapter(8).state_dict().items()}, file)
+    torch.save({f"global_adapter.{k}": v for k, v in tiny_adapter.state_dict().items()}, file)
     given = {"adapter": str(file), "base": "owner/base", "image_encoder": "owner/clip"}
     told = parts.check_missing(UniControlNet.from_pretrained, "base", monkeypatch, **given)
     assert "hf download owner/base --local-dir FOLDER" in told
@@ -97,7 +105,7 @@ def test_missing_weights_are_told(base_folder: Path, tmp_path: Path, monkeypatch
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     file = tmp_path / "other.ckpt"
     torch.save({"model.weight": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match=r"method\.adapter=.*is not a Uni-ControlNet: it has no global_adapter.norm1"):
+    with pytest.raises(ValueError, match=r"method\.adapter=.*is not a Uni-ControlNet: global_adapter.ff1"):
         UniControlNet.from_pretrained("base", "encoder", str(file))
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"method\.adapter=.*other\.ckpt is not a Uni"):
