@@ -82,6 +82,14 @@ def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
     return content
 
 
+def read_text(path: Path, option: str) -> str:
+    """A text file in UTF-8, with or without a mark; raises UserError with ``option`` and the byte for any other."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}: {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:

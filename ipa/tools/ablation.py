@@ -28,7 +28,7 @@ from omegaconf import MISSING, OmegaConf
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError, brief
-from ipa.files import read_json, write_atomically
+from ipa.files import read_json, read_text, write_atomically
 from ipa.tools.options import option, run_tool
 
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
@@ -207,7 +207,7 @@ def page(runs: Sequence[Run], picture: str, notes: str) -> str:
 
 def compare(options: Any) -> Path:
     runs, out = read_runs(Path(options.sweep)), Path(options.out)
-    notes = Path(options.notes).read_text() if options.notes else ""
+    notes = read_text(Path(options.notes), "notes") if options.notes else ""
     picture = out.parent / "images" / f"{out.stem}.png"
     draw_picture(runs, options.rows, picture)
     text = page(runs, f"images/{picture.name}", notes)

@@ -77,11 +77,10 @@ def test_files_that_are_no_captions_or_pictures(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "._a.png").write_bytes(b"left by macOS")
     (tmp_path / "a.txt").write_bytes("\ufeffein Café\n".encode())
-    benchmark = FolderBenchmark("folder", str(tmp_path))
-    assert benchmark.items() == [Item("a", ("ein Café",)), Item("b", ())]
+    assert FolderBenchmark("folder", str(tmp_path)).items() == [Item("a", ("ein Café",)), Item("b", ())]
     (tmp_path / "b.txt").write_bytes("Café".encode("latin-1"))
     with pytest.raises(UserError, match=r"b\.txt is not UTF-8 \(.* at byte 3\)"):
-        benchmark.items()
+        FolderBenchmark("folder", str(tmp_path)).items()
 
 
 def coco(folder: Path) -> tuple[Path, Path]:

@@ -17,6 +17,7 @@ from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families.latent_diffusion import to_dtype
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.metrics.networks import find_file
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -97,26 +98,6 @@ def controlnet_pipeline(family: Family, controlnet: ControlNetModel) -> Any:
     pipeline: Any = AutoPipelineForText2Image.from_pipe(family.pipeline(), controlnet=controlnet)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def find_file(path: str, key: str) -> Path:
-    """A local file, or one on the hub written owner/name/path; raises MissingWeights."""
-    if Path(path).is_file():
-        return Path(path)
-    parts = path.split("/")
-    if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
-        raise MissingWeights(f"{key}={path}: no such file. Give a file, or one on the hub written owner/name/path")
-    from huggingface_hub import hf_hub_download
-
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        return Path(hf_hub_download(repository, name))
-    except (OSError, ValueError) as error:  # ValueError: an impossible name
-        raise MissingWeights(
-            f"{key}={path} is neither a local file nor available from the hub or its cache "
-            f"({brief(error).strip('.')}). Download https://huggingface.co/{repository}/resolve/main/{name} and give "
-            f"{key}=FILE"
-        ) from error
 
 
 def load_module(
