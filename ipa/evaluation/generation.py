@@ -84,12 +84,7 @@ def manifest(
     return {
         "label": label,
         "benchmark": identity(benchmark),
-        "method": {
-            "name": method.name,
-            "source": method.source,
-            "trained": method.trained,
-            "uses_text": method.uses_text,
-        },
+        "method": {name: getattr(method, name) for name in ("name", "source", "trained", "uses_text")},
         "sampling": recorded(sampling),
         **settings,
         "batch_size": sampling.batch_size,

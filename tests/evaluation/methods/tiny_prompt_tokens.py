@@ -20,17 +20,10 @@ VISION_WIDTH = 24
 FAST = SamplingOptions(num_steps=2, guidance=3.0)
 
 
-def make_vision(projection: int = tiny.CONTEXT_WIDTH) -> CLIPVisionModelWithProjection:
-    config = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=projection,
-    )
-    return CLIPVisionModelWithProjection(config)
+def make_vision(projection: int = tiny.CONTEXT_WIDTH, **options: int) -> CLIPVisionModelWithProjection:
+    sizes = {"hidden_size": VISION_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"image_size": 16, "patch_size": 8, "projection_dim": projection, **options}
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes))
 
 
 def make_image_encoder() -> VisionModelEncoder:
