@@ -7,14 +7,32 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ipa.errors import UserError, brief
 
-PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# all that ``data.images.opening`` reads; of a sample's members the first in this order is its picture
+PICTURES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "jfif",
+    "jpe",
+    "jp2",
+    "ppm",
+    "heic",
+    "heif",
+)
+PICTURE_EXTENSIONS = tuple(f".{extension}" for extension in PICTURES)
 OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
 FOLDER_FSYNC_UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
@@ -44,6 +62,15 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
             temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """What ``write_atomically`` left of these files when its process was killed; nobody may be writing them now."""
+    wanted = set(paths)
+    for folder in {path.parent for path in wanted}:
+        for leftover in folder.glob(".*.tmp"):
+            if folder / leftover.name[1:].rsplit(".", 2)[0] in wanted:
+                leftover.unlink(missing_ok=True)
+
+
 def fsync(path: Path) -> None:
     """Force a file to disk, or the entries of a folder where the file system supports that (mounted buckets do not)."""
     try:
@@ -65,10 +92,10 @@ def mode_of_new_file(path: Path) -> int:
     return mode
 
 
-def write_json(path: Path, content: Any, indent: int = 1) -> None:
+def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_RUN_FOLDER) -> None:
     """Write JSON atomically; raises as ``write_atomically`` does."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), otherwise)
 
 
 def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
@@ -82,12 +109,28 @@ def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
     return content
 
 
-def read_text(path: Path, option: str) -> str:
-    """A text file in UTF-8, with or without a mark; raises UserError with ``option`` and the byte for any other."""
+def is_picture(name: str) -> bool:
+    """Whether a file is a picture by its name; names with a leading dot are not (macOS adds ._NAME to each file)."""
+    return not os.path.basename(name).startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file in UTF-8, with or without a byte order mark; raises UserError for another encoding, OSError."""
+    content = Path(path).read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{option}: {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8: byte {error.start} (line {line}) is 0x{content[error.start]:02x}. Save it as UTF-8; "
+            "if it is Latin-1: iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def read_list(path: str | os.PathLike[str]) -> list[str]:
+    """A text file with an entry per line; comments (# at the beginning), blank lines and quotes are left out."""
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    return [line.strip("'\"") for line in lines if line and not line.startswith("#")]
 
 
 def hash_file(path: Path) -> str:

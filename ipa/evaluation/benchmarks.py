@@ -19,7 +19,7 @@ from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
 from ipa.evaluation.items import Item
-from ipa.files import PICTURE_EXTENSIONS, read_text
+from ipa.files import PICTURE_EXTENSIONS, is_picture, read_text
 
 MAX_PIXELS = 100_000_000
 
@@ -90,7 +90,7 @@ class FolderBenchmark(FileBenchmark):
         """Raises UserError for no images, two with the same name, or captions that are not UTF-8."""
         if not self.folder.is_dir():
             raise UserError(f"{self.option}={self.folder}: no such folder")
-        found = sorted(path for path in self.folder.iterdir() if is_picture(path))[: self.limit]
+        found = sorted(path for path in self.folder.iterdir() if is_picture(path.name))[: self.limit]
         if not found:
             raise UserError(f"{self.option}={self.folder}: no images ({', '.join(PICTURE_EXTENSIONS)})")
         if len({path.stem for path in found}) < len(found):
@@ -99,7 +99,7 @@ class FolderBenchmark(FileBenchmark):
 
     def captions_of(self, path: Path) -> tuple[str, ...]:
         file = path.with_suffix(".txt")
-        lines = read_text(file, self.option).splitlines() if file.is_file() else []
+        lines = read_text(file).splitlines() if file.is_file() else []
         return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -144,10 +144,6 @@ class CocoBenchmark(FileBenchmark):
 def pixels(picture: Opened) -> Tensor:
     """The whole image: uint8 image_3HW."""
     return picture.pixels_3HW.contiguous()
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")  # macOS adds ._NAME files
 
 
 def fingerprint_of(files: Sequence[Path]) -> str:

@@ -207,7 +207,7 @@ def page(runs: Sequence[Run], picture: str, notes: str) -> str:
 
 def compare(options: Any) -> Path:
     runs, out = read_runs(Path(options.sweep)), Path(options.out)
-    notes = read_text(Path(options.notes), "notes") if options.notes else ""
+    notes = read_text(options.notes) if options.notes else ""
     picture = out.parent / "images" / f"{out.stem}.png"
     draw_picture(runs, options.rows, picture)
     text = page(runs, f"images/{picture.name}", notes)
