@@ -43,6 +43,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from ipa.errors import UserError, explain
 from ipa.identity import run_name
 from ipa.launcher import ProcessLauncher, environment, register, this_script
+from ipa.ranges import check
 from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
 
@@ -113,6 +114,7 @@ class _Command:
             self.named = [self.named, plain(cfg)]
             guard_logs()
             self.show_everything |= HydraConfig.get().runtime.choices.get("debug") is not None
+            check(cfg)
             with environment(self.variables):
                 return self.task(cfg)
 

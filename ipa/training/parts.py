@@ -13,7 +13,6 @@ from ipa.export.adapter_file import identify_file, make_head
 from ipa.export.layouts import check_layout, check_same_sizes
 from ipa.export.published import check_fits
 from ipa.model import IPAdapterModel
-from ipa.training.average import check_decay
 from ipa.types import BaseWidths, EncoderWidths
 
 
@@ -29,8 +28,6 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
         head = instantiate(cfg.tokens)(encoder, base.context)
     kind: str = get_class(cfg.adapter.make._target_).name  # type: ignore[attr-defined]
     check_layout(head, kind, cfg.callbacks.export.layout)
-    if cfg.ema.decay is not None:
-        check_decay(cfg.ema.decay)
     if cfg.adapter.init_from and begins:
         path = Path(cfg.adapter.init_from)
         file = identify_file(path)
