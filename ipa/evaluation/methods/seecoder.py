@@ -30,22 +30,25 @@ GROUPS = 32
 NUM_GLOBAL = 4
 IMAGE_PX = 512  # its authors' demo reads images at their own sizes; squares of one size fit into one batch
 PATCH_PX = 4
-# names of the backbone in the published file, that of its authors' detection models → those of torchvision's layers
-SWIN: dict[str, Any] = {
-    r"patch_embed\.proj\.": "features.0.0.",
-    r"patch_embed\.norm\.": "features.0.2.",
-    r"layers\.(\d)\.blocks\.": lambda found: f"features.{2 * int(found[1]) + 1}.",
-    r"layers\.(\d)\.downsample\.": lambda found: f"features.{2 * int(found[1]) + 2}.",
-    r"mlp\.fc1\.": "mlp.0.",
-    r"mlp\.fc2\.": "mlp.3.",
+# names in the published file, of which the backbone's are those of its authors' detection models → names here
+NAMES: dict[str, Any] = {
+    r"imencoder\.patch_embed\.proj\.": "imencoder.features.0.0.",
+    r"imencoder\.patch_embed\.norm\.": "imencoder.features.0.2.",
+    r"imencoder\.layers\.(\d)\.blocks\.": lambda found: f"imencoder.features.{2 * int(found[1]) + 1}.",
+    r"imencoder\.layers\.(\d)\.downsample\.": lambda found: f"imencoder.features.{2 * int(found[1]) + 2}.",
     r"imencoder\.norm(\d)\.": r"imencoder.norms.\1.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.3.",
+    r"lateral_layers\.(\w+)\.weight": r"lateral_layers.\1.0.weight",
+    r"lateral_layers\.(\w+)\.norm\.": r"lateral_layers.\1.1.",
+    r"att_layers\.(\d)\.(multihead|self)_attn\.": r"att_layers.\1.attention.",
 }
 
 
 class SemanticContextEncoder(nn.Module):
     """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first.
 
-    The names are the published ones, but for the backbone's (``rename``).
+    The names are the published ones, but for ``NAMES``.
     """
 
     def __init__(self, imencoder: SwinBackbone, imdecoder: Decoder, qtransformer: QueryTransformer) -> None:
@@ -67,7 +70,7 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the published file under the names that they have here."""
     renamed = {}
     for name, weight in state.items():
-        for pattern, new in SWIN.items() if name.startswith("imencoder.") else ():
+        for pattern, new in NAMES.items():
             name = re.sub(pattern, new, name)
         renamed[name] = weight.flatten() if name.endswith("relative_position_index") else weight
     return renamed
@@ -104,11 +107,10 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6) -> None:
         super().__init__()
-        levels = list(zip(LEVELS, widths, strict=True))
-        self.inproj_layers = nn.ModuleDict(
-            {name: nn.Sequential(nn.Conv2d(wide, width, 1), nn.GroupNorm(GROUPS, width)) for name, wide in levels}
-        )
-        self.lateral_layers = nn.ModuleDict({name: NormedConv(wide, width) for name, wide in levels})
+        self.inproj_layers, self.lateral_layers = nn.ModuleDict(), nn.ModuleDict()
+        for name, wide in zip(LEVELS, widths, strict=True):
+            for layers, bias in ((self.inproj_layers, True), (self.lateral_layers, False)):
+                layers[name] = nn.Sequential(nn.Conv2d(wide, width, 1, bias=bias), nn.GroupNorm(GROUPS, width))
         layer = nn.TransformerEncoderLayer(width, HEADS, inner_width, dropout=0.0)
         self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.level_embed = nn.Parameter(torch.randn(len(LEVELS), width))
@@ -124,17 +126,6 @@ class Decoder(nn.Module):
         return made
 
 
-class NormedConv(nn.Conv2d):
-    """A 1 × 1 convolution that contains its norm."""
-
-    def __init__(self, in_width: int, width: int) -> None:
-        super().__init__(in_width, width, 1, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, width)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.norm(super().forward(input))
-
-
 class QueryTransformer(nn.Module):
     """Maps → tokens: the local queries read one map after the other; self-attention joins them with the global ones."""
 
@@ -142,8 +133,8 @@ class QueryTransformer(nn.Module):
         self, width: int = 768, inner_width: int = 2048, num_queries: int = NUM_GLOBAL + 144, num_layers: int = 9
     ) -> None:
         super().__init__()
-        self.transformer_crossatt_layers = nn.ModuleList(CrossAttention(width) for _ in range(num_layers))
-        self.transformer_selfatt_layers = nn.ModuleList(SelfAttention(width) for _ in range(num_layers))
+        self.transformer_crossatt_layers = nn.ModuleList(Attention(width) for _ in range(num_layers))
+        self.transformer_selfatt_layers = nn.ModuleList(Attention(width) for _ in range(num_layers))
         self.transformer_feedforward_layers = nn.ModuleList(FeedForward(width, inner_width) for _ in range(num_layers))
         self.init_query = nn.Embedding(num_queries, width)
         self.query_pos_embedding = nn.Embedding(num_queries, width)
@@ -163,31 +154,21 @@ class QueryTransformer(nn.Module):
             strict=True,
         )
         for i, (look, exchange, think) in enumerate(layers):
-            local = look(query_BTD[:, NUM_GLOBAL:], levels[i % len(levels)], place_TD[NUM_GLOBAL:])
-            query_BTD = think(exchange(torch.cat([query_BTD[:, :NUM_GLOBAL], local], 1), place_TD))
+            map_BPD = levels[i % len(levels)]
+            local = look(query_BTD[:, NUM_GLOBAL:], place_TD[NUM_GLOBAL:], map_BPD, map_BPD)
+            query_BTD = torch.cat([query_BTD[:, :NUM_GLOBAL], local], 1)
+            query_BTD = think(exchange(query_BTD, place_TD, query_BTD + place_TD, query_BTD))
         return query_BTD
 
 
-class CrossAttention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.multihead_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, HEADS, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, query_BTD: Tensor, map_BPD: Tensor, place_TD: Tensor) -> Tensor:
-        attended = self.multihead_attn(query_BTD + place_TD, map_BPD, map_BPD, need_weights=False)[0]
-        return self.norm(query_BTD + attended)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, query_BTD: Tensor, place_TD: Tensor) -> Tensor:
-        placed = query_BTD + place_TD
-        return self.norm(query_BTD + self.self_attn(placed, placed, query_BTD, need_weights=False)[0])
+    def forward(self, query_BTD: Tensor, place_TD: Tensor, key_BPD: Tensor, value_BPD: Tensor) -> Tensor:
+        return self.norm(query_BTD + self.attention(query_BTD + place_TD, key_BPD, value_BPD, need_weights=False)[0])
 
 
 class FeedForward(nn.Module):

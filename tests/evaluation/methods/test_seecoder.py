@@ -9,7 +9,7 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import SwinConfig
 
 from ipa.errors import UserError
@@ -71,40 +71,43 @@ def attention(name: str) -> list[str]:
     return [f"{name}.in_proj_weight", f"{name}.in_proj_bias", *both(f"{name}.out_proj")]
 
 
-def swin_names(depths: list[int]) -> list[str]:
-    """In the published file, behind ``imencoder.``."""
-    names = [*both("patch_embed.proj", "patch_embed.norm"), *both(*(f"norm{i}" for i in range(len(depths))))]
+def published_names(depths: list[int], decoder_layers: int = 6, query_layers: int = 9) -> list[str]:
+    """As in seecoder-v1-0.safetensors behind ``ctx.image.``."""
+    swin = [*both("patch_embed.proj", "patch_embed.norm"), *both(*(f"norm{i}" for i in range(len(depths))))]
     for i, depth in enumerate(depths):
         for block in (f"layers.{i}.blocks.{j}" for j in range(depth)):
-            names += both(*(f"{block}.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2")))
-            names += both(f"{block}.mlp.fc1", f"{block}.mlp.fc2")
-            names += [f"{block}.attn.relative_position_{kind}" for kind in ("bias_table", "index")]
+            swin += both(*(f"{block}.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2")))
+            swin += both(f"{block}.mlp.fc1", f"{block}.mlp.fc2")
+            swin += [f"{block}.attn.relative_position_{kind}" for kind in ("bias_table", "index")]
         if i + 1 < len(depths):
-            names += [*both(f"layers.{i}.downsample.norm"), f"layers.{i}.downsample.reduction.weight"]
-    return names
-
-
-def test_its_weights_have_the_published_names() -> None:
-    """At full size, as in seecoder-v1-0.safetensors behind ``ctx.image.``."""
+            swin += [*both(f"layers.{i}.downsample.norm"), f"layers.{i}.downsample.reduction.weight"]
     decoder = ["level_embed"]
     for level in ("res3", "res4", "res5"):
         decoder += both(f"inproj_layers.{level}.0", f"inproj_layers.{level}.1", f"lateral_layers.{level}.norm")
         decoder.append(f"lateral_layers.{level}.weight")
-    for layer in (f"transformer.layers.{i}" for i in range(6)):
+    for layer in (f"transformer.layers.{i}" for i in range(decoder_layers)):
         decoder += attention(f"{layer}.self_attn")
         decoder += both(*(f"{layer}.{part}" for part in ("norm1", "linear1", "linear2", "norm2")))
     queries = ["init_query.weight", "query_pos_embedding.weight", "level_embed.weight"]
-    for i in range(9):
+    for i in range(query_layers):
         cross, own, forward = (f"transformer_{kind}_layers.{i}" for kind in ("crossatt", "selfatt", "feedforward"))
         queries += [*attention(f"{cross}.multihead_attn"), *attention(f"{own}.self_attn")]
         queries += both(f"{cross}.norm", f"{own}.norm", f"{forward}.norm", f"{forward}.linear1", f"{forward}.linear2")
+    parts_of = {"imencoder": swin, "imdecoder": decoder, "qtransformer": queries}
+    return [f"{part}.{name}" for part, names in parts_of.items() for name in names]
 
+
+def published(module: nn.Module, *sizes: Any) -> dict[str, Tensor]:
+    """The weights under their published names."""
+    theirs = published_names(*sizes)
+    names = dict(zip(rename(dict.fromkeys(theirs, torch.zeros(1))), theirs, strict=True))
+    return {names[name]: weight for name, weight in module.state_dict().items()}
+
+
+def test_its_weights_have_the_published_names_at_full_size() -> None:
     with torch.device("meta"):
-        found = SemanticContextEncoder.large().state_dict()
-    parts_of = {"imencoder": swin_names([2, 2, 18, 2]), "imdecoder": decoder, "qtransformer": queries}
-    published = {f"{part}.{name}": torch.zeros(1) for part, names in parts_of.items() for name in names}
-    assert found.keys() == rename(published).keys()
-    assert len(found) == sum(len(names) for names in parts_of.values())
+        coder = SemanticContextEncoder.large()
+    assert published(coder, [2, 2, 18, 2]).keys() == set(published_names([2, 2, 18, 2]))
 
 
 # transformers' names of a block's parts; it splits ``qkv``
@@ -118,15 +121,6 @@ THEIRS = {
     r"attn\.proj": "attention.o_proj",
     r"attn\.relative": "attention.relative_position_bias.relative",
 }
-
-
-def published(parts_of: dict[str, Any], depths: list[int]) -> dict[str, Tensor]:
-    """The weights under their published names."""
-    names = {
-        next(iter(rename({name: torch.zeros(1)}))): name for name in (f"imencoder.{n}" for n in swin_names(depths))
-    }
-    state = {f"{part}.{name}": weight for part, made in parts_of.items() for name, weight in made.state_dict().items()}
-    return {names.get(name, name): weight for name, weight in state.items()}
 
 
 def transformers_like(published: dict[str, Tensor], config: SwinConfig) -> transformers.SwinBackbone:
@@ -155,7 +149,8 @@ def test_the_backbone_is_that_of_transformers(size: tuple[int, int]) -> None:
     config = SwinConfig(embed_dim=width, depths=depths, num_heads=heads, window_size=window)
     config.out_features = ["stage1", "stage2", "stage3"]
     image = torch.randn(2, 3, *size)
-    theirs = transformers_like(cut_prefix(published({"imencoder": ours}, depths), "imencoder."), config)
+    state = published(nn.ModuleDict({"imencoder": ours}), depths)
+    theirs = transformers_like(cut_prefix(state, "imencoder."), config)
     expected = theirs(image).feature_maps
 
     for found, map_BCHW in zip(ours(image), expected, strict=True):
@@ -199,7 +194,7 @@ def test_global_queries_see_the_picture_through_the_local_ones() -> None:
     assert changed(layers=4).all()
     assert changed(layers=1).all()
     for layer in queries.transformer_selfatt_layers:  # the only way from the local queries to the global ones
-        layer.self_attn.out_proj.weight.zero_()
+        layer.attention.out_proj.weight.zero_()
     assert changed(layers=1).tolist() == [False] * 4 + [True] * 5
 
 
@@ -224,7 +219,7 @@ def test_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(SeeCoder, "make_adapter", make_coder)
     made, base, file = make_coder(), tmp_path / "base", tmp_path / "seecoder.safetensors"
     make_family().pipeline().save_pretrained(base)
-    state = published(dict(made.named_children()), DEPTHS)
+    state = published(made, DEPTHS, 2, 4)
     save_file({f"ctx.image.{name}": weight.contiguous() for name, weight in state.items()}, file)
 
     method = SeeCoder.from_pretrained(str(base), str(file), dtype="float32")
