@@ -109,15 +109,6 @@ def test_files_are_the_same_for_the_same_input(tmp_path: Path) -> None:
     assert written[0] == written[1] == written[2]
 
 
-def test_only_skipped_systems_make_a_page_too(tmp_path: Path) -> None:
-    write_items(tmp_path, ["a"])
-    write_skipped(tmp_path, "mine", "download the weights")
-
-    page = page_of(tmp_path)
-
-    assert "skipped: download the weights" in page and "<img" not in page
-
-
 def charts_of(folder: Path, runs: dict[str, dict[str, object]]) -> list[Chart]:
     """The charts of these runs by label, whose CLIP-I is their λ."""
     write_items(folder, ["a"])

@@ -41,15 +41,6 @@ def give(metric: ImageMetric, *batches: Tensor) -> ImageMetric:
     return metric
 
 
-@pytest.mark.parametrize("name", ITEM_METRICS)
-def test_batches_do_not_matter(scorer: ClipScorer, name: str) -> None:
-    one, several = give(MAKERS[name](scorer), NUMBERS), give(MAKERS[name](scorer), *NUMBERS.split(4))
-
-    assert isinstance(one, ItemMetric) and isinstance(several, ItemMetric)
-    torch.testing.assert_close(several.per_item(), one.per_item(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(several.compute(), one.compute(), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", MAKERS)
 def test_order_and_repetitions_do_not_matter(scorer: ClipScorer, name: str) -> None:
     one = give(MAKERS[name](scorer), NUMBERS)
