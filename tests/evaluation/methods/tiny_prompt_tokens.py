@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -28,6 +29,17 @@ def make_vision(projection: int = tiny.CONTEXT_WIDTH, **options: int) -> CLIPVis
 
 def make_image_encoder() -> VisionModelEncoder:
     return VisionModelEncoder(make_vision(), "tiny")
+
+
+def make_controlnet(family: Any, pooled: bool = False) -> ControlNetModel:
+    """Its zero convolutions moved, since those of a fresh one give nothing."""
+    controlnet = ControlNetModel.from_unet(family.unet, conditioning_embedding_out_channels=(4, 8))
+    controlnet.register_to_config(global_pool_conditions=pooled)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            if not parameter.any():
+                parameter.normal_()
+    return controlnet
 
 
 def make_prompts(texts: tuple[str, ...] = ("cat", "red dog", "")) -> list[Prompt]:
