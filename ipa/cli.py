@@ -246,7 +246,7 @@ def list_choices(group: str) -> str:
 def folder_name(folder: str, limit: int | None = None, num_seeds: int | None = None) -> str:
     """A name for what is evaluated on a folder of images: ``pictures-limit20-seeds4``."""
     parts = {"limit": limit, "seeds": num_seeds}
-    return "-".join([Path(folder).resolve().name, *(f"{name}{value}" for name, value in parts.items() if value)])
+    return "-".join([Path(str(folder)).resolve().name, *(f"{name}{value}" for name, value in parts.items() if value)])
 
 
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)

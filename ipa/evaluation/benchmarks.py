@@ -66,7 +66,7 @@ class FileBenchmark:
     entries: Mapping[str, tuple[Path, tuple[str, ...]]]
 
     def __init__(self, name: str, folder: str, limit: int | None = None) -> None:
-        self.name, self.folder, self.limit = name, Path(folder), limit
+        self.name, self.folder, self.limit = name, Path(str(folder)), limit
 
     @property
     def settings(self) -> dict[str, Any]:
