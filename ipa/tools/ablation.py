@@ -155,7 +155,8 @@ def draw_picture(runs: Sequence[Run], rows: int, path: Path) -> None:
     from ipa.training.previews import draw_grid
     from ipa.types import to_unit_range
 
-    columns, titles = [], ["prompt", "base alone"]
+    columns: list[torch.Tensor] = []
+    titles = ["prompt", "base alone"]
     for variant, (run, *_) in by_variant(runs).items():
         method = IPAdapterMethod.from_pretrained(str(run.adapter))
         # the configuration is untrusted: nothing is instantiated from it

@@ -72,14 +72,18 @@ class PromptTokens(StableDiffusionMethod):
     """Stable Diffusion that reads tokens of the image prompt after those of the text.
 
     ``make_adapter`` makes one of the published size; ``published`` names its file in messages, and the prefix of its
-    weights, which ``renamed`` gives the names that they have here.
+    weights.
     """
 
     uses_text = True
     adapter: nn.Module
     make_adapter: ClassVar[Callable[[], nn.Module]]
     published: ClassVar[tuple[str, str]]
-    renamed: ClassVar[Callable[[dict[str, Tensor]], dict[str, Tensor]]] = dict
+
+    @staticmethod
+    def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The published weights under the names that they have here."""
+        return state
 
     @classmethod
     def load_adapter(cls, path: str) -> Any:
