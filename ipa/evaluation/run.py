@@ -27,7 +27,7 @@ from ipa.evaluation.generation import (
     skip,
     write_items,
 )
-from ipa.evaluation.hub import goes_offline, may_be_on_hub
+from ipa.evaluation.hub import goes_offline
 from ipa.evaluation.items import PROMPTS, Benchmark, plan
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
@@ -85,15 +85,11 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def ask_hub(cfg: DictConfig) -> None:
-    """Say before the first image which metrics there will be no weights for."""
-    metrics: Any = OmegaConf.to_container(cfg.metrics, resolve=True)
-    method: Any = OmegaConf.to_container(cfg.method, resolve=True)
-    if not goes_offline({"metrics": metrics, "method": method}):
-        return
-    for name in metrics:
+    """Without the hub, say before the first image which metrics will be missing."""
+    parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("metrics", "method")}
+    for name in cfg.metrics if goes_offline(parts) else ():
         try:
-            if may_be_on_hub(metrics[name]):
-                make(cfg.metrics[name])
+            make(cfg.metrics[name])
         except MissingWeights as error:
             log.warning("%s will be missing: %s", name, error)
 

@@ -35,8 +35,11 @@ METRICS = {
 
 # sampling options that sweeps vary → title, in the order of the columns
 AXES = {
-    **{"scale": "λ", "guidance": "guidance", "guidance_rescale": "rescaling φ"},
-    **{"num_steps": "steps", "image_size_px": "size, px"},
+    "scale": "λ",
+    "guidance": "guidance",
+    "guidance_rescale": "rescaling φ",
+    "num_steps": "steps",
+    "image_size_px": "size, px",
 }
 
 
