@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -19,7 +18,7 @@ from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
 from ipa.evaluation.items import Item
-from ipa.files import PICTURE_EXTENSIONS, is_picture, read_text
+from ipa.files import PICTURE_EXTENSIONS, is_picture, read_json, read_text
 
 MAX_PIXELS = 100_000_000
 
@@ -125,12 +124,12 @@ class CocoBenchmark(FileBenchmark):
                 "annotations_trainval2017.zip, its images in val2017.zip (cocodataset.org)"
             )
         try:
-            content = json.loads(self.annotations.read_bytes())
+            content = read_json(self.annotations, "give COCO's captions_val2017.json")
             captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
             for annotation in content["annotations"]:
                 captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
             files = {image["id"]: self.folder / image["file_name"] for image in content["images"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"benchmark.annotations={self.annotations} is not a file of captions: {error!r}") from error
         entries = {f"{id:012d}": (files[id], tuple(captions[id])) for id in sorted(files)[: self.limit]}
         if missing := [path.name for path, _ in entries.values() if not path.is_file()]:

@@ -119,6 +119,7 @@ def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:
         CocoBenchmark("coco2017", str(images), str(annotations)).items()
     with pytest.raises(UserError, match=r"annotations_trainval2017\.zip"):
         CocoBenchmark("coco2017", str(images), str(tmp_path / "nowhere.json")).items()
-    annotations.write_text("[]")
-    with pytest.raises(UserError, match="is not a file of captions"):
-        CocoBenchmark("coco2017", str(images), str(annotations)).items()
+    for content, message in (("[]", "holds a list"), ('{"images": [7]}', "is not a file of captions")):
+        annotations.write_text(content)
+        with pytest.raises(UserError, match=message):
+            CocoBenchmark("coco2017", str(images), str(annotations)).items()
