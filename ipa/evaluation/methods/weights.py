@@ -116,13 +116,14 @@ def load_module(
     file = find_file(path, key)
     try:
         state = rename(read_state(file, prefix))
-        module = make()
+        with torch.device("meta"):  # its own weights are never used
+            module = make()
         expected, found = ({(n, each.shape) for n, each in own.items()} for own in (module.state_dict(), state))
     except Exception as error:  # pickle's, safetensors' and torch's errors have no common class
         raise UserError(f"{key}={path} is not {what}: {brief(error)}") from error
     if differ := sorted(name for name, _ in expected ^ found):
         raise UserError(f"{key}={path} is not {what}: {prefix}{differ[0]} is missing, unknown or of another shape")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=True)
     return module
 
 
