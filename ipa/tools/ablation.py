@@ -155,15 +155,14 @@ def draw_picture(runs: Sequence[Run], rows: int, path: Path) -> None:
     from ipa.training.previews import draw_grid
     from ipa.types import to_unit_range
 
+    prompts, titles = read_prompts(runs[0].config, rows), ["prompt", "base alone"]
     columns: list[torch.Tensor] = []
-    titles = ["prompt", "base alone"]
     for variant, (run, *_) in by_variant(runs).items():
         method = IPAdapterMethod.from_pretrained(str(run.adapter))
         # the configuration is untrusted: nothing is instantiated from it
         options = SamplingOptions(
             **{name: run.config.sampling[name] for name in run.config.sampling if name != "_target_"}
         )
-        prompts = read_prompts(runs[0].config, rows)
         if not columns:
             size_px = options.image_size_px or method.model.family.image_size_px
             columns = [to_unit_range(torch.stack([prompt.cut(size_px) for prompt in prompts]))]

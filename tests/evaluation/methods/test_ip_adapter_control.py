@@ -121,10 +121,3 @@ def test_files_are_read(adapter: Path, tmp_path: Path) -> None:
     prompts = parts.make_prompts()
     pixels = method.generate(prompts, FAST)
     torch.testing.assert_close(pixels, alone.generate(prompts, FAST), atol=1e-5, rtol=0)
-
-
-def test_missing_weights_are_told(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(IPAdapterControl.from_pretrained, "controlnet", monkeypatch, adapter=str(adapter))
-    assert "hf download lllyasviel/control_v11p_sd15_canny --local-dir FOLDER" in told
-    with pytest.raises(ValueError, match=r"edge_low=300 method\.edge_high=200"):
-        IPAdapterControl.from_pretrained(str(adapter), edge_low=300, edge_high=200)
