@@ -95,7 +95,7 @@ def mode_of_new_file(path: Path) -> int:
 def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_RUN_FOLDER) -> None:
     """Write JSON atomically; raises as ``write_atomically`` does."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), otherwise)
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"), otherwise)
 
 
 def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
@@ -112,6 +112,11 @@ def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
 def is_picture(name: str) -> bool:
     """Whether a file is a picture by its name; names with a leading dot are not (macOS adds ._NAME to each file)."""
     return not os.path.basename(name).startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
+
+
+def printable(name: str) -> str:
+    """Without line breaks and undecodable bytes, which break terminals and tar files."""
+    return "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
