@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ipa.data.addresses import digest
-from ipa.data.images.transforms import Opened, open_picture, read_picture
+from ipa.data.images.transforms import open_picture, read_picture
 from ipa.data.order.sequence import Order
 from ipa.data.records import Record
+from ipa.data.rejects import Rejected
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
@@ -54,7 +55,10 @@ class ShardBenchmark:
         return [Item(key, tuple(text for text, _ in record.captions)) for key, record in self.records.items()]
 
     def read(self, item: Item) -> Tensor:
-        return pixels(open_picture(self.records[item.id].picture, "white", MAX_PIXELS))
+        try:
+            return open_picture(self.records[item.id].picture, "white", MAX_PIXELS).pixels_3HW.contiguous()
+        except Rejected as error:
+            raise UserError(f"benchmark={self.name}: sample {item.id} cannot be read as a picture: {error}") from error
 
 
 class FileBenchmark:
@@ -76,7 +80,7 @@ class FileBenchmark:
         return [Item(id, captions) for id, (_, captions) in self.entries.items()]
 
     def read(self, item: Item) -> Tensor:
-        return pixels(read_picture(self.entries[item.id][0], self.option))
+        return read_picture(self.entries[item.id][0], self.option).pixels_3HW.contiguous()
 
 
 class FolderBenchmark(FileBenchmark):
@@ -138,11 +142,6 @@ class CocoBenchmark(FileBenchmark):
                 f"{self.annotations.name} are missing ({missing[0]} …)"
             )
         return entries
-
-
-def pixels(picture: Opened) -> Tensor:
-    """The whole image: uint8 image_3HW."""
-    return picture.pixels_3HW.contiguous()
 
 
 def fingerprint_of(files: Sequence[Path]) -> str:

@@ -63,6 +63,9 @@ def test_shards_give_their_good_samples(tmp_path: Path) -> None:
     benchmark = ShardBenchmark("mine", shard)
     assert [(item.id, item.captions) for item in benchmark.items()] == [("a", ("red heart",)), ("c", ("a thing",))]
     assert benchmark.read(benchmark.items()[0]).shape == (3, 8, 10)
+    broken = ShardBenchmark("mine", write_tar(tmp_path / "1.tar", [("a.png", b"no png"), ("a.txt", b"a thing")]))
+    with pytest.raises(UserError, match="benchmark=mine: sample a "):
+        broken.read(broken.items()[0])
 
 
 def test_samples_of_one_key_are_told(tmp_path: Path) -> None:
