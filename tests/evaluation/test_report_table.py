@@ -98,8 +98,12 @@ def test_every_method_has_a_title_and_the_fine_grained_adapter_its_own_row() -> 
     assert paper_row("seecoder", 294_000_000) is None
 
 
-def test_json_has_everything_but_single_items(tmp_path: Path) -> None:
-    content = json.loads(json.dumps(results(read_evaluation(write_demo(tmp_path)))))
+def test_json_and_csv_have_everything_but_single_items(tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    write_skipped(tmp_path, "open_unclip", 'say "please", twice')
+    evaluation = read_evaluation(tmp_path)
+    content = json.loads(json.dumps(results(evaluation)))
+    rows = list(csv.DictReader(io.StringIO(comma_separated(evaluation))))
 
     last = content["systems"][-1]
     assert (content["benchmark"]["name"], content["num_items"], content["num_seeds"]) == ("demo", 6, 2)
@@ -107,13 +111,6 @@ def test_json_has_everything_but_single_items(tmp_path: Path) -> None:
     assert last["settings"]["metrics"]["clip"]["prefix"] == "A photo depicts "
     assert set(last["sha256"]) == {"manifest.json", "scores.json", "pictures"}
     assert "per_item" not in json.dumps(content)
-
-
-def test_csv_has_a_row_for_every_system(tmp_path: Path) -> None:
-    write_demo(tmp_path)
-    write_skipped(tmp_path, "open_unclip", 'say "please", twice')
-
-    rows = list(csv.DictReader(io.StringIO(comma_separated(read_evaluation(tmp_path)))))
 
     assert [row["label"] for row in rows][:2] == ["open_unclip", "sd_unclip"] and len(rows) == 6
     assert rows[0]["reason"] == 'say "please", twice' and rows[0]["metrics.clip_i.value"] == ""
