@@ -233,6 +233,15 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
+def folder_name(folder: str, limit: int | None = None, num_seeds: int | None = None) -> str:
+    """A name for what is evaluated on a folder of images: ``pictures-limit20-seeds4``."""
+    parts = {"limit": limit, "seeds": num_seeds}
+    return "-".join([Path(str(folder)).resolve().name, *(f"{name}{value}" for name, value in parts.items() if value)])
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
 def _options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group)
 

@@ -23,7 +23,6 @@ import curve
 import loop
 import memory
 import sample
-import startup
 import step
 from reference import ReferenceStep
 
@@ -48,34 +47,6 @@ def test_different_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(AssertionError, match="the pictures differ by"):
         sample.compare(model, batch=1, image_px=tiny.IMAGE_PX, steps=2, rounds=1)
-
-
-IMPORTS = """\
-import time: self [us] | cumulative | imported package
-import time:       100 |        100 |     scipy.stats
-import time:        20 |        120 |   torchmetrics.functional
-import time:         5 |          5 |       scipy.signal
-import time:         7 |         12 |     torchmetrics.text
-import time:        30 |        162 |   torchmetrics
-import time:         1 |        163 | lightning
-"""
-
-
-def test_imports_are_grouped_by_package_and_importer() -> None:
-    packages = startup.by_package(list(startup.read_imports(IMPORTS.splitlines())))
-
-    assert [(each.name, each.modules, each.brought_by) for each in packages] == [
-        ("scipy", 2, "torchmetrics.functional"),
-        ("torchmetrics", 3, "lightning"),
-        ("lightning", 1, ""),
-    ]
-    assert [round(each.seconds * 1e6) for each in packages] == [105, 57, 1]
-
-
-def test_a_package_is_used_when_a_function_of_its_files_runs() -> None:
-    files = ["/x/site-packages/torch/nn/__init__.py", "/x/site-packages/filelock.py", "/usr/lib/python3/json.py", "~"]
-
-    assert startup.used_packages(files) == {"torch", "filelock"}
 
 
 def test_the_reference_computes_our_loss() -> None:
@@ -161,13 +132,6 @@ def test_a_loop_is_compared_with_the_plain_one_of_its_round() -> None:
 
     assert loop.ratio(ways, "other").median == pytest.approx(median([1.0, 1.5]))
     assert "| other | 200.0 | 1.250 | 1.000 – 1.500 | 4000 |" in told
-
-
-def test_every_shard_of_many_is_one_of_the_demo_worlds(tmp_path: Path) -> None:
-    folder = loop.link_shards(tmp_path / "shards", 10)
-    targets = [path.resolve() for path in sorted(folder.iterdir())]
-
-    assert len(targets) == 10 and set(targets) == set(loop.DATA.glob("*.tar"))
 
 
 def test_curves_are_compared_after_smoothing() -> None:

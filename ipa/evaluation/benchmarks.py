@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ipa.data.addresses import digest
-from ipa.data.images.transforms import Opened, open_picture, read_picture
+from ipa.data.images.transforms import open_picture, read_picture
 from ipa.data.order.sequence import Order
 from ipa.data.records import Record
+from ipa.data.rejects import Rejected
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
 from ipa.evaluation.items import Item
-from ipa.files import PICTURE_EXTENSIONS
+from ipa.files import PICTURE_EXTENSIONS, is_picture, read_json, read_text
 
 MAX_PIXELS = 100_000_000
 
@@ -55,105 +55,95 @@ class ShardBenchmark:
         return [Item(key, tuple(text for text, _ in record.captions)) for key, record in self.records.items()]
 
     def read(self, item: Item) -> Tensor:
-        return pixels(open_picture(self.records[item.id].picture, "white", MAX_PIXELS))
+        try:
+            return open_picture(self.records[item.id].picture, "white", MAX_PIXELS).pixels_3HW.contiguous()
+        except Rejected as error:
+            raise UserError(f"benchmark={self.name}: sample {item.id} cannot be read as a picture: {error}") from error
 
 
-class FolderBenchmark:
-    """The first ``limit`` images of a folder, by name; a ``.txt`` file of the same name has captions, one a line."""
+class FileBenchmark:
+    """The first ``limit`` images of ``folder``, given as ``option``. Subclasses find their paths and captions by id."""
+
+    kind: ClassVar[str]
+    option: ClassVar[str]
+    entries: Mapping[str, tuple[Path, tuple[str, ...]]]
 
     def __init__(self, name: str, folder: str, limit: int | None = None) -> None:
-        self.name, self.folder, self.limit = name, Path(folder), limit
+        self.name, self.folder, self.limit = name, Path(str(folder)), limit
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": "folder", "folder": str(self.folder), "limit": self.limit, "fingerprint": self.fingerprint}
-
-    @cached_property
-    def paths(self) -> dict[str, Path]:
-        """By name; raises UserError for no images, or two with the same name."""
-        if not self.folder.is_dir():
-            raise UserError(f"benchmark.folder={self.folder}: no such folder")
-        found = sorted(path for path in self.folder.iterdir() if is_picture(path))
-        if not found:
-            raise UserError(f"benchmark.folder={self.folder}: no images ({', '.join(PICTURE_EXTENSIONS)})")
-        paths = {path.stem: path for path in found[: self.limit]}
-        if len(paths) < len(found[: self.limit]):
-            raise UserError(f"benchmark.folder={self.folder}: some images differ only in their extension")
-        return paths
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint_of(list(self.paths.values()))
+        fingerprint = fingerprint_of([path for path, _ in self.entries.values()])
+        return {"kind": self.kind, "folder": str(self.folder), "limit": self.limit, "fingerprint": fingerprint}
 
     def items(self) -> Sequence[Item]:
-        return [Item(name, read_captions(path)) for name, path in self.paths.items()]
+        return [Item(id, captions) for id, (_, captions) in self.entries.items()]
 
     def read(self, item: Item) -> Tensor:
-        return pixels(read_picture(self.paths[item.id], "benchmark.folder"))
+        return read_picture(self.entries[item.id][0], self.option).pixels_3HW.contiguous()
 
 
-class CocoBenchmark:
-    """The first ``limit`` images of COCO by id with captions (Lin et al. 2014); the paper used all of val2017."""
+class FolderBenchmark(FileBenchmark):
+    """Images by name; a ``.txt`` file of the same name has captions, one a line."""
+
+    kind, option = "folder", "benchmark.folder"
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[Path, tuple[str, ...]]]:  # type: ignore[override]
+        """Raises UserError for no images, two with the same name, or captions that are not UTF-8."""
+        if not self.folder.is_dir():
+            raise UserError(f"{self.option}={self.folder}: no such folder")
+        found = sorted(path for path in self.folder.iterdir() if is_picture(path.name))[: self.limit]
+        if not found:
+            raise UserError(f"{self.option}={self.folder}: no images ({', '.join(PICTURE_EXTENSIONS)})")
+        if len({path.stem for path in found}) < len(found):
+            raise UserError(f"{self.option}={self.folder}: some images differ only in their extension")
+        return {path.stem: (path, self.captions_of(path)) for path in found}
+
+    def captions_of(self, path: Path) -> tuple[str, ...]:
+        file = path.with_suffix(".txt")
+        lines = read_text(file).splitlines() if file.is_file() else []
+        return tuple(line.strip() for line in lines if line.strip())
+
+
+class CocoBenchmark(FileBenchmark):
+    """Images of COCO by id with captions (Lin et al. 2014); the paper used all of val2017."""
+
+    kind, option = "coco", "benchmark.images"
 
     def __init__(self, name: str, images: str, annotations: str, limit: int | None = None) -> None:
-        self.name, self.images, self.annotations, self.limit = name, Path(images), Path(annotations), limit
+        super().__init__(name, images, limit)
+        self.annotations = Path(annotations)
 
     @property
     def settings(self) -> dict[str, Any]:
-        files = [self.images / name for name, _ in self.entries.values()]
-        return {"kind": "coco", "limit": self.limit, "fingerprint": fingerprint_of(files)}
+        return {name: value for name, value in super().settings.items() if name != "folder"}  # copies are the same
 
     @cached_property
-    def entries(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Id → file name and captions; raises UserError."""
+    def entries(self) -> dict[str, tuple[Path, tuple[str, ...]]]:  # type: ignore[override]
+        """Raises UserError for a file of something else, or images that are missing."""
         if not self.annotations.is_file():
             raise UserError(
                 f"benchmark.annotations={self.annotations}: no such file. COCO's captions are in "
                 "annotations_trainval2017.zip, its images in val2017.zip (cocodataset.org)"
             )
         try:
-            content = json.loads(self.annotations.read_bytes())
+            content = read_json(self.annotations, "give COCO's captions_val2017.json")
             captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
             for annotation in content["annotations"]:
                 captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-        except (ValueError, KeyError, TypeError) as error:
+            files = {image["id"]: self.folder / image["file_name"] for image in content["images"]}
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"benchmark.annotations={self.annotations} is not a file of captions: {error!r}") from error
-        chosen = sorted(names)[: self.limit]
-        return {f"{number:012d}": (names[number], tuple(captions[number])) for number in chosen}
-
-    def items(self) -> Sequence[Item]:
-        missing = [name for name, _ in self.entries.values() if not (self.images / name).is_file()]
-        if missing:
+        entries = {f"{id:012d}": (files[id], tuple(captions[id])) for id in sorted(files)[: self.limit]}
+        if missing := [path.name for path, _ in entries.values() if not path.is_file()]:
             raise UserError(
-                f"benchmark.images={self.images}: {len(missing)} of the {len(self.entries)} images in "
+                f"benchmark.images={self.folder}: {len(missing)} of the {len(entries)} images in "
                 f"{self.annotations.name} are missing ({missing[0]} …)"
             )
-        return [Item(number, captions) for number, (_, captions) in self.entries.items()]
-
-    def read(self, item: Item) -> Tensor:
-        return pixels(read_picture(self.images / self.entries[item.id][0], "benchmark.images"))
-
-
-def pixels(picture: Opened) -> Tensor:
-    """The whole image: uint8 image_3HW."""
-    return picture.pixels_3HW.contiguous()
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")  # macOS adds ._NAME files
+        return entries
 
 
 def fingerprint_of(files: Sequence[Path]) -> str:
     """A hash of names and file sizes: it differs for a resized copy of the same images."""
     return f"{digest(*(part for path in files for part in (path.stem, path.stat().st_size))):016x}"
-
-
-def read_captions(path: Path) -> tuple[str, ...]:
-    """Raises UserError for a file that is not UTF-8."""
-    file = path.with_suffix(".txt")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
-    except UnicodeDecodeError as error:
-        raise UserError(f"benchmark.folder: {file} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    return tuple(line.strip() for line in lines if line.strip())

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,11 @@ from ipa.files import read_json, write_atomically, write_json
 from ipa.sampling import SamplingOptions
 from ipa.types import first_not_finite, to_uint8
 
+log = logging.getLogger(__name__)
+
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 THUMBNAIL_PX = 256
+UNANNOUNCED_STEPS = 200  # of all images together: on a CPU, more get an estimate, which costs eight
 COMPLETE, UNFINISHED, SKIPPED = "complete", "unfinished", "skipped"
 Read = Callable[[Item], Tensor]
 
@@ -79,12 +84,7 @@ def manifest(
     return {
         "label": label,
         "benchmark": identity(benchmark),
-        "method": {
-            "name": method.name,
-            "source": method.source,
-            "trained": method.trained,
-            "uses_text": method.uses_text,
-        },
+        "method": {name: getattr(method, name) for name in ("name", "source", "trained", "uses_text")},
         "sampling": recorded(sampling),
         **settings,
         "batch_size": sampling.batch_size,
@@ -163,6 +163,8 @@ def generate(
     """Make the missing images of this process's batches, which are every ``world``-th."""
     mine = [batch for batch in batches(tasks, sampling.batch_size)[rank::world] if not is_done(folder, batch)]
     total = sum(map(len, mine))
+    if total * sampling.num_steps >= UNANNOUNCED_STEPS and next(method.parameters()).device.type == "cpu":
+        announce(folder.name, method, Prompt(read(mine[0][0].item), mine[0][0].text, 0), sampling, total)
     with tqdm(total=total, unit=" images", desc=folder.name, disable=not total) as bar:
         for batch in mine:
             prompts = [Prompt(read(task.item), task.text, task.seed) for task in batch]
@@ -171,6 +173,24 @@ def generate(
             for task, pixels_3HW in zip(batch, to_uint8(pixels_B3HW), strict=True):
                 write_png(folder / task.file, to_picture(pixels_3HW))
             bar.update(len(batch))
+
+
+def announce(label: str, method: Method, prompt: Prompt, sampling: SamplingOptions, count: int) -> None:
+    """Log how long ``count`` images take, extrapolated from one of few steps; batches take less."""
+
+    def seconds(num_steps: int) -> float:
+        started = time.perf_counter()
+        method.generate([prompt], replace(sampling, num_steps=num_steps))
+        return time.perf_counter() - started
+
+    _, two, four = (seconds(num_steps) for num_steps in (2, 2, 4))  # the first call warms up
+    minutes = count * (two + (sampling.num_steps - 2) * max(four - two, 0) / 2) / 60
+    if minutes >= 1:
+        log.warning(
+            "%s: %d images of %d steps take up to %.0f minutes on this CPU. For fewer: num_seeds=, benchmark.limit=, "
+            "sampling.num_steps=",
+            *(label, count, sampling.num_steps, minutes),
+        )
 
 
 def check_finite(pixels_B3HW: Tensor, label: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from ipa.evaluation.generation import (
     skip,
     write_items,
 )
+from ipa.evaluation.hub import goes_offline
 from ipa.evaluation.items import PROMPTS, Benchmark, plan
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
@@ -41,8 +41,6 @@ NOT_IN_LABEL = {
     *("benchmark", "out", "label", "device", "generate", "name", "num_seeds"),
     *("paths", "judge", "metric", "metrics", "hydra", "method", "sweep"),
 }
-COUNTS = ("num_seeds", "sampling.batch_size", "sampling.num_steps")
-OPTIONAL_COUNTS = ("benchmark.limit", "sampling.image_size_px")
 RESERVED_LABELS = ("references", "jobs", "wandb")  # other folders next to the systems'
 MAX_LABEL_BYTES = 200  # file systems allow 255
 MAX_PROMPTS_IN_MEMORY = 32
@@ -65,6 +63,7 @@ def evaluate(cfg: DictConfig) -> None:
     if not items:
         raise UserError(f"benchmark={benchmark.name} has no items: {benchmark.settings}")
     tasks = plan(items, cfg.num_seeds, cfg.seed, cfg.prompt)
+    ask_hub(cfg)
     write_items(out, benchmark, items, cfg.num_seeds)
     read, folder = functools.lru_cache(maxsize=MAX_PROMPTS_IN_MEMORY)(benchmark.read), out / label
     if cfg.generate:
@@ -83,6 +82,16 @@ def evaluate(cfg: DictConfig) -> None:
         return
     log.info("\n%s", describe(label, score(folder, tasks, read, cfg.metrics, make, device)))
     log.info("\nNext: python -m ipa.tools.report %s", out)
+
+
+def ask_hub(cfg: DictConfig) -> None:
+    """Without the hub, say before the first image which metrics will be missing."""
+    parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("metrics", "method")}
+    for name in cfg.metrics if goes_offline(parts) else ():
+        try:
+            make(cfg.metrics[name])
+        except MissingWeights as error:
+            log.warning("%s will be missing: %s", name, error)
 
 
 def load_or_skip(method: DictConfig, folder: Path, label: str) -> Method | None:
@@ -109,27 +118,11 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def problems_in(cfg: DictConfig) -> Iterator[str]:
-    """Every value that is out of range, before anything is loaded."""
-    for name in (*COUNTS, *OPTIONAL_COUNTS):
-        value = OmegaConf.select(cfg, name)
-        if value is None and name in OPTIONAL_COUNTS:
-            continue
-        if not (is_whole(value) and value >= 1):
-            yield f"{name}={value}: a whole number from 1"
-        elif name == "sampling.image_size_px" and value % 8:
-            yield f"{name}={value}: a multiple of 8, the pixels of a latent"
-    if not (is_whole(cfg.seed) and cfg.seed >= 0):
-        yield f"seed={cfg.seed}: a whole number from 0"
-    for name in ("scale", "guidance", "guidance_rescale"):
-        value = cfg.sampling[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            yield f"sampling.{name}={value}: a number"
+    """What ``ipa.ranges`` does not know, before anything is loaded."""
+    if (cfg.sampling.image_size_px or 0) % 8:
+        yield f"sampling.image_size_px={cfg.sampling.image_size_px}: a multiple of 8, the pixels of a latent"
     if cfg.prompt not in PROMPTS:
         yield f"prompt={cfg.prompt}: one of {', '.join(PROMPTS)}"
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def problems_in_label(label: Any) -> Iterator[str]:

@@ -1,23 +1,22 @@
 """LAION's aesthetic score: predicts the rating from 1 to 10 that people would give an image.
 
-Linear layers (Schuhmann 2022, sac+logos+ava1-l14-linearMSE) on CLIP ViT-L/14; prompt and caption are not used.
+Linear layers on CLIP ViT-L/14 (Schuhmann 2022: sac+logos+ava1-l14-linearMSE.pth in
+https://github.com/christophschuhmann/improved-aesthetic-predictor); prompt and caption are not used.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ipa.errors import MissingWeights, UserError, brief
+from ipa.errors import UserError
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.image_metric import ItemMetric
+from ipa.metrics.networks import find_file
 from ipa.metrics.pixels import Images
-
-ORIGINAL = "https://github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth)"
 
 
 class AestheticScore(ItemMetric):
@@ -46,7 +45,7 @@ def load_head(path: str) -> nn.Sequential:
 
     Raises MissingWeights if there is no such file, UserError for a file without such layers.
     """
-    weights = torch.load(find_head(path), map_location="cpu", weights_only=True)
+    weights = torch.load(find_file(path, "aesthetic head path"), map_location="cpu", weights_only=True)
     names = [name for name in weights if re.fullmatch(r"layers\.\d+\.weight", name)]
     names.sort(key=lambda name: int(name.split(".")[1]))
     if not names:
@@ -55,20 +54,3 @@ def load_head(path: str) -> nn.Sequential:
     for layer, name in zip(head, names, strict=True):
         layer.load_state_dict({"weight": weights[name], "bias": weights[name.replace("weight", "bias")]})
     return head
-
-
-def find_head(path: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    if Path(path).is_file():
-        return Path(path)
-    owner, _, rest = path.partition("/")
-    repository, _, file = rest.partition("/")
-    try:
-        if not file or path.startswith((".", "/", "~")):
-            raise FileNotFoundError("there is no such file")
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
-    except OSError as error:
-        raise MissingWeights(
-            f"aesthetic head path={path}: {brief(error)}. Download it from {ORIGINAL} and give the file as path"
-        ) from error

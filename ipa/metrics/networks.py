@@ -193,5 +193,25 @@ def download(url: str, name: str) -> Path:
     return file
 
 
+def find_file(path: str, key: str) -> Path:
+    """A local file, or one on the hub written owner/name/path; raises MissingWeights."""
+    if Path(path).is_file():
+        return Path(path)
+    parts = path.split("/")
+    if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
+        raise MissingWeights(f"{key}={path}: no such file. Give a file, or one on the hub written owner/name/path")
+    from huggingface_hub import hf_hub_download
+
+    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError) as error:  # ValueError: an impossible name
+        raise MissingWeights(
+            f"{key}={path} is neither a local file nor available from the hub or its cache "
+            f"({brief(error).strip('.')}). Download https://huggingface.co/{repository}/resolve/main/{name} and give "
+            f"{key}=FILE"
+        ) from error
+
+
 def where_to_get(url: str) -> str:
     return f"download {url} and give the file as path"

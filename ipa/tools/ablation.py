@@ -9,9 +9,7 @@ mean ± standard deviation over the seeds. The figure has one column per variant
 
 from __future__ import annotations
 
-import importlib
 import math
-import re
 import shutil
 import statistics
 import subprocess
@@ -30,7 +28,7 @@ from omegaconf import MISSING, OmegaConf
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError, brief
-from ipa.files import read_json, write_atomically
+from ipa.files import read_json, read_text, write_atomically
 from ipa.tools.options import option, run_tool
 
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
@@ -150,51 +148,40 @@ def verdict(difference: float, deviation: float) -> str:
 
 def draw_picture(runs: Sequence[Run], rows: int, path: Path) -> None:
     """Prompt, base alone, and one column for the first run of every variant."""
-    from ipa.export.loading import load_model
+    import torch
+
+    from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
     from ipa.sampling import SamplingOptions
-    from ipa.training.previews import HeldOutPrompts, draw_grid, generate_from
+    from ipa.training.previews import draw_grid
     from ipa.types import to_unit_range
 
-    columns, titles, prompts = [], ["prompt", "base alone"], None
-    for variant, group in by_variant(runs).items():
-        cfg, model = group[0].config, load_model(group[0].adapter)
-        options = SamplingOptions(**{str(name): value for name, value in cfg.sampling.items() if name != "_target_"})
-        if prompts is None:
-            prompts = HeldOutPrompts.find(fitted_data(cfg, model), cfg.preview.images, rows)
-            assert prompts is not None, "the runs were scored, so they had prompts"
-            alone = generate_from(model, prompts, options.with_scale(0), cfg.seed)
-            columns = [to_unit_range(prompts.images_B3HW), alone]
-        columns.append(generate_from(model, prompts, options, cfg.seed))
+    prompts, titles = read_prompts(runs[0].config, rows), ["prompt", "base alone"]
+    columns: list[torch.Tensor] = []
+    for variant, (run, *_) in by_variant(runs).items():
+        method = IPAdapterMethod.from_pretrained(str(run.adapter))
+        # the configuration is untrusted: nothing is instantiated from it
+        options = SamplingOptions(
+            **{name: run.config.sampling[name] for name in run.config.sampling if name != "_target_"}
+        )
+        if not columns:
+            size_px = options.image_size_px or method.model.family.image_size_px
+            columns = [to_unit_range(torch.stack([prompt.cut(size_px) for prompt in prompts]))]
+            columns.append(method.generate(prompts, options.with_scale(0)))
+        columns.append(method.generate(prompts, options))
         short = variant.replace("decoupled", "dec.").replace("simple", "sim.").replace("_fine_grained", " fine")
         titles.append(short.replace("_", " "))
     grid = draw_grid(columns, titles)
     write_atomically(path, lambda temporary: grid.save(temporary, format="PNG", optimize=True))
 
 
-def fitted_data(cfg: Any, model: Any) -> Any:
-    """The run's data module; raises UserError for a ``_target_`` that is not a class of ``ipa.data``."""
-    from hydra.utils import instantiate
+def read_prompts(cfg: Any, count: int) -> list[Any]:
+    """The first image prompts of a run's previews."""
+    from ipa.evaluation.benchmarks import FolderBenchmark, ShardBenchmark
+    from ipa.evaluation.methods.method import Prompt
 
-    for target in re.findall("_target_: (.*)", OmegaConf.to_yaml(cfg.data, resolve=True)):
-        if not is_of_ipa_data(target):
-            raise UserError(f"a run's config.yaml has _target_: {target} in its data, which is not a class of ipa.data")
-    size_px = cfg.image_size_px or model.family.image_size_px
-    datamodule = instantiate(cfg.data, num_workers=0, batch_size=1)
-    datamodule.fit_to(
-        image_size_px=size_px,
-        reference_size_px=model.encoder.image_size_px,
-        latent_shape=model.family.latent_shape(size_px),
-    )
-    return datamodule
-
-
-def is_of_ipa_data(target: str) -> bool:
-    """Whether it names a class that is defined in ``ipa.data``, not only imported there."""
-    module, _, name = target.rpartition(".")
-    if not module.startswith("ipa.data."):
-        return False
-    found = getattr(importlib.import_module(module), name, None)
-    return isinstance(found, type) and found.__module__.startswith("ipa.data.")
+    images, shards = cfg.preview.images, cfg.data.val
+    benchmark: Any = FolderBenchmark("", images, count) if images else ShardBenchmark("", shards, count)
+    return [Prompt(benchmark.read(item), "", cfg.seed + number) for number, item in enumerate(benchmark.items())]
 
 
 def commit() -> str:
@@ -220,7 +207,7 @@ def page(runs: Sequence[Run], picture: str, notes: str) -> str:
 
 def compare(options: Any) -> Path:
     runs, out = read_runs(Path(options.sweep)), Path(options.out)
-    notes = Path(options.notes).read_text() if options.notes else ""
+    notes = read_text(options.notes) if options.notes else ""
     picture = out.parent / "images" / f"{out.stem}.png"
     draw_picture(runs, options.rows, picture)
     text = page(runs, f"images/{picture.name}", notes)

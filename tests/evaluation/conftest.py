@@ -14,12 +14,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
+import ipa.cli  # noqa: F401  (the resolvers that conf/ uses)
 from ipa.evaluation.run import evaluate
 from ipa.export.published import to_published
 from ipa.export.storage import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(40, 30), (30, 40), (32, 32), (20, 50), (33, 31)]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from ipa.evaluation.report.table import make_table
 from ipa.tools.report import main
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from wandb_records import WandbRun, read_offline_runs, records
+from wandb_records import read_offline_runs, records
 
 HOME_OF_WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "WANDB_MODE", "NETRC")
 
@@ -40,21 +40,13 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(evaluation: Path) -> list[WandbRun]:
-    return read_offline_runs(evaluation)
-
-
-def test_a_folder_is_one_run_of_its_name(evaluation: Path, runs: list[WandbRun]) -> None:
+def test_a_folder_is_one_run_of_its_name_with_the_tables_scores(evaluation: Path) -> None:
     """Its id follows from the folder, so that a second report updates the run."""
-    [run] = runs
+    [run] = read_offline_runs(evaluation)
     assert (run.name, run.project, run.job_type) == ("demo", "mine", "evaluation")
     assert run.id == uuid5(NAMESPACE_URL, evaluation.resolve().as_uri()).hex and run.finished
     assert run.config["benchmark"]["name"] == "demo"
-
-
-def test_scores_are_those_of_the_table(evaluation: Path, runs: list[WandbRun]) -> None:
-    columns, rows = runs[0].table("scores")
+    columns, rows = run.table("scores")
     assert (columns, rows) == score_rows(make_table(read_evaluation(evaluation)))
 
     found = [dict(zip(columns, row, strict=True)) for row in rows]

@@ -109,31 +109,23 @@ def test_files_are_the_same_for_the_same_input(tmp_path: Path) -> None:
     assert written[0] == written[1] == written[2]
 
 
-def test_only_skipped_systems_make_a_page_too(tmp_path: Path) -> None:
-    write_items(tmp_path, ["a"])
-    write_skipped(tmp_path, "mine", "download the weights")
-
-    page = page_of(tmp_path)
-
-    assert "skipped: download the weights" in page and "<img" not in page
-
-
-def charts_of(folder: Path, *runs: dict[str, object]) -> list[Chart]:
-    """The charts of these runs, whose CLIP-I is their λ."""
+def charts_of(folder: Path, runs: dict[str, dict[str, object]]) -> list[Chart]:
+    """The charts of these runs by label, whose CLIP-I is their λ."""
     write_items(folder, ["a"])
-    for number, run in enumerate(runs):
-        write_run(folder, f"run{number}", scored(run["sampling"]["scale"]), **run)  # type: ignore[index]
+    for label, run in runs.items():
+        write_run(folder, label, scored(run["sampling"]["scale"]), **run)  # type: ignore[index]
     return find_charts(read_evaluation(folder))
 
 
 def test_curves_join_runs_that_differ_in_one_setting_alone(tmp_path: Path) -> None:
     points = [(0.0, 2), (1.0, 2.0), (1.0, 5.0)]  # 2 from a command line, 2.0 from a file
-    runs = [{"sampling": {"scale": scale, "guidance": guidance}} for scale, guidance in points]
-    runs[0] |= {"device": "gpu", "seconds": 9.5, "batch_size": 4}  # these change no image
-    other = {"method": {"source": "other"}, "sampling": {"scale": 0.5, "guidance": 3.0}}
-    slower = {"sampling": {"num_steps": 20, "scale": 0.5, "guidance": 3.0}}
+    runs = {f"run-{n}": {"sampling": {"scale": x, "guidance": y}} for n, (x, y) in enumerate(points)}
+    runs["run-0"] |= {"device": "gpu", "seconds": 9.5, "batch_size": 4}  # these change no image
+    runs["run-1"]["sampling"]["guidance_rescale"] = 0.0  # what runs from before this option did
+    runs["other"] = {"method": {"source": "other"}, "sampling": {"scale": 0.5, "guidance": 3.0}}
+    runs["slower"] = {"sampling": {"num_steps": 20, "scale": 0.5, "guidance": 3.0}}
 
-    charts = charts_of(tmp_path, *runs, other, slower)
+    charts = charts_of(tmp_path, runs)
 
     metrics = ("clip_i", "clip_t")
     assert [(chart.axis, chart.metric) for chart in charts] == [
@@ -141,27 +133,25 @@ def test_curves_join_runs_that_differ_in_one_setting_alone(tmp_path: Path) -> No
     ]
     (series,) = charts[0].series
     assert [(x, score.value) for x, score in series.points] == [(0.0, 0.0), (1.0, 1.0)]
-    assert series.title == "IP-Adapter, adapter, steps 50, guidance 2"
+    assert series.title == "IP-Adapter, run"
 
 
 @pytest.mark.parametrize(
-    ("sources", "titles"),
+    ("labels", "titles"),
     [
-        (("demo/base", "demo/build/fluent/base"), ["demo/base", "fluent/base"]),
-        (("runs/one/adapter.bin", "runs/two/adapter.bin"), ["one/adapter", "two/adapter"]),
-        (("a/one.bin", "a/two.bin"), ["one", "two"]),
-        # the same file, trained further, is named by its hash
-        (("a.bin", "a.bin", "b.bin"), ["a, adapter 0a0a0a0a", "a, adapter 1a1a1a1a", "b, adapter 2a2a2a2a"]),
+        (("ip_adapter-one", "ip_adapter-one-scale0", "ip_adapter-two-scale0", "ip_adapter-two"), ["one", "two"]),
+        (("a", "b", "c", "d"), ["a, b", "c, d"]),
+        (("a-0", "a-1", "a-2", "a-3"), ["a-0, a-1", "a-2, a-3"]),
     ],
 )
-def test_curves_of_one_system_have_short_different_names(
-    tmp_path: Path, sources: tuple[str, ...], titles: list[str]
-) -> None:
-    files = [{"method": {"source": each}, "files": {"adapter": 32 * f"{n}a"}} for n, each in enumerate(sources)]
+def test_curves_of_one_system_have_different_names(tmp_path: Path, labels: tuple[str, ...], titles: list[str]) -> None:
+    """Short ones, of what the labels of their runs share, if that is enough."""
+    runs = {
+        label: {"method": {"source": str(number // 2)}, "sampling": {"scale": float(number % 2)}}
+        for number, label in enumerate(labels)
+    }
 
-    charts = charts_of(tmp_path, *[{**file, "sampling": {"scale": scale}} for file in files for scale in (0.0, 1.0)])
-
-    assert [each.title for each in charts[0].series] == [f"IP-Adapter, {title}" for title in titles]
+    assert [each.title for each in charts_of(tmp_path, runs)[0].series] == [f"IP-Adapter, {each}" for each in titles]
 
 
 def test_a_chart_is_an_svg_with_a_line_for_each_series(evaluation: Evaluation) -> None:
@@ -171,7 +161,7 @@ def test_a_chart_is_an_svg_with_a_line_for_each_series(evaluation: Evaluation) -
 
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert drawn.count(f"stroke: {line_style(0)[0]}; stroke-width: 2") == 1 and line_style(1)[0] not in drawn
-    assert describe(chart) == "CLIP-I against λ.\nIP-Adapter: 0.000 at 0, 0.125 at 0.5, 0.250 at 1."
+    assert describe(chart) == "CLIP-I against λ.\nIP-Adapter, mine: 0.000 at 0, 0.125 at 0.5, 0.250 at 1."
     assert len({line_style(number) for number in range(16)}) == 16
 
 

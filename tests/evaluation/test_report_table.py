@@ -76,7 +76,12 @@ def test_the_papers_values_are_next_to_ours_on_its_benchmark(tmp_path: Path) -> 
     "other",
     [
         *({"items": 100}, {"seeds": 2}, {"name": "demo"}),
-        *({"sampling": {"scale": 0.0}}, {"prompt": "caption"}, {"method": {"trained": 351_285_248}}),
+        *(
+            {"sampling": {"scale": 0.0}},
+            {"sampling": {"guidance_rescale": 0.7}},
+            {"prompt": "caption"},
+            {"method": {"trained": 351_285_248}},
+        ),
     ],
     ids=str,
 )
@@ -93,8 +98,12 @@ def test_every_method_has_a_title_and_the_fine_grained_adapter_its_own_row() -> 
     assert paper_row("seecoder", 294_000_000) is None
 
 
-def test_json_has_everything_but_single_items(tmp_path: Path) -> None:
-    content = json.loads(json.dumps(results(read_evaluation(write_demo(tmp_path)))))
+def test_json_and_csv_have_everything_but_single_items(tmp_path: Path) -> None:
+    write_demo(tmp_path)
+    write_skipped(tmp_path, "open_unclip", 'say "please", twice')
+    evaluation = read_evaluation(tmp_path)
+    content = json.loads(json.dumps(results(evaluation)))
+    rows = list(csv.DictReader(io.StringIO(comma_separated(evaluation))))
 
     last = content["systems"][-1]
     assert (content["benchmark"]["name"], content["num_items"], content["num_seeds"]) == ("demo", 6, 2)
@@ -103,13 +112,7 @@ def test_json_has_everything_but_single_items(tmp_path: Path) -> None:
     assert set(last["sha256"]) == {"manifest.json", "scores.json", "pictures"}
     assert "per_item" not in json.dumps(content)
 
-
-def test_csv_has_a_row_for_every_system(tmp_path: Path) -> None:
-    write_demo(tmp_path)
-    write_skipped(tmp_path, "open_unclip", 'say "please", twice')
-
-    rows = list(csv.DictReader(io.StringIO(comma_separated(read_evaluation(tmp_path)))))
-
     assert [row["label"] for row in rows][:2] == ["open_unclip", "sd_unclip"] and len(rows) == 6
-    assert rows[0]["reason"] == 'say "please", twice' and rows[0]["clip_i"] == ""
-    assert (rows[-1]["clip_i"], rows[-1]["clip_i_low"], rows[-1]["scale"]) == ("0.25", "0.24", "1.0")
+    assert rows[0]["reason"] == 'say "please", twice' and rows[0]["metrics.clip_i.value"] == ""
+    found = [rows[-1][name] for name in ("metrics.clip_i.value", "metrics.clip_i.low", "settings.sampling.scale")]
+    assert found == ["0.25", "0.24", "1.0"]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -20,8 +21,9 @@ from PIL import Image
 from ipa.errors import UserError
 from ipa.evaluation import run as module
 from ipa.evaluation.benchmarks import FolderBenchmark
-from ipa.evaluation.generation import check_finite, read_png
+from ipa.evaluation.generation import announce, check_finite, read_png
 from ipa.evaluation.items import plan
+from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.run import evaluate, rank_and_world
@@ -151,12 +153,12 @@ def test_a_folder_of_another_benchmark_is_noticed(run: Run, out: Path, prompts: 
         content = path.read_bytes()
         (others / path.name).write_bytes(content if path.suffix == ".txt" else content + bytes(1))
     fingerprint = read(out / "items.json")["benchmark"]["settings"]["fingerprint"]
-    assert read(out / "x/manifest.json")["benchmark"] == {"name": "folder", "fingerprint": fingerprint}
+    assert read(out / "x/manifest.json")["benchmark"] == {"name": prompts.name, "fingerprint": fingerprint}
     there = tmp_path / "there"
     shutil.copytree(out / "x", there / "x")
 
     for more in ((), ("generate=false",)):
-        with pytest.raises(UserError, match=r"other settings \(benchmark: .*folder.*, now"):
+        with pytest.raises(UserError, match=r"other settings \(benchmark: .*, now"):
             run("label=x", f"benchmark.folder={others}", f"out={there}", *more)
     with pytest.raises(UserError, match=r"x/manifest\.json.*fingerprint"):
         read_evaluation(there)
@@ -193,11 +195,7 @@ def test_scores_alone_need_all_pictures(run: Run, evaluated: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "complaints"),
     [
-        (["batch_size=0"], ["batch_size=0: "]),
-        (["num_seeds=many", "sampling.num_steps=0"], ["num_seeds=many: ", "sampling.num_steps=0: "]),
-        (["benchmark.limit=-1", "seed=x"], ["benchmark.limit=-1: ", "seed=x: "]),
         (["sampling.image_size_px=65"], ["sampling.image_size_px=65: a multiple of 8"]),
-        (["sampling.scale=much", "sampling.guidance=nan"], ["sampling.scale=much: ", "guidance=nan: "]),
         (["prompt=captoin"], ["prompt=captoin: one of empty, caption"]),
         (["label=a/b"], ["label=a/b: "]),
         (["label=references"], ["label=references: "]),
@@ -305,14 +303,39 @@ def test_another_judge_scores_anew(run: Run, out: Path, tmp_path: Path) -> None:
     assert read(out / "x/scores.json")["per_item"]["clip_i"] == before
 
 
-def test_metrics_that_cannot_be_computed_are_noted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that is missing, and sets that are too small."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    network = ["+metric@metrics.other=dinov2", "metrics.other.network.path=/nowhere/dinov2"]
-    out = run("label=x", "benchmark.limit=1", "num_seeds=1", "+metric@metrics.fid_judge=fid_judge", *network)
+def test_metrics_that_cannot_be_computed_are_noted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sets that are too small, and a network that is missing: the hub is asked once, before the first image."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    said, make_images = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda *given: [said.append(caplog.text), make_images(*given)])
+
+    for _ in range(2):
+        more = ["+metric@metrics.fid_judge=fid_judge", "+metric@metrics.other=dinov2"]
+        out = run("label=x", "benchmark.limit=1", "num_seeds=1", *more)
+
+    assert said[1].count("127.0.0.1:9 does not answer") == 1 and "other will be missing: network.path=" in said[0]
     scores = read(out / "x/scores.json")
-    assert "/nowhere/dinov2" in scores["missing"]["other"] and "clip_i" in scores["metrics"]
+    assert "facebook/dinov2-base" in scores["missing"]["other"] and "clip_i" in scores["metrics"]
     assert "sets of two or more, not 1 with 1" in scores["missing"]["fid_judge"]
+
+
+def test_a_long_evaluation_on_a_cpu_is_announced(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method, prompt = IPAdapterMethod.from_pretrained(str(adapter)), Prompt(tiny.make_pictures(1, 20)[0], "", 0)
+    announce("x", method, prompt, SamplingOptions(num_steps=50), count=2)
+    assert not caplog.text
+    announce("x", method, prompt, SamplingOptions(num_steps=50), count=10_000_000)
+    assert re.search(r"x: 10000000 images of 50 steps take up to [1-9]\d+ minutes.* num_seeds=", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"), [([], "pictures-seeds4"), (["benchmark.limit=5", "num_seeds=1"], "pictures-limit5-seeds1")]
+)
+def test_a_folders_results_are_named_after_it_and_the_settings(overrides: list[str], name: str) -> None:
+    cfg = compose("benchmark=folder", "benchmark.folder=some/pictures/", *overrides)
+    assert cfg.benchmark.name == "pictures" and Path(cfg.out).parts[-2:] == ("evaluation", name)
 
 
 def test_missing_weights_end_as_skipped(

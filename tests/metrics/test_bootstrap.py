@@ -50,14 +50,6 @@ def test_pictures_of_one_item_are_no_independent_sample() -> None:
     assert apart.high - apart.low < 0.6 * (alone.high - alone.low)
 
 
-def test_a_paired_difference_is_surer_than_its_parts() -> None:
-    one, other = torch.randn(50), torch.randn(50)
-    shared = 10 * torch.randn(50)
-    difference = confidence_interval(one + shared - (other + shared), range(50))
-
-    assert difference == pytest.approx(confidence_interval(one - other, range(50)), abs=1e-5)
-
-
 @pytest.mark.parametrize(("count", "items"), [(0, []), (3, ["a", "b"])])
 def test_every_value_needs_an_item(count: int, items: list[str]) -> None:
     with pytest.raises(ValueError, match="item for each value"):

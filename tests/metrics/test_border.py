@@ -44,22 +44,15 @@ def test_black_is_100_away_from_white() -> None:
     )
 
 
-def test_borders_that_are_equal_have_no_distance_whatever_is_inside() -> None:
-    one, other = framed(images(1, size_px=16), 0.3), framed(images(2, size_px=16), 0.3)
-
-    assert border_distance(one, other).tolist() == [0] * 6
-    assert border_distance(one, framed(images(1, size_px=16), 0.4)).min() > 1
-
-
-def test_borders_of_another_size_are_compared() -> None:
-    assert border_distance(plain(200, 30, 60), F.interpolate(plain(200, 30, 60), (40, 24))).item() == 0
-
-
-def test_a_drawing_that_touches_the_border_here_and_there_does_not_count() -> None:
-    touching = plain(255, 255, 255).clone()
+def test_only_the_median_colour_of_the_border_counts() -> None:
+    """Whatever is inside or touches the border here and there, at any size."""
+    inside, touching = images(1, size_px=16), plain(255, 255, 255).clone()
     touching[..., :7] = -1  # less than half of the frame
 
+    assert border_distance(framed(inside, 0.3), framed(images(2, size_px=16), 0.3)).tolist() == [0] * 6
+    assert border_distance(framed(inside, 0.3), framed(inside, 0.4)).min() > 1
     assert border_distance(touching, plain(255, 255, 255)).item() == 0
+    assert border_distance(plain(200, 30, 60), F.interpolate(plain(200, 30, 60), (40, 24))).item() == 0
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,6 @@ def test_embeddings_have_length_one_and_no_gradients(scorer: ClipScorer, pixels:
         assert not embedding.requires_grad
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_batches_do_not_matter(scorer: ClipScorer, pixels: Tensor, batch_size: int) -> None:
-    torch.testing.assert_close(scorer.embed_images(pixels, batch_size), scorer.embed_images(pixels), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [(48, 48), (40, 64), (51, 37), (12, 12), (24, 30)])
 def test_pictures_of_other_sizes_are_fitted_as_open_clip_does(
     scorer: ClipScorer, clip_name: str, size: tuple[int, int]
@@ -78,10 +73,6 @@ def test_pictures_of_several_sizes_are_embedded_as_each_alone(scorer: ClipScorer
     alone = torch.cat([scorer.embed_images(image[None]) for image in images])
 
     torch.testing.assert_close(scorer.embed_images(images, batch_size=2), alone, rtol=0, atol=1e-5)
-
-
-def test_pictures_of_the_right_size_are_left_alone(pixels: Tensor) -> None:
-    assert fit_square(pixels, tiny.REFERENCE_PX) is pixels
 
 
 def test_one_scorer_is_shared_per_name(clip_name: str) -> None:

@@ -41,39 +41,19 @@ def give(metric: ImageMetric, *batches: Tensor) -> ImageMetric:
     return metric
 
 
-@pytest.mark.parametrize("name", ITEM_METRICS)
-def test_batches_do_not_matter(scorer: ClipScorer, name: str) -> None:
-    one, several = give(MAKERS[name](scorer), NUMBERS), give(MAKERS[name](scorer), *NUMBERS.split(4))
-
-    assert isinstance(one, ItemMetric) and isinstance(several, ItemMetric)
-    torch.testing.assert_close(several.per_item(), one.per_item(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(several.compute(), one.compute(), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", MAKERS)
-def test_order_and_repetitions_do_not_matter(scorer: ClipScorer, name: str) -> None:
-    one = give(MAKERS[name](scorer), NUMBERS)
-    other = give(MAKERS[name](scorer), torch.tensor([5, 0, 3]), torch.tensor([3, 4, 1, 2]), torch.tensor([0]))
+def test_batches_order_repetitions_resets_and_merges_do_not_matter(scorer: ClipScorer, name: str) -> None:
+    make = MAKERS[name]
+    expected = give(make(scorer), NUMBERS)
+    several = give(make(scorer), torch.tensor([5, 0, 3]), torch.tensor([3, 4, 1, 2]), torch.tensor([0]))
+    reset, merged = give(make(scorer), NUMBERS[:4]), give(make(scorer), NUMBERS[:2])
+    reset.reset()
+    merged.merge_state(give(make(scorer), NUMBERS[2:]))
 
-    torch.testing.assert_close(other.compute(), one.compute(), rtol=0, atol=2e-5)
-    if isinstance(one, ItemMetric) and isinstance(other, ItemMetric):
-        torch.testing.assert_close(other.per_item(), one.per_item(), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_reset_metric_begins_anew(scorer: ClipScorer, name: str) -> None:
-    metric = give(MAKERS[name](scorer), NUMBERS)
-    metric.reset()
-
-    torch.testing.assert_close(give(metric, NUMBERS[:4]).compute(), give(MAKERS[name](scorer), NUMBERS[:4]).compute())
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_states_of_two_processes_merge_to_those_of_one(scorer: ClipScorer, name: str) -> None:
-    first, second = give(MAKERS[name](scorer), NUMBERS[:2]), give(MAKERS[name](scorer), NUMBERS[2:])
-    first.merge_state(second)
-
-    torch.testing.assert_close(first.compute(), give(MAKERS[name](scorer), NUMBERS).compute(), rtol=0, atol=2e-5)
+    for metric in (several, merged, give(reset, NUMBERS)):
+        torch.testing.assert_close(metric.compute(), expected.compute(), rtol=0, atol=2e-5)
+        if isinstance(metric, ItemMetric):
+            torch.testing.assert_close(metric.per_item(), expected.per_item(), rtol=0, atol=2e-5)
 
 
 def test_unnumbered_pictures_are_told_as_they_came(scorer: ClipScorer) -> None:

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.controlnets import controlnet_pipeline
 from ipa.evaluation.methods.method import Prompt, count_parameters
 from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start
-from ipa.evaluation.methods.weights import load_base, load_controlnet
+from ipa.evaluation.methods.weights import controlnet_pipeline, load_base, load_controlnet
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.sampling import SamplingOptions
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.controlnets import controlnet_pipeline
 from ipa.evaluation.methods.edges import Canny
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod, load
 from ipa.evaluation.methods.method import Prompt
-from ipa.evaluation.methods.weights import load_controlnet
+from ipa.evaluation.methods.weights import controlnet_pipeline, load_controlnet
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, draw_noise, prompt_arguments
 from ipa.types import ImageCondition

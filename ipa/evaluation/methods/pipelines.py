@@ -10,7 +10,6 @@ Letters: B images; C, H, W of pixels or latents.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,6 +25,7 @@ from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import Method, Prompt, count_parameters, draw_start
 from ipa.evaluation.methods.weights import Source
 from ipa.families.latent_diffusion import to_dtype
+from ipa.files import read_json
 from ipa.sampling import SamplingOptions
 
 # files with a tokenizer's vocabulary; without one transformers makes a tokenizer that knows no words
@@ -172,7 +172,7 @@ def load_part(part_class: Any, folder: Path, source: Source, dtype: torch.dtype)
 
 def read_scheduler_class(folder: Path, source: Source) -> Any:
     """The class of diffusers that a scheduler's configuration names."""
-    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    name = read_json(folder / "scheduler_config.json", "download it again").get("_class_name", "nothing")
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise UserError(f"{source.key}={source.path}: {folder.name}/ names {name}, which is no scheduler of diffusers")

@@ -10,7 +10,7 @@ width; C, H, W of latents.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -71,17 +71,23 @@ class StableDiffusionMethod(Method):
 class PromptTokens(StableDiffusionMethod):
     """Stable Diffusion that reads tokens of the image prompt after those of the text.
 
-    ``adapter_class`` has ``like(state)``; ``published`` names its file in messages, and the prefix of its weights.
+    ``make_adapter`` makes one of the published size; ``published`` names its file in messages, and the prefix of its
+    weights.
     """
 
     uses_text = True
     adapter: nn.Module
-    adapter_class: ClassVar[Any]
+    make_adapter: ClassVar[Callable[[], nn.Module]]
     published: ClassVar[tuple[str, str]]
+
+    @staticmethod
+    def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The published weights under the names that they have here."""
+        return state
 
     @classmethod
     def load_adapter(cls, path: str) -> Any:
-        return load_module(cls.adapter_class.like, path, *cls.published)
+        return load_module(cls.make_adapter, path, *cls.published, rename=cls.renamed)
 
     @property
     def trained(self) -> int:

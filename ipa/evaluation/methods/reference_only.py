@@ -84,17 +84,18 @@ class TwoPasses:
     def __init__(self, noised: Callable[[Tensor], Tensor], style_fidelity: float) -> None:
         self.noised, self.style_fidelity = noised, style_fidelity
         self.storing, self.num_unconditional = False, 0
+        self.seen: dict[nn.Module, Any] = {}
 
     @contextmanager
     def installed(self, unet: Any, adain: bool = False) -> Iterator[None]:
-        """Restores the UNet afterwards, also after an error."""
+        """Removes the hooks afterwards, also after an error."""
         with ExitStack() as stack:
             stack.callback(unet.register_forward_pre_hook(self.store_first, with_kwargs=True).remove)
             for attention in self_attentions(unet):
-                stack.callback(setattr, attention, "processor", attention.processor)
-                attention.processor = ReadingProcessor(attention.processor, self)
+                stack.callback(attention.register_forward_pre_hook(self.extend, with_kwargs=True).remove)
+                stack.callback(attention.register_forward_hook(self.soften).remove)
             for module in styled_modules(unet) if adain else []:
-                stack.callback(module.register_forward_hook(Restyling(self)).remove)
+                stack.callback(module.register_forward_hook(self.restyle).remove)
             yield
 
     def store_first(self, unet: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -106,55 +107,34 @@ class TwoPasses:
         unet.forward(reference_BCHW.repeat(halves, 1, 1, 1), timestep, **given)
         self.storing = False
 
-    def softened(self, read: Tensor, make_own: Callable[[int], Tensor]) -> Tensor:
+    def extend(self, attention: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Let a self-attention layer also read what it got of the reference."""
+        (x_BPD,) = inputs
+        if self.storing:
+            self.seen[attention] = x_BPD
+            return None
+        return inputs, {**given, "encoder_hidden_states": torch.cat([x_BPD, self.seen[attention]], 1)}
+
+    def soften(self, attention: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        (x_BPD,) = inputs
+        return None if self.storing else self.mixed(output, lambda rows: attention.processor(attention, x_BPD[:rows]))
+
+    def restyle(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """The output with the reference's mean and standard deviation (Huang & Belongie 2017)."""
+        x_BCHW, *rest = output if isinstance(output, tuple) else (output,)
+        if self.storing:
+            self.seen[module] = moments(x_BCHW)
+            return None
+        (mean, std), (new_mean, new_std) = moments(x_BCHW), self.seen[module]
+        restyled = self.mixed((x_BCHW - mean) / std * new_std + new_mean, lambda rows: x_BCHW[:rows])
+        return (restyled, *rest) if isinstance(output, tuple) else restyled
+
+    def mixed(self, read: Tensor, make_own: Callable[[int], Tensor]) -> Tensor:
         """``read``, except that unconditional rows keep ``style_fidelity`` of their own, ``make_own(rows)``."""
         rows = self.num_unconditional
         if not rows or not self.style_fidelity:
             return read
         return torch.cat([torch.lerp(read[:rows], make_own(rows), self.style_fidelity), read[rows:]])
-
-
-class ReadingProcessor:
-    """Replaces the processor of a self-attention layer."""
-
-    def __init__(self, replaced: Any, passes: TwoPasses) -> None:
-        self.replaced, self.passes = replaced, passes
-        self.seen: Tensor | None = None
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **unused: Any,
-    ) -> Tensor:
-        if self.passes.storing:
-            self.seen = hidden_states
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
-        assert self.seen is not None, "nothing was stored before reading"
-        read = self.replaced(attn, hidden_states, torch.cat([hidden_states, self.seen], 1), None, temb, **unused)
-        return self.passes.softened(read, lambda rows: self.replaced(attn, hidden_states[:rows]))
-
-
-class Restyling:
-    """A forward hook that gives an output the reference's mean and standard deviation (Huang & Belongie 2017)."""
-
-    def __init__(self, passes: TwoPasses) -> None:
-        self.passes = passes
-        self.seen: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        x_BCHW, *rest = output if isinstance(output, tuple) else (output,)
-        if self.passes.storing:
-            self.seen = moments(x_BCHW)
-            return None
-        assert self.seen is not None, "nothing was stored before reading"
-        (mean, std), (new_mean, new_std) = moments(x_BCHW), self.seen
-        read = (x_BCHW - mean) / std * new_std + new_mean
-        restyled = self.passes.softened(read, lambda rows: x_BCHW[:rows])
-        return (restyled, *rest) if isinstance(output, tuple) else restyled
 
 
 def moments(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:

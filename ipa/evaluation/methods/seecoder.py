@@ -11,16 +11,17 @@ of about 2. Letters: B images, T tokens, P positions in a map, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer  # type: ignore[import-untyped]
 
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import PromptTokens, cut_squares
-from ipa.evaluation.methods.seecoder_swin import SwinBackbone
-from ipa.evaluation.methods.weights import cut_prefix, load_base
+from ipa.evaluation.methods.weights import load_base
 from ipa.families.stable_diffusion import StableDiffusion
 
 LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
@@ -28,10 +29,27 @@ HEADS = 8
 GROUPS = 32
 NUM_GLOBAL = 4
 IMAGE_PX = 512  # its authors' demo reads images at their own sizes; squares of one size fit into one batch
+PATCH_PX = 4
+# names in the published file, of which the backbone's are those of its authors' detection models → names here
+NAMES: dict[str, Any] = {
+    r"imencoder\.patch_embed\.proj\.": "imencoder.features.0.0.",
+    r"imencoder\.patch_embed\.norm\.": "imencoder.features.0.2.",
+    r"imencoder\.layers\.(\d)\.blocks\.": lambda found: f"imencoder.features.{2 * int(found[1]) + 1}.",
+    r"imencoder\.layers\.(\d)\.downsample\.": lambda found: f"imencoder.features.{2 * int(found[1]) + 2}.",
+    r"imencoder\.norm(\d)\.": r"imencoder.norms.\1.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.3.",
+    r"lateral_layers\.(\w+)\.weight": r"lateral_layers.\1.0.weight",
+    r"lateral_layers\.(\w+)\.norm\.": r"lateral_layers.\1.1.",
+    r"att_layers\.(\d)\.(multihead|self)_attn\.": r"att_layers.\1.attention.",
+}
 
 
 class SemanticContextEncoder(nn.Module):
-    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first. The names are the published ones."""
+    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first.
+
+    The names are the published ones, but for ``NAMES``.
+    """
 
     def __init__(self, imencoder: SwinBackbone, imdecoder: Decoder, qtransformer: QueryTransformer) -> None:
         super().__init__()
@@ -43,15 +61,41 @@ class SemanticContextEncoder(nn.Module):
         swin_l = SwinBackbone(192, depths=[2, 2, 18, 2], heads=[6, 12, 24, 48], window=12)
         return cls(swin_l, Decoder([384, 768, 1536]), QueryTransformer())
 
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        """With the sizes of these weights."""
-        parts = [cut_prefix(state, prefix) for prefix in ("imencoder.", "imdecoder.", "qtransformer.")]
-        return cls(SwinBackbone.like(parts[0]), Decoder.like(parts[1]), QueryTransformer.like(parts[2]))
-
     def forward(self, image_B3HW: Tensor) -> Tensor:
         maps = self.imencoder(image_B3HW)[-len(LEVELS) :]
         return self.qtransformer(self.imdecoder(maps))
+
+
+def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the published file under the names that they have here."""
+    renamed = {}
+    for name, weight in state.items():
+        for pattern, new in NAMES.items():
+            name = re.sub(pattern, new, name)
+        renamed[name] = weight.flatten() if name.endswith("relative_position_index") else weight
+    return renamed
+
+
+class SwinBackbone(nn.Module):
+    """The layers of torchvision's Swin transformer (Liu et al. 2021), with a norm for the map of each stage.
+
+    They equal the published ones while every map is larger than a window, so for images of more than 384 px.
+    """
+
+    def __init__(self, width: int, depths: list[int], heads: list[int], window: int) -> None:
+        super().__init__()
+        sizes: Any = {"patch_size": [PATCH_PX] * 2, "window_size": [window] * 2, "num_classes": 1}
+        swin = SwinTransformer(embed_dim=width, depths=depths, num_heads=heads, stochastic_depth_prob=0.0, **sizes)
+        self.features = swin.features
+        self.norms = nn.ModuleList(nn.LayerNorm(width * 2**stage) for stage in range(len(depths)))
+
+    def forward(self, image_B3HW: Tensor) -> list[Tensor]:
+        """One map_BCHW for each stage, the last one 32 times smaller than the image."""
+        x_BHWC, maps = image_B3HW, []
+        for norm, embed_or_merge, blocks in zip(self.norms, self.features[::2], self.features[1::2], strict=True):
+            x_BHWC = blocks(embed_or_merge(x_BHWC))
+            maps.append(norm(x_BHWC).permute(0, 3, 1, 2))
+        return maps
 
 
 class Decoder(nn.Module):
@@ -63,20 +107,13 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: list[int], width: int = 768, inner_width: int = 1024, num_layers: int = 6) -> None:
         super().__init__()
-        levels = list(zip(LEVELS, widths, strict=True))
-        self.inproj_layers = nn.ModuleDict(
-            {name: nn.Sequential(nn.Conv2d(wide, width, 1), nn.GroupNorm(GROUPS, width)) for name, wide in levels}
-        )
-        self.lateral_layers = nn.ModuleDict({name: NormedConv(wide, width) for name, wide in levels})
+        self.inproj_layers, self.lateral_layers = nn.ModuleDict(), nn.ModuleDict()
+        for name, wide in zip(LEVELS, widths, strict=True):
+            for layers, bias in ((self.inproj_layers, True), (self.lateral_layers, False)):
+                layers[name] = nn.Sequential(nn.Conv2d(wide, width, 1, bias=bias), nn.GroupNorm(GROUPS, width))
         layer = nn.TransformerEncoderLayer(width, HEADS, inner_width, dropout=0.0)
         self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.level_embed = nn.Parameter(torch.randn(len(LEVELS), width))
-
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        widths = [state[f"lateral_layers.{name}.weight"].shape[1] for name in LEVELS]
-        inner_width, width = state["transformer.layers.0.linear1.weight"].shape
-        return cls(widths, width, inner_width, count(state, "linear1.weight"))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         made = []
@@ -89,17 +126,6 @@ class Decoder(nn.Module):
         return made
 
 
-class NormedConv(nn.Conv2d):
-    """A 1 × 1 convolution that contains its norm."""
-
-    def __init__(self, in_width: int, width: int) -> None:
-        super().__init__(in_width, width, 1, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, width)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.norm(super().forward(input))
-
-
 class QueryTransformer(nn.Module):
     """Maps → tokens: the local queries read one map after the other; self-attention joins them with the global ones."""
 
@@ -107,17 +133,12 @@ class QueryTransformer(nn.Module):
         self, width: int = 768, inner_width: int = 2048, num_queries: int = NUM_GLOBAL + 144, num_layers: int = 9
     ) -> None:
         super().__init__()
-        self.transformer_crossatt_layers = nn.ModuleList(CrossAttention(width) for _ in range(num_layers))
-        self.transformer_selfatt_layers = nn.ModuleList(SelfAttention(width) for _ in range(num_layers))
+        self.transformer_crossatt_layers = nn.ModuleList(Attention(width) for _ in range(num_layers))
+        self.transformer_selfatt_layers = nn.ModuleList(Attention(width) for _ in range(num_layers))
         self.transformer_feedforward_layers = nn.ModuleList(FeedForward(width, inner_width) for _ in range(num_layers))
         self.init_query = nn.Embedding(num_queries, width)
         self.query_pos_embedding = nn.Embedding(num_queries, width)
         self.level_embed = nn.Embedding(len(LEVELS), width)
-
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        inner_width, width = state["transformer_feedforward_layers.0.linear1.weight"].shape
-        return cls(width, inner_width, len(state["init_query.weight"]), count(state, "linear1.weight"))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         levels = [
@@ -133,31 +154,21 @@ class QueryTransformer(nn.Module):
             strict=True,
         )
         for i, (look, exchange, think) in enumerate(layers):
-            local = look(query_BTD[:, NUM_GLOBAL:], levels[i % len(levels)], place_TD[NUM_GLOBAL:])
-            query_BTD = think(exchange(torch.cat([query_BTD[:, :NUM_GLOBAL], local], 1), place_TD))
+            map_BPD = levels[i % len(levels)]
+            local = look(query_BTD[:, NUM_GLOBAL:], place_TD[NUM_GLOBAL:], map_BPD, map_BPD)
+            query_BTD = torch.cat([query_BTD[:, :NUM_GLOBAL], local], 1)
+            query_BTD = think(exchange(query_BTD, place_TD, query_BTD + place_TD, query_BTD))
         return query_BTD
 
 
-class CrossAttention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.multihead_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, HEADS, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, query_BTD: Tensor, map_BPD: Tensor, place_TD: Tensor) -> Tensor:
-        attended = self.multihead_attn(query_BTD + place_TD, map_BPD, map_BPD, need_weights=False)[0]
-        return self.norm(query_BTD + attended)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, query_BTD: Tensor, place_TD: Tensor) -> Tensor:
-        placed = query_BTD + place_TD
-        return self.norm(query_BTD + self.self_attn(placed, placed, query_BTD, need_weights=False)[0])
+    def forward(self, query_BTD: Tensor, place_TD: Tensor, key_BPD: Tensor, value_BPD: Tensor) -> Tensor:
+        return self.norm(query_BTD + self.attention(query_BTD + place_TD, key_BPD, value_BPD, need_weights=False)[0])
 
 
 class FeedForward(nn.Module):
@@ -170,18 +181,15 @@ class FeedForward(nn.Module):
         return self.norm(x_BTD + self.linear2(self.linear1(x_BTD).relu()))
 
 
-def count(state: dict[str, Tensor], suffix: str) -> int:
-    return sum(name.endswith(f".{suffix}") for name in state)
-
-
 class SeeCoder(PromptTokens):
     """Stable Diffusion with SeeCoder in place of its text encoder. It reads the image's centre square."""
 
     name = "seecoder"
     uses_text = False
     adapter: SemanticContextEncoder
-    adapter_class = SemanticContextEncoder
+    make_adapter = SemanticContextEncoder.large
     published = ("a SeeCoder", "ctx.image.")
+    renamed = staticmethod(rename)
 
     def __init__(
         self,

@@ -11,34 +11,16 @@ tokens. Mou et al. 2023, "T2I-Adapter"; weights in TencentARC/T2I-Adapter.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Self
 
 import torch
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation
 
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import ClipPromptTokens
 
 HEADS = 8
-
-
-class Layer(nn.Module):
-    """Pre-norm self-attention and feed-forward, as in CLIP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
-        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=wide, gelu=QuickGELUActivation(), c_proj=narrow))
-
-    def forward(self, x_BPE: Tensor) -> Tensor:
-        normed = self.ln_1(x_BPE)
-        x_BPE = x_BPE + self.attn(normed, normed, normed, need_weights=False)[0]
-        return x_BPE + self.mlp(self.ln_2(x_BPE))
 
 
 class StyleAdapter(nn.Module):
@@ -48,15 +30,9 @@ class StyleAdapter(nn.Module):
         super().__init__()
         self.style_embedding = nn.Parameter(torch.randn(1, num_tokens, width) * width**-0.5)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer_layes = nn.Sequential(*(Layer(width) for _ in range(num_layers)))
+        layers = (ResidualAttentionBlock(width, HEADS, act_layer=QuickGELU) for _ in range(num_layers))
+        self.transformer_layes = nn.Sequential(*layers)
         self.proj = nn.Parameter(torch.randn(width, context_width) * width**-0.5)
-
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        """With the sizes of these weights."""
-        width, context_width = state["proj"].shape
-        num_layers = sum(name.endswith(".ln_1.weight") for name in state)
-        return cls(width, context_width, state["style_embedding"].shape[1], num_layers)
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +49,7 @@ class T2IStyle(ClipPromptTokens):
 
     name = "t2i_style"
     adapter: StyleAdapter
-    adapter_class = StyleAdapter
+    make_adapter = StyleAdapter
     published = ("a style adapter of T2I-Adapter", "")
 
     def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -32,12 +31,6 @@ class GlobalAdapter(nn.Module):
         self.norm2 = nn.LayerNorm(2 * width)
         self.ff2 = FeedForward(2 * width, dim_out=num_tokens * width, mult=num_tokens, activation_fn="geglu")
 
-    @classmethod
-    def like(cls, state: dict[str, Tensor]) -> Self:
-        """With the sizes of these weights."""
-        width = len(state["norm1.weight"])
-        return cls(width, len(state["ff2.net.2.bias"]) // width)
-
     def forward(self, embedding_BD: Tensor) -> Tensor:
         wide = self.ff1(self.norm1(embedding_BD))
         return self.ff2(self.norm2(wide)).unflatten(-1, (self.num_tokens, -1))
@@ -48,7 +41,7 @@ class UniControlNet(ClipPromptTokens):
 
     name = "uni_controlnet"
     adapter: GlobalAdapter
-    adapter_class = GlobalAdapter
+    make_adapter = GlobalAdapter
     published = ("a Uni-ControlNet", "global_adapter.")
 
     def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import AutoPipelineForText2Image, ControlNetModel
 from torch import Tensor, nn
 
+from ipa.contracts import Family
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families.latent_diffusion import to_dtype
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.metrics.networks import find_file
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -91,47 +93,37 @@ def load_controlnet(path: str, dtype: str) -> ControlNetModel:
     return controlnet
 
 
-def find_file(path: str, key: str) -> Path:
-    """A local file, or one on the hub written owner/name/path; raises MissingWeights."""
-    if Path(path).is_file():
-        return Path(path)
-    parts = path.split("/")
-    if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
-        raise MissingWeights(f"{key}={path}: no such file. Give a file, or one on the hub written owner/name/path")
-    from huggingface_hub import hf_hub_download
-
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        return Path(hf_hub_download(repository, name))
-    except (OSError, ValueError) as error:  # ValueError: an impossible name
-        raise MissingWeights(
-            f"{key}={path} is neither a local file nor available from the hub or its cache "
-            f"({brief(error).strip('.')}). Download https://huggingface.co/{repository}/resolve/main/{name} and give "
-            f"{key}=FILE"
-        ) from error
+def controlnet_pipeline(family: Family, controlnet: ControlNetModel) -> Any:
+    """The pipeline of diffusers with a ControlNet (Zhang et al. 2023) around a family's parts."""
+    pipeline: Any = AutoPipelineForText2Image.from_pipe(family.pipeline(), controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_module(
-    make: Callable[[dict[str, Tensor]], Built], path: str, what: str, prefix: str = "", key: str = "method.adapter"
+    make: Callable[[], Built],
+    path: str,
+    what: str,
+    prefix: str = "",
+    key: str = "method.adapter",
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Built:
-    """A module with exactly the weights that a file holds under ``prefix``.
+    """A module with exactly the weights that a file holds under ``prefix``, after ``rename``.
 
-    ``make`` builds it from the weights' shapes, ``what`` names it in messages. Raises MissingWeights when there is no
-    such file, UserError when it holds something else.
+    ``what`` names it in messages. Raises MissingWeights when there is no such file, UserError when it holds something
+    else.
     """
     file = find_file(path, key)
     try:
-        state = read_state(file, prefix)
-        module = make(state)
-        expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in state.items()}
-    except KeyError as error:
-        raise UserError(f"{key}={path} is not {what}: it has no {prefix}{error.args[0]}") from error
+        state = rename(read_state(file, prefix))
+        with torch.device("meta"):  # its own weights are never used
+            module = make()
+        expected, found = ({(n, each.shape) for n, each in own.items()} for own in (module.state_dict(), state))
     except Exception as error:  # pickle's, safetensors' and torch's errors have no common class
         raise UserError(f"{key}={path} is not {what}: {brief(error)}") from error
-    if differ := sorted(name for name, _ in expected.items() ^ found.items()):
+    if differ := sorted(name for name, _ in expected ^ found):
         raise UserError(f"{key}={path} is not {what}: {prefix}{differ[0]} is missing, unknown or of another shape")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=True)
     return module
 
 

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ipa.evaluation.report.names import AXES, heading, kind_of, plain_number
+from ipa.evaluation.report.names import AXES, heading, kind_of, plain
 from ipa.evaluation.report.pictures import data_uri
-from ipa.evaluation.report.reading import Evaluation, Score, System
+from ipa.evaluation.report.reading import Evaluation, Score, System, flattened
 
 SWEPT_AXES = ("scale", "guidance", "num_steps")
 SWEPT_METRICS = ("clip_i", "clip_t")
 # runs of one sweep may differ in these
 NO_DIFFERENCE = ("versions", "device", "seconds", "batch_size", "metrics", "num_seeds")
-# these follow from other settings, so that a title need not name them
-UNNAMED = ("method.trained", "method.uses_text", "settings._target_")
 
 AXIS_TITLES = {"scale": "λ, weight of the image prompt", "guidance": "guidance", "num_steps": "number of steps"}
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e34948", "#008300", "#e87ba4")
@@ -58,9 +55,10 @@ def find_charts(evaluation: Evaluation) -> list[Chart]:
     """Every chart that the runs allow, those against λ first."""
     charts = []
     for axis in SWEPT_AXES:
-        groups = [(title_of(each[0], evaluation.systems, axis), each) for each in sweeps(evaluation.systems, axis)]
+        groups = sweeps(evaluation.systems, axis)
         for metric in SWEPT_METRICS:
-            lines = [Series(title, points_of(group, axis, metric)) for title, group in groups]
+            titled = zip(titles_of(groups), groups, strict=True)
+            lines = [Series(title, points_of(group, axis, metric)) for title, group in titled]
             series = [line for line in lines if len({x for x, _ in line.points}) > 1]
             charts += [Chart(axis, metric, series)] if series else []
     return charts
@@ -82,49 +80,22 @@ def identity(system: System) -> dict[str, Any]:
     return {name: float(value) if type(value) is int else value for name, value in flattened(kept)}
 
 
-def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def points_of(group: Sequence[System], axis: str, metric: str) -> list[tuple[float, Score]]:
     points = [(float(each.sampling[axis]), each.scores[metric]) for each in group if metric in each.scores]
     return sorted(points, key=lambda point: (point[0], point[1].value))
 
 
-def title_of(system: System, systems: Sequence[System], axis: str) -> str:
-    """The system and the settings, other than ``axis``, that distinguish this run from its other runs."""
-    alike = [identity(each) for each in systems if each.scores and each.name == system.name]
-    own = identity(system)
-    values = {name: {str(each.get(name)) for each in alike} for name in own}
-    differing = [name for name in own if len(values[name]) > 1 and name not in (*UNNAMED, f"sampling.{axis}")]
-    # if every file has its own name, its hash adds nothing
-    num_sources = len(values.get("method.source", ()))
-    differing = [name for name in differing if not (name.startswith("files.") and len(values[name]) == num_sources)]
-    parts = [phrase(name, own[name], values[name]) for name in differing if own[name] is not None]
-    return ", ".join([kind_of(system.name).title, *dict.fromkeys(parts)])
+def titles_of(groups: Sequence[Sequence[System]]) -> list[str]:
+    """Each system with the parts that the labels of its runs share; all labels if these parts say too little."""
+    titles = [", ".join([kind_of(group[0].name).title, *filter(None, [shared_label(group)])]) for group in groups]
+    listed = [", ".join([kind_of(group[0].name).title, *(each.label for each in group)]) for group in groups]
+    return [each if titles.count(title) > 1 else title for title, each in zip(titles, listed, strict=True)]
 
 
-def phrase(name: str, value: Any, values: Collection[str]) -> str:
-    """A setting, as short as distinguishes it from the other ``values``: a path's end, a hash's beginning."""
-    short = name.rpartition(".")[2]
-    if name == "method.source" or (isinstance(value, str) and "/" in value):
-        return end_of_path(str(value), values)
-    if name.startswith("files."):
-        value = str(value)[:8]
-    return f"{AXES.get(short, short.replace('_', ' '))} {plain_number(value)}"
-
-
-def end_of_path(path: str, paths: Collection[str]) -> str:
-    """The last parts, without suffix, as many as make it differ from the other ``paths``."""
-    parts = {each: (*PurePath(each).parts[:-1], PurePath(each).stem) for each in (path, *paths)}
-    own = parts.pop(path)
-    counts = range(1, len(own))
-    count = next((n for n in counts if all(own[-n:] != other[-n:] for other in parts.values())), len(own))
-    return "/".join(own[-count:])
+def shared_label(group: Sequence[System]) -> str:
+    """``simple_global`` of ip_adapter-simple_global-scale0 and ip_adapter-simple_global-scale1."""
+    first, *others = [each.label.split("-") for each in group]
+    return "-".join(part for part in first if part != plain(group[0].name) and all(part in other for other in others))
 
 
 def draw(chart: Chart) -> str:

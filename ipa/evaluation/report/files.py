@@ -16,8 +16,8 @@ from typing import Any
 from ipa.evaluation.report.names import kind_of, sorted_metrics
 from ipa.evaluation.report.page import make_page, render
 from ipa.evaluation.report.pictures import Shown
-from ipa.evaluation.report.reading import Evaluation, System, read_evaluation
-from ipa.evaluation.report.table import PAPERS, make_table, paper_values
+from ipa.evaluation.report.reading import Evaluation, System, flattened, read_evaluation
+from ipa.evaluation.report.table import make_table, paper_values
 from ipa.files import write_atomically
 
 PAGE = "report.html"
@@ -58,30 +58,17 @@ def system_results(evaluation: Evaluation, system: System) -> dict[str, Any]:
         "num_pictures": system.num_pictures,
         "metrics": {name: asdict(system.scores[name]) for name in sorted_metrics(set(system.scores))},
         "missing": dict(system.missing),
-        "paper": paper_values(evaluation, system) or None,
+        "paper": paper_values(evaluation, system),
         "settings": dict(system.settings),
         "sha256": dict(system.hashes),
     }
 
 
 def comma_separated(evaluation: Evaluation) -> str:
-    """CSV with a row for every system and three columns for every metric: value, low, high."""
-    metrics = sorted_metrics({name for system in evaluation.systems for name in system.scores})
-    rows = [csv_row(evaluation, system, metrics) for system in evaluation.systems]
+    """The same as CSV: a row for every system, a column for every value, such as metrics.clip_i.low."""
+    rows = [dict(flattened(system_results(evaluation, system))) for system in evaluation.systems]
     written = io.StringIO()
-    writer = csv.DictWriter(written, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(written, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return written.getvalue()
-
-
-def csv_row(evaluation: Evaluation, system: System, metrics: list[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"label": system.label, "system": kind_of(system.name).title, "status": system.status}
-    row |= {name: system.method.get(name) for name in ("source", "trained", "uses_text")}
-    row |= {name: system.sampling.get(name) for name in ("scale", "guidance", "num_steps", "image_size_px")}
-    row |= {"prompt": system.prompt, "seed": system.settings.get("seed"), "pictures": system.num_pictures}
-    for name in metrics:
-        score = system.scores.get(name)
-        row |= {name: score and score.value, f"{name}_low": score and score.low, f"{name}_high": score and score.high}
-    paper = paper_values(evaluation, system)
-    return row | {f"{name}_paper": paper.get(name) for name in PAPERS} | {"reason": system.reason}

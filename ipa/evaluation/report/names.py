@@ -34,7 +34,13 @@ METRICS = {
 }
 
 # sampling options that sweeps vary → title, in the order of the columns
-AXES = {"scale": "λ", "guidance": "guidance", "num_steps": "steps", "image_size_px": "size, px"}
+AXES = {
+    "scale": "λ",
+    "guidance": "guidance",
+    "guidance_rescale": "rescaling φ",
+    "num_steps": "steps",
+    "image_size_px": "size, px",
+}
 
 
 def heading(metric: str) -> Heading:

@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from ipa.evaluation.report.curves import describe, draw, find_charts, flattened, line_style
+from ipa.evaluation.report.curves import describe, draw, find_charts, line_style
 from ipa.evaluation.report.names import heading, kind_of
 from ipa.evaluation.report.pictures import CLIP_I, Shown, choose_items, choose_system, extremes, thumbnail_uri
-from ipa.evaluation.report.reading import Evaluation, Item, System
+from ipa.evaluation.report.reading import Evaluation, Item, System, flattened
 from ipa.evaluation.report.table import Table, missing_lines
 
 MAX_SHOWN_SEEDS = 4

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ipa.files import hash_file, read_json
 ITEMS, MANIFEST, SCORES = "items.json", "manifest.json", "scores.json"
 COMPLETE = "complete"
 NOT_SETTINGS = ("label", "benchmark", "status", "reason", "pictures")  # every other key of a manifest is a setting
+NEWER_SAMPLING = {"guidance_rescale": 0.0}  # options that were added later, with what runs without them did
 DEVIATION = "_std"  # the value NAME_std is the standard deviation of the value NAME
 
 
@@ -146,6 +147,8 @@ def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> 
         if status == COMPLETE or file.is_file():
             pictures.setdefault(each["item"], []).append(file)
     settings = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
+    sampling = content.get("sampling")
+    settings |= {"sampling": {**NEWER_SAMPLING, **sampling}} if sampling else {}
     # the images' own hash is in the scores: they are too many to be read again
     hashes = {name: hash_file(folder / name) for name in (MANIFEST, SCORES) if (folder / name).is_file()}
     system = System(
@@ -153,7 +156,7 @@ def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> 
         status=status,
         reason=content.get("reason") or "",
         method=content.get("method") or {},
-        sampling=content.get("sampling") or {},
+        sampling=settings.get("sampling") or {},
         prompt=content.get("prompt"),
         settings=settings,
         pictures=pictures,
@@ -199,6 +202,15 @@ def with_scores(system: System, path: Path) -> System:
     settings = {**system.settings, "metrics": content.get("settings") or {}}
     hashes = {**system.hashes, "pictures": content["pictures"]} if content.get("pictures") else system.hashes
     return replace(system, settings=settings, scores=scores, per_item=per_item, missing=missing, hashes=hashes)
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values: {"a": {"b": 1}} → a.b, 1."""
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def finite(value: Any) -> float | None:

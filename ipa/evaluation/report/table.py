@@ -12,7 +12,7 @@ FLAGS = {True: "✓", False: "✗", None: ""}
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 # the paper's benchmark (name, items, images per item) and settings
 PAPER_BENCHMARK = ("coco2017", 5000, 4)
-PAPER_SETTINGS = {"prompt": "empty", "scale": 1.0, "guidance": 7.5, "num_steps": 50}
+PAPER_SETTINGS = {"prompt": "empty", "scale": 1.0, "guidance": 7.5, "guidance_rescale": 0.0, "num_steps": 50}
 # metric, as it is called in a PaperRow → title of the column with the paper's values
 PAPERS = {"clip_score": "CLIP-T, paper", "clip_i": "CLIP-I, paper"}
 

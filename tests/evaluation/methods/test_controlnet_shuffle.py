@@ -17,21 +17,10 @@ from ipa.families.stable_diffusion import StableDiffusion
 CELL_PX = 8
 
 
-def make_controlnet(family: StableDiffusion, pooled: bool = True) -> ControlNetModel:
-    """Its zero convolutions moved, since those of a fresh one give nothing."""
-    controlnet = ControlNetModel.from_unet(family.unet, conditioning_embedding_out_channels=(4, 8))
-    controlnet.register_to_config(global_pool_conditions=pooled)
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            if not parameter.any():
-                parameter.normal_()
-    return controlnet
-
-
 @pytest.fixture
 def method() -> ControlNetShuffle:
     family = tiny.make_family()
-    return ControlNetShuffle(family, make_controlnet(family), cell_px=CELL_PX)
+    return ControlNetShuffle(family, parts.make_controlnet(family, pooled=True), cell_px=CELL_PX)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -95,11 +84,11 @@ def test_every_picture_is_shuffled_by_its_own_seed(method: ControlNetShuffle) ->
 def test_another_kind_of_controlnet_is_refused() -> None:
     family = tiny.make_family()
     with pytest.raises(ValueError, match=r"method\.controlnet: this ControlNet does not pool.*control_v11e_sd15_shuff"):
-        ControlNetShuffle(family, make_controlnet(family, pooled=False))
+        ControlNetShuffle(family, parts.make_controlnet(family))
 
 
 def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
-    made = make_controlnet(StableDiffusion.from_pretrained(str(base_folder)))
+    made = parts.make_controlnet(StableDiffusion.from_pretrained(str(base_folder)), pooled=True)
     made.save_pretrained(tmp_path)
     method = ControlNetShuffle.from_pretrained(str(base_folder), str(tmp_path), dtype="float32")
     loaded = method.controlnet.state_dict()
@@ -112,7 +101,7 @@ def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
 def test_a_controlnet_that_lacks_weights_is_named(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    made = make_controlnet(tiny.make_family())
+    made = parts.make_controlnet(tiny.make_family(), pooled=True)
     made.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     state = load_file(file)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ipa.evaluation.methods.edges import Canny, blur, connected, gradient, gray
+from ipa.evaluation.methods.edges import Canny, blur, connected, gradient
 
 
 def picture(level_HW: Tensor) -> Tensor:
@@ -76,10 +76,6 @@ def test_blurring_keeps_the_mean_and_weakens_edges() -> None:
     assert float((soft_HW.sum(0) * (torch.arange(21) - 10) ** 2).sum()) == pytest.approx(4, rel=0.1)
     assert torch.equal(blur(point_HW, 0), point_HW)
     assert Canny(low=100, high=200)(step(60)).any() and not Canny(low=100, high=200, blur_px=3)(step(60)).any()
-
-
-def test_gray_is_as_bright_as_the_eye_sees_it() -> None:
-    assert gray(torch.tensor([255, 255, 255], dtype=torch.uint8)[:, None, None]).item() == pytest.approx(255)
 
 
 @pytest.mark.parametrize("wrong", [{"low": 300.0}, {"low": -1.0}, {"high": math.nan}, {"blur_px": -1.0}])

@@ -10,7 +10,6 @@ import tiny
 import tiny_prompt_tokens as parts
 import tiny_sdxl
 import torch
-from diffusers import ControlNetModel
 from torch import Tensor
 
 from ipa.evaluation.methods.edges import Canny
@@ -22,21 +21,11 @@ FAMILIES = {"sd15": tiny.make_family, "sdxl": tiny_sdxl.make_family}
 FAST = replace(parts.FAST, num_steps=1)
 
 
-def make_controlnet(family: Any) -> ControlNetModel:
-    """Its zero convolutions moved, since those of a fresh one give nothing."""
-    controlnet = ControlNetModel.from_unet(family.unet, conditioning_embedding_out_channels=(4, 8))
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            if not parameter.any():
-                parameter.normal_()
-    return controlnet
-
-
 @functools.cache
 def make_method(kind: str = "decoupled", family: str = "sd15") -> IPAdapterControl:
     model = tiny.shake(tiny.make_model(kind=kind, family=FAMILIES[family]()))
     model.adapter.install()
-    return IPAdapterControl(model, make_controlnet(model.family))
+    return IPAdapterControl(model, parts.make_controlnet(model.family))
 
 
 @pytest.mark.parametrize(("kind", "family"), [("decoupled", "sd15"), ("simple", "sdxl")])
@@ -113,16 +102,15 @@ def test_the_control_is_the_edges_of_the_middle_square() -> None:
 def test_controlnets_of_another_kind_are_refused() -> None:
     model = tiny.make_model()
     with pytest.raises(ValueError, match=rf"method\.controlnet: its context is {tiny_sdxl.CONTEXT_WIDTH} wide"):
-        IPAdapterControl(model, make_controlnet(tiny_sdxl.make_family()))
-    pooled = make_controlnet(model.family)
-    pooled.register_to_config(global_pool_conditions=True)
+        IPAdapterControl(model, parts.make_controlnet(tiny_sdxl.make_family()))
+    pooled = parts.make_controlnet(model.family, pooled=True)
     with pytest.raises(ValueError, match=r"it carries no structure: give one .*control_v11p_sd15_canny"):
         IPAdapterControl(model, pooled)
 
 
 def test_files_are_read(adapter: Path, tmp_path: Path) -> None:
     alone = IPAdapterMethod.from_pretrained(str(adapter))
-    made = make_controlnet(alone.model.family)
+    made = parts.make_controlnet(alone.model.family)
     made.save_pretrained(tmp_path)
     method = IPAdapterControl.from_pretrained(str(adapter), controlnet=str(tmp_path), control_weight=0.0, edge_low=50)
 
@@ -133,10 +121,3 @@ def test_files_are_read(adapter: Path, tmp_path: Path) -> None:
     prompts = parts.make_prompts()
     pixels = method.generate(prompts, FAST)
     torch.testing.assert_close(pixels, alone.generate(prompts, FAST), atol=1e-5, rtol=0)
-
-
-def test_missing_weights_are_told(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts.check_missing(IPAdapterControl.from_pretrained, "controlnet", monkeypatch, adapter=str(adapter))
-    assert "hf download lllyasviel/control_v11p_sd15_canny --local-dir FOLDER" in told
-    with pytest.raises(ValueError, match=r"edge_low=300 method\.edge_high=200"):
-        IPAdapterControl.from_pretrained(str(adapter), edge_low=300, edge_high=200)

@@ -38,7 +38,7 @@ def test_a_hub_id_is_found_in_the_cache_by_its_revision(tmp_path: Path, monkeypa
     repository = tmp_path / "models--someone--pipeline"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/v2.0").write_text("0" * 40)
-    snapshot = made.save_parts(repository / "snapshots" / ("0" * 40), vae=tiny.make_vae())
+    snapshot = made.save_parts(repository / "snapshots" / ("0" * 40), {"vae": tiny.make_vae()})
 
     source = Source("someone/pipeline", revision="v2.0")
     assert find_folder(source, ["vae"]) == snapshot
@@ -58,7 +58,7 @@ def test_pickles_with_the_former_names_of_attention_layers_are_read(tmp_path: Pa
     """As some of the published ones are."""
     former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     vae = tiny.make_vae()
-    made.save_parts(tmp_path, vae=vae)
+    made.save_parts(tmp_path, {"vae": vae})
     state = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
     renamed = {}
     for name, tensor in state.items():
@@ -81,7 +81,7 @@ class Harmful:
 
 
 def test_pickles_run_no_code(tmp_path: Path) -> None:
-    made.save_parts(tmp_path, vae=tiny.make_vae())
+    made.save_parts(tmp_path, {"vae": tiny.make_vae()})
     pickle_weights(tmp_path / "vae", {"encoder.conv_in.weight": Harmful(tmp_path / "harm")})
     with pytest.raises((MissingWeights, ValueError), match=r"cannot be read in vae/"):
         load_part(AutoencoderKL, tmp_path / "vae", Source(str(tmp_path)), torch.float32)

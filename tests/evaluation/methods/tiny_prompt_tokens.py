@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -20,21 +21,25 @@ VISION_WIDTH = 24
 FAST = SamplingOptions(num_steps=2, guidance=3.0)
 
 
-def make_vision(projection: int = tiny.CONTEXT_WIDTH) -> CLIPVisionModelWithProjection:
-    config = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        projection_dim=projection,
-    )
-    return CLIPVisionModelWithProjection(config)
+def make_vision(projection: int = tiny.CONTEXT_WIDTH, **options: int) -> CLIPVisionModelWithProjection:
+    sizes = {"hidden_size": VISION_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"image_size": 16, "patch_size": 8, "projection_dim": projection, **options}
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes))
 
 
 def make_image_encoder() -> VisionModelEncoder:
     return VisionModelEncoder(make_vision(), "tiny")
+
+
+def make_controlnet(family: Any, pooled: bool = False) -> ControlNetModel:
+    """Its zero convolutions moved, since those of a fresh one give nothing."""
+    controlnet = ControlNetModel.from_unet(family.unet, conditioning_embedding_out_channels=(4, 8))
+    controlnet.register_to_config(global_pool_conditions=pooled)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            if not parameter.any():
+                parameter.normal_()
+    return controlnet
 
 
 def make_prompts(texts: tuple[str, ...] = ("cat", "red dog", "")) -> list[Prompt]:
