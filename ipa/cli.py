@@ -25,7 +25,6 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,8 +39,8 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from ipa.errors import UserError, explain
-from ipa.identity import run_name
+from ipa.errors import UserError, brief, explain
+from ipa.identity import run_folder
 from ipa.launcher import ProcessLauncher, environment, register, this_script
 from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
@@ -93,7 +92,9 @@ class _Command:
             except Exception as error:
                 if self.show_everything:
                     raise
-                self._report(error)
+                refusal = None if self.reached_task else refused_folder(error)
+                self.reached_task |= refusal is not None
+                self._report(refusal or error)
                 sys.exit(FAILED if self.reached_task else WRONG_USAGE)
         sweep.report()
         if sweep.failed:
@@ -143,6 +144,19 @@ class _Command:
         while part is not None and part.tb_frame.f_code is not self.task.__code__:
             part = part.tb_next
         return part or trace
+
+
+def refused_folder(error: Exception) -> UserError | None:
+    """What `run_folder` raised, or an error of the system in what Hydra writes before the task starts."""
+    if isinstance(error, InterpolationResolutionError):
+        chain: BaseException | None = error
+        while chain is not None and not isinstance(chain, UserError):
+            chain = chain.__cause__ or chain.__context__
+        return chain
+    cause = error.__cause__ if isinstance(error, ValueError) else error  # logging cannot open its file
+    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+        return UserError(f"the run's folder cannot be written ({brief(cause)}): give another one")
+    return None
 
 
 def refuse_pickles() -> None:
@@ -241,8 +255,19 @@ def list_choices(group: str) -> str:
     return textwrap.fill(words, HELP_WIDTH, subsequent_indent=" " * 8)
 
 
+def _run_folder(parent: str, name: Any, *, _root_: DictConfig) -> str:
+    """For ``hydra.run.dir``, which Hydra reads before it writes anything; chosen once per process."""
+    key = (parent, repr(name))
+    if key not in _CHOSEN:
+        _CHOSEN[key] = str(run_folder(parent, name, _root_.hydra.overrides.task))
+    return _CHOSEN[key]
+
+
+_CHOSEN: dict[tuple[str, str], str] = {}
+
+
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
-OmegaConf.register_new_resolver("run_name", lambda: run_name(os.environ, datetime.now()), use_cache=True, replace=True)
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 
 
 def _each_value(override: str) -> list[str]:

@@ -37,11 +37,12 @@ from ipa.training.guards import FiniteGuard
 from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration
 from ipa.training.module import AdapterTraining
+from ipa.training.owner import owning
 from ipa.training.parts import build_model, check_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 from ipa.training.profiling import StepClock, StepProfile
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
-from ipa.training.strategies import AdapterFSDP
+from ipa.training.strategies import AdapterFSDP, environment_plugins
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,13 @@ def train(cfg: DictConfig) -> None:
     """Run one training; raises UserError, or Stopped after a signal."""
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         logging.getLogger("ipa").setLevel(logging.ERROR)  # the first process logs for all
-    with Signals(cfg.stop.grace_s).listening() as signals:
-        train_until_stopped(cfg, signals)
-
-
-def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     folder = Path(cfg.paths.run)
+    cfg.name = folder.name
+    with Signals(cfg.stop.grace_s).listening() as signals, owning(folder):
+        train_until_stopped(cfg, folder, signals)
+
+
+def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None:
     start = where_to_start(folder / "checkpoints", cfg.resume)
     resumes = start is not None and start.parent == folder / "checkpoints"
     cfg = settle_configuration(cfg, folder, resumes)
@@ -126,7 +128,7 @@ def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal) -> L.Trainer
         cfg.trainer,
         callbacks=[*in_order(callbacks), stop],
         logger=list(instantiate(cfg.logger).values()),
-        plugins=[BackgroundCheckpointIO()],
+        plugins=[BackgroundCheckpointIO(), *environment_plugins()],
         profiler=clock,
         default_root_dir=folder,
     )
