@@ -20,6 +20,7 @@ import difflib
 import functools
 import logging
 import os
+import shlex
 import sys
 import textwrap
 import traceback
@@ -46,7 +47,7 @@ from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
 
 VERSION_BASE = "1.3"
-FAILED, WRONG_USAGE = 1, 2  # exit codes
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 HELP_WIDTH = 100
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError)  # raised for a wrong command line
 
@@ -96,6 +97,8 @@ class _Command:
                 self.reached_task |= refusal is not None
                 self._report(refusal or error)
                 sys.exit(FAILED if self.reached_task else WRONG_USAGE)
+            except KeyboardInterrupt:  # while imports last; later the task has its own handler
+                sys.exit(INTERRUPTED)
         sweep.report()
         if sweep.failed:
             sys.exit(FAILED)
@@ -224,11 +227,37 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
                     hydra.compose(config_name, [*accepted, single])
                     fitting.append(single)
                 except REFUSED as error:
-                    near = _nearest_overrides(single, config_name, accepted)
-                    question = f"\nDid you mean {' or '.join(near)}?" if near else ""
-                    complaints.append(_hydra_message(error) + question)
+                    complaints.append(
+                        _quoting(single) or _hydra_message(error) + _question(single, config_name, accepted)
+                    )
             accepted += fitting[:1]
     return complaints
+
+
+def _quoting(override: str) -> str | None:
+    """What to type for a value with characters of Hydra's grammar; None if that is not what is wrong."""
+    key, equals, value = override.partition("=")
+    quoted = f"{key}={quote_value(value)}"
+    if not equals or _parses(override) or not _parses(quoted):
+        return None
+    return f"{override}: Hydra reads some of these characters as its grammar. Quote the value: {shlex.quote(quoted)}"
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
+        return True
+    except HydraException:
+        return False
+
+
+def quote_value(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _question(override: str, config_name: str, accepted: list[str]) -> str:
+    near = _nearest_overrides(override, config_name, accepted)
+    return f"\nDid you mean {' or '.join(near)}?" if near and override not in near else ""
 
 
 def _hydra_message(error: Exception) -> str:

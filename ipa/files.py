@@ -15,11 +15,11 @@ from typing import Any
 from ipa.errors import UserError, brief
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
+OTHER_FOLDER = "choose a folder on another disk"
 FOLDER_FSYNC_UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_RUN_FOLDER) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_FOLDER) -> None:
     """Let ``write`` create a temporary file next to ``path``, fsync it, then rename it to ``path``.
 
     The permissions follow the umask. Raises UserError with the path and the advice ``otherwise`` if the system refuses

@@ -9,19 +9,22 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-from ipa.export.adapter_file import identify_file, make_head
+from ipa.errors import UserError
+from ipa.export.adapter_file import AdapterFile, identify, identify_file, make_head
 from ipa.export.layouts import check_layout, check_same_sizes
-from ipa.export.published import check_fits
+from ipa.export.published import check_fits, publish_name
 from ipa.model import IPAdapterModel
 from ipa.training.average import check_decay
+from ipa.training.checkpointing import load
+from ipa.training.module import AVERAGE, TRAINABLE, part
 from ipa.types import BaseWidths, EncoderWidths
 
 
-def check_parts(cfg: DictConfig, begins: bool = True) -> None:
+def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     """Raise UserError, before any weight is read, if the parts cannot be trained, initialised, or exported.
 
-    Widths come from the configuration files and headers of base and encoder. A resumed run (``begins`` false)
-    no longer needs ``adapter.init_from``.
+    Widths come from the configuration files and headers of base and encoder. ``donor`` is the adapter file or the other
+    run's checkpoint that the run begins with.
     """
     base: BaseWidths = read_widths(cfg.base)
     encoder: EncoderWidths = read_widths(cfg.encoder)
@@ -31,12 +34,24 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
     check_layout(head, kind, cfg.callbacks.export.layout)
     if cfg.ema.decay is not None:
         check_decay(cfg.ema.decay)
-    if cfg.adapter.init_from and begins:
-        path = Path(cfg.adapter.init_from)
-        file = identify_file(path)
-        check_fits(file, base, encoder, source=str(path), base=cfg.base.path, encoder=name_of(cfg.encoder))
+    if donor:
+        file = identify_donor(Path(donor), cfg.ema.decay is not None)
+        check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
-            check_same_sizes(make_head(file), file.kind, head, kind, str(path))
+            check_same_sizes(make_head(file), file.kind, head, kind, str(donor))
+
+
+def identify_donor(path: Path, needs_average: bool) -> AdapterFile:
+    if path.suffix != ".ckpt":
+        return identify_file(path)
+    checkpoint = load(path, mmap=True)
+    state = checkpoint["state_dict"]
+    if needs_average and not any(name.startswith(AVERAGE) for name in state):
+        raise UserError(
+            f"{path} was trained without ema.decay: give ema.decay=null, or export it and give adapter.init_from=FILE"
+        )
+    shapes = {publish_name(name): tuple(value.shape) for name, value in part(state, TRAINABLE).items()}
+    return identify(shapes, checkpoint.get("adapter_metadata"), str(path))
 
 
 def read_widths(part: DictConfig) -> Any:
@@ -45,7 +60,12 @@ def read_widths(part: DictConfig) -> Any:
 
 
 def name_of(encoder: DictConfig) -> str:
-    return encoder.get("name") or encoder.path
+    return str(encoder.get("name") or encoder.get("path"))
+
+
+def names_of_parts(cfg: DictConfig) -> list[str]:
+    judge = cfg.get("judge")
+    return [cfg.base.path, name_of(cfg.encoder), *([f"{name_of(judge)} to score with"] if judge else [])]
 
 
 def build_model(cfg: DictConfig) -> IPAdapterModel:
