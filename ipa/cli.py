@@ -43,6 +43,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from ipa.errors import UserError, brief, explain
 from ipa.identity import run_folder
 from ipa.launcher import ProcessLauncher, environment, register, this_script
+from ipa.ranges import check
 from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
 
@@ -117,6 +118,7 @@ class _Command:
             self.named = [self.named, plain(cfg)]
             guard_logs()
             self.show_everything |= HydraConfig.get().runtime.choices.get("debug") is not None
+            check(cfg)
             with environment(self.variables):
                 return self.task(cfg)
 

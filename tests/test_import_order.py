@@ -21,6 +21,7 @@ RANKS = {
     "contracts": 0,
     "secrets": 0,
     "identity": 0,
+    "ranges": 0,
     "data": 1,
     "encoders": 2,
     "families": 2,

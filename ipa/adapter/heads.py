@@ -92,9 +92,6 @@ class ResamplerHead(Head):
         no_image: str = "blank",
     ) -> None:
         super().__init__(num_tokens, context_width, no_image)
-        for name, size in {"width": width, "heads": heads, "depth": depth, "head_width": head_width}.items():
-            if size < 1:
-                raise UserError(f"resampler.{name}={size}: at least 1")
         self.width, self.heads, self.depth, self.head_width = width, heads, depth, head_width
         self.expansion = expansion
         self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)

@@ -132,7 +132,10 @@ class StreamDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         lanes = self.settle_lanes()
-        stream = TrainStream(self.train_order, self.train_preparation(), self.batch_size, self.share(), lanes)
+        preparation = self.train_preparation()
+        processes = self.trainer.num_devices if self.trainer else 1  # of this machine
+        workers.check_shared_memory(self.batch_size * preparation.sample_bytes, self.num_workers * processes)
+        stream = TrainStream(self.train_order, preparation, self.batch_size, self.share(), lanes)
         return TrainLoader(stream, lambda: self.position, **self.loader_options())
 
     def val_dataloader(self, share: Share | None = None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -156,6 +159,7 @@ class StreamDataModule(LightningDataModule):
         return {
             "batch_size": None,  # the streams make the batches
             "num_workers": self.num_workers,
+            "prefetch_factor": workers.PREFETCH if self.num_workers > 0 else None,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": partial(workers.begin, grace_s=self.grace_s) if self.num_workers > 0 else None,
             "pin_memory": torch.cuda.is_available(),

@@ -63,6 +63,10 @@ class Source(ABC):
 class Preparation(Protocol):
     """Records → samples (raises ``Rejected``) → batches. ``target`` is an aspect-ratio bucket, None without buckets."""
 
+    @property
+    def sample_bytes(self) -> int:
+        """About the size of a sample in a batch."""
+
     def sample(self, record: Record, address: Address, target: Size | None) -> Any: ...
 
     def batch(self, samples: Sequence[Any], rejects: Counter[str], position: Position | None) -> Batch: ...

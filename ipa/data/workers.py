@@ -1,10 +1,23 @@
-"""What a data worker does about signals, which reach it along with the process that it works for."""
+"""Data workers: how they outlive signals, and that a batch which cannot be sent ends the training.
+
+Workers send batches through shared memory, of which a container has 64 MB by default.
+"""
 
 from __future__ import annotations
 
+import multiprocessing.queues
+import os
 import signal
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ipa.errors import UserError
 
 LONGER_S = 20  # than the main process, which the signal may reach later
+PREFETCH = 2  # batches that a worker makes ahead
+SHARED_MEMORY = Path("/dev/shm")
+MB = 1_000_000
 
 
 def begin(worker: int, grace_s: float) -> None:
@@ -18,3 +31,24 @@ def begin(worker: int, grace_s: float) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, grace_s + LONGER_S))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[method-assign]
+
+
+def die(error: BaseException, batch: Any) -> None:
+    """End the worker for a batch that it cannot send; Python would drop it, and training would wait for it forever."""
+    traceback.print_exception(error)
+    os.kill(os.getpid(), getattr(signal, "SIGBUS", signal.SIGTERM))  # torch reports it as a lack of shared memory
+
+
+def check_shared_memory(batch_bytes: int, workers: int, folder: Path = SHARED_MEMORY) -> None:
+    """Raise UserError if the batches that ``workers`` make ahead do not fit into what is free."""
+    if not folder.is_dir():
+        return
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    needed = PREFETCH * workers * batch_bytes
+    if needed > free:
+        raise UserError(
+            f"{workers} data workers need {needed / MB:,.1f} MB of shared memory for batches of "
+            f"{batch_bytes / MB:,.1f} MB, but {folder} has {free / MB:,.1f} MB free: make it larger (docker run "
+            "--shm-size=8g), or give fewer data.num_workers= (0 needs none) or a smaller data.batch_size="
+        )

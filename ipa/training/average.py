@@ -17,7 +17,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ipa.errors import UserError
 from ipa.training.strategies import like, local
 
 COUNT = "count"
@@ -27,7 +26,6 @@ class WeightAverage:
     """The average of ``module``'s parameters, on their device."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        check_decay(decay)
         self.decay = decay
         self.names = [name for name, _ in module.named_parameters()]
         self.parameters = list(module.parameters())
@@ -76,8 +74,3 @@ class WeightAverage:
         for name, average in zip(self.names, self.averaged, strict=True):
             average.copy_(like(state[name], average))
         self.count.copy_(state[COUNT])
-
-
-def check_decay(decay: float) -> None:
-    if not 0 <= decay < 1:
-        raise UserError(f"ema.decay={decay}: give at least 0 and below 1, for example 0.9999")

@@ -152,7 +152,7 @@ class SameParts(TrainingCallback):
             part = name.partition(".")[0]
             if trainer.is_global_zero and known.get(part, found[part]) != found[part]:
                 raise UserError(
-                    f"{name}={given} has other {'shards' if part == 'data' else 'weights'} than {saved}, which this run "
+                    f"{name}={given} has other {'shards' if part == 'data' else 'weights'} than {saved}, which the run "
                     f"was trained with. Give {name}={saved}, or where that was moved to; to train on with others: "
                     "name=… resume=CHECKPOINT"
                 )

@@ -102,8 +102,6 @@ class Checkpoints(TrainingCallback):
     def __init__(
         self, folder: str | Path, every_n_steps: int, preview_every_n_steps: int, monitor: str, keep_last: int = 2
     ) -> None:
-        if keep_last < 1:
-            raise UserError(f"checkpoint.keep_last={keep_last}: keep at least 1, or the run cannot be resumed")
         self.folder = Path(folder)
         self.intervals_steps = (every_n_steps, preview_every_n_steps)
         self.monitor = monitor

@@ -16,7 +16,7 @@ from ipa.training.strategies import AdapterFSDP
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError
 KILLED = "is killed by signal: Killed"
-SHARED_MEMORY = "is killed by signal: Bus error"
+LOST_WORKER = ("is killed by signal: Bus error", "exited unexpectedly")  # also workers.die
 GIB = 1 << 30
 MAX_ALLOCATOR_LENGTH = 300
 
@@ -51,9 +51,9 @@ def explain_compiler(error: BaseException) -> None:
 def explain_memory(error: BaseException, cfg: DictConfig, trainer: L.Trainer, datamodule: Any) -> None:
     """Raise UserError with the options that decide how much memory is needed, if there was not enough."""
     for cause in causes(error):
-        words = str(cause)
-        if SHARED_MEMORY in words:
-            raise UserError(f"a data worker has too little shared memory: {words.strip()}. {MORE_SHM}") from error
+        words = str(cause).strip()
+        if any(each in words for each in LOST_WORKER):
+            raise UserError(f"a data worker is gone, probably short of shared memory: {words}. {MORE_SHM}") from error
         if KILLED in words:
             raise UserError(describe_killed_worker(words, cfg)) from error
         if isinstance(cause, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in words:
@@ -123,7 +123,7 @@ MORE_SHM = "Make /dev/shm larger (docker run --shm-size=8g), or try data.num_wor
 
 def describe_killed_worker(words: str, cfg: DictConfig) -> str:
     return (
-        f"a data worker was killed: {words.strip()} The kernel does so when the memory of the machine "
+        f"a data worker was killed: {words} The kernel does so when the memory of the machine "
         f"({total_memory_gib():.1f} GiB) is full; see `dmesg`. Each of data.num_workers={cfg.data.num_workers} holds "
         f"the encoded samples of its open windows (data.window={cfg.data.get('window')}): try less of either, or a job "
         "with more memory. The same command resumes from the last checkpoint"

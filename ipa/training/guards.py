@@ -64,8 +64,6 @@ class FiniteGuard(TrainingCallback):
     def __init__(self, on_nonfinite: str = "stop", most_skips: int = 10, settle_every_n_steps: int = 0) -> None:
         if on_nonfinite not in CHOICES:
             raise UserError(f"guard.on_nonfinite={on_nonfinite}: give one of {', '.join(CHOICES)}")
-        if most_skips < 1:
-            raise UserError(f"guard.most_skips={most_skips}: give at least 1, or guard.on_nonfinite=stop")
         self.skips = on_nonfinite == "skip"
         self.most_skips = most_skips
         self.settle_every_n_steps = settle_every_n_steps

@@ -14,7 +14,6 @@ from ipa.export.adapter_file import AdapterFile, identify, identify_file, make_h
 from ipa.export.layouts import check_layout, check_same_sizes
 from ipa.export.published import check_fits, publish_name
 from ipa.model import IPAdapterModel
-from ipa.training.average import check_decay
 from ipa.training.checkpointing import load
 from ipa.training.module import AVERAGE, TRAINABLE, part
 from ipa.types import BaseWidths, EncoderWidths
@@ -32,8 +31,6 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
         head = instantiate(cfg.tokens)(encoder, base.context)
     kind: str = get_class(cfg.adapter.make._target_).name  # type: ignore[attr-defined]
     check_layout(head, kind, cfg.callbacks.export.layout)
-    if cfg.ema.decay is not None:
-        check_decay(cfg.ema.decay)
     if donor:
         file = identify_donor(Path(donor), cfg.ema.decay is not None)
         check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))

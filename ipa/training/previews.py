@@ -216,14 +216,18 @@ class Previews(TrainingCallback):
         self.every_n_steps = every_n_steps
         self.options = options
         self.num_prompts, self.num_scored = num_prompts, num_scored
-        self.text, self.images, self.seed, self.scorer = text, images, seed, scorer
+        self.text, self.images, self.seed = text, images, seed
+        self.scorer = scorer if num_scored else None
         self.prompts: HeldOutPrompts | None = None
         self.last: Path | None = None
         self.interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        most = max(self.num_prompts, self.num_scored)
+        if most == 0:
+            return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.prompts = HeldOutPrompts.find(datamodule, self.images, max(self.num_prompts, self.num_scored))
+        self.prompts = HeldOutPrompts.find(datamodule, self.images, most)
         if self.prompts is None and trainer.is_global_zero:
             log.info("no previews: give preview.images=FOLDER, images to prompt with, or data.val=SHARDS")
 
@@ -250,11 +254,14 @@ class Previews(TrainingCallback):
 
     def columns(self, prompts: HeldOutPrompts) -> list[Column]:
         """The columns of the grid, then the scored images if there is a scorer."""
-        shown = prompts.head(self.num_prompts)
-        columns = [Column(shown, self.options.with_scale(scale), self.seed) for scale in SCALES]
-        columns += [Column(shown, self.options, self.seed, self.text)] if self.text else []
-        scored = Column(prompts.head(self.num_scored), self.options, self.seed)
-        return columns + ([scored] if self.scorer is not None else [])
+        columns = []
+        if self.num_prompts:
+            shown = prompts.head(self.num_prompts)
+            columns += [Column(shown, self.options.with_scale(scale), self.seed) for scale in SCALES]
+            columns += [Column(shown, self.options, self.seed, self.text)] if self.text else []
+        if self.scorer is not None:
+            columns += [Column(prompts.head(self.num_scored), self.options, self.seed)]
+        return columns
 
     def show(self, trainer: L.Trainer, prompts: HeldOutPrompts, pictures: list[Tensor]) -> None:
         step = trainer.global_step
@@ -264,6 +271,8 @@ class Previews(TrainingCallback):
             shown = {f"preview/{name}": value for name, value in scores.items()}
             log_now(trainer, shown)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})  # Checkpoints
+        if not pictures:
+            return
         grid = self.draw(prompts.head(self.num_prompts), pictures)
         self.last = self.folder / f"step_{step:06d}.png"
         write_atomically(self.last, lambda temporary: grid.save(temporary, format="PNG"))

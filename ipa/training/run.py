@@ -204,8 +204,6 @@ def check_devices(cfg: DictConfig) -> None:
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU: check that nvidia-smi lists one "
             "and that torch.version.cuda fits its driver; or give trainer.accelerator=cpu trainer.precision=32-true"
         )
-    if cfg.trainer.devices in (0, "0"):
-        raise UserError("trainer.devices=0: give the number of processes per machine, 1 or more, or auto for all GPUs")
 
 
 def check_compile(cfg: DictConfig, strategy: Strategy) -> None:
@@ -239,7 +237,7 @@ def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> Sco
 
     All ranks call this and share the work; only the first gets the scores.
     """
-    if cfg.scoring is None or cfg.scoring.scorer is None:
+    if not is_scored(cfg):
         return {}
     prompts = HeldOutPrompts.find(datamodule, cfg.preview.images, cfg.scoring.num_prompts)
     if prompts is None:
@@ -255,6 +253,10 @@ def final_scores(cfg: DictConfig, model: IPAdapterModel, datamodule: Any) -> Sco
         f"scale {column.options.scale:g}": score_pictures(scorer, prompts, pixels, model.device)
         for column, pixels in zip(columns, pictures, strict=True)
     }
+
+
+def is_scored(cfg: DictConfig) -> bool:
+    return cfg.scoring is not None and cfg.scoring.scorer is not None and cfg.scoring.num_prompts > 0
 
 
 def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[str, Any]:
@@ -279,7 +281,7 @@ def found(callbacks: Sequence[L.Callback], kind: type[T]) -> list[T]:
 
 def report(cfg: DictConfig, folder: Path, summary: dict[str, Any], scores: Scores) -> None:
     """Save and log the summary, and the next command."""
-    if cfg.scoring is not None and cfg.scoring.scorer is not None:
+    if is_scored(cfg):
         summary["scores"] = scores
     write_json(folder / "summary.json", summary, indent=2)
     log.info("\n%s", describe(summary))

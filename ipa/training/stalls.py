@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import lightning as L
 
-from ipa.errors import UserError
 from ipa.training.hooks import TrainingCallback
 
 REARM_FRACTION = 1 / 20  # of the limit: re-arming starts a thread, too much for every step
@@ -34,8 +33,6 @@ class StallMonitor(TrainingCallback):
     """
 
     def __init__(self, folder: str | Path, minutes: float | None) -> None:
-        if minutes is not None and minutes <= 0:
-            raise UserError(f"guard.stall_minutes={minutes}: give more than 0, or null for no stall monitor")
         self.folder = Path(folder)
         self.limit_s = None if minutes is None else 60.0 * minutes
         self.file: IO[str] | None = None

@@ -216,9 +216,3 @@ def test_what_stands_for_no_image_is_one_of_two(kind: str) -> None:
 def test_no_tokens_at_all_is_refused(kind: str, num_tokens: int) -> None:
     with pytest.raises(ValueError, match=rf"tokens\.num_tokens={num_tokens}: .*the paper has 4 .* 16"):
         HEADS[kind](num_tokens=num_tokens)
-
-
-@pytest.mark.parametrize("name", ["heads", "depth", "head_width"])
-def test_a_resampler_without_size_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"resampler\.{name}=0: at least 1"):
-        ResamplerHead.fitting(TINY, 16, **{name: 0})

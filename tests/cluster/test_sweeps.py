@@ -88,7 +88,10 @@ def test_failed_and_cancelled_jobs_are_reported(slurm: Slurm, tiny_runs: TinyRun
     assert "keep_last0  failed with exit code 1" in output, output
     assert re.search(r"keep_last2  failed with exit code 1, see .*/\.submitit/", output), output
     assert "Traceback" not in Path(re.findall(r"job \d+_0, (.*)", earlier)[0]).read_text()
-    assert "keep_last=0: keep at least 1" in (tiny_runs.folder / "runs/study/keep_last0/train.log").read_text()
+    assert (
+        "checkpoint.keep_last=0: give an integer at least 1"
+        in (tiny_runs.folder / "runs/study/keep_last0/train.log").read_text()
+    )
 
 
 @pytest.mark.slow

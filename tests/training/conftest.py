@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from ipa.cli import quiet_libraries
+from ipa.ranges import check
 from ipa.training.checkpointing import checkpoints_in, read_checkpoint
 from ipa.training.run import train
 
@@ -149,6 +150,7 @@ def compose(folder: Path, *overrides: str) -> DictConfig:
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         cfg.pop("hydra")
+    check(cfg)
     return cfg
 
 

@@ -100,9 +100,3 @@ def test_the_state_has_the_trainable_set_under_its_names_and_no_more(model: IPAd
     assert not any(value.requires_grad for value in state.values())
     trained = {parameter.data_ptr() for parameter in model.trainable.parameters()}
     assert not trained & {value.data_ptr() for value in state.values()}
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
-def test_a_decay_that_never_moves_or_is_no_share_is_refused(model: IPAdapterModel, decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"ema\.decay={decay}"):
-        WeightAverage(model.trainable, decay)

@@ -19,7 +19,7 @@ REFUSED = [
     (["base.path=PLACE/nowhere"], ["base.path=PLACE/nowhere"]),
     (["encoder.name=local-dir:PLACE/nowhere"], ["encoder.name=local-dir:PLACE/nowhere", "open_clip_config.json"]),
     (["judge.name=local-dir:PLACE/nowhere"], ["local-dir:PLACE/nowhere", "open_clip_config.json"]),
-    (["data.drops.text=2"], ["drop rates", "text=2"]),
+    (["data.drops.text=2"], ["data.drops.text=2", "at most 1"]),
 ]
 # what is refused although not a weight of base or encoder could be read
 BEFORE_WEIGHTS = [

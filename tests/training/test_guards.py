@@ -81,10 +81,9 @@ def test_before_a_checkpoint_the_flags_that_are_on_their_way_are_read() -> None:
         guard.before_checkpoint(None, None)
 
 
-@pytest.mark.parametrize("values", [{"on_nonfinite": "ignore"}, {"most_skips": 0}])
-def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=rf"guard\.{next(iter(values))}"):
-        FiniteGuard(**values)
+def test_another_choice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"guard\.on_nonfinite=ignore"):
+        FiniteGuard("ignore")
 
 
 class Line(L.LightningModule):
@@ -218,8 +217,6 @@ def test_the_stack_is_written_while_c_code_holds_the_interpreter(tmp_path: Path)
     monitor.close()
 
     assert faults.has_stack(tmp_path / "stalls/rank_0.txt", "Timeout", "hold_the_interpreter")
-    with pytest.raises(UserError, match=r"guard\.stall_minutes=0"):
-        StallMonitor(tmp_path, 0)
 
 
 def test_a_data_worker_writes_its_stack_on_request(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,13 @@ class CachedPreparation:
 
     drops: DropRates = field(default_factory=DropRates)
     sizes: Mapping[str, Any] | None = None
+
+    @property
+    def sample_bytes(self) -> int:
+        """The posterior's mean and logvar in fp16, two draws of noise, and the reference if it was kept."""
+        sizes = self.sizes or {"latent_shape": (), "kept": ()}
+        reference = 3 * sizes["reference_size_px"] ** 2 if "reference" in sizes["kept"] else 0
+        return 12 * math.prod(sizes["latent_shape"]) + reference
 
     def sample(self, record: Record, address: Address, target: Size | None = None) -> CachedSample:
         """Raises ``Rejected`` for what was unusable when the cache was made, and for another ``target`` than then."""

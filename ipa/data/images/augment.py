@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ipa.data.addresses import Address
 from ipa.data.images.transforms import Opened, Size, covering
-from ipa.errors import UserError
 
 MAX_STRETCH = math.log(4 / 3)  # of a crop's aspect ratio relative to the picture's
 GREY = (0.299, 0.587, 0.114)
@@ -32,15 +31,6 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.area <= 1:
-            raise UserError(f"data.augment.area={self.area}: above 0, and at most 1, the whole picture")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"data.augment.flip={self.flip} is a probability: from 0 to 1")
-        for field in fields(self)[2:]:
-            if not 0 <= getattr(self, field.name) <= 1:
-                raise UserError(f"data.augment.{field.name}={getattr(self, field.name)}: from 0 (as it is) to 1")
 
     def need(self, size_px: int) -> Size:
         """What ``open_picture`` needs to know, so that the smallest crop has enough pixels for this edge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,11 @@ class ImagePreparation:
         if self.crop not in CROPS:
             raise UserError(f"data.crop={self.crop}: one of {', '.join(CROPS)}")
         fit_named(self.reference_fit)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Pixels of target and reference, and two draws of noise."""
+        return 3 * (self.image_size_px**2 + self.reference_size_px**2) + 8 * math.prod(self.latent_shape)
 
     def sample(self, record: Record, address: Address, target: Size | None = None) -> Sample:
         """Raises ``Rejected`` if a picture cannot be used; a second try on the same record costs nothing."""

@@ -61,8 +61,6 @@ class Background:
     white: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.white <= 1:
-            raise UserError(f"background.white is a probability, not {self.white}")
         if self.white < 1 and not self.colours:
             raise UserError(f"background.white is {self.white}: give background.colours for the rest, or white=1")
         for colour in self.colours:

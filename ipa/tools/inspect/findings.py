@@ -49,8 +49,6 @@ class Findings:
 
 def inspect(cfg: DictConfig) -> None:
     """Print what was found and write the contact sheet; raises UserError."""
-    if cfg.pictures < 1 or (cfg.samples is not None and cfg.samples < 1):
-        raise UserError(f"pictures={cfg.pictures} samples={cfg.samples}: at least 1 of each")
     data: Any = instantiate(cfg.data)
     if not isinstance(data, ShardDataModule):
         raise UserError("a feature cache holds no pictures: give the data that it was made from")

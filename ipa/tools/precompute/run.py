@@ -148,8 +148,6 @@ def check_finite(tensors: Mapping[str, Tensor], records: Sequence[Record]) -> No
 def check_options(cfg: DictConfig) -> None:
     if is_remote(cfg.out):
         raise UserError(f"out={cfg.out}: give a local folder, where a shard can be renamed when it is complete")
-    if cfg.batch_size < 1 or (cfg.num_workers or 0) < 0:
-        raise UserError(f"batch_size={cfg.batch_size} num_workers={cfg.num_workers}: at least 1, and 0")
     if set(cfg.keep or []) - set(KEPT.values()):
         raise UserError(f"keep={cfg.keep}: one or both of {', '.join(KEPT.values())}; null keeps what the head reads")
 
