@@ -220,7 +220,8 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
     args = get_args_parser().parse_args(argv)
     config_name = args.config_name or config_name
     complaints: list[str] = []
-    accepted: list[str] = []
+    own = f"file://{os.path.abspath(args.config_dir)}" if args.config_dir else None
+    accepted = [f"hydra.searchpath=[{quote_value(own)}]"] if own else []
     with hydra.initialize_config_dir(os.path.abspath(args.config_path or config_dir), version_base=VERSION_BASE):
         for override in sorted(args.overrides, key=lambda override: not _options(_key(override))):
             fitting = []

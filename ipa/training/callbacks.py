@@ -145,12 +145,14 @@ class SameParts(TrainingCallback):
         """Raises UserError with the saved place if something else is in the given one."""
         if not self.frozen:
             self.frozen = checkpoint.get("frozen", {})
+        if not (self.moved and trainer.is_global_zero):
+            return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         known = {"data": checkpoint[type(datamodule).__qualname__]["order"], **checkpoint.get("frozen", {})}
         found = {"data": datamodule.fingerprint(), **self.frozen}
         for name, (saved, given) in self.moved.items():
             part = name.partition(".")[0]
-            if trainer.is_global_zero and known.get(part, found[part]) != found[part]:
+            if known.get(part, found[part]) != found[part]:
                 raise UserError(
                     f"{name}={given} has other {'shards' if part == 'data' else 'weights'} than {saved}, which the run "
                     f"was trained with. Give {name}={saved}, or where that was moved to; to train on with others: "

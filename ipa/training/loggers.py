@@ -155,7 +155,7 @@ def row_of_step(trainer: Any) -> dict[str, float]:
 
 
 class RunWandb(WandbLogger):
-    """wandb's logger for a run that goes on without wandb: ``log.csv`` and ``previews/`` have the same values."""
+    """wandb's logger for a run that goes on whatever happens to wandb: ``log.csv`` and ``previews/`` have the same."""
 
     lost = False
 
@@ -164,15 +164,15 @@ class RunWandb(WandbLogger):
         """wandb's run: offline if that does not start online, and none if that does not start either."""
         import wandb
 
-        for mode in (None, "offline", "disabled"):
-            try:
-                self._wandb_init |= {} if mode is None else {"mode": mode}
-                return super().experiment
-            except (wandb.Error, OSError, ValueError) as error:
-                if mode == "disabled":
-                    raise
-                log.warning("wandb does not start%s: %s", "" if mode is None else f" {mode}", brief(error))
-        raise AssertionError
+        try:
+            return super().experiment
+        except Exception as error:  # of many libraries
+            if self._wandb_init.get("mode") == "disabled":
+                raise
+            self._wandb_init["mode"] = "disabled" if self._wandb_init.get("mode") == "offline" else "offline"
+            log.warning("wandb does not start (%s): it is %s now", brief(error), self._wandb_init["mode"])
+            wandb.teardown()  # or the id is in use
+            return self.experiment
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         self.attempt(super().log_metrics, *args, **kwargs)
@@ -189,12 +189,10 @@ class RunWandb(WandbLogger):
 
     def attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Warn once. A signal to all processes ends wandb's service first."""
-        import wandb
-
         try:
             if not self.lost:
                 call(*args, **kwargs)
-        except (OSError, wandb.Error) as error:
+        except Exception as error:
             self.lost = True
             log.warning("wandb's service has ended (%s): its record of this run stops, log.csv continues", brief(error))
 
