@@ -157,10 +157,10 @@ def logged_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch
 class Refuses(BaseHTTPRequestHandler):
     """A server that is there, but is no wandb."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.send_error(404)
 
-    do_POST = do_GET  # noqa: N815
+    do_POST = do_GET
 
     def log_message(self, *args: object) -> None:
         pass
