@@ -236,3 +236,12 @@ def test_both_ways_to_start_processes(start: Command, world: World, tmp_path: Pa
         assert told.count("step 2 of 2") == told.count("training 5") == 1
     assert list(column(place, "preview/clip_i")) == [2] and (place / "previews/step_000002.png").is_file()
     assert json.loads((place / "summary.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
+    """Of a rank or within a checkpoint, with data workers; `tests/training/torture.py` takes any number."""
+    command = [sys.executable, str(ROOT / "tests/training/torture.py"), "--kills=4", f"--folder={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 0 and "the same bit for bit" in done.stdout, done.stdout + done.stderr
