@@ -36,6 +36,11 @@ class Host(Protocol):
     name: str
 
     @property
+    def block(self) -> str:
+        """Name of the block that the host belongs to; λ may differ between blocks."""
+        ...
+
+    @property
     def width(self) -> int:
         """Inner width of the branch, for checking and describing adapter files."""
         ...
@@ -79,6 +84,7 @@ class Family(nn.Module, ABC):
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
+    guidance: ClassVar[float] = 7.5  # the usual scale
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the trainer asks: frozen parts have no dropout."""
@@ -192,6 +198,10 @@ class Family(nn.Module, ABC):
     def hosts(self) -> list[Any]:
         """All `Host`s in the published order, enumerated from the modules."""
 
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """Names of the blocks that have hosts, in the order in which the denoiser runs them."""
+
     @property
     def widths(self) -> BaseWidths:
         return BaseWidths(self.context_width, [host.width for host in self.hosts()])
@@ -212,6 +222,10 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         """Guidance (1: none) as keyword arguments; raises UserError for what the pipeline does not have."""
+
+    @abstractmethod
+    def progress(self, time_B: Tensor) -> float:
+        """How far the denoising is at this time: the share of the training's noise schedule that is passed, 0 to 1."""
 
     @abstractmethod
     def before_calls(

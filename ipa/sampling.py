@@ -5,8 +5,8 @@ Every image has its own seed, so it does not depend on the other images of its b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
-from ipa.types import Features
+from ipa.types import Features, ImageCondition
+
+RECORDED = ("num_steps", "guidance", "guidance_rescale", "image_size_px")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,23 @@ class SamplingOptions:
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale={self.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 
+    def describe(self) -> dict[str, str]:
+        """Metadata of an adapter file: how its training sampled, which `ipa.tools.sample` takes as defaults."""
+        options = {name: getattr(self, name) for name in RECORDED}
+        return {f"sampling_{name}": str(value) for name, value in options.items() if value is not None}
+
     def with_scale(self, scale: float) -> SamplingOptions:
         return replace(self, scale=scale)
+
+
+def recorded_options(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options that ``SamplingOptions.describe`` put into the metadata, as far as they are there and are numbers."""
+    found: dict[str, Any] = {}
+    for name in RECORDED:
+        with suppress(KeyError, ValueError):
+            number = float(metadata[f"sampling_{name}"])
+            found[name] = int(number) if number.is_integer() and name in ("num_steps", "image_size_px") else number
+    return found
 
 
 Images = Features | Sequence[Features]
@@ -69,7 +86,8 @@ def _generate_batch(
     family = model.family
     size_px = family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px")
     shape_CHW = family.latent_shape(size_px)
-    with prompt_arguments(model, images, texts, options.scale, size_px, options.guidance > 1) as arguments:
+    conditions = [ImageCondition(images, scale=options.scale)]
+    with prompt_arguments(model, conditions, texts, size_px, options.guidance > 1) as arguments:
         noise = family.pack(draw_noise(shape_CHW, seeds)).to(arguments["prompt_embeds"])
         latents = (
             family.pipeline()(
@@ -88,9 +106,8 @@ def _generate_batch(
 @contextmanager
 def prompt_arguments(
     model: IPAdapterModel,
-    images: Sequence[Features],
+    conditions: Sequence[ImageCondition],
     texts: Sequence[str],
-    scale: float = 1.0,
     size_px: int | None = None,
     guided: bool = True,
 ) -> Iterator[dict[str, Any]]:
@@ -102,7 +119,7 @@ def prompt_arguments(
     size_B6 = uncropped(size_px or model.family.image_size_px, len(texts))
     positive = model.family.encode_text(list(texts), size_B6)
     negative = model.family.encode_text([""] * len(texts), size_B6) if guided else None
-    with model.guided(positive, negative, images, scale) as (with_image, without_image):
+    with model.guided(positive, negative, conditions) as (with_image, without_image):
         yield model.family.prompt_arguments(with_image, without_image)
 
 

@@ -30,7 +30,7 @@ from ipa.evaluation.items import Benchmark, Item, Task
 from ipa.evaluation.methods.method import Method, Prompt
 from ipa.files import read_json, write_atomically, write_json
 from ipa.sampling import SamplingOptions
-from ipa.types import to_uint8
+from ipa.types import first_not_finite, to_uint8
 
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 THUMBNAIL_PX = 256
@@ -175,11 +175,10 @@ def generate(
 
 def check_finite(pixels_B3HW: Tensor, label: str) -> None:
     """Raise UserError for pixels that overflowed, as in half precision, which a PNG would show as black."""
-    broken = int((~pixels_B3HW.isfinite().flatten(1).all(1)).sum())
-    if broken:
+    if broken := first_not_finite({label: pixels_B3HW}):
         raise UserError(
-            f"{label}: {broken} of {len(pixels_B3HW)} images in a batch are not finite. If the system runs in half "
-            "precision, give method.dtype=float32"
+            f"{label}: image {broken[1]} of a batch is not finite. If the system runs in half precision, give "
+            "method.dtype=float32"
         )
 
 

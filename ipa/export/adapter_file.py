@@ -1,6 +1,6 @@
 """What an adapter file is, recognised by the names and shapes in it before any weight is read.
 
-    file = identify_file(Path("ip-adapter-plus_sdxl_vit-h.safetensors"))
+    file = identify(shapes, metadata, source="ip-adapter-plus_sdxl_vit-h.safetensors")
     print(file.describe())  # a fine-grained IP-Adapter for Stable Diffusion XL (70 layers, context width 2048), …
 
 Metadata is used only for what shapes cannot show. Published files have none and are read as their authors' code does.
@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,6 @@ from ipa.contracts import TokenHead
 from ipa.encoders import public_name
 from ipa.errors import UserError
 from ipa.export.heads import HEAD, HEADS, Metadata, Shapes, recognise
-from ipa.export.storage import read_metadata, read_shapes
 
 BRANCHES = "ip_adapter."
 SD15, SD21, SDXL = "Stable Diffusion 1.x", "Stable Diffusion 2.x", "Stable Diffusion XL"
@@ -107,11 +105,6 @@ class AdapterFile:
         }
 
 
-def identify_file(path: Path) -> AdapterFile:
-    """``identify`` for a file on disk; raises UserError if it cannot be read."""
-    return identify(read_shapes(path), read_metadata(path), str(path))
-
-
 def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: str = "this file") -> AdapterFile:
     """Recognise head, kind and sizes; raises UserError for what ipa does not read, with the reason, and for gaps."""
     metadata = metadata or {}
@@ -123,6 +116,11 @@ def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: 
     except (KeyError, IndexError, ValueError, ArithmeticError) as error:
         missing = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{source} is not an IP-Adapter that ipa reads: {missing}") from error
+    if file.kind == "decoupled" and not file.hidden:
+        raise UserError(
+            f"{source} has an IP-Adapter's head but no branches (ip_adapter.…): the conversion that made it lost them. "
+            "Give ipa.tools.export the checkpoint itself. Only metadata with kind=simple makes it a simple adapter"
+        )
     gaps = differences(shapes, expected)
     if gaps:
         raise UserError(f"{source} looks like {file.describe()}, but {'; '.join(gaps)}: it is damaged or foreign")
@@ -146,7 +144,7 @@ def read_sizes(shapes: Shapes, metadata: Metadata) -> AdapterFile:
     layers = sum(name.startswith(BRANCHES) and name.endswith(".to_k_ip.weight") for name in shapes)
     return AdapterFile(
         head=head,
-        kind="decoupled" if any(name.startswith(BRANCHES) for name in shapes) else "simple",
+        kind="simple" if metadata.get("kind") == "simple" else "decoupled",
         feature_width=feature_width,
         sizes=sizes,
         hidden=tuple(shapes[f"{BRANCHES}{2 * layer + 1}.to_k_ip.weight"][0] for layer in range(layers)),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from ipa.contracts import TokenHead
 from ipa.errors import UserError
+from ipa.export.adapter_file import UNET_FAMILIES
 from ipa.export.heads import HEADS, name_of, title_of
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
+NO_IMAGE = {"zeros": "zeros", "blank": "the features of a blank image"}
 
 
-def check_layout(head: TokenHead, kind: str, layout: str) -> None:
+def check_layout(head: TokenHead, kind: str, layout: str, family: str = "") -> None:
     """Raise UserError, with advice, if the readers of ``layout`` would misread such an adapter.
 
-    The head can be on the meta device, so that this is checked before anything is loaded.
+    The head can be on the meta device, so that this is checked before anything is loaded. ``family`` is the base's,
+    empty for published files.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout}: one of {', '.join(LAYOUTS)}")
-    problems = misreadings(head, kind, layout)
+    problems = misreadings(head, kind, layout, family)
     if problems:
         raise UserError(
             f"this {title_of(name_of(head))} {kind} adapter cannot be written for {layout}: {'; '.join(problems)}. "
@@ -25,10 +28,12 @@ def check_layout(head: TokenHead, kind: str, layout: str) -> None:
         )
 
 
-def misreadings(head: TokenHead, kind: str, layout: str) -> list[str]:
+def misreadings(head: TokenHead, kind: str, layout: str, family: str = "") -> list[str]:
     """Why the readers of ``layout`` cannot read such an adapter, in words; empty if they can."""
     if layout == "ipa":
         return []
+    if family not in UNET_FAMILIES:
+        return [f"only adapters for UNets have a public layout, not those for {family}"]
     if kind == "simple":
         return ["no other program knows simple adapters; with diffusers, pass the tokens in prompt_embeds"]
     row = HEADS.get(name_of(head))
@@ -39,6 +44,21 @@ def misreadings(head: TokenHead, kind: str, layout: str) -> list[str]:
         for name, size in row.assumed(head, layout).items()
         if getattr(head, name) != size
     ]
+
+
+def other_no_image(head: TokenHead, layout: str) -> str | None:
+    """A warning if the readers of ``layout`` take something else for "no image"; they read no metadata.
+
+    Source: ``encode_image`` of diffusers' pipelines, the negative embeddings of ComfyUI_IPAdapter_plus.
+    """
+    row = HEADS.get(name_of(head))
+    if layout == "ipa" or row is None or head.no_image == row.no_image:
+        return None
+    return (
+        f'{layout} takes {NO_IMAGE[row.no_image]} for "no image", this adapter {NO_IMAGE[head.no_image]} '
+        f"(tokens.no_image={head.no_image}): under guidance its images differ. They agree in diffusers with "
+        "ip_adapter_image_embeds=[torch.stack([negative, positive])], see docs/training.md#files"
+    )
 
 
 def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind: str, source: str) -> None:

@@ -5,21 +5,27 @@ model = load_model(Path("runs/…/adapter.safetensors"))
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
+from ipa.contracts import Family, ImageEncoder
 from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
-from ipa.errors import UserError
-from ipa.export.adapter_file import differences, identify_file, make_head
+from ipa.errors import MissingWeights, UserError
+from ipa.export.adapter_file import differences, make_head
 from ipa.export.layouts import check_same_sizes
 from ipa.export.published import check_fits, from_published
-from ipa.export.storage import load_adapter, read_metadata
+from ipa.export.reading import Adapter, read_adapter
 from ipa.families import family_of
-from ipa.model import IPAdapterModel
+from ipa.model import IPAdapterModel, public_source
+
+log = logging.getLogger(__name__)
 
 KINDS = {kind.name: kind for kind in (DecoupledAdapter, SimpleAdapter)}
 
@@ -32,30 +38,90 @@ def load_model(
     base_config: str | None = None,
     dtype: str = "float32",
 ) -> IPAdapterModel:
-    """A model with the adapter of ``path``, installed; base and encoder are those of its metadata unless given.
+    """A model with the adapter of ``path`` (see `reading.read_adapter`), installed.
 
-    Raises UserError; misfits are reported before any weight is read.
+    Base and encoder are those of its metadata unless given; what the metadata only name is found in the configuration
+    of the run that the file lies in. Raises UserError; misfits are reported before any weight of these is read.
     """
-    file, metadata = identify_file(path), read_metadata(path)
-    fit = read_fit(metadata, str(path))
+    adapter = read_adapter(path)
+    read_fit(adapter.metadata, str(path))  # raises
+    known = known_sources(adapter.metadata, path)
     if encoder is None:
-        encoder_weights = encoder_weights or metadata.get("encoder_weights") or None
-    base, encoder = base or metadata.get("base"), encoder or metadata.get("encoder")
+        encoder, encoder_weights = known.get("encoder"), encoder_weights or known.get("encoder_weights")
+    if base is None:
+        base, base_config = known.get("base"), base_config or known.get("base_config")
     if not (base and encoder):
         missing = [name for name, source in {"base": base, "encoder": encoder}.items() if not source]
         raise UserError(
             f"{path} does not say which {' and '.join(missing)} it was trained with: give "
-            f"{' and '.join(f'{name}=…' for name in missing)}. It is {file.describe()}."
+            f"{' and '.join(f'{name}=…' for name in missing)}. It is {adapter.file.describe()}."
         )
-    family_class = family_of(base, base_config)
-    widths = family_class.read_widths(base, config=base_config), read_widths(encoder, encoder_weights, file.layer)
-    check_fits(file, *widths, source=str(path), base=base, encoder=encoder)
-    family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
-    vision = open_encoder(encoder, encoder_weights, dtype, file.layer)
-    model = IPAdapterModel(family, vision, make_head(file), KINDS[file.kind](family.hosts()), reference_fit=fit)
-    load_into(model, path)
+    layer = adapter.file.layer
+    try:
+        family_class = family_of(base, base_config)
+        widths = family_class.read_widths(base, config=base_config), read_widths(encoder, encoder_weights, layer)
+        check_fits(adapter.file, *widths, source=str(path), base=base, encoder=encoder)
+        family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
+        vision = open_encoder(encoder, encoder_weights, dtype, layer)
+    except MissingWeights as error:
+        raise MissingWeights(
+            f"{error} {path} was trained with the base {base} and the encoder {encoder}; if they are elsewhere, give "
+            "base=… or encoder=…"
+        ) from error
+    return put_together(family, vision, adapter, str(path))
+
+
+def load_onto(
+    family: Family, path: Path, encoder: str | None = None, encoder_weights: str | None = None, dtype: str = "float32"
+) -> IPAdapterModel:
+    """A model of a loaded base with the adapter of ``path``, installed beside any others that the base has."""
+    adapter = read_adapter(path)
+    known = known_sources(adapter.metadata, path)
+    if encoder is None:
+        encoder, encoder_weights = known.get("encoder"), encoder_weights or known.get("encoder_weights")
+    if encoder is None:
+        raise UserError(f"{path} does not say which encoder it was trained with: give encoder=…")
+    widths = read_widths(encoder, encoder_weights, adapter.file.layer)
+    check_fits(adapter.file, family.widths, widths, source=str(path), base=family.source, encoder=encoder)
+    return put_together(family, open_encoder(encoder, encoder_weights, dtype, adapter.file.layer), adapter, str(path))
+
+
+def put_together(family: Family, vision: ImageEncoder, adapter: Adapter, source: str) -> IPAdapterModel:
+    fit = read_fit(adapter.metadata, source)
+    kind = KINDS[adapter.file.kind](family.hosts())
+    model = IPAdapterModel(family, vision, make_head(adapter.file), kind, reference_fit=fit)
+    fill(model, adapter, source)
     model.adapter.install()
     return model
+
+
+def known_sources(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """``base``, ``base_config``, ``encoder`` and ``encoder_weights`` as far as they are known.
+
+    The metadata hold names fit for publishing (`ipa.model.public_source`); the paths behind them are in the
+    ``config.yaml`` of the run, if the file still lies there.
+    """
+    known = {name: metadata[name] for name in ("base", "encoder", "encoder_weights") if metadata.get(name)}
+    for folder in (path, path.parent, path.parent.parent):
+        config = read_config(folder / "config.yaml")
+        base, encoder = config["base"], config["encoder"]
+        paths = {"base": base.get("path"), "encoder": encoder.get("name") or encoder.get("path")}
+        if encoder.get("subfolder"):
+            paths["encoder"] = f"{paths['encoder']}/{encoder['subfolder']}"
+        if all(isinstance(source, str) and public_source(source) == known.get(name) for name, source in paths.items()):
+            paths |= {"base_config": base.get("config"), "encoder_weights": encoder.get("pretrained")}
+            return {name: source for name, source in paths.items() if isinstance(source, str)}
+    return known
+
+
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """``base`` and ``encoder`` of a run's configuration as plain data, nothing of it resolved; empty without one."""
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        content = None
+    parts = content if isinstance(content, dict) else {}
+    return {name: parts[name] if isinstance(parts.get(name), dict) else {} for name in ("base", "encoder")}
 
 
 def read_fit(metadata: Mapping[str, str], source: str) -> str:
@@ -70,9 +136,9 @@ def read_fit(metadata: Mapping[str, str], source: str) -> str:
 
 def load_into(model: IPAdapterModel, path: Path) -> None:
     """Load the weights of ``path`` into the model's trainable set; raises UserError if it is for other parts."""
-    file = identify_file(path)
+    adapter = read_adapter(path)
     check_fits(
-        file,
+        adapter.file,
         model.family.widths,
         model.encoder.widths,
         source=str(path),
@@ -80,13 +146,20 @@ def load_into(model: IPAdapterModel, path: Path) -> None:
         encoder=model.encoder.source,
     )
     with torch.device("meta"):  # before torch loads whatever fits and then complains about the rest
-        check_same_sizes(make_head(file), file.kind, model.head, model.adapter.name, str(path))
-    state = from_published(load_adapter(path)[0])
+        check_same_sizes(make_head(adapter.file), adapter.file.kind, model.head, model.adapter.name, str(path))
+    fill(model, adapter, str(path))
+
+
+def fill(model: IPAdapterModel, adapter: Adapter, source: str) -> None:
+    """Load the weights into a trainable set of the same sizes, and log how they were read."""
+    state = from_published(adapter.tensors)
     found, expected = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (state, model.trainable.state_dict())
     )
     gaps = differences(found, expected)
     if gaps:
-        raise UserError(f"{path} does not fit the branches of {model.family.name}: {'; '.join(gaps)}")
+        raise UserError(f"{source} does not fit the branches of {model.family.name}: {'; '.join(gaps)}")
     model.trainable.load_state_dict(state)
+    for remark in adapter.remarks:
+        log.warning("%s: %s", source, remark)

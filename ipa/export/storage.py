@@ -1,7 +1,8 @@
-"""Reading and writing adapter files: the adapter's own weights with metadata.
+"""File formats: the names, tensors and metadata of adapter files, whatever they mean.
 
-Two formats, by file ending: ``.safetensors`` with metadata, and the ``.bin`` of the first published adapters, a pickled
-``{"image_proj": {…}, "ip_adapter": {…}}`` without. Pickles are read with ``weights_only``.
+Two formats, by file ending: ``.safetensors`` with metadata, and pickles as torch saves them: the ``.bin`` of the first
+published adapters, ``{"image_proj": {…}, "ip_adapter": {…}}`` without metadata, and other programs' checkpoints.
+Pickles are read with ``weights_only``.
 
 The state that resumes a training (optimizer, step, data position) is in Lightning's checkpoint, not here.
 """
@@ -9,6 +10,7 @@ The state that resumes a training (optimizer, step, data position) is in Lightni
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,30 +18,56 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
+PICKLES = (PICKLE, ".pt", ".pth", ".ckpt")
+MAX_NESTING = 20
 
 
 def save_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata atomically; a ``.bin`` has no metadata. Raises UserError."""
+    """Write tensors and metadata atomically; the same content gives the same bytes. A ``.bin`` has no metadata.
+
+    Raises UserError.
+    """
+    check_output(path)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if is_pickle(path):
+    if path.suffix == PICKLE:
         write_atomically(path, lambda temporary: save_pickle(contiguous, temporary))
     else:
-        write_atomically(path, lambda temporary: save_safetensors(contiguous, temporary, dict(metadata)))
+        write_atomically(path, lambda temporary: save_safetensors(contiguous, temporary, metadata))
 
 
-def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def check_output(path: Path, option: str = "adapter") -> None:
+    """Raise UserError for an ending of neither format."""
+    if path.suffix not in (SAFETENSORS, PICKLE):
+        raise UserError(f"{option}={path}: an adapter file ends with {SAFETENSORS} or {PICKLE}")
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Raises OSError if the disk is full, for which safetensors has an error of its own."""
     try:
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, dict(metadata))
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    if metadata:
+        sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in random order; sorted, the file's hash depends on its content alone."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "the same entries take the same space"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -48,62 +76,37 @@ def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.write_bytes(content.getbuffer())
 
 
-def load_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, in the file's dtypes, and metadata. Raises UserError for a file that is damaged or would run code."""
-    if is_pickle(path):
-        return read_pickle(path), {}
-    metadata = read_metadata(path)
-    return load_file(path), metadata
+def load_adapter(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """All entries by dotted names, memory-mapped if possible, and the metadata.
 
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata, without reading a tensor; a ``.bin`` has none."""
-    if is_pickle(path):
-        check_exists(path)
-        return {}
-    with open_header(path) as file:
-        return file.metadata() or {}
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, without reading a tensor (those of a ``.bin`` are memory-mapped)."""
-    if is_pickle(path):
-        return {name: tuple(tensor.shape) for name, tensor in read_pickle(path).items()}
-    with open_header(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether the file is a ``.bin``; raises UserError for an ending of neither format."""
-    if path.suffix not in (SAFETENSORS, PICKLE):
-        raise UserError(f"{path}: an adapter file ends with {SAFETENSORS} or {PICKLE}{advice_on(path)}")
-    return path.suffix == PICKLE
-
-
-def advice_on(path: Path) -> str:
-    if path.is_dir():
-        return "; a training writes it as adapter.safetensors into its run folder"
-    return "; python -m ipa.tools.export makes one from a checkpoint" if path.suffix == ".ckpt" else ""
-
-
-def check_exists(path: Path) -> None:
+    Entries of a safetensors file are tensors in the file's dtypes; a pickle can hold anything that runs no code.
+    Raises UserError for a file that is missing, damaged, or would run code.
+    """
+    if path.suffix not in (SAFETENSORS, *PICKLES):
+        advice = "; a training writes it as adapter.safetensors into its run folder" if path.is_dir() else ""
+        raise UserError(f"{path}: an adapter file ends with {SAFETENSORS}, {', '.join(PICKLES)}{advice}")
     if not path.is_file():
         raise UserError(f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors.")
+    return load_safetensors(path) if path.suffix == SAFETENSORS else (load_pickle(path), {})
 
 
-def open_header(path: Path) -> Any:  # the type of safetensors' handle is private
-    check_exists(path)
+def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        return safe_open(path, framework="pt")
-    except Exception as error:
-        raise UserError(f"adapter={path} is not a safetensors file ({error}); it may be truncated.") from error
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # safetensors' own exception is none of Python's
+        raise UserError(f"adapter={path} is not a safetensors file ({brief(error)}); it may be truncated.") from error
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.bin`` by flat names, ``image_proj.…`` and ``ip_adapter.…``; raises UserError."""
-    check_exists(path)
+def load_pickle(path: Path) -> dict[str, Any]:
     try:
-        return dict(flattened(load_pickle(path)))
+        is_zip = zipfile.is_zipfile(path)
+        stored = is_zip and is_stored(path, check=path.suffix == ".ckpt")
+        # mapped into memory, compressed members would be taken for weights
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
+        if not isinstance(content, Mapping):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        return dict(flattened(content))
     except Exception as error:  # unpickling damaged or foreign bytes raises nearly anything
         raise UserError(
             f"adapter={path} cannot be read as tensors only ({brief(error)}): it is truncated, not an adapter, or "
@@ -111,20 +114,23 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def load_pickle(path: Path) -> Any:
-    """What torch saved at ``path``: tensors and plain containers only, on the CPU and memory-mapped if possible."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def is_stored(path: Path, check: bool) -> bool:
+    """Whether no member of the archive is compressed; ``check`` compares their CRC-32, too."""
+    with zipfile.ZipFile(path) as archive:
+        if check and (damaged := archive.testzip()):
+            raise zipfile.BadZipFile(f"it is damaged (CRC-32 of {damaged})")
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
-def flattened(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Nested dicts of tensors → dotted names; raises TypeError for anything else."""
-    if not isinstance(content, Mapping):
-        raise TypeError(f"{prefix.rstrip('.') or 'the file'} holds a {type(content).__name__}")
+def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings → dotted names; everything else is a leaf. Raises ValueError for mappings without an end."""
+    if prefix.count(".") > MAX_NESTING:
+        raise ValueError("it is nested too deeply")
     for name, value in content.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        else:
+        if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

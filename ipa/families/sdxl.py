@@ -25,6 +25,7 @@ class StableDiffusionXL(LatentDiffusion):
     name = "sdxl"
     title = "Stable Diffusion XL"
     advice = "base=sdxl (recipe=sdxl)"
+    guidance = 5.0
     conditions = TEXT_AND_SIZES
     pipeline_class = StableDiffusionXLPipeline
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}

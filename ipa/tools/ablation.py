@@ -88,7 +88,7 @@ def read_runs(sweep: Path) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    from ipa.export.storage import read_metadata
+    from ipa.export.reading import read_adapter
 
     path = folder / "config.yaml"
     try:
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not the configuration of a run ({brief(error)})") from error
     adapter = folder / "adapter.safetensors"
-    metadata = read_metadata(adapter)
+    metadata = read_adapter(adapter).metadata
     summary = read_json(folder / "summary.json", "train the run again")
     return Run(f"{metadata['kind']}_{metadata['head']}", config.seed, summary, config, adapter)
 

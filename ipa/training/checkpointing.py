@@ -27,6 +27,7 @@ from ipa.distributed import gather
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
 from ipa.training.hooks import Order, TrainingCallback, is_due, our_callbacks
+from ipa.types import first_not_finite
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
 FULL_DISK = "keep fewer with checkpoint.keep_last, or choose another run folder with paths.runs=FOLDER, then resume"
@@ -282,11 +283,10 @@ def check_same_step(steps: Sequence[int], folder: Path) -> None:
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
     """Raise UserError rather than write weights that are not finite."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
+    if broken := first_not_finite(tensors):
         raise UserError(
-            f"after step {step} {len(broken)} of {len(tensors)} trained weights are not finite or too large for their "
-            f"file ({broken[0]} …), so they are not saved. Try a smaller optimizer.lr or trainer.gradient_clip_val=1"
+            f"after step {step} the weights {broken[0]} are not finite or too large for their file, so they are not "
+            "saved. Try a smaller optimizer.lr or trainer.gradient_clip_val=1"
         )
 
 

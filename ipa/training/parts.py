@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from ipa.errors import UserError
-from ipa.export.adapter_file import AdapterFile, identify, identify_file, make_head
-from ipa.export.layouts import check_layout, check_same_sizes
-from ipa.export.published import check_fits, publish_name
+from ipa.export.adapter_file import make_head
+from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
+from ipa.export.published import check_fits
+from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.training.checkpointing import load
-from ipa.training.module import AVERAGE, TRAINABLE, part
+from ipa.training.module import AVERAGE
 from ipa.types import BaseWidths, EncoderWidths
+
+log = logging.getLogger(__name__)
 
 
 def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
@@ -30,25 +34,24 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     with torch.device("meta"):
         head = instantiate(cfg.tokens)(encoder, base.context)
     kind: str = get_class(cfg.adapter.make._target_).name  # type: ignore[attr-defined]
-    check_layout(head, kind, cfg.callbacks.export.layout)
+    layout: str = cfg.callbacks.export.layout
+    check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
+    if warning := other_no_image(head, layout):
+        log.warning("%s", warning)
     if donor:
-        file = identify_donor(Path(donor), cfg.ema.decay is not None)
+        file = read_adapter(Path(donor)).file
         check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
             check_same_sizes(make_head(file), file.kind, head, kind, str(donor))
 
 
-def identify_donor(path: Path, needs_average: bool) -> AdapterFile:
-    if path.suffix != ".ckpt":
-        return identify_file(path)
-    checkpoint = load(path, mmap=True)
-    state = checkpoint["state_dict"]
-    if needs_average and not any(name.startswith(AVERAGE) for name in state):
+def check_average(cfg: DictConfig, checkpoint: Path) -> None:
+    """Raise UserError if the run keeps an average, but the checkpoint of another run has none to continue."""
+    if cfg.ema.decay is not None and not any(name.startswith(AVERAGE) for name in load(checkpoint)["state_dict"]):
         raise UserError(
-            f"{path} was trained without ema.decay: give ema.decay=null, or export it and give adapter.init_from=FILE"
+            f"{checkpoint} was trained without ema.decay: give ema.decay=null, or adapter.init_from={checkpoint}, which "
+            "takes only the weights"
         )
-    shapes = {publish_name(name): tuple(value.shape) for name, value in part(state, TRAINABLE).items()}
-    return identify(shapes, checkpoint.get("adapter_metadata"), str(path))
 
 
 def read_widths(part: DictConfig) -> Any:

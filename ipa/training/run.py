@@ -38,7 +38,7 @@ from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
 from ipa.training.owner import owning
-from ipa.training.parts import build_model, check_parts, names_of_parts
+from ipa.training.parts import build_model, check_average, check_parts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 from ipa.training.profiling import StepClock, StepProfile
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
@@ -78,6 +78,8 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
     set_up_torch(cfg)
     datamodule: Any = instantiate(cfg.data)
     check_parts(cfg, None if resumes else start or cfg.adapter.init_from)  # before any weight is read
+    if start is not None and not resumes:
+        check_average(cfg, start)
     log.info("loading %s", ", ".join(names_of_parts(cfg)))
     stop, same = StopOnSignal(signals), SameParts(moved)
     trainer = make_trainer(cfg, folder, stop, same)
@@ -163,7 +165,7 @@ def build_module(cfg: DictConfig, datamodule: Any, trainer: L.Trainer, start: Pa
         latent_shape=model.family.latent_shape(size_px),
     )
     datamodule.check_model(model)
-    metadata = {"licence": cfg.licence} if cfg.licence else {}
+    metadata = instantiate(cfg.sampling).describe() | ({"licence": cfg.licence} if cfg.licence else {})
     return AdapterTraining(model, optimizer, instantiate(cfg.schedule), cfg.ema.decay, metadata)
 
 

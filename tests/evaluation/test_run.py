@@ -27,7 +27,7 @@ from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.run import evaluate, rank_and_world
 from ipa.export.loading import load_model
 from ipa.export.published import to_published
-from ipa.export.storage import read_metadata, save_adapter
+from ipa.export.storage import load_adapter, save_adapter
 from ipa.sampling import SamplingOptions, generate
 from ipa.types import to_uint8
 
@@ -138,7 +138,7 @@ def test_an_adapter_that_was_trained_further_is_another(run: Run, adapter: Path,
     mine.write_bytes(adapter.read_bytes())
     run("label=x", f"adapter={mine}", *few)
     model = tiny.shake(tiny.make_model(), seed=2)
-    save_adapter(mine, to_published(model.trainable.state_dict()), read_metadata(mine))
+    save_adapter(mine, to_published(model.trainable.state_dict()), load_adapter(mine)[1])
     with pytest.raises(UserError, match=r"other settings \(files: "):
         run("label=x", f"adapter={mine}", *few)
 
@@ -219,7 +219,7 @@ def test_pictures_that_are_not_finite_are_refused() -> None:
     pixels_B3HW = torch.zeros(3, 3, 4, 4)
     check_finite(pixels_B3HW, "x")
     pixels_B3HW[1, 0, 0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"x: 1 of 3 images .*method\.dtype=float32"):
+    with pytest.raises(UserError, match=r"x: image 1 .*method\.dtype=float32"):
         check_finite(pixels_B3HW, "x")
 
 

@@ -12,7 +12,7 @@ from published_files import PUBLISHED
 from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
 from ipa.errors import UserError
 from ipa.export.adapter_file import identify, make_head
-from ipa.export.layouts import LAYOUTS, check_layout, check_same_sizes, misreadings
+from ipa.export.layouts import LAYOUTS, check_layout, check_same_sizes, misreadings, other_no_image
 from ipa.types import EncoderWidths
 
 VIT_H = EncoderWidths(1024, 1280, 257, 224)
@@ -78,18 +78,22 @@ def test_a_simple_adapter_is_for_ipa_alone(cls: type[Head]) -> None:
     for layout in ("diffusers", "comfyui"):
         with pytest.raises(UserError, match=f"simple adapter cannot be written for {layout}: no other program knows"):
             check_layout(head, "simple", layout)
-
-
-def test_an_unknown_layout_is_told_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"layout=kohya: one of diffusers, comfyui, ipa"):
-        check_layout(make(GlobalHead), "decoupled", "kohya")
+        check_layout(head, "decoupled", "kohya")
 
 
-def test_all_misreadings_are_told_at_once() -> None:
-    head = make(ResamplerHead, depth=2, heads=3, num_tokens=5)
-
-    assert len(misreadings(head, "decoupled", "comfyui")) == 3
-    assert misreadings(head, "decoupled", "ipa") == []
+@pytest.mark.parametrize(
+    ("cls", "public", "other"),
+    [(GlobalHead, "zeros", "blank"), (ResamplerHead, "blank", "zeros"), (FullHead, "blank", "zeros")],
+)
+def test_another_no_image_than_readers_take_is_a_warning(cls: type[Head], public: str, other: str) -> None:
+    """The call that makes diffusers agree is tried in test_diffusers."""
+    for layout in LAYOUTS:
+        check_layout(make(cls, no_image=other), "decoupled", layout)
+        assert other_no_image(make(cls, no_image=public), layout) is None
+        warning = other_no_image(make(cls, no_image=other), layout)
+        assert (warning is None) is (layout == "ipa")
+        assert warning is None or (f"tokens.no_image={other}" in warning and "ip_adapter_image_embeds=" in warning)
 
 
 @pytest.mark.parametrize(

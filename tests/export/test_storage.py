@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pickle
 import stat
-import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ipa.errors import UserError
-from ipa.export.storage import load_adapter, read_metadata, read_shapes, save_adapter
+from ipa.export.reading import read_adapter
+from ipa.export.storage import load_adapter, save_adapter
 from ipa.files import fsync, write_atomically
 
 TENSORS = {
@@ -26,7 +25,6 @@ TENSORS = {
     "ip_adapter.1.to_k_ip.weight": torch.ones(2, 4),
 }
 METADATA = {"base": "demo/base", "step": "1200", "note": "λ = 0,5"}
-READERS = [load_adapter, read_metadata, read_shapes]
 
 
 @pytest.fixture
@@ -39,14 +37,13 @@ def pickled(tmp_path: Path) -> Path:
     return tmp_path / "adapter.bin"
 
 
-def test_both_formats_give_back_tensors_and_shapes_and_one_the_metadata(path: Path, pickled: Path) -> None:
+def test_both_formats_give_back_the_tensors_and_one_the_metadata(path: Path, pickled: Path) -> None:
     for file in (path, pickled):
         save_adapter(file, TENSORS, METADATA)
         tensors, metadata = load_adapter(file)
 
-        assert metadata == read_metadata(file) == (METADATA if file is path else {})
+        assert metadata == (METADATA if file is path else {})
         assert tensors.keys() == TENSORS.keys()
-        assert read_shapes(file) == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
         for name, tensor in TENSORS.items():
             assert tensors[name].dtype == tensor.dtype
             assert torch.equal(tensors[name], tensor)
@@ -55,24 +52,20 @@ def test_both_formats_give_back_tensors_and_shapes_and_one_the_metadata(path: Pa
         "image_proj": ["proj.weight"],
         "ip_adapter": ["1.to_k_ip.weight"],
     }
-
-
-def test_a_file_of_others_without_metadata_is_read(path: Path) -> None:
-    save_file({"a": torch.ones(2)}, path)
-
+    save_file({"a": torch.ones(2)}, path)  # as others publish them
     assert load_adapter(path)[1] == {}
 
 
-def test_shapes_are_read_without_a_tensor(path: Path) -> None:
-    # the weights are of a type that torch cannot hold, so reading one of them fails
-    entries = {"w": {"dtype": "F6_E2M3", "shape": [4, 8], "data_offsets": [0, 24]}, "__metadata__": {"step": "3"}}
-    header = json.dumps(entries).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_the_same_content_has_the_same_bytes(ending: str, tmp_path: Path) -> None:
+    """safetensors itself writes metadata in another order each time."""
+    paths = [tmp_path / f"{number}{ending}" for number in range(8)]
+    entries = [*METADATA.items(), ("quoted", '\x1f"\\\n\u2028')]
+    for number, path in enumerate(paths):
+        save_adapter(path, TENSORS, dict(entries[number % 4 :] + entries[: number % 4]))
 
-    with pytest.raises(Exception, match="F6_E2M3"):
-        load_file(path)
-    assert read_shapes(path) == {"w": (4, 8)}
-    assert read_metadata(path) == {"step": "3"}
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert load_adapter(paths[0])[1] == (dict(entries) if ending == ".safetensors" else {})
 
 
 def test_a_pickle_of_a_view_does_not_hold_the_whole_storage(pickled: Path) -> None:
@@ -122,21 +115,28 @@ def test_the_folder_is_created_or_the_reason_is_given(tmp_path: Path) -> None:
         save_adapter(tmp_path / "taken" / "adapter.safetensors", TENSORS, METADATA)
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_a_truncated_or_missing_file_is_named(path: Path, read: Callable[[Path], object]) -> None:
-    save_adapter(path, TENSORS, METADATA)
-    whole = path.read_bytes()
-    for length in (0, 5, 40, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=rf"{path} is not a safetensors file .* truncated"):
-            read(path)
-    path.unlink()
-    with pytest.raises(UserError, match=rf"adapter={path}: no such file"):
-        read(path)
+def test_a_truncated_or_missing_file_is_named(path: Path, pickled: Path) -> None:
+    for file, words in ((path, "is not a safetensors file .* truncated"), (pickled, "truncated, not an adapter")):
+        save_adapter(file, TENSORS, METADATA)
+        whole = file.read_bytes()
+        for length in (0, 5, 40, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:length])
+            with pytest.raises(UserError, match=rf"adapter={file} .*{words}"):
+                load_adapter(file)
+        file.unlink()
+        with pytest.raises(UserError, match=rf"adapter={file}: no such file"):
+            load_adapter(file)
     with pytest.raises(UserError, match=rf"{path.parent}: .* adapter\.safetensors into its run folder"):
-        read(path.parent)
-    with pytest.raises(UserError, match=r"last\.ckpt: .* ipa\.tools\.export"):
-        read(path.with_name("last.ckpt"))
+        load_adapter(path.parent)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_found(pickled: Path) -> None:
+    save_adapter(pickled, {"image_proj.latents": torch.full((1000,), 0.5)}, {})
+    content = bytearray(pickled.read_bytes())
+    content[content.index(torch.full((9,), 0.5).numpy().tobytes()) + 100] ^= 1
+    pickled.with_suffix(".ckpt").write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter\.ckpt .*CRC-32"):
+        load_adapter(pickled.with_suffix(".ckpt"))
 
 
 class Evil:
@@ -150,14 +150,11 @@ class Evil:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-@pytest.mark.parametrize("read", [load_adapter, read_shapes])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(
-    pickled: Path, save: Callable[[Any, Path], None], read: Callable[[Path], object]
-) -> None:
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(pickled: Path, save: Callable[[Any, Path], None]) -> None:
     trace = pickled.with_name("trace")
     save({"image_proj": {"proj.weight": torch.ones(2), "evil": Evil(trace)}, "ip_adapter": {}}, pickled)
     with pytest.raises(UserError, match=rf"^adapter={pickled} .*can run code") as caught:
-        read(pickled)
+        load_adapter(pickled)
 
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert not trace.exists()
@@ -172,7 +169,6 @@ def zipped(path: Path) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path: path.write_bytes(b""),
         lambda path: path.write_text("<html>404</html>"),
         lambda path: path.write_bytes(bytes(200)),
         zipped,
@@ -180,28 +176,18 @@ def zipped(path: Path) -> None:
         lambda path: torch.save({"image_proj": {"latents": 3}}, path),
         lambda path: torch.save({"epoch": 3}, path),
     ],
-    ids=["empty", "text", "zeros", "zip", "list", "number", "other"],
+    ids=["text", "zeros", "zip", "list", "number", "other"],
 )
 def test_a_foreign_pickle_is_named(pickled: Path, write: Callable[[Path], object]) -> None:
     write(pickled)
-    for read in (load_adapter, read_shapes):
-        with pytest.raises(UserError, match=rf"^adapter={pickled} .*not an adapter"):
-            read(pickled)
-
-
-def test_a_truncated_pickle_is_named(pickled: Path) -> None:
-    save_adapter(pickled, TENSORS, {})
-    whole = pickled.read_bytes()
-    for length in (5, 40, len(whole) // 2, len(whole) - 1):
-        pickled.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=rf"^adapter={pickled} .*truncated"):
-            load_adapter(pickled)
+    with pytest.raises(UserError, match=rf"{pickled} .*not an (IP-A|a)dapter"):
+        read_adapter(pickled)
 
 
 def test_another_ending_is_refused(tmp_path: Path) -> None:
-    for use in (load_adapter, read_metadata, lambda path: save_adapter(path, TENSORS, {})):
-        with pytest.raises(UserError, match=r"adapter\.pt: an adapter file ends with \.safetensors or \.bin"):
-            use(tmp_path / "adapter.pt")
+    for use in (load_adapter, lambda path: save_adapter(path, TENSORS, {})):
+        with pytest.raises(UserError, match=r"adapter\.onnx: an adapter file ends with \.safetensors"):
+            use(tmp_path / "adapter.onnx")
 
     assert list(tmp_path.iterdir()) == []
 
@@ -214,17 +200,13 @@ def test_a_folder_without_fsync_is_no_error() -> None:
         fsync(Path("/proc/self/stat"))
 
 
-@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
-def umask(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = os.umask(request.param)
-    yield request.param
-    os.umask(before)
-
-
-@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
-def test_permissions_follow_the_umask(umask: int, ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"adapter{ending}"
-    for _ in range(2):  # a new file, and one that is replaced
-        save_adapter(path, TENSORS, METADATA)
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_permissions_follow_the_umask(umask: int, path: Path, pickled: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for file in (path, pickled, path):  # new files, and one that is replaced
+            save_adapter(file, TENSORS, METADATA)
+            assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+    finally:
+        os.umask(before)
+    assert sorted(path.parent.iterdir()) == [pickled, path]

@@ -24,25 +24,28 @@ def plain_attention(query_BQd: Tensor, key_BTd: Tensor, value_BTd: Tensor, heads
     return torch.cat(out, dim=-1)
 
 
-def test_a_branch_starts_as_a_copy_of_the_layers_own_keys_and_values(attention: Attention) -> None:
-    branch = CrossAttentionHost("a layer", attention).make_branch()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_branch_starts_as_an_fp32_copy_of_the_layers_own_keys_and_values(
+    attention: Attention, dtype: torch.dtype
+) -> None:
+    branch = CrossAttentionHost("a layer", attention.to(dtype)).make_branch()
+    query = torch.randn(1, 2, 5, 4, dtype=dtype)
 
-    assert torch.equal(branch.to_k_ip.weight, attention.to_k.weight)
-    assert torch.equal(branch.to_v_ip.weight, attention.to_v.weight)
-    assert branch.to_k_ip.weight.data_ptr() != attention.to_k.weight.data_ptr()
+    for own, copied in ((branch.to_k_ip, attention.to_k), (branch.to_v_ip, attention.to_v)):
+        assert torch.equal(own.weight, copied.weight.float())
+        assert own.weight.data_ptr() != copied.weight.data_ptr()
     assert not list(branch.buffers()) and len(list(branch.parameters())) == 2
-
-
-def test_a_branch_is_in_fp32_whatever_the_base_is_in(attention: Attention) -> None:
-    branch = CrossAttentionHost("a layer", attention.to(torch.bfloat16)).make_branch()
-    query = torch.randn(1, 2, 5, 4, dtype=torch.bfloat16)
-
     assert {parameter.dtype for parameter in branch.parameters()} == {torch.float32}
-    assert branch(query, torch.randn(1, 4, 16), None, torch.ones(())).dtype == torch.bfloat16
+    assert branch(query, torch.randn(1, 4, 16), None, torch.ones(())).dtype == dtype
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
-def test_a_layer_with_its_branch_is_equation_5(attention: Attention, scale: float) -> None:
+@pytest.mark.parametrize(("residual", "factor"), [(False, 1.0), (True, 2.0)])
+def test_a_layer_with_its_branch_is_equation_5(
+    attention: Attention, scale: float, residual: bool, factor: float
+) -> None:
+    """And then what the layer does with its output: the residual, and 1 / ``rescale_output_factor``."""
+    attention.residual_connection, attention.rescale_output_factor = residual, factor
     host, channel = CrossAttentionHost("a layer", attention), Channel()
     branch = host.make_branch()
     torch.nn.init.normal_(branch.to_k_ip.weight)
@@ -55,7 +58,8 @@ def test_a_layer_with_its_branch_is_equation_5(attention: Attention, scale: floa
     query = attention.to_q(states)
     attended = plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
     attended = attended + scale * plain_attention(query, branch.to_k_ip(tokens), branch.to_v_ip(tokens), heads=2)
-    torch.testing.assert_close(out, attention.to_out[0](attended), rtol=1e-5, atol=1e-6)
+    expected = (attention.to_out[0](attended) + residual * states) / factor
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_every_row_can_have_a_scale_of_its_own(attention: Attention) -> None:
@@ -85,6 +89,8 @@ def test_the_layers_own_path_is_that_of_diffusers_bit_for_bit(
 def test_without_a_prompt_the_replaced_processor_answers(attention: Attention) -> None:
     host = CrossAttentionHost("a layer", attention)
     found = attention.processor
+    host.unplug()  # nothing is plugged in
+    assert attention.processor is found
     states, text = torch.randn(2, 9, 8), torch.randn(2, 5, 16)
     before = attention(states, text)
     host.plug(host.make_branch(), Channel())
@@ -95,12 +101,11 @@ def test_without_a_prompt_the_replaced_processor_answers(attention: Attention) -
     assert attention.processor is found
 
 
-def test_a_place_takes_one_branch_also_from_another_host(attention: Attention) -> None:
+def test_an_adapter_is_plugged_in_once(attention: Attention) -> None:
     host = CrossAttentionHost("a layer", attention)
     host.plug(host.make_branch(), Channel())
-    for other in (host, CrossAttentionHost("the same layer", attention)):
-        with pytest.raises(RuntimeError, match=r"layer already has a branch; call remove\(\)"):
-            other.plug(host.make_branch(), Channel())
+    with pytest.raises(RuntimeError, match=r"a layer already has this adapter's branch; call remove\(\)"):
+        host.plug(host.make_branch(), Channel())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,13 +139,6 @@ def test_a_prompt_that_gradients_are_recorded_of_is_read_anew(attention: Attenti
     assert tokens.grad is not None and tokens.grad.abs().sum() > 0
     assert branch.to_k_ip.weight.grad is not None and branch.to_v_ip.weight.grad is not None
     assert not torch.equal(changed, before)
-
-
-def test_unplugging_what_is_not_plugged_changes_nothing(attention: Attention) -> None:
-    found = attention.processor
-    CrossAttentionHost("a layer", attention).unplug()
-
-    assert attention.processor is found
 
 
 def test_heads_are_split_and_joined() -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from ipa.data.images.transforms import FITS
 from ipa.export import loading
 from ipa.export.published import to_published, with_metadata
-from ipa.export.storage import save_adapter
+from ipa.export.storage import load_adapter, save_adapter
+from ipa.sampling import SamplingOptions
 from ipa.tools.sample import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,16 +140,40 @@ def test_the_image_prompt_is_preprocessed_as_the_metadata_say(sample: Sample, ad
     assert made["plain"] == made["crop"]
 
 
+def test_steps_and_guidance_are_the_trainings(sample: Sample, adapter: Path, tmp_path: Path) -> None:
+    """Recorded in the metadata; else guidance is the base's usual one. A run folder means its adapter."""
+    made = {}
+    run = tmp_path / "run"
+    save_adapter(run / adapter.name, *load_adapter(adapter))
+    recorded = load_adapter(adapter)[1] | SamplingOptions(num_steps=3, guidance=1.0).describe()
+    save_adapter(adapter, load_adapter(adapter)[0], recorded)
+    cases: dict[str, dict[str, object]] = {
+        "recorded": {"num_steps": None},
+        "same": {"adapter": run, "num_steps": 3, "guidance": 1},
+        "usual": {"adapter": run},
+        "same as usual": {"adapter": run, "guidance": 7.5},
+    }
+    for name, options in cases.items():
+        sample(out=tmp_path / f"{name}.png", **options)
+        made[name] = pixels(tmp_path / f"{name}.png")
+
+    assert made["recorded"] == made["same"] != made["usual"] == made["same as usual"]
+
+
 @pytest.mark.parametrize(
     ("head", "kind", "extension"),
-    [("global", "simple", ".bin"), ("fine_grained", "decoupled", ".bin"), ("full", "decoupled", ".safetensors")],
+    [
+        ("global", "simple", ".safetensors"),
+        ("fine_grained", "decoupled", ".bin"),
+        ("full", "decoupled", ".safetensors"),
+    ],
 )
 def test_heads_and_kinds_are_sampled_from_either_format_with_a_given_base_and_encoder(
     sample: Sample, base_folder: Path, clip_name: str, tmp_path: Path, head: str, kind: str, extension: str
 ) -> None:
     tensors = to_published(tiny.shake(tiny.make_model(head=head, kind=kind)).trainable.state_dict())
     # the tiny encoder has fewer patches than the 257 of the published one
-    metadata = with_metadata(tensors, {"num_tokens": "10"} if head == "full" else {})
+    metadata = with_metadata(tensors, {"kind": kind} | ({"num_tokens": "10"} if head == "full" else {}))
     save_adapter(tmp_path / f"a{extension}", tensors, metadata)
     for name, scale in (("with", 0.5), ("alone", 0)):
         out = tmp_path / f"{name}.png"
@@ -176,7 +201,7 @@ def test_a_file_without_metadata_needs_base_and_encoder(
         ({"scale": "much"}, ["scale=much", "a number"]),
         ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
         ({"guidance_rescale": 1.5}, ["guidance_rescale=1.5", "at most 1"]),
-        ({"image_size_px": 25}, ["image_size_px=25", "multiple of 8"]),
+        ({"image_size_px": 25}, ["image_size_px=25", "multiples of 2 px"]),
         ({"device": "abacus"}, ["device=abacus"]),
         ({"adapter": "nowhere.safetensors"}, ["adapter=nowhere.safetensors"]),
         ({"image": "[]"}, ["image=[]", "at least one image prompt"]),

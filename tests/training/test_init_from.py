@@ -126,7 +126,8 @@ def test_a_misfit_is_refused_before_any_weight_is_read(
     train_in: Run, tmp_path: Path, world: World, make, expected: list[str]
 ) -> None:
     tensors, donor = make(), tmp_path / "donor.safetensors"
-    save_adapter(donor, tensors, with_metadata(tensors, {}))
+    metadata = {"kind": "simple"} if make is of_another_kind else {}
+    save_adapter(donor, tensors, with_metadata(tensors, metadata))
 
     with pytest.raises(ValueError, match="donor") as caught:
         train_in(tmp_path / "x", f"adapter.init_from={donor}", *without_weights(world, tmp_path))

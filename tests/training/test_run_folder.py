@@ -7,15 +7,16 @@ import pytest
 import tiny
 import torch
 from bystanders import WITNESS, Witness
-from conftest import HELDOUT, QUIET, Run, World, checkpoint, column, rows, saved_configuration
+from conftest import HELDOUT, QUIET, Run, World, checkpoint, column, compose, rows, saved_configuration
 from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ipa.export.loading import load_model
 from ipa.training.checkpointing import read_checkpoint
-from ipa.training.parts import build_model
+from ipa.training.parts import build_model, check_parts
 
 BRANCHES = range(1, 2 * len(tiny.HIDDEN), 2)
 PUBLISHED = {
@@ -96,8 +97,19 @@ def test_adapter_file_has_the_published_layout(finished: Path, world: World) -> 
 
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == PUBLISHED
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    expected = {"base": world.base, "encoder": world.encoder, "head": "global", "kind": "decoupled", "step": "4"}
-    assert metadata.items() >= expected.items()
+    expected = {"base": "base", "encoder": "local-dir:clip", "head": "global", "kind": "decoupled", "step": "4"}
+    assert metadata.items() >= (expected | {"sampling_guidance": "3.0", "sampling_num_steps": "1"}).items()
+    assert load_model(finished).family.source == world.base  # found in the run
+
+
+def test_another_no_image_than_diffusers_takes_is_said_at_the_start(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for options in ([], ["adapter.layout=ipa", "tokens.no_image=blank"]):
+        check_parts(compose(tmp_path, *world.overrides(), *options))
+    assert "no_image" not in caplog.text
+    check_parts(compose(tmp_path, *world.overrides(), "tokens.no_image=blank"))
+    assert "tokens.no_image=blank" in caplog.text and "ip_adapter_image_embeds=" in caplog.text
 
 
 def test_adapter_file_holds_the_trained_weights(finished: Path) -> None:

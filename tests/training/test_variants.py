@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from ipa.export.adapter_file import identify_file
 from ipa.export.loading import load_model
 from ipa.export.published import publish_name
-from ipa.export.storage import read_metadata
+from ipa.export.reading import read_adapter
 from ipa.training.previews import HeldOutPrompts, Previews, generate_columns, generate_from, score_pictures
 
 FILES = ("adapter.safetensors", "adapter_raw.safetensors")
@@ -46,7 +45,8 @@ def folder(variant: Callable[[str], Path], experiment: str) -> Path:
 
 def test_the_file_says_what_it_is(folder: Path, experiment: str) -> None:
     kind, _, head = experiment.partition("_")
-    file, metadata = identify_file(folder / FILES[0]), read_metadata(folder / FILES[0])
+    adapter = read_adapter(folder / FILES[0])
+    file, metadata = adapter.file, adapter.metadata
 
     assert (file.kind, file.head, file.num_tokens) == (kind, head, {"global": 4, "fine_grained": 16}[head])
     assert metadata["kind"] == kind and metadata["head"] == head and metadata["step"] == "6"
