@@ -49,8 +49,8 @@ def check_average(cfg: DictConfig, checkpoint: Path) -> None:
     """Raise UserError if the run keeps an average, but the checkpoint of another run has none to continue."""
     if cfg.ema.decay is not None and not any(name.startswith(AVERAGE) for name in load(checkpoint)["state_dict"]):
         raise UserError(
-            f"{checkpoint} was trained without ema.decay: give ema.decay=null, or adapter.init_from={checkpoint}, which "
-            "takes only the weights"
+            f"{checkpoint} was trained without ema.decay: give ema.decay=null, or adapter.init_from={checkpoint} to "
+            "take only the weights"
         )
 
 
@@ -65,7 +65,7 @@ def name_of(encoder: DictConfig) -> str:
 
 def names_of_parts(cfg: DictConfig) -> list[str]:
     judge = cfg.get("judge")
-    return [cfg.base.path, name_of(cfg.encoder), *([f"{name_of(judge)} to score with"] if judge else [])]
+    return [name_of(cfg.base), name_of(cfg.encoder), *([f"{name_of(judge)} to score with"] if judge else [])]
 
 
 def build_model(cfg: DictConfig) -> IPAdapterModel:
