@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ipa import identity
 from ipa.errors import UserError
 from ipa.identity import group_name, run_folder
 
@@ -20,6 +21,7 @@ TASK = {**SHELL, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "3"}
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(identity, "has_terminal", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,11 @@ def test_runs_of_one_job_have_names_of_their_own_which_a_requeued_job_finds() ->
     again = group_name({**SLURM, "SLURM_RESTART_COUNT": "1"}, ["data.num_workers=2", "seed=1"])
 
     assert loop[0] == again != loop[1]
+
+
+def test_runs_started_in_a_terminal_are_not_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "has_terminal", lambda: True)
+    assert group_name(SLURM, []) is None
 
 
 def test_a_group_of_processes_without_an_id_is_refused() -> None:
