@@ -174,6 +174,10 @@ class Family(nn.Module, ABC):
     def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
         """Result of ``prepare_text`` → what ``denoise`` takes; ``size_B6`` as in `TextCondition`."""
 
+    def cut_off(self, text: str) -> str:
+        """The end of a text that is too long for the tokenizers, which ``prepare_text`` leaves out."""
+        return ""
+
     def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
         return self.encode_text_inputs(self.prepare_text(texts), size_B6)
 

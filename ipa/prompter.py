@@ -5,7 +5,7 @@
 
 Several images, masks, λ per block and over time, several adapters: see `Reference`. A different reference for every
 image of a batch: `Prompter.generate`. Any public pipeline on the same base (ControlNet, image to image, inpainting,
-LoRA): ``pipeline_class=`` with its own arguments, or `Prompter.prompted` around a pipeline of your own.
+LoRA): ``pipeline=`` and its ``arguments=``, or `Prompter.prompted` around a pipeline of your own.
 
 Several prompts of one adapter, or of several, add up to (Ye et al. 2023, equation 5, one term per prompt i)
 
@@ -17,114 +17,39 @@ with λ_i of the block and the time, and mask m_i. Images of one prompt share on
 from __future__ import annotations
 
 import inspect
-import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
-from torch import Tensor
 
 from ipa.contracts import Family
-from ipa.data.images.transforms import Opened, fit_reference, open_picture, read_picture
 from ipa.errors import UserError
 from ipa.export.loading import load_model, load_onto
+from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.presets import BlockWeights, read_blocks
-from ipa.sampling import draw_noise
-from ipa.types import Features, ImageCondition, TextCondition, to_uint8
+from ipa.references import Item, Pictures, Reference, as_list, columns, encode, images_to_references, read_mask
+from ipa.sampling import SamplingOptions, draw_noise, recorded_options
+from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
 
 log = logging.getLogger(__name__)
 
-Picture = str | Path | Image.Image
-Pictures = Picture | Sequence[Picture]
-
-# on the encoder's features, before the head; N images, all with weights applied
-COMBINE: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
-    "concat": lambda each: each,
-    "add": lambda each: [torch.stack(each).sum(0)],
-    "average": lambda each: [torch.stack(each).mean(0)],
-    "subtract": lambda each: [each[0] - torch.stack(each[1:]).mean(0)],
-    "norm average": lambda each: [torch.stack([x / x.norm(dim=-1, keepdim=True) for x in each]).mean(0)],
-    "max": lambda each: [torch.stack(each).amax(0)],
-    "min": lambda each: [torch.stack(each).amin(0)],
-}
-
-
-@dataclass(frozen=True)
-class Reference:
-    """One image prompt: its images, and how they act.
-
-    ``scale`` is λ. ``blocks`` is a preset's name or a mapping of blocks to factors of λ (`ipa.presets`). The prompt
-    acts from ``start`` to ``end``, fractions of the training's noise schedule, with ``curve`` of the progress in
-    between. ``mask`` is white where it acts. ``combine`` says how several images become one prompt, one of ``COMBINE``;
-    ``weights`` multiply their features. ``negative`` images take the place of "no image" in guidance's negative part.
-    ``adapter`` is the adapter's number.
-    """
-
-    images: Pictures
-    scale: float = 1.0
-    blocks: str | Any = None
-    start: float = 0.0
-    end: float = 1.0
-    curve: Callable[[float], float] | None = None
-    mask: Picture | None = None
-    combine: str = "concat"
-    weights: Sequence[float] | None = None
-    negative: Pictures | None = None
-    adapter: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values that mean nothing."""
-        count = len(as_list(self.images))
-        if not (self.scale >= 0 and self.scale < float("inf")):
-            raise UserError(f"scale={self.scale}: λ is a number of at least 0")
-        if not 0 <= self.start <= self.end <= 1:
-            raise UserError(f"start={self.start} end={self.end}: give 0 ≤ start ≤ end ≤ 1")
-        if self.combine not in COMBINE:
-            raise UserError(f"combine={self.combine}: give one of {', '.join(COMBINE)}")
-        if count == 0 or (count == 1 and self.combine == "subtract"):
-            raise UserError(f"combine={self.combine} needs {'two images' if count else 'an image'} or more")
-        if self.weights is not None and len(self.weights) != count:
-            raise UserError(f"weights={list(self.weights)}: give one for each of the {count} images")
-
-    def form(self) -> Any:
-        """Prompts of one form can be in one batch; images, masks and λ may differ."""
-        blocks = tuple(self.blocks.items()) if hasattr(self.blocks, "items") else self.blocks
-        negatives = None if self.negative is None else len(as_list(self.negative))
-        when = (self.start, self.end, self.curve)
-        return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, self.combine
-
-    def over_time(self) -> Callable[[float], float] | None:
-        if (self.start, self.end, self.curve) == (0.0, 1.0, None):
-            return None
-        curve, end = self.curve or (lambda progress: 1.0), self.end if self.end < 1 else float("inf")
-        return lambda progress: curve(progress) if self.start <= progress < end else 0.0
-
-
-@dataclass(frozen=True)
-class Item:
-    """What one image is made from."""
-
-    references: Sequence[Reference] = ()
-    text: str = ""
-    negative_text: str = ""
-    seed: int = 0
-
-    def form(self) -> Any:
-        return tuple(reference.form() for reference in self.references)
+# options of ``generate``
+SAMPLING = ("num_steps", "guidance", "guidance_rescale", "batch_size")
 
 
 @dataclass
 class Prompter:
-    """``models`` share one family; each has its own encoder, head and adapter, installed."""
+    """``models`` share one family; each has its own encoder, head and adapter, installed.
+
+    ``defaults`` are sampling options: how the training sampled, or what is usual for the base.
+    """
 
     models: list[IPAdapterModel]
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -139,8 +64,9 @@ class Prompter:
         models = [load_model(Path(first), **options)]
         shared = {name: options[name] for name in ("encoder", "encoder_weights", "dtype") if name in options}
         models += [load_onto(models[0].family, Path(each), **shared) for each in others]
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls([model.to(device) for model in models])
+        metadata = read_adapter(Path(first)).metadata
+        defaults = {"guidance": models[0].family.guidance, "batch_size": 8} | recorded_options(metadata)
+        return cls([model.to(choose_device(device)) for model in models], defaults)
 
     @property
     def family(self) -> Family:
@@ -157,71 +83,69 @@ class Prompter:
         *,
         negative_text: str = "",
         seed: int | Sequence[int] = 0,
-        guidance: float = 3.0,
-        num_steps: int = 25,
         width: int | None = None,
         height: int | None = None,
-        batch_size: int = 8,
-        guidance_rescale: float = 0.0,
         pipeline: Any = None,
-        arguments: dict[str, Any] | None = None,
-        **reference: Any,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
-        """One image per ``seed``; ``reference`` are the fields of `Reference`. For the rest see ``generate``."""
-        references = images_to_references(images, reference)
+        """One image per ``seed``. ``options`` are fields of `Reference`, and those of ``generate``."""
+        sampling = {name: options.pop(name) for name in SAMPLING if name in options}
+        references = images_to_references(images, options)
         items = [Item(references, text, negative_text, each) for each in as_list(seed)]
-        return self.generate(
-            items,
-            guidance=guidance,
-            num_steps=num_steps,
-            width=width,
-            height=height,
-            batch_size=batch_size,
-            guidance_rescale=guidance_rescale,
-            pipeline=pipeline,
-            arguments=arguments,
-        )
+        return self.generate(items, width=width, height=height, pipeline=pipeline, arguments=arguments, **sampling)
 
     @torch.no_grad()
     def generate(
         self,
         items: Sequence[Item],
         *,
-        guidance: float = 3.0,
-        num_steps: int = 25,
         width: int | None = None,
         height: int | None = None,
-        batch_size: int = 8,
-        guidance_rescale: float = 0.0,
         pipeline: Any = None,
-        arguments: dict[str, Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
-        """One image per item, each from its own seed. Items of one form make a batch together.
+        """One image per item, each from its own seed. Neighbours of one form make a batch together.
 
         ``pipeline`` is a public pipeline from ``self.pipeline(…)``, by default text to image; ``arguments`` are further
-        ones of its call (``image``, ``strength``, ``controlnet_conditioning_scale``).
+        ones of its call (``image``, ``strength``, ``controlnet_conditioning_scale``). ``options`` are ``num_steps``,
+        ``guidance``, ``guidance_rescale`` and ``batch_size`` of `ipa.sampling.SamplingOptions`; the others are those
+        that the adapter was trained with.
         """
-        edge = self.family.image_size_px
+        sampling = SamplingOptions(**{**self.defaults, **options})
+        edge = sampling.image_size_px or self.family.image_size_px
         size = self.family.check_size(width or edge, "width"), self.family.check_size(height or edge, "height")
         pipe = pipeline or self.pipeline()
         made: list[Image.Image] = []
         for _, group in groupby(items, Item.form):
-            alike = list(group)
-            for first in range(0, len(alike), batch_size):
-                batch = alike[first : first + batch_size]
-                with self.prompted(batch, size, guidance > 1) as prompts:
-                    latents = pipe(
-                        **prompts,
-                        **noise_arguments(pipe, self.family, size, [item.seed for item in batch]),
-                        **guidance_arguments(pipe, self.family, guidance, guidance_rescale),
-                        **size_arguments(pipe, size),
-                        num_inference_steps=num_steps,
-                        output_type="latent",
-                        **(arguments or {}),
-                    ).images
-                pixels = self.family.decode_latents(self.family.unpack(latents, latent_shape(self.family, size)))
-                made += [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_uint8(pixels).cpu()]
+            for batch in batched(list(group), sampling.batch_size):
+                made += self.run(batch, size, sampling, pipe, arguments or {})
         return made
+
+    def run(
+        self,
+        items: Sequence[Item],
+        size: tuple[int, int],
+        sampling: SamplingOptions,
+        pipeline: Any,
+        arguments: Mapping[str, Any],
+    ) -> list[Image.Image]:
+        """One call of the pipeline."""
+        with self.prompted(items, size, sampling.guidance > 1) as prompts:
+            latents = pipeline(
+                **prompts,
+                **noise_arguments(pipeline, self.family, size, [item.seed for item in items]),
+                **guidance_arguments(pipeline, self.family, sampling),
+                **size_arguments(pipeline, size),
+                num_inference_steps=sampling.num_steps,
+                output_type="latent",
+                **arguments,
+            ).images
+        pixels_B3HW = self.family.decode_latents(self.family.unpack(latents, latent_shape(self.family, size)))
+        if first_not_finite({"": pixels_B3HW}):
+            raise UserError("the images are not finite: if dtype= is float16, give dtype=float32 or bfloat16")
+        return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_uint8(pixels_B3HW).cpu()]
 
     @contextmanager
     def prompted(
@@ -232,6 +156,9 @@ class Prompter:
         ``size`` is the width and height of the images; ``guided`` is whether the pipeline is called with guidance.
         All items must have one form. Raises UserError.
         """
+        for text in {item.text for item in items} | {item.negative_text for item in items}:
+            if rest := self.family.cut_off(text):
+                log.warning("the text is too long for this base, which does not read its end: … %s", rest)
         width, height = size or (self.family.image_size_px,) * 2
         size_B6 = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(items), -1)
         positive = self.family.encode_text([item.text for item in items], size_B6)
@@ -288,64 +215,20 @@ def hosts_of(weights: dict[str, float], family: Family) -> dict[str, float]:
     return {host.name: weights.get(host.block, 0.0) for host in family.hosts()}
 
 
-def images_to_references(images: Any, options: dict[str, Any]) -> list[Reference]:
-    given = as_list(images)
-    if any(isinstance(each, Reference) for each in given):
-        if options:
-            raise UserError(f"{', '.join(options)}: give them to Reference(…)")
-        return given
-    return [Reference(given, **options)] if given else []
+def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """`itertools.batched` of Python 3.12."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | range) else [value]
-
-
-def encode(
-    model: IPAdapterModel, images: Sequence[Picture], weights: Sequence[float] | None, combine: str
-) -> list[Features]:
-    """Features of one prompt's images after combining them; one row each."""
-    features = [model.encode_reference(reference(model, each)[None]) for each in images]
-    if weights is not None:
-        features = [each.map(partial(torch.mul, float(w))) for each, w in zip(features, weights, strict=True)]
-    merged: dict[str, list[Tensor]] = {}
-    for name in ("pooled_BE", "patches_BPF"):
-        tensors = [value for each in features if (value := getattr(each, name)) is not None]
-        if tensors:
-            merged[name] = COMBINE[combine](tensors)
-    return [Features(**dict(zip(merged, values, strict=True))) for values in zip(*merged.values(), strict=True)]
-
-
-def reference(model: IPAdapterModel, picture: Picture) -> Tensor:
-    return fit_reference(open_reference(picture), model.encoder.image_size_px, model.reference_fit).to(model.device)
-
-
-def open_reference(picture: Picture) -> Opened:
-    if not isinstance(picture, Image.Image):
-        return read_picture(Path(picture))
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    return open_picture(png.getvalue(), "white", picture.width * picture.height)
-
-
-def columns(rows: Sequence[list[Features]]) -> list[Features]:
-    """Per item its images → per image its items."""
-
-    def stacked(each: Sequence[Features], name: str) -> Tensor | None:
-        tensors = [value for one in each if (value := getattr(one, name)) is not None]
-        return torch.cat(tensors) if tensors else None
-
-    pairs = zip(*rows, strict=True)
-    return [Features(stacked(each, "pooled_BE"), stacked(each, "patches_BPF")) for each in pairs]
-
-
-def read_mask(mask: Any, size: tuple[int, int]) -> Tensor:
-    """mask_1HW in {0, 1} at the images' size, as diffusers prepares it; raises UserError for other proportions."""
-    picture = mask if isinstance(mask, Image.Image) else Image.open(mask)
-    width, height = size
-    if abs(picture.width * height - picture.height * width) > max(width, height):
-        raise UserError(f"mask of {picture.width} × {picture.height} px: the images have {width} × {height}")
-    return IPAdapterMaskProcessor().preprocess([picture.convert("L")], height=height, width=width)[0]
+def choose_device(device: str | None) -> torch.device:
+    """The device given, else a GPU if there is one; raises UserError with torch's message."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
+    return chosen
 
 
 def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -364,12 +247,12 @@ def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds:
     return generators | {"latents": noise.to(family.device, family.dtype)}
 
 
-def guidance_arguments(pipeline: Any, family: Family, guidance: float, rescale: float) -> dict[str, Any]:
+def guidance_arguments(pipeline: Any, family: Family, sampling: SamplingOptions) -> dict[str, Any]:
     """Raises UserError for a rescaling that this pipeline does not know."""
-    arguments = family.guidance_arguments(guidance, rescale)
+    arguments = family.guidance_arguments(sampling.guidance, sampling.guidance_rescale)
     unknown = arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys()
-    if rescale and unknown:
-        raise UserError(f"guidance_rescale={rescale}: {type(pipeline).__name__} has none, give 0")
+    if sampling.guidance_rescale and unknown:
+        raise UserError(f"guidance_rescale={sampling.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
     return {name: value for name, value in arguments.items() if name not in unknown}
 
 

@@ -31,6 +31,7 @@ RANKS = {
     "model": 5,
     "export": 7,
     "sampling": 8,
+    "references": 6,
     "prompter": 9,
     "metrics": 9,
     "training": 10,

@@ -104,7 +104,10 @@ def test_min_snr_weighs_the_error_of_x0_the_same_whatever_is_predicted(scheduler
     torch.testing.assert_close(weighted_B, expected_B, rtol=1e-5, atol=0)
 
 
-def test_min_snr_weights_at_both_ends_are_the_limits() -> None:
+def test_min_snr_weights_at_both_ends_are_the_limits_and_without_gamma_all_are_1() -> None:
+    for kind in PREDICTION_TYPES:
+        plain = loss_weight(kind, SCHEDULERS[3].alphas_cumprod, TIMESTEPS)
+        assert plain.dtype == torch.float32 and plain.tolist() == [1] * 6
     bars, ends = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0, 1, 2])
 
     assert loss_weight("epsilon", bars, ends, 5.0).tolist() == [0, 1, 1]
@@ -112,28 +115,17 @@ def test_min_snr_weights_at_both_ends_are_the_limits() -> None:
     assert loss_weight("sample", bars, ends, 5.0).tolist() == [5, 1, 0]
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_without_gamma_every_step_weighs_the_same(prediction_type: str) -> None:
-    weight = loss_weight(prediction_type, SCHEDULERS[3].alphas_cumprod, TIMESTEPS)
-
-    assert weight.dtype == torch.float32 and weight.tolist() == [1] * 6
-
-
 def test_a_schedule_that_ends_without_signal(x0_and_noise) -> None:
     x0, noise = x0_and_noise
     bars = SCHEDULERS[3].alphas_cumprod
     last = torch.full((6,), 999)
 
+    alpha, sigma = alpha_sigma(bars, TIMESTEPS)
+    assert alpha.shape == sigma.shape == (6, 1, 1, 1)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(6, 1, 1, 1))
     assert bars[-1] == 0
     assert torch.equal(add_noise(x0, noise, bars, last), noise)
     assert torch.equal(make_target("v_prediction", x0, noise, bars, last), -x0)
-
-
-def test_alpha_and_sigma_are_on_the_unit_circle() -> None:
-    alpha, sigma = alpha_sigma(SCHEDULERS[0].alphas_cumprod, TIMESTEPS)
-
-    assert alpha.shape == sigma.shape == (6, 1, 1, 1)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(6, 1, 1, 1))
 
 
 def test_an_unknown_prediction_type_is_named_with_what_is_possible(x0_and_noise) -> None:

@@ -31,12 +31,13 @@ from ipa.errors import UserError
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel
-from ipa.prompter import COMBINE, Item, Prompter, Reference
+from ipa.prompter import Prompter
+from ipa.references import COMBINE, Item, Reference
 from ipa.types import to_uint8
 
 PX = tiny.IMAGE_PX
 STEPS = 3
-OPTIONS: dict[str, Any] = {"guidance": 3.0, "num_steps": STEPS}
+OPTIONS: dict[str, Any] = {"guidance": 3.0, "num_steps": STEPS, "batch_size": 8}
 
 
 def picture(seed: int) -> Image.Image:
@@ -203,7 +204,7 @@ def test_every_item_of_a_batch_may_have_its_own_everything(prompter: Prompter) -
         Item([Reference([CAT, SKY])], "cat", seed=5),
         Item(text="cat", seed=6),
     ]
-    together = prompter.generate(items, batch_size=4, **OPTIONS)
+    together = prompter.generate(items, **OPTIONS)
     alone = [prompter.generate([item], **OPTIONS)[0] for item in items]
 
     for ours, single in zip(together, alone, strict=True):
@@ -240,6 +241,15 @@ def test_a_negative_image_takes_the_place_of_none(prompter: Prompter) -> None:
     assert differ(plain, negative)
     unguided = {"guidance": 1.0, "num_steps": STEPS}
     assert_alike(prompter(CAT, seed=3, negative=DOG, **unguided)[0], prompter(CAT, seed=3, **unguided)[0])
+
+
+def test_what_is_cut_off_of_a_text_is_logged(prompter: Prompter, caplog: pytest.LogCaptureFixture) -> None:
+    prompter(CAT, "a red dog cat " * 10, **OPTIONS)
+
+    assert "does not read its end" in caplog.text and "dog" in caplog.text
+    caplog.clear()
+    prompter(CAT, "cat", **OPTIONS)
+    assert not caplog.text
 
 
 def test_another_width_and_height(prompter: Prompter) -> None:

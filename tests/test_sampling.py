@@ -39,39 +39,25 @@ def record_tokens(model: IPAdapterModel) -> list[Tensor]:
     return seen
 
 
-def test_pictures_are_pixels_in_range(installed: IPAdapterModel, features: Features) -> None:
-    pictures = generate(installed, features, TEXTS, SEEDS, OPTIONS)
-
-    assert pictures.shape == (5, 3, tiny.IMAGE_PX, tiny.IMAGE_PX)
-    assert pictures.dtype == torch.float32 and not pictures.requires_grad
-    assert pictures.isfinite().all() and pictures.abs().max() <= 1
+def make(model: IPAdapterModel, features: Features, options: SamplingOptions = OPTIONS, **changed: Any) -> Tensor:
+    return generate(model, features, changed.get("texts", TEXTS), changed.get("seeds", SEEDS), options)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_do_not_matter(installed: IPAdapterModel, features: Features, batch_size: int) -> None:
-    whole = generate(installed, features, TEXTS, SEEDS, OPTIONS)
-    parts = generate(installed, features, TEXTS, SEEDS, SamplingOptions(3, 3.0, batch_size=batch_size))
-
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
-
-
-def test_order_does_not_matter(installed: IPAdapterModel, features: Features) -> None:
-    whole = generate(installed, features, TEXTS, SEEDS, OPTIONS)
+def test_a_picture_depends_on_its_own_row_alone(installed: IPAdapterModel, features: Features) -> None:
+    """Not on its batch, on the order, or on what was drawn before."""
+    whole = make(installed, features)
+    assert whole.shape == (5, 3, tiny.IMAGE_PX, tiny.IMAGE_PX)
+    assert whole.dtype == torch.float32 and not whole.requires_grad
+    assert whole.isfinite().all() and whole.abs().max() <= 1
+    for batch_size in (1, 2, 5):
+        parts = make(installed, features, SamplingOptions(3, 3.0, batch_size=batch_size))
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
     order = torch.tensor([3, 0, 4, 2, 1])
-    mixed = generate(installed, rows(features, order), [TEXTS[i] for i in order], [SEEDS[i] for i in order], OPTIONS)
-
-    torch.testing.assert_close(mixed, whole[order], rtol=0, atol=1e-4)
+    moved = {"texts": [TEXTS[i] for i in order], "seeds": [SEEDS[i] for i in order]}
+    torch.testing.assert_close(make(installed, rows(features, order), **moved), whole[order], rtol=0, atol=1e-4)
     assert (whole[order] - whole).abs().max() > 0.1
-
-
-def test_the_same_seed_gives_the_same_picture_whatever_was_drawn_before(
-    installed: IPAdapterModel, features: Features
-) -> None:
-    first = generate(installed, features, TEXTS, SEEDS, OPTIONS)
     torch.manual_seed(12)
-
-    assert torch.equal(generate(installed, features, TEXTS, SEEDS, OPTIONS), first)
-    assert not torch.equal(generate(installed, features, TEXTS, [seed + 1 for seed in SEEDS], OPTIONS), first)
+    assert torch.equal(make(installed, features), whole)
 
 
 def test_starting_noise_is_that_of_each_seed() -> None:
@@ -82,16 +68,21 @@ def test_starting_noise_is_that_of_each_seed() -> None:
     assert torch.equal(noise[1], torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(1)))
 
 
-def test_the_unconditional_half_gets_the_tokens_of_no_image(installed: IPAdapterModel, features: Features) -> None:
-    seen = record_tokens(installed)
-    generate(installed, features, TEXTS, SEEDS, OPTIONS)
+@pytest.mark.parametrize("head", ["global", "fine_grained", "full"])
+def test_the_unconditional_half_gets_the_tokens_of_no_image(head: str) -> None:
+    """Zeros for the global head, the blank image for those that read patches."""
+    model = tiny.shake(tiny.make_model(head=head))
+    model.adapter.install()
+    features, seen = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX)), record_tokens(model)
+    make(model, features)
+    zeros = Features(pooled_BE=torch.zeros(5, tiny.POOLED_WIDTH))
     with torch.no_grad():
-        blank = installed.head(Features(pooled_BE=torch.zeros(5, tiny.POOLED_WIDTH)))
-        tokens = installed.head(features)
+        blank = zeros if head == "global" else model.encoder.blank(5, uses="patches")
+        expected = torch.cat([model.head(blank), model.head(features)])
 
     assert len(seen) == OPTIONS.num_steps
     for call in seen:
-        torch.testing.assert_close(call, torch.cat([blank, tokens]))
+        torch.testing.assert_close(call, expected)
 
 
 def test_keys_and_values_of_a_prompt_are_made_once(installed: IPAdapterModel, features: Features) -> None:
@@ -102,17 +93,6 @@ def test_keys_and_values_of_a_prompt_are_made_once(installed: IPAdapterModel, fe
     assert len(made) == len(installed.adapter.branches)
     generate(installed, features, TEXTS, SEEDS, OPTIONS)
     assert len(made) == 2 * len(installed.adapter.branches)
-
-
-def test_pictures_are_those_of_weights_that_changed_between_two_calls(
-    installed: IPAdapterModel, features: Features
-) -> None:
-    first = generate(installed, features, TEXTS, SEEDS, OPTIONS)
-    with torch.no_grad():
-        for branch in installed.adapter.branches:
-            branch.to_v_ip.weight.mul_(2)
-
-    assert (generate(installed, features, TEXTS, SEEDS, OPTIONS) - first).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
@@ -133,17 +113,32 @@ def test_without_guidance_there_is_no_unconditional_half(
     )
 
 
-def test_text_image_and_guidance_all_count(installed: IPAdapterModel, features: Features) -> None:
-    whole = generate(installed, features, TEXTS, SEEDS, OPTIONS)
+def test_text_image_seeds_options_and_weights_all_count(installed: IPAdapterModel, features: Features) -> None:
+    whole = make(installed, features)
     others = [
-        generate(installed, features, ["dog"] * 5, SEEDS, OPTIONS),
-        generate(installed, Features(pooled_BE=-features.pooled_BE), TEXTS, SEEDS, OPTIONS),
-        generate(installed, features, TEXTS, SEEDS, SamplingOptions(num_steps=3, guidance=6.0)),
-        generate(installed, features, TEXTS, SEEDS, OPTIONS.with_scale(0.5)),
-        generate(installed, features, TEXTS, SEEDS, SamplingOptions(num_steps=4, guidance=3.0)),
+        make(installed, features, texts=["dog"] * 5),
+        make(installed, features, seeds=[seed + 1 for seed in SEEDS]),
+        make(installed, Features(pooled_BE=-features.pooled_BE)),
+        make(installed, features, SamplingOptions(num_steps=3, guidance=6.0)),
+        make(installed, features, OPTIONS.with_scale(0.5)),
+        make(installed, features, SamplingOptions(num_steps=4, guidance=3.0)),
     ]
+    with torch.no_grad():
+        for branch in installed.adapter.branches:
+            branch.to_v_ip.weight.mul_(2)
+    others.append(make(installed, features))
 
     assert all((other - whole).abs().max() > 0.01 for other in others)
+
+
+def test_another_size_and_a_base_in_half_precision(installed: IPAdapterModel, features: Features) -> None:
+    assert make(installed, features, SamplingOptions(num_steps=2, image_size_px=32)).shape == (5, 3, 32, 32)
+    whole = make(installed, features)
+    installed.family.to(torch.bfloat16)
+    pictures = make(installed, features)
+
+    assert pictures.dtype == torch.float32
+    assert (pictures - whole).abs().mean() < 0.1
 
 
 def test_scale_zero_gives_the_pictures_of_the_frozen_base(model: IPAdapterModel, features: Features) -> None:
@@ -158,12 +153,6 @@ def test_scale_zero_gives_the_pictures_of_the_frozen_base(model: IPAdapterModel,
     assert torch.equal(generate(model, features, TEXTS, SEEDS, OPTIONS), frozen)
 
 
-def test_pictures_of_another_size(installed: IPAdapterModel, features: Features) -> None:
-    pictures = generate(installed, features, TEXTS, SEEDS, SamplingOptions(num_steps=2, image_size_px=32))
-
-    assert pictures.shape == (5, 3, 32, 32)
-
-
 @pytest.mark.parametrize(("prediction_type", "zero_snr"), tiny.KINDS)
 def test_every_kind_of_checkpoint_samples(prediction_type: str, zero_snr: bool) -> None:
     model = tiny.make_model(prediction_type, zero_snr)
@@ -173,15 +162,6 @@ def test_every_kind_of_checkpoint_samples(prediction_type: str, zero_snr: bool) 
     assert generate(model, features, ["a", ""], [0, 1], OPTIONS).isfinite().all()
 
 
-def test_a_base_in_half_precision_samples(installed: IPAdapterModel, features: Features) -> None:
-    whole = generate(installed, features, TEXTS, SEEDS, OPTIONS)
-    installed.family.to(torch.bfloat16)
-    pictures = generate(installed, features, TEXTS, SEEDS, OPTIONS)
-
-    assert pictures.dtype == torch.float32
-    assert (pictures - whole).abs().mean() < 0.1
-
-
 def test_sampling_leaves_no_prompt_and_no_mode_behind(installed: IPAdapterModel, features: Features) -> None:
     latents, t_B, text, _ = tiny.make_inputs(installed)
     with torch.no_grad():
@@ -189,20 +169,6 @@ def test_sampling_leaves_no_prompt_and_no_mode_behind(installed: IPAdapterModel,
         generate(installed, features, TEXTS, SEEDS, OPTIONS)
         assert torch.equal(installed.family.denoise(latents, t_B, text), before)
     assert all(parameter.requires_grad for parameter in installed.trainable.parameters())
-
-
-@pytest.mark.parametrize("head", ["fine_grained", "full"])
-def test_no_image_is_the_blank_picture_where_the_head_reads_patches(head: str) -> None:
-    model = tiny.shake(tiny.make_model(head=head))
-    model.adapter.install()
-    features, seen = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX)), record_tokens(model)
-    generate(model, features, TEXTS, SEEDS, OPTIONS)
-    with torch.no_grad():
-        expected = torch.cat([model.head(model.encoder.blank(5, uses="patches")), model.head(features)])
-
-    assert len(seen) == OPTIONS.num_steps
-    for call in seen:
-        torch.testing.assert_close(call, expected)
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])

@@ -8,19 +8,14 @@ from torch import Tensor
 from ipa.types import Batch, Channel, Features, ImagePrompt, Posterior, to_uint8, to_unit_range
 
 
-def test_pixels_survive_the_way_there_and_back() -> None:
+def test_pixels_survive_the_way_there_and_back_and_are_clipped_and_rounded() -> None:
     levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     pixels = to_unit_range(levels)
 
     assert pixels.dtype == torch.float32
     assert (pixels.min(), pixels.max()) == (-1, 1)
     assert torch.equal(to_uint8(pixels), levels)
-
-
-def test_pixels_out_of_range_are_clipped_and_the_others_rounded() -> None:
-    pixels = torch.tensor([-3.0, -1.0, -0.999, 0.0, 0.9999, 1.5])
-
-    assert to_uint8(pixels).tolist() == [0, 0, 0, 128, 255, 255]
+    assert to_uint8(torch.tensor([-3.0, -1.0, -0.999, 0.0, 0.9999, 1.5])).tolist() == [0, 0, 0, 128, 255, 255]
 
 
 def test_a_posterior_is_sampled_with_its_standard_deviation() -> None:
@@ -30,25 +25,21 @@ def test_a_posterior_is_sampled_with_its_standard_deviation() -> None:
     torch.testing.assert_close(Posterior(mean, logvar).sample(noise), mean + logvar.exp().sqrt() * noise)
 
 
-def test_a_channel_is_empty_outside_and_nests() -> None:
+def test_a_channel_nests_and_is_empty_outside_also_after_an_error() -> None:
     channel = Channel()
     outer, inner = (ImagePrompt(torch.randn(1, 4, 8), torch.ones(())) for _ in range(2))
-    with channel.carrying(outer):
+
+    def fail() -> None:
         with channel.carrying(inner):
             assert channel.prompt is inner
+            raise RuntimeError("in the denoiser")
+
+    with channel.carrying(outer):
+        with pytest.raises(RuntimeError, match="in the denoiser"):
+            fail()
         assert channel.prompt is outer
         with channel.carrying(None):
             assert channel.prompt is None
-    assert channel.prompt is None
-
-
-def test_a_channel_is_empty_again_after_an_error() -> None:
-    channel = Channel()
-    with (
-        pytest.raises(RuntimeError, match="in the denoiser"),
-        channel.carrying(ImagePrompt(torch.ones(1), torch.ones(()))),
-    ):
-        raise RuntimeError("in the denoiser")
     assert channel.prompt is None
 
 

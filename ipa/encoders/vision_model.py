@@ -42,7 +42,7 @@ class Folder(NamedTuple):
         """A JSON file of the folder, None if there is no such file. Raises UserError."""
         try:
             file = self._find(name)
-            return None if file is None else json.loads(file.read_text())
+            return None if file is None else json.loads(file.read_bytes())
         except OSError as error:
             raise MissingWeights(f"{self.given}: {name} cannot be read: {brief(error)}") from error
         except ValueError as error:

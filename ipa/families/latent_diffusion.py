@@ -229,6 +229,13 @@ class LatentDiffusion(Family):
         added = self.added_conditions(text)
         return self.unet(noisy.to(self.dtype), time_B, states_BLD, added_cond_kwargs=added).sample
 
+    def cut_off(self, text: str) -> str:
+        for tokenizer in self.tokenizers:
+            ids = tokenizer(text).input_ids
+            if len(ids) > tokenizer.model_max_length:
+                return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
+        return ""
+
     @abstractmethod
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
         """What the UNet gets of the text besides its states."""

@@ -101,13 +101,6 @@ def test_without_a_prompt_the_replaced_processor_answers(attention: Attention) -
     assert attention.processor is found
 
 
-def test_an_adapter_is_plugged_in_once(attention: Attention) -> None:
-    host = CrossAttentionHost("a layer", attention)
-    host.plug(host.make_branch(), Channel())
-    with pytest.raises(RuntimeError, match=r"a layer already has this adapter's branch; call remove\(\)"):
-        host.plug(host.make_branch(), Channel())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_of_a_prompt_changes_no_bit(attention: Attention, dtype: torch.dtype) -> None:
     host, channel = CrossAttentionHost("a layer", attention.to(dtype)), Channel()

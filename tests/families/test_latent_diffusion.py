@@ -14,6 +14,7 @@ import tiny_sdxl
 import torch
 from diffusers import EDMEulerScheduler, UNet2DConditionModel
 from original_layout import unet_to_original, write_header
+from published_files import HIDDEN, UNETS
 from torch.utils.checkpoint import checkpoint
 
 from ipa.errors import UserError
@@ -25,36 +26,16 @@ from ipa.types import to_unit_range
 
 MAKERS: list[Callable[[], LatentDiffusion]] = [tiny.make_family, tiny_sdxl.make_family_2_1, tiny_sdxl.make_family]
 
-SD = {
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    "block_out_channels": [320, 640, 1280, 1280],
-}
-SD_HOSTS = [320, 320, 640, 640, 1280, 1280, *[1280] * 3, *[640] * 3, *[320] * 3, 1280]
-# what the published configurations say: the UNet's, D, and the hosts of docs/architecture.md's published layout
+SD = UNETS["sd15"]
+# the UNet's configuration, D, and the hosts of docs/architecture.md's published layout
 PUBLISHED = {
-    "sd15": (SD | {"cross_attention_dim": 768, "attention_head_dim": 8}, 768, SD_HOSTS),
+    "sd15": (SD, 768, HIDDEN["sd15"]),
     "sd21": (
         SD | {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
         1024,
-        SD_HOSTS,
+        HIDDEN["sd15"],
     ),
-    "sdxl": (
-        {
-            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
-            "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
-            "block_out_channels": [320, 640, 1280],
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "use_linear_projection": True,
-            "cross_attention_dim": 2048,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        2048,
-        [*[640] * 4, *[1280] * 20, *[1280] * 30, *[640] * 6, *[1280] * 10],
-    ),
+    "sdxl": (UNETS["sdxl"], 2048, HIDDEN["sdxl"]),
 }
 
 
@@ -68,29 +49,23 @@ def write_configuration(folder: Path, unet: dict[str, Any], **index: Any) -> str
 
 
 @pytest.mark.parametrize("base", PUBLISHED)
-def test_full_size_hosts_have_the_published_order(base: str, tmp_path: Path) -> None:
+def test_full_size_folders_and_files_tell_their_family_and_the_published_order(base: str, tmp_path: Path) -> None:
     config, context, hosts = PUBLISHED[base]
     family = StableDiffusionXL if base == "sdxl" else StableDiffusion
-    path = write_configuration(tmp_path / base, config)
-
-    assert len(hosts) == {"sd15": 16, "sd21": 16, "sdxl": 70}[base]
-    assert family_of(path) is family
-    assert family.read_widths(path) == (context, hosts)
-
-
-@pytest.mark.parametrize("base", PUBLISHED)
-def test_full_size_files_tell_the_same_by_their_header(base: str, tmp_path: Path) -> None:
-    config, context, hosts = PUBLISHED[base]
+    folder = write_configuration(tmp_path / base, config)
     with torch.device("meta"):
         tensors = unet_to_original(UNet2DConditionModel.from_config(config))
     shapes = [(name, value.shape) for name, value in tensors.items()]
     if base == "sdxl":
         shapes.append(("conditioner.embedders.1.model.ln_final.bias", (1280,)))
     shapes.sort(key=lambda item: item[0])  # as files have them: block 10 stands before block 2
-    path = write_header(tmp_path / f"{base}.safetensors", shapes)
+    file = write_header(tmp_path / f"{base}.safetensors", shapes)
 
-    assert Path(path).stat().st_size > 1e9
-    assert family_of(path).read_widths(path) == (context, hosts)
+    assert Path(file).stat().st_size > 1e9
+    assert len(hosts) == {"sd15": 16, "sd21": 16, "sdxl": 70}[base]
+    for path in (folder, file):
+        assert family_of(path) is family
+        assert family.read_widths(path) == (context, hosts)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +101,10 @@ def test_folders_that_no_family_reads_are_refused(unet: dict[str, Any], index: d
             read(path)
 
 
-def test_a_pipeline_without_a_unet_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_unet_or_its_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "x"]}')
     with pytest.raises(ValueError, match=r"none of the bases that ipa knows"):
         family_of(str(tmp_path))
-
-
-def test_a_folder_that_lacks_its_configuration_is_named(tmp_path: Path) -> None:
     path = write_configuration(tmp_path / "base", SD)
     shutil.rmtree(tmp_path / "base/unet")
     with pytest.raises(UserError, match=rf"base\.path={path}: .*config\.json"):
@@ -176,8 +148,13 @@ def test_checkpointed_gradients_are_the_same(make: Callable[[], LatentDiffusion]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_autocast_leaves_the_vae_in_its_own_type(make: Callable[[], LatentDiffusion]) -> None:
-    family, pixels = make(), to_unit_range(tiny.make_pictures(2, tiny.IMAGE_PX))
+def test_the_base_stays_frozen_and_in_eval_mode_and_its_vae_in_its_type(
+    make: Callable[[], LatentDiffusion],
+) -> None:
+    """Whatever trainer and autocast ask."""
+    family, pixels = make().train(), to_unit_range(tiny.make_pictures(2, tiny.IMAGE_PX))
+    assert not any(module.training for module in family.modules())
+    assert not any(parameter.requires_grad for parameter in family.parameters())
     expected = family.encode_pixels(pixels).mean_BCHW
     decoded = family.decode_latents(expected)
     with torch.autocast("cpu", torch.bfloat16):

@@ -129,32 +129,21 @@ def test_the_denoiser_is_called_as_in_the_public_pipeline(public: StableDiffusio
             assert torch.equal(family.denoise(latents, t.expand(len(latents)), text), prediction)
 
 
-def test_text_pooled_text_and_sizes_are_all_heard(family: StableDiffusionXL) -> None:
+def test_text_pooled_text_sizes_and_appended_tokens_are_all_heard(family: StableDiffusionXL) -> None:
     latents, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     cat, dog = family.encode_text(["cat"]), family.encode_text(["dog"])
     cropped = family.encode_text(["cat"], torch.tensor([[16, 16, 5, 0, 16, 16]]))
+    more = torch.cat([cat.states_BLD, torch.randn(1, 4, tiny_sdxl.CONTEXT_WIDTH)], dim=1)
     mixed = [cat, TextCondition(dog.states_BLD, cat.pooled_BE, cat.size_B6)]
     mixed += [TextCondition(cat.states_BLD, dog.pooled_BE, cat.size_B6), cropped]
+    mixed.append(TextCondition(more, cat.pooled_BE, cat.size_B6))
+    added = {"text_embeds": cat.pooled_BE, "time_ids": cat.size_B6}
     with torch.no_grad():
         predictions = [family.denoise(latents, t, text) for text in mixed]
+        expected = family.unet(latents, t, more, added_cond_kwargs=added).sample
 
     assert all((other - predictions[0]).abs().max() > 1e-4 for other in predictions[1:])
-
-
-def test_tokens_can_be_appended_to_the_states(family: StableDiffusionXL) -> None:
-    latents, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 3])
-    text = family.encode_text(["cat", "dog"])
-    more = TextCondition(
-        torch.cat([text.states_BLD, torch.randn(2, 4, tiny_sdxl.CONTEXT_WIDTH)], dim=1), text.pooled_BE, text.size_B6
-    )
-    added = {"text_embeds": text.pooled_BE, "time_ids": text.size_B6}
-    with torch.no_grad():
-        expected = family.unet(latents, t, more.states_BLD, added_cond_kwargs=added).sample
-        prediction = family.denoise(latents, t, more)
-        alone = family.denoise(latents, t, text)
-
-    assert torch.equal(prediction, expected)
-    assert (prediction - alone).abs().max() > 1e-4
+    assert torch.equal(predictions[-1], expected)
 
 
 def test_its_pipeline_makes_the_pictures_of_the_public_one(public: StableDiffusionXLPipeline) -> None:
@@ -193,10 +182,8 @@ def test_one_call_of_the_pipeline_takes_one_set_of_sizes(family: StableDiffusion
             family.prompt_arguments(positive, negative)
 
 
-@pytest.mark.parametrize(("prediction_type", "zero_snr"), tiny.KINDS)
-def test_schedule_and_prediction_type_are_the_checkpoints_own(
-    folder: Path, tmp_path: Path, prediction_type: str, zero_snr: bool
-) -> None:
+def test_schedule_and_prediction_type_are_the_checkpoints_own(folder: Path, tmp_path: Path) -> None:
+    prediction_type, zero_snr = "v_prediction", True
     copy = tmp_path / "base"
     copy.mkdir()
     for part in folder.iterdir():
@@ -236,10 +223,3 @@ def test_a_mistyped_type_is_named(folder: Path) -> None:
         StableDiffusionXL.from_pretrained(str(folder), vae_dtype="float31")
     with pytest.raises(ValueError, match=r"base\.dtype=int64: give"):
         StableDiffusionXL.from_pretrained(str(folder), dtype="int64")
-
-
-def test_the_base_stays_frozen_and_in_eval_mode_whatever_the_trainer_asks(family: StableDiffusionXL) -> None:
-    family.train()
-
-    assert not any(module.training for module in family.modules())
-    assert not any(parameter.requires_grad for parameter in family.parameters())
