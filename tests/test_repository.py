@@ -327,6 +327,7 @@ PRIVATE_ATTRIBUTES: dict[str, Callable[[], Any]] = {
     "_configure_launcher": lambda: L.pytorch.strategies.DDPStrategy,
     "_setup_model": lambda: L.pytorch.strategies.DDPStrategy,
     "_lazy_init": lambda: importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_state").FSDPState,
+    "_on_queue_feeder_error": lambda: importlib.import_module("multiprocessing.queues").Queue,
     "_encode_image_prompt": lambda: diffusers.VersatileDiffusionDualGuidedPipeline,
 }
 BOUNDED = {"diffusers", "hydra-core", "lightning", "torch"}  # packages of which private names are used
