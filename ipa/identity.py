@@ -19,6 +19,8 @@ from ipa.errors import UserError, brief
 
 INTERACTIVE = ("interactive", "bash")  # names of Slurm jobs that are interactive shells
 DIGITS = 6  # of a command's hash
+# set by Lightning, srun, jsrun and mpirun; torchrun's RANK counts alone, since it may give a node another number
+RANKS = ("NODE_RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 def run_folder(parent: str, name: Any, overrides: Sequence[str]) -> Path:
@@ -81,7 +83,7 @@ def group_name(environment: Mapping[str, str], overrides: Sequence[str]) -> str 
 
 def is_first_process(environment: Mapping[str, str]) -> bool:
     """Whether this is rank 0, asked before the processes know each other."""
-    names = ["RANK"] if "RANK" in environment else ["NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"]
+    names = ["RANK"] if "RANK" in environment else RANKS
     return all(environment.get(name, "0") == "0" for name in names)
 
 

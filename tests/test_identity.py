@@ -9,7 +9,7 @@ import pytest
 
 from ipa import identity
 from ipa.errors import UserError
-from ipa.identity import group_name, run_folder
+from ipa.identity import group_name, is_first_process, run_folder
 
 SLURM = {"SLURM_JOB_ID": "812", "SLURM_JOB_NAME": "train"}
 ARRAY = {**SLURM, "SLURM_ARRAY_JOB_ID": "800", "SLURM_ARRAY_TASK_ID": "12"}
@@ -58,6 +58,21 @@ def test_runs_started_in_a_terminal_are_not_the_jobs(monkeypatch: pytest.MonkeyP
 def test_a_group_of_processes_without_an_id_is_refused() -> None:
     with pytest.raises(UserError, match=r"name=NAME.*--rdzv-id"):
         group_name({"TORCHELASTIC_RUN_ID": "none"}, [])
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),  # torchrun has its own numbers
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "0"}, False),
+    ],
+)
+def test_one_process_of_a_group_is_the_first(environment: dict[str, str], first: bool) -> None:
+    assert is_first_process(environment) is first
 
 
 def test_runs_without_a_name_never_share_a_folder(tmp_path: Path) -> None:
