@@ -20,12 +20,12 @@ import difflib
 import functools
 import logging
 import os
+import shlex
 import sys
 import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,15 +40,15 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from ipa.errors import UserError, explain
-from ipa.identity import run_name
+from ipa.errors import UserError, brief, explain
+from ipa.identity import run_folder
 from ipa.launcher import ProcessLauncher, environment, register, this_script
 from ipa.ranges import check
 from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
 
 VERSION_BASE = "1.3"
-FAILED, WRONG_USAGE = 1, 2  # exit codes
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 HELP_WIDTH = 100
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError)  # raised for a wrong command line
 
@@ -94,8 +94,12 @@ class _Command:
             except Exception as error:
                 if self.show_everything:
                     raise
-                self._report(error)
+                refusal = None if self.reached_task else refused_folder(error)
+                self.reached_task |= refusal is not None
+                self._report(refusal or error)
                 sys.exit(FAILED if self.reached_task else WRONG_USAGE)
+            except KeyboardInterrupt:  # while imports last; later the task has its own handler
+                sys.exit(INTERRUPTED)
         sweep.report()
         if sweep.failed:
             sys.exit(FAILED)
@@ -145,6 +149,19 @@ class _Command:
         while part is not None and part.tb_frame.f_code is not self.task.__code__:
             part = part.tb_next
         return part or trace
+
+
+def refused_folder(error: Exception) -> UserError | None:
+    """What `run_folder` raised, or an error of the system in what Hydra writes before the task starts."""
+    if isinstance(error, InterpolationResolutionError):
+        chain: BaseException | None = error
+        while chain is not None and not isinstance(chain, UserError):
+            chain = chain.__cause__ or chain.__context__
+        return chain
+    cause = error.__cause__ if isinstance(error, ValueError) else error  # logging cannot open its file
+    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+        return UserError(f"the run's folder cannot be written ({brief(cause)}): give another one")
+    return None
 
 
 def refuse_pickles() -> None:
@@ -203,7 +220,8 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
     args = get_args_parser().parse_args(argv)
     config_name = args.config_name or config_name
     complaints: list[str] = []
-    accepted: list[str] = []
+    own = f"file://{os.path.abspath(args.config_dir)}" if args.config_dir else None
+    accepted = [f"hydra.searchpath=[{quote_value(own)}]"] if own else []
     with hydra.initialize_config_dir(os.path.abspath(args.config_path or config_dir), version_base=VERSION_BASE):
         for override in sorted(args.overrides, key=lambda override: not _options(_key(override))):
             fitting = []
@@ -212,11 +230,37 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
                     hydra.compose(config_name, [*accepted, single])
                     fitting.append(single)
                 except REFUSED as error:
-                    near = _nearest_overrides(single, config_name, accepted)
-                    question = f"\nDid you mean {' or '.join(near)}?" if near else ""
-                    complaints.append(_hydra_message(error) + question)
+                    complaints.append(
+                        _quoting(single) or _hydra_message(error) + _question(single, config_name, accepted)
+                    )
             accepted += fitting[:1]
     return complaints
+
+
+def _quoting(override: str) -> str | None:
+    """What to type for a value with characters of Hydra's grammar; None if that is not what is wrong."""
+    key, equals, value = override.partition("=")
+    quoted = f"{key}={quote_value(value)}"
+    if not equals or _parses(override) or not _parses(quoted):
+        return None
+    return f"{override}: Hydra reads some of these characters as its grammar. Quote the value: {shlex.quote(quoted)}"
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
+        return True
+    except HydraException:
+        return False
+
+
+def quote_value(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _question(override: str, config_name: str, accepted: list[str]) -> str:
+    near = _nearest_overrides(override, config_name, accepted)
+    return f"\nDid you mean {' or '.join(near)}?" if near and override not in near else ""
 
 
 def _hydra_message(error: Exception) -> str:
@@ -252,8 +296,19 @@ def list_choices(group: str) -> str:
     return textwrap.fill(words, HELP_WIDTH, subsequent_indent=" " * 8)
 
 
+def _run_folder(parent: str, name: Any, *, _root_: DictConfig) -> str:
+    """For ``hydra.run.dir``, which Hydra reads before it writes anything; chosen once per process."""
+    key = (parent, repr(name))
+    if key not in _CHOSEN:
+        _CHOSEN[key] = str(run_folder(parent, name, _root_.hydra.overrides.task))
+    return _CHOSEN[key]
+
+
+_CHOSEN: dict[tuple[str, str], str] = {}
+
+
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
-OmegaConf.register_new_resolver("run_name", lambda: run_name(os.environ, datetime.now()), use_cache=True, replace=True)
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 
 
 def _each_value(override: str) -> list[str]:

@@ -33,11 +33,11 @@ PICTURES = (
     "heif",
 )
 PICTURE_EXTENSIONS = tuple(f".{extension}" for extension in PICTURES)
-OTHER_RUN_FOLDER = "choose another run folder with paths.runs=FOLDER"
+OTHER_FOLDER = "choose a folder on another disk"
 FOLDER_FSYNC_UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_RUN_FOLDER) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str = OTHER_FOLDER) -> None:
     """Let ``write`` create a temporary file next to ``path``, fsync it, then rename it to ``path``.
 
     The permissions follow the umask. Raises UserError with the path and the advice ``otherwise`` if the system refuses

@@ -187,7 +187,7 @@ class SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Always returns COMPLETED, or the sweeper would skip the remaining jobs; the sweep reports failures."""
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        self.sweep.name = OmegaConf.select(self.config, "name")
+        self.sweep.name = self._sweep_name()
         jobs = self.plan(job_overrides, initial_job_idx)
         log.info("Launching %d jobs in %s", len(jobs), self.config.hydra.sweep.dir)
         self.sweep.jobs += jobs
@@ -196,6 +196,11 @@ class SweepLauncher(Launcher):
             self.sweep.report()
             sys.exit(KILLED_BY_SIGNAL + self.sweep.stopped_by)
         return [JobReturn(job.overrides, status=JobStatus.COMPLETED, _return_value=job.exit_code) for job in jobs]
+
+    def _sweep_name(self) -> str | None:
+        """The last part of the sweep's folder, if ``name`` selects that; it may have been chosen automatically."""
+        written = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["dir"]  # type: ignore[call-overload,index]
+        return Path(self.config.hydra.sweep.dir).name if "${name}" in str(written) else None
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """The jobs with their folders and commands; raises UserError if two jobs share a folder."""

@@ -113,9 +113,9 @@ class IPAdapterModel(nn.Module):
     def count_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.trainable.parameters())
 
-    def frozen_hash(self) -> str:
-        """SHA-256 over every frozen weight and buffer, to show that training left them unchanged."""
-        return hash_weights(self.family) + hash_weights(self.encoder)
+    def frozen_hash(self) -> dict[str, str]:
+        """SHA-256 over every frozen weight and buffer of the two parts; training leaves them unchanged."""
+        return {"base": hash_weights(self.family), "encoder": hash_weights(self.encoder)}
 
     def fingerprints(self) -> dict[str, str]:
         return fingerprints(self.family, self.encoder)

@@ -104,6 +104,9 @@ def test_misspelled_options_get_hydras_messages_and_the_nearest_names(train, her
         (["optimizer"], "Error parsing override 'optimizer'"),
         (["seed=1,2"], "add --multirun"),
         (["--config-name", "trian"], "trian"),
+        (["data.train=/a=b"], """Quote the value: 'data.train="/a=b"'"""),
+        (["data.train=/bücher/{0..9}.tar"], """'data.train="/bücher/{0..9}.tar"'"""),
+        (["-m", "data.train=/a(1)", "seed=1,2"], """'data.train="/a(1)"'"""),
         (["-m", "experiment=decoupled_global,decoupled_globl", "seed=1,2"], "experiment=decoupled_global"),
     ],
     ids=" ".join,
@@ -198,6 +201,29 @@ def test_complete_traceback_on_demand(task, options: list[str], environment: dic
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "run_job" in result.stderr
+
+
+def test_ctrl_c_while_libraries_are_imported_prints_nothing(task) -> None:
+    result = task("raise KeyboardInterrupt")
+
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["name="], "name=: give the name of a folder in runs/decoupled_global"),
+        (["name=../x"], "name=../x: "),
+        (["paths.runs=/proc/x"], "cannot be created"),
+        (["hydra.run.dir=/proc/x"], "cannot be written"),
+        (["hydra.run.dir=.", "hydra.job.name=here/.."], "cannot be written"),  # the log file is a folder
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_line(train, options: list[str], message: str) -> None:
+    result = train(*options)
+
+    assert result.returncode == 1 and message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_console_hides_secrets_of_the_environment(task) -> None:

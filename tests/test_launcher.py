@@ -195,8 +195,9 @@ def test_a_run_that_stops_for_a_signal_is_reported_by_its_name() -> None:
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
     """Names of the jobs that these arguments make."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "-m"])
 
     def names(*arguments: str) -> list[str]:

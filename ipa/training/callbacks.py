@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from ipa.errors import brief
+from ipa.errors import UserError, brief
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel
@@ -121,6 +122,42 @@ class DataPosition(TrainingCallback):
             self.rejects = datamodule.all_rejects()
             counts = {f"data/rejected/{reason}": float(n) for reason, n in self.rejects.items()}
             pl_module.log_dict(counts, rank_zero_only=True)
+
+
+class SameParts(TrainingCallback):
+    """Guards options that may change with what they lead to: in another place, a run finds the same data and weights.
+
+    ``moved`` holds those of a resumed run: name → (saved, given). ``frozen`` are hashes of the frozen parts, set for a
+    run that begins or has moved parts; others keep the checkpoint's.
+    """
+
+    def __init__(self, moved: Mapping[str, tuple[Any, Any]]) -> None:
+        self.moved = moved
+        self.frozen: dict[str, str] = {}
+
+    def needs_hashes(self, resumes: bool) -> bool:
+        return not resumes or any(not name.startswith("data.") for name in self.moved)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["frozen"] = self.frozen
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError with the saved place if something else is in the given one."""
+        if not self.frozen:
+            self.frozen = checkpoint.get("frozen", {})
+        if not (self.moved and trainer.is_global_zero):
+            return
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        known = {"data": checkpoint[type(datamodule).__qualname__]["order"], **checkpoint.get("frozen", {})}
+        found = {"data": datamodule.fingerprint(), **self.frozen}
+        for name, (saved, given) in self.moved.items():
+            part = name.partition(".")[0]
+            if known.get(part, found[part]) != found[part]:
+                raise UserError(
+                    f"{name}={given} has other {'shards' if part == 'data' else 'weights'} than {saved}, which the run "
+                    f"was trained with. Give {name}={saved}, or where that was moved to; to train on with others: "
+                    "name=… resume=CHECKPOINT"
+                )
 
 
 class ExportAdapter(TrainingCallback):

@@ -122,7 +122,7 @@ class Checkpoints(TrainingCallback):
         if self.best_path is not None and not self.best_path.is_file():
             self.best = {"name": "", "score": None}  # the run started from a checkpoint of another run
         if trainer.is_global_zero:
-            remove_unfinished(self.folder)
+            remove_unfinished(self.folder.parent)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.saved_step:
@@ -298,8 +298,8 @@ def prune(folder: Path, step: int, keep_last: int, best: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove temporary files of a killed process."""
-    for path in folder.glob(".step_*.tmp"):
+def remove_unfinished(run: Path) -> None:
+    """Remove temporary files of killed processes (``write_atomically``), in the run's folder and those in it."""
+    for path in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
         with suppress(OSError):
             path.unlink()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,44 @@ log = logging.getLogger(__name__)
 
 # these change no step that was already made: where it runs, how far, and what is watched and written
 MAY_CHANGE = (
-    *("trainer.max_steps", "schedule.num_training_steps"),
+    *(
+        "trainer.max_steps",
+        "schedule.num_training_steps",
+        "trainer.log_every_n_steps",
+        "data.val",
+        "data.val_batch_size",
+    ),
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
     *("trainer.accumulate_grad_batches", "gradient_checkpointing", "compile", "data.num_workers", "data.schemes"),
+    *("data.val", "data.val_batch_size"),
     *("name", "group", "paths", "resume", "stop", "guard", "profile", "logger", "licence", "next_command"),
     *("callbacks", "checkpoint", "preview", "sampling", "scoring", "judge", "image_prompt_check"),
+)
+# these name a place: what is there must be the same, see `ipa.training.callbacks.SameParts`
+PLACES = (
+    *("data.train", "data.known.*.shards", "data.caches.*.shards"),
+    *("base.path", "base.config", "encoder.path", "encoder.name", "encoder.pretrained"),
 )
 MAX_NAMED = 12  # options in one message
 ABSENT = "(absent)"
 
 
-def settle_configuration(cfg: DictConfig, folder: Path, resumes: bool) -> DictConfig:
+Differences = Mapping[str, tuple[Any, Any]]  # dotted name → (saved, given)
+
+
+def settle_configuration(cfg: DictConfig, folder: Path, resumes: bool) -> tuple[DictConfig, Differences]:
     """Check ``cfg`` against the saved configuration of a resumed run, save it, and return it resolved.
 
-    Raises UserError with every option that may not change, its saved value, and what to type.
+    Also returns the places that changed. Raises UserError with every option that may not change, its saved value, and
+    what to type.
     """
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     given = unresolved_where_secret(resolved, OmegaConf.to_container(cfg))
     path = folder / "config.yaml"
-    if resumes:
-        check_differences(differences(read_configuration(path), given), path)
+    found = differences(read_configuration(path), given) if resumes else {}
+    check_differences(found, path)
     save(path, given)
-    settled: DictConfig = OmegaConf.create(resolved)
-    return settled
+    return OmegaConf.create(resolved), {name: pair for name, pair in found.items() if matches(name, PLACES)}
 
 
 @rank_zero_only
@@ -70,15 +86,15 @@ def read_configuration(path: Path) -> dict[str, Any]:
     return saved
 
 
-def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted name → (saved, given), where they differ by more than the place of the run's folder."""
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Differences:
+    """Where they differ by more than the place of the run's folder."""
     before, now = (flatten(content, content["paths"]["run"]) for content in (saved, given))
     names = [name for name in now | before if before.get(name, ABSENT) != now.get(name, ABSENT)]
     return {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names}
 
 
-def check_differences(found: Mapping[str, tuple[Any, Any]], path: Path) -> None:
-    refused = [name for name in found if not may_change(name)]
+def check_differences(found: Differences, path: Path) -> None:
+    refused = [name for name in found if not matches(name, (*MAY_CHANGE, *PLACES))]
     if not refused:
         for name, (before, now) in found.items():
             log.info("%s: %s, before %s", name, show(now), show(before))
@@ -93,8 +109,8 @@ def check_differences(found: Mapping[str, tuple[Any, Any]], path: Path) -> None:
     )
 
 
-def may_change(name: str) -> bool:
-    return any(name == each or name.startswith(f"{each}.") for each in MAY_CHANGE)
+def matches(name: str, options: Sequence[str]) -> bool:
+    return any(fnmatch(name, each) or name.startswith(f"{each}.") for each in options)
 
 
 def show(value: Any) -> str:

@@ -6,10 +6,17 @@ import csv
 import logging
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from http.client import HTTPException
+from inspect import signature
 from pathlib import Path
+from queue import Empty, Queue
+from ssl import SSLError
+from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlparse
+from urllib.request import urlopen
 from uuid import NAMESPACE_URL, uuid5
 
 import lightning as L
@@ -22,8 +29,14 @@ from PIL import Image
 
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
+from ipa.identity import is_first_process
 from ipa.secrets import without_secrets
 from ipa.training.hooks import TrainingCallback
+
+WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
+PROBE_S = 5.0
+# of wandb at its start and end; what is not uploaded by then stays in the run's folder
+INIT_S, FINISH_S = 20, 60
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +155,24 @@ def row_of_step(trainer: Any) -> dict[str, float]:
 
 
 class RunWandb(WandbLogger):
-    """wandb's logger for a run that may outlive wandb's service: a signal to all processes ends the service first."""
+    """wandb's logger for a run that goes on whatever happens to wandb: ``log.csv`` and ``previews/`` have the same."""
 
     lost = False
+
+    @property
+    def experiment(self) -> Any:
+        """wandb's run: offline if that does not start online, and none if that does not start either."""
+        import wandb
+
+        try:
+            return super().experiment
+        except Exception as error:  # of many libraries
+            if self._wandb_init.get("mode") == "disabled":
+                raise
+            self._wandb_init["mode"] = "disabled" if self._wandb_init.get("mode") == "offline" else "offline"
+            log.warning("wandb does not start (%s): it is %s now", brief(error), self._wandb_init["mode"])
+            wandb.teardown()  # or the id is in use
+            return self.experiment
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         self.attempt(super().log_metrics, *args, **kwargs)
@@ -152,16 +180,21 @@ class RunWandb(WandbLogger):
     def log_image(self, *args: Any, **kwargs: Any) -> None:
         self.attempt(super().log_image, *args, **kwargs)
 
-    def attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Warn once; ``log.csv`` and ``previews/`` have the same values."""
-        import wandb
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self.attempt(super().log_hyperparams, *args, **kwargs)
 
+    def log_summary(self, values: dict[str, float]) -> None:
+        """Values of the whole run, in its overview."""
+        self.attempt(lambda: self.experiment.summary.update(values))
+
+    def attempt(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Warn once. A signal to all processes ends wandb's service first."""
         try:
             if not self.lost:
                 call(*args, **kwargs)
-        except (ConnectionError, wandb.Error) as error:
+        except Exception as error:
             self.lost = True
-            log.warning("wandb's service has ended (%s): its record of this run stops, log.csv continues", error)
+            log.warning("wandb's service has ended (%s): its record of this run stops, log.csv continues", brief(error))
 
 
 def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> WandbLogger:
@@ -169,12 +202,19 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
 
     The id of the run comes from its folder, so a resumed training continues the same wandb run (offline: another file,
     which `wandb sync` appends). wandb's staging and cache folders are in the run's folder too, not in the home folder.
+    Raises UserError for settings that wandb does not have; without network the run is offline, with a warning.
     """
     mode = os.environ.get("WANDB_MODE")
+    check_wandb(mode, project, options)
     offline = mode in ("offline", "dryrun") or (mode is None and not logged_in())
+    if not offline and mode != "disabled" and is_first_process(os.environ) and not answers(wandb_address()):
+        log.warning("%s does not answer: wandb works offline, `wandb sync` uploads it later", wandb_address())
+        options["mode"] = "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # a killed run would lose 15 s of its log
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", str(INIT_S))
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_S))
     for kind in ("DATA", "CACHE"):
         os.environ.setdefault(f"WANDB_{kind}_DIR", str(Path(folder).resolve() / "wandb" / kind.lower()))
     run_id = uuid5(NAMESPACE_URL, Path(folder).resolve().as_uri()).hex
@@ -182,6 +222,38 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
     logger = RunWandb(name=name, project=project, save_dir=str(folder), offline=offline, **options)
     logger._wandb_init.pop("anonymous", None)  # Lightning always passes it, and wandb warns of it
     return logger
+
+
+def check_wandb(mode: str | None, project: str, options: Mapping[str, Any]) -> None:
+    import wandb
+
+    if mode not in (None, *WANDB_MODES):
+        raise UserError(f"WANDB_MODE={mode}: give one of {', '.join(WANDB_MODES)}")
+    if not isinstance(project, str) or not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+        raise UserError(f"logger.wandb.project={project}: give up to 128 characters without / \\ # ? % :")
+    known = {name for call in (wandb.init, WandbLogger.__init__) for name in signature(call).parameters}
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"logger.wandb has no option {', '.join(unknown)}: it takes those of wandb.init")
+
+
+def answers(address: str) -> bool:
+    """Whether a server is there, also behind a proxy; within seconds, although looking up a name may take minutes."""
+    found: Queue[bool] = Queue()
+
+    def ask() -> None:
+        try:
+            urlopen(address, timeout=PROBE_S).close()
+            found.put(True)
+        except (HTTPError, SSLError):  # an answer
+            found.put(True)
+        except (OSError, ValueError, HTTPException) as error:
+            found.put(isinstance(getattr(error, "reason", None), SSLError))
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        return found.get(timeout=PROBE_S)
+    except Empty:
+        return False
 
 
 def make_tensorboard(folder: str | Path) -> TensorBoardLogger:
@@ -206,6 +278,15 @@ def log_now(trainer: L.Trainer, values: dict[str, float]) -> None:
         logger.log_metrics(values, step=trainer.global_step)
 
 
+def log_scores(logger: Any, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Show the final scores on the dashboard, if the logger is one."""
+    values = {f"scores/{row}/{name}": value for row, of_row in scores.items() for name, value in of_row.items()}
+    if isinstance(logger, RunWandb):
+        logger.log_summary(values)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.log_metrics(values)
+
+
 def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
     """Show the configuration on the dashboard, if the logger is one, without secrets."""
     public = without_secrets(configuration)
@@ -216,11 +297,15 @@ def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
         logger.experiment.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
 
 
+def wandb_address() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
 def logged_in() -> bool:
     """Whether wandb would find a key in the environment or the netrc file; the network is not asked."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(wandb_address()).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -10,21 +10,24 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
+from ipa.errors import UserError
 from ipa.export.adapter_file import make_head
 from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
 from ipa.export.published import check_fits
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
+from ipa.training.checkpointing import load
+from ipa.training.module import AVERAGE
 from ipa.types import BaseWidths, EncoderWidths
 
 log = logging.getLogger(__name__)
 
 
-def check_parts(cfg: DictConfig, begins: bool = True) -> None:
+def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     """Raise UserError, before any weight is read, if the parts cannot be trained, initialised, or exported.
 
-    Widths come from the configuration files and headers of base and encoder. A resumed run (``begins`` false)
-    no longer needs ``adapter.init_from``.
+    Widths come from the configuration files and headers of base and encoder. ``donor`` is the adapter file or the other
+    run's checkpoint that the run begins with.
     """
     base: BaseWidths = read_widths(cfg.base)
     encoder: EncoderWidths = read_widths(cfg.encoder)
@@ -35,12 +38,20 @@ def check_parts(cfg: DictConfig, begins: bool = True) -> None:
     check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
     if warning := other_no_image(head, layout):
         log.warning("%s", warning)
-    if cfg.adapter.init_from and begins:
-        path = Path(cfg.adapter.init_from)
-        file = read_adapter(path).file
-        check_fits(file, base, encoder, source=str(path), base=cfg.base.path, encoder=name_of(cfg.encoder))
+    if donor:
+        file = read_adapter(Path(donor)).file
+        check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
-            check_same_sizes(make_head(file), file.kind, head, kind, str(path))
+            check_same_sizes(make_head(file), file.kind, head, kind, str(donor))
+
+
+def check_average(cfg: DictConfig, checkpoint: Path) -> None:
+    """Raise UserError if the run keeps an average, but the checkpoint of another run has none to continue."""
+    if cfg.ema.decay is not None and not any(name.startswith(AVERAGE) for name in load(checkpoint)["state_dict"]):
+        raise UserError(
+            f"{checkpoint} was trained without ema.decay: give ema.decay=null, or adapter.init_from={checkpoint} to "
+            "take only the weights"
+        )
 
 
 def read_widths(part: DictConfig) -> Any:
@@ -49,7 +60,12 @@ def read_widths(part: DictConfig) -> Any:
 
 
 def name_of(encoder: DictConfig) -> str:
-    return encoder.get("name") or encoder.path
+    return str(encoder.get("name") or encoder.get("path"))
+
+
+def names_of_parts(cfg: DictConfig) -> list[str]:
+    judge = cfg.get("judge")
+    return [name_of(cfg.base), name_of(cfg.encoder), *([f"{name_of(judge)} to score with"] if judge else [])]
 
 
 def build_model(cfg: DictConfig) -> IPAdapterModel:

@@ -1,4 +1,4 @@
-"""Progress: a bar with loss and samples per second on a terminal, a line now and then elsewhere."""
+"""Progress: a bar with loss and samples per second on a terminal; a line now and then elsewhere and in the log."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Progress(TrainingCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.shown_at = time.monotonic()
+        if trainer.global_step:
+            log.info("resuming after step %d of %d", trainer.global_step, trainer.max_steps)
         if trainer.is_global_zero and sys.stderr.isatty():
             total, done = trainer.max_steps, trainer.global_step
             self.bar = tqdm(desc="training", total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -40,8 +42,9 @@ class Progress(TrainingCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(describe(trainer), refresh=False)
             self.bar.update(step - self.bar.n)
-        elif step == trainer.max_steps or time.monotonic() - self.shown_at >= PAUSE_S:
-            log.info("step %d of %d  %s", step, trainer.max_steps, describe(trainer))
+        if step == trainer.max_steps or time.monotonic() - self.shown_at >= PAUSE_S:
+            level = logging.INFO if self.bar is None else logging.DEBUG  # only in train.log, not through the bar
+            log.log(level, "step %d of %d  %s", step, trainer.max_steps, describe(trainer))
             self.shown_at = time.monotonic()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -29,19 +29,20 @@ from ipa.export.loading import load_into
 from ipa.files import read_json, write_json
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
-from ipa.training.callbacks import DataPosition, Throughput
+from ipa.training.callbacks import DataPosition, SameParts, Throughput
 from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, where_to_start
 from ipa.training.configuration import settle_configuration
 from ipa.training.failures import explain_fit_failure
 from ipa.training.guards import FiniteGuard
 from ipa.training.hooks import in_order
-from ipa.training.loggers import log_configuration
+from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
-from ipa.training.parts import build_model, check_parts
+from ipa.training.owner import owning
+from ipa.training.parts import build_model, check_average, check_parts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 from ipa.training.profiling import StepClock, StepProfile
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
-from ipa.training.strategies import AdapterFSDP
+from ipa.training.strategies import AdapterFSDP, environment_plugins
 
 log = logging.getLogger(__name__)
 
@@ -57,26 +58,36 @@ def train(cfg: DictConfig) -> None:
     """Run one training; raises UserError, or Stopped after a signal."""
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         logging.getLogger("ipa").setLevel(logging.ERROR)  # the first process logs for all
-    with Signals(cfg.stop.grace_s).listening() as signals:
-        train_until_stopped(cfg, signals)
-
-
-def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     folder = Path(cfg.paths.run)
+    cfg.name = folder.name
+    with Signals(cfg.stop.grace_s).listening() as signals, owning(folder):
+        train_until_stopped(cfg, folder, signals)
+
+
+def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None:
+    check_devices(cfg)
     start = where_to_start(folder / "checkpoints", cfg.resume)
     resumes = start is not None and start.parent == folder / "checkpoints"
-    cfg = settle_configuration(cfg, folder, resumes)
+    cfg, moved = settle_configuration(cfg, folder, resumes)
     if resumes and (summary := finished_summary(folder, cfg.trainer.max_steps)):
-        log.info("%s is finished; a larger trainer.max_steps= resumes it. Its result:\n\n%s", folder, summary)
+        log.info(
+            "%s is finished; a larger trainer.max_steps= resumes it, another name= starts anew. Its result:\n\n%s",
+            *(folder, summary),
+        )
         return
     set_up_torch(cfg)
     datamodule: Any = instantiate(cfg.data)
-    check_parts(cfg, begins=not resumes)  # before any weight is read
-    stop = StopOnSignal(signals)
-    trainer = make_trainer(cfg, folder, stop)
+    check_parts(cfg, None if resumes else start or cfg.adapter.init_from)  # before any weight is read
+    if start is not None and not resumes:
+        check_average(cfg, start)
+    log.info("loading %s", ", ".join(names_of_parts(cfg)))
+    stop, same = StopOnSignal(signals), SameParts(moved)
+    trainer = make_trainer(cfg, folder, stop, same)
     datamodule.batch_size = batch_size_per_process(cfg, trainer)
     datamodule.grace_s = cfg.stop.grace_s
     module = build_module(cfg, datamodule, trainer, start)
+    if same.needs_hashes(resumes) and trainer.is_global_zero:
+        same.frozen = module.model.frozen_hash()
     for logger in trainer.loggers:
         log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     log.info("training %s parameters in %s", f"{module.model.count_trainable():,}", folder)
@@ -87,6 +98,8 @@ def train_until_stopped(cfg: DictConfig, signals: Signals) -> None:
     with signals.interrupting(), module.product():
         scores = final_scores(cfg, module.model, datamodule)
     if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            log_scores(logger, scores)
         report(cfg, folder, summarise(folder, module.model, trainer), scores)
 
 
@@ -117,16 +130,15 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal) -> L.Trainer:
-    check_devices(cfg)
+def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal, *callbacks_of_run: L.Callback) -> L.Trainer:
     clock = StepClock()
     callbacks = list(instantiate(cfg.callbacks).values())
     callbacks += [StepProfile(folder / "profile", clock)] if cfg.profile else []
     trainer: L.Trainer = instantiate(
         cfg.trainer,
-        callbacks=[*in_order(callbacks), stop],
+        callbacks=[*in_order([*callbacks, *callbacks_of_run]), stop],
         logger=list(instantiate(cfg.logger).values()),
-        plugins=[BackgroundCheckpointIO()],
+        plugins=[BackgroundCheckpointIO(), *environment_plugins()],
         profiler=clock,
         default_root_dir=folder,
     )
@@ -257,6 +269,7 @@ def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[s
         "steps": trainer.global_step,
         "samples per second": next((round(speed, 1) for speed in speeds if math.isfinite(speed)), None),
         "samples rejected": next((sum(c.rejects.values()) for c in found(callbacks, DataPosition)), None),
+        "rejected because": next((dict(c.rejects) for c in found(callbacks, DataPosition) if c.rejects), None),
         "steps skipped": next((c.skipped for c in found(callbacks, FiniteGuard) if c.skips), None),
         "best checkpoint": next((str(c.best_path) for c in found(callbacks, Checkpoints) if c.best_path), None),
         "last preview": next((str(c.last) for c in found(callbacks, Previews) if c.last), None),
@@ -275,15 +288,21 @@ def report(cfg: DictConfig, folder: Path, summary: dict[str, Any], scores: Score
     write_json(folder / "summary.json", summary, indent=2)
     log.info("\n%s", describe(summary))
     if cfg.next_command:
-        log.info("\nNext: %s", cfg.next_command.replace("RUN", str(folder)))
+        log.info("\nNext: %s", cfg.next_command.replace("RUN", str(folder)).replace("TEXT", cfg.preview.text or ""))
 
 
 def describe(summary: dict[str, Any]) -> str:
     """The summary as lines for the console, with the scores as a small table."""
-    lines = [f"{name:20} {value}" for name, value in summary.items() if name != "scores" and value is not None]
+    lines = [
+        f"{name:20} {in_words(value)}" for name, value in summary.items() if name != "scores" and value is not None
+    ]
     scores = summary.get("scores") or {}
     if scores:
         names = list(next(iter(scores.values())))
         lines += ["", f"{'held-out prompts':20}" + "".join(f"{name:>16}" for name in names)]
         lines += [f"{row:20}" + "".join(f"{values[name]:16.3f}" for name in names) for row, values in scores.items()]
     return "\n".join(lines)
+
+
+def in_words(value: Any) -> str:
+    return ", ".join(f"{name} ({number})" for name, number in value.items()) if isinstance(value, dict) else str(value)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, distributed, nn
@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ipa.errors import UserError
+from ipa.identity import slurm_tasks
 from ipa.model import IPAdapterModel
 
 TIMEOUT_MINUTES = 60.0  # the other ranks wait while the first scores previews
@@ -159,7 +160,7 @@ def found_environment() -> ClusterEnvironment | None:
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if not SLURMEnvironment.detect():
+    if slurm_tasks(os.environ) == 1:  # also a shell in an allocation of several tasks
         return None
     if (tasks := int(os.environ["SLURM_NTASKS"])) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
@@ -169,9 +170,19 @@ def found_environment() -> ClusterEnvironment | None:
     return SLURMEnvironment(auto_requeue=False)
 
 
+def environment_plugins() -> list[ClusterEnvironment]:
+    """Lightning takes every process in an allocation of Slurm for one of its tasks."""
+    return [LightningEnvironment()] if SLURMEnvironment.detect() and found_environment() is None else []
+
+
 def check_processes(strategy: Any) -> None:
     """Raise UserError if not as many processes were started as are configured: some would wait forever."""
     environment: ClusterEnvironment = strategy.cluster_environment
+    if not environment.creates_processes_externally and strategy.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes={strategy.num_nodes}, but this process was started by itself, and the others would be "
+            "waited for: start the command on every machine with srun or torchrun (docs/cluster.md)"
+        )
     asked, started = strategy.num_processes * strategy.num_nodes, environment.world_size()
     if environment.creates_processes_externally and asked != started:
         starter = "Slurm" if isinstance(environment, SLURMEnvironment) else "torchrun"

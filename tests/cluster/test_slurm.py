@@ -34,7 +34,13 @@ def submit(slurm: Slurm, tiny_runs: TinyRuns, *options: str, script: Path = TRAI
     """The job, and the folder of its run."""
     log = f"--output={tiny_runs.folder}/slurm-%j.out"
     job = slurm.submit(Path(script), log, *NO_GPUS, *options, cwd=ROOT, arguments=tiny_runs.overrides)
-    return job, tiny_runs.run_folder(job)
+    wait_until(lambda: folders_of(job, tiny_runs), f"the folder of job {job}", PATIENCE_S)
+    return job, folders_of(job, tiny_runs)[0]
+
+
+def folders_of(job: int, tiny_runs: TinyRuns) -> list[Path]:
+    """The folders of the runs that a job started without names."""
+    return sorted(tiny_runs.folder.glob(f"runs/*/{job}-*"))
 
 
 @pytest.mark.slow
@@ -87,3 +93,22 @@ def test_cancelled_run_stays_cancelled(slurm: Slurm, tiny_runs: TinyRuns) -> Non
     wait_until(lambda: not slurm.run("squeue", "--noheader", f"--jobs={job}"), f"job {job} gone", PATIENCE_S)
     assert slurm.state(job) == "CANCELLED" and slurm.field(job, "Restarts") == "0"
     assert newest_step(run) < STEPS, output(job, tiny_runs)
+
+
+@pytest.mark.slow
+def test_several_runs_of_a_job_have_folders_of_their_own_which_a_requeued_job_finds(
+    slurm: Slurm, tiny_runs: TinyRuns, tmp_path: Path
+) -> None:
+    """The second is requeued in the middle; then the first is finished, and the second resumes."""
+    script = tmp_path / "loop.sbatch"
+    loop = 'for seed in 1 2; do srun --ntasks=1 "$PYTHON" train.py seed=$seed "$@"; done'
+    script.write_text(f"#!/bin/bash\n#SBATCH --requeue\n#SBATCH --open-mode=append\n{loop}\n")
+    job, _ = submit(slurm, tiny_runs, "--nodes=1", "--ntasks=2", "--ntasks-per-node=2", script=script)
+    wait_until(lambda: len(folders_of(job, tiny_runs)) == 2, "the second run", PATIENCE_S)
+    runs = sorted(folders_of(job, tiny_runs), key=newest_step, reverse=True)
+    wait_for_step(runs[1], EVERY_STEPS)
+    slurm.requeue(job)
+
+    assert slurm.wait_for_end(job, PATIENCE_S) == "COMPLETED", output(job, tiny_runs)
+    assert folders_of(job, tiny_runs) == sorted(runs) and [steps_made(run) for run in runs] == [STEPS, STEPS]
+    assert output(job, tiny_runs).count("is finished") == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -50,18 +49,6 @@ class Witness(L.Callback):
 
 
 WITNESS = f"+callbacks.witness._target_={__name__}.Witness"
-
-
-class Ledger(L.Callback):
-    """Writes of every batch its step, its keys and its loss into ``file``, a line each, at once."""
-
-    def __init__(self, file: str) -> None:
-        self.file = Path(file)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        line = {"step": trainer.global_step, "keys": batch.keys, "loss": outputs["loss"].item().hex()}
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 class SignalAt(L.Callback):

@@ -214,14 +214,15 @@ def test_a_file_to_start_from_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_run_resumes_from_before_a_broken_checkpoint_and_leaves_no_unfinished_one(
     train_in: Run, half_done: Path, six: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken, unfinished = last_checkpoint(half_done), half_done / "checkpoints/.step_00000005.ckpt.99.tmp"
+    broken = last_checkpoint(half_done)
     damage(broken)
-    unfinished.write_bytes(b"PK")
+    for name in ("checkpoints/.step_00000005.ckpt.99.tmp", ".adapter.safetensors.98.tmp", "previews/.x.png.7.tmp"):
+        (half_done / name).write_bytes(b"PK")
 
     train_in(half_done, *SIX)
 
     assert f"{broken} is skipped: it is damaged" in caplog.text
-    assert not unfinished.exists()
+    assert list(half_done.rglob("*.tmp")) == []
     assert_same_run(half_done, six)
 
 

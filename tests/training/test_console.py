@@ -62,13 +62,15 @@ def test_run_of_a_user_without_login(start: Command, tmp_path: Path, listener: t
         assert expected in output
     assert f"adapter              {folder}/adapter.safetensors" in output
     assert f"Next: python -m ipa.tools.sample adapter={folder}/adapter.safetensors" in output
-    assert len(output.splitlines()) < 25, output
+    lines = [line for line in output.splitlines() if line]
+    assert len(lines) < 25 and len(lines) == len(set(lines)) and "\r" not in output, output
     assert not re.search("warn|deprecat|tip:|eval mode|v_num|it/s", output.lower()), output
 
 
-def test_terminal_gets_a_bar_with_loss_and_speed(
-    train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_terminal_gets_a_bar_with_loss_and_speed_and_the_log_its_lines(
+    train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("DEBUG", "ipa")
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 120))
     with open(writer, "w") as terminal:
@@ -81,7 +83,7 @@ def test_terminal_gets_a_bar_with_loss_and_speed(
     os.close(reader)
 
     assert re.search(r"training: .*4/4 .*loss 0\.\d+  samples/s \d+", shown)
-    assert "v_num" not in shown
+    assert [record.levelname for record in caplog.records if record.message.startswith("step 4 of 4")] == ["DEBUG"]
 
 
 def test_log_tells_progress_in_few_lines(train_in: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

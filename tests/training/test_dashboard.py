@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import wandb
@@ -15,6 +19,7 @@ from PIL import Image
 from wandb_records import WandbRun, read_offline_runs
 
 from ipa.cli import explain_failure
+from ipa.errors import UserError
 from ipa.training.loggers import make_wandb
 
 WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "NETRC", "XDG_DATA_HOME", "XDG_CACHE_HOME")
@@ -54,8 +59,8 @@ def run(folder: Path) -> WandbRun:
     return run
 
 
-def test_a_run_is_named_by_variant_and_seed_and_grouped(run: WandbRun) -> None:
-    assert (run.name, run.group, run.project) == ("decoupled_global-seed7", "ours", "ipa")
+def test_a_run_has_its_name_and_its_group(run: WandbRun) -> None:
+    assert (run.name, run.group, run.project) == ("ours/shown", "ours", "ipa")
 
 
 def test_curves_have_the_training_step(run: WandbRun, folder: Path) -> None:
@@ -113,6 +118,77 @@ def test_a_resumed_run_is_another_file_with_the_same_id(home: Path, tmp_path: Pa
 
 def test_nothing_is_written_to_the_home_folder(run: WandbRun, home: Path) -> None:
     assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_the_final_scores_are_in_the_overview(run: WandbRun, folder: Path) -> None:
+    scores = json.loads((folder / "summary.json").read_text())["scores"]
+
+    assert run.summary["scores/scale 1/clip_i"] == scores["scale 1"]["clip_i"]
+    assert {name for name in run.summary if name.startswith("scores/scale 0/")}
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "message"),
+    [
+        ({"WANDB_MODE": "onlin"}, {}, "WANDB_MODE=onlin: give one of online, offline"),
+        ({}, {"project": "a/b"}, r"logger\.wandb\.project=a/b"),
+        ({}, {"project": None}, r"logger\.wandb\.project=None"),
+        ({}, {"entitty": "me"}, r"logger\.wandb has no option entitty"),
+    ],
+)
+def test_wrong_settings_are_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], options: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        make_wandb(tmp_path, **{"project": "ipa", "name": "x", **options})
+
+
+@pytest.fixture
+def logged_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    monkeypatch.setattr("ipa.training.loggers.PROBE_S", 0.5)
+    return monkeypatch
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A server that is there, but is no wandb."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("server", ["absent", "silent", pytest.param("refuses", marks=pytest.mark.slow)])
+def test_without_a_dashboard_the_run_is_recorded_offline(
+    logged_in: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, server: str
+) -> None:
+    """Within seconds, and with a warning."""
+    with HTTPServer(("127.0.0.1", 0), Refuses) as listening:
+        logged_in.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{9 if server == 'absent' else listening.server_port}")
+        if server == "refuses":
+            Thread(target=listening.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        try:
+            logger = make_wandb(tmp_path, project="ipa", name="x")
+            logger.log_metrics({"loss": 1.0}, step=1)
+            waited_s = time.monotonic() - began
+        finally:
+            wandb.finish()
+            wandb.teardown()
+            if server == "refuses":
+                listening.shutdown()
+
+    [run] = read_offline_runs(tmp_path)
+    assert run.curve("loss") == {1: 1.0} and waited_s < 20
+    assert any(record.levelname == "WARNING" and "wandb" in record.message for record in caplog.records)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")

@@ -1,15 +1,18 @@
 """What goes wrong: a clear message that names what was given, and nothing half-written."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import tiny_sdxl
+import torch
 from conftest import QUIET, Command, Run, World, column, last_checkpoint, picture, samples, write_shard
 
 from ipa.cli import explain_failure
 from ipa.errors import UserError
 from ipa.training.checkpointing import read_checkpoint
+from ipa.training.run import describe
 
 REFUSED = [
     (["data.train=PLACE/nowhere"], ["no such shard: 'PLACE/nowhere'", "Give a folder"]),
@@ -23,6 +26,7 @@ REFUSED = [
 ]
 # what is refused although not a weight of base or encoder could be read
 BEFORE_WEIGHTS = [
+    ([], ["PLACE/base"]),  # the weights are missing, so the others are refused before
     (["tokens.num_tokens=0"], ["tokens.num_tokens=0"]),
     (["tokens.num_tokens=3"], ["tokens.num_tokens=4", "adapter.layout=ipa"]),
     (["tokens.no_image=foo"], ["tokens.no_image=foo", "blank, zeros"]),
@@ -31,6 +35,10 @@ BEFORE_WEIGHTS = [
     (["base.path=PLACE/sdxl"], ["PLACE/sdxl", "base=sdxl"]),
     (["adapter.init_from=PLACE/no.safetensors"], ["PLACE/no.safetensors"]),
     (["preview.images=PLACE/empty"], ["preview.images=PLACE/empty"]),
+    pytest.param(
+        *(["recipe=sd15", "base.path=not/asked", "trainer.devices=1"], ["torch finds no GPU"]),
+        marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
+    ),
     (["trainer.devices=0"], ["trainer.devices=0"]),
     (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
     (["ema.decay=1"], ["ema.decay=1"]),
@@ -41,42 +49,39 @@ BEFORE_WEIGHTS = [
 ]
 
 
-def message_of(train_in: Run, place: Path, overrides: list[str]) -> str:
+def message_of(train_in: Run, folder: Path, overrides: list[str], place: Path) -> str:
     """What the command prints before it exits with 1; without a message the user would see a traceback."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - the words are looked at by the caller
-        train_in(place / "x", *(override.replace("PLACE", str(place)) for override in overrides))
+        train_in(folder / "x", *(override.replace("PLACE", str(place)) for override in overrides))
     message = explain_failure(caught.value, str(place))
     assert message is not None, caught.value
-    assert sorted(path.name for path in (place / "x").rglob("*") if path.is_file()) in ([], ["config.yaml"])
+    assert sorted(path.name for path in (folder / "x").rglob("*") if path.is_file()) in ([], ["config.yaml"])
     return message
 
 
-@pytest.fixture
-def bare(tmp_path: Path, world: World) -> list[str]:
-    """Bases and an encoder with their configuration files alone, as overrides."""
-    (tmp_path / "empty").mkdir()
-    tiny_sdxl.make_family().pipeline().save_pretrained(tmp_path / "sdxl")
-    shutil.copytree(world.base, tmp_path / "base")
-    shutil.copytree(world.encoder.removeprefix("local-dir:"), tmp_path / "encoder")
-    for path in tmp_path.rglob("*.safetensors"):
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """Bases and an encoder with their configuration files alone."""
+    place = tmp_path_factory.mktemp("bare")
+    (place / "empty").mkdir()
+    tiny_sdxl.make_family().pipeline().save_pretrained(place / "sdxl")
+    shutil.copytree(world.base, place / "base")
+    shutil.copytree(world.encoder.removeprefix("local-dir:"), place / "encoder")
+    for path in place.rglob("*.safetensors"):
         path.unlink()
-    return ["base.path=PLACE/base", "encoder.name=local-dir:PLACE/encoder"]
+    return place
 
 
 @pytest.mark.parametrize(("overrides", "expected"), BEFORE_WEIGHTS, ids=lambda value: " ".join(value))
 def test_what_cannot_work_is_refused_before_weights_are_read(
-    train_in: Run, tmp_path: Path, bare: list[str], overrides: list[str], expected: list[str]
+    train_in: Run, tmp_path: Path, bare: Path, overrides: list[str], expected: list[str]
 ) -> None:
-    message = message_of(train_in, tmp_path, [*bare, *overrides])
+    given = ["base.path=PLACE/base", "encoder.name=local-dir:PLACE/encoder", *overrides]
+    message = message_of(train_in, tmp_path, given, bare)
 
-    assert "safetensors" not in message or "init_from" in overrides[0]
+    assert overrides == [] or "safetensors" not in message or "init_from" in overrides[0]
     for words in expected:
-        assert words.replace("PLACE", str(tmp_path)) in message
-
-
-def test_missing_weights_are_reported_with_their_folder(train_in: Run, tmp_path: Path, bare: list[str]) -> None:
-    """So the weights are missing in the test above, and what is refused there is refused before they are read."""
-    assert str(tmp_path / "base") in message_of(train_in, tmp_path, bare)
+        assert words.replace("PLACE", str(bare)) in message
 
 
 @pytest.mark.parametrize(("overrides", "expected"), REFUSED, ids=lambda value: " ".join(value))
@@ -85,7 +90,7 @@ def test_bad_input_is_refused_in_words(
 ) -> None:
     write_shard(tmp_path / "captionless/00000.tar", [("a.png", picture(0)), ("b.png", picture(1))])
 
-    message = message_of(train_in, tmp_path, overrides)
+    message = message_of(train_in, tmp_path, overrides, tmp_path)
 
     for words in expected:
         assert words.replace("PLACE", str(tmp_path)) in message
@@ -130,7 +135,9 @@ def test_dirty_data_is_skipped_and_counted(train_in: Run, tmp_path: Path, world:
         assert counts == sorted(counts)
         assert counts[-1] == count
     assert len(column(folder, "train/loss")) == 8
-    assert '"samples rejected": 4' in (folder / "summary.json").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["samples rejected"] == 4
+    assert "broken picture (2)" in describe(summary) and "broken tar (1)" in describe(summary)
 
 
 def test_weights_that_nobody_can_use_are_not_saved(train_in: Run, tmp_path: Path) -> None:

@@ -41,19 +41,6 @@ def test_buckets_are_the_plain_means_by_noise_level() -> None:
     assert buckets.take() == {"train/error_t/0.0-0.25": 4.0}
 
 
-def test_five_buckets_have_short_names_and_hold_every_sample() -> None:
-    buckets, time = TimestepBuckets(), torch.rand(200).tolist()
-    buckets.add(errors(time, time))
-    means = buckets.take()
-
-    names = ["0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0"]
-    assert list(means) == [f"train/error_t/{name}" for name in names]
-    for name, mean in zip(names, means.values(), strict=True):
-        low, high = map(float, name.split("-"))
-        inside = [t for t in time if low <= t < high]
-        assert mean == pytest.approx(sum(inside) / len(inside), rel=1e-5)
-
-
 @cache
 def using_image() -> IPAdapterModel:
     """A tiny model and an adapter that was trained until it tells the images of a batch apart."""

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 from bystanders import stopping
 from conftest import (
     EVERYTHING,
@@ -13,10 +15,12 @@ from conftest import (
     FEW,
     SIX,
     Run,
+    World,
     assert_same_run,
     checkpoint,
     column,
     compose,
+    last_checkpoint,
     rows,
     saved_configuration,
     trained,
@@ -30,12 +34,16 @@ from ipa.training.loggers import RunCSV
 from ipa.training.run import finished_summary
 
 
-def test_a_larger_max_steps_extends_a_finished_run_also_in_another_place(
-    train_in: Run, half_done: Path, six: Path, first_four: Path
+def test_a_larger_max_steps_extends_a_finished_run_also_when_everything_was_moved(
+    train_in: Run, half_done: Path, six: Path, first_four: Path, world: World, tmp_path: Path
 ) -> None:
+    """The run, its data and its base are in other places."""
     before = rows(half_done)
+    moved = {"data.train": world.train, "base.path": world.base}
+    for name, place in moved.items():
+        shutil.copytree(place, tmp_path / name)
 
-    train_in(half_done, *SIX)
+    train_in(half_done, *SIX, *(f"{name}={tmp_path / name}" for name in moved))
 
     assert rows(half_done)[:4] == before
     assert_same_run(half_done, six)
@@ -111,12 +119,43 @@ def test_an_option_that_changes_no_step_is_taken_and_logged(
     train_in: Run, half_done: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ipa")
-    settle(train_in, half_done, "data.num_workers=1", "preview.every_n_steps=3")
+    settle(train_in, half_done, "data.num_workers=1", "preview.every_n_steps=3", "sampling.guidance=2")
 
     assert "data.num_workers: 1, before 0" in caplog.messages
     assert "preview.every_n_steps: 3, before 2" in caplog.messages
     assert not [message for message in caplog.messages if str(half_done.parent) in message and ", before" in message]
     assert saved_configuration(half_done).data.num_workers == 1
+
+
+@pytest.mark.parametrize(("name", "what"), [("data.train", "other shards"), ("base.path", "other weights")])
+def test_something_else_in_the_place_of_data_or_weights_is_refused(
+    train_in: Run, half_done: Path, world: World, tmp_path: Path, name: str, what: str
+) -> None:
+    if name == "data.train":
+        shutil.copytree(world.train, tmp_path / "other")
+        (tmp_path / "other/00001.tar").rename(tmp_path / "other/00009.tar")
+        saved = world.train
+    else:
+        tiny.make_pipeline(tiny.make_family(seed=5)).save_pretrained(tmp_path / "other")
+        saved = world.base
+    with pytest.raises(UserError, match=rf"{re.escape(name)}={tmp_path}/other has {what} than {saved}.*resume="):
+        train_in(half_done, *SIX, f"{name}={tmp_path}/other")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["experiment=simple_global"], "simple"),
+        (["tokens.num_tokens=8"], "tokens"),
+        (["ema.decay=0.9"], "ema.decay=null"),
+    ],
+)
+def test_the_checkpoint_of_another_kind_of_run_is_refused(
+    train_in: Run, first_four: Path, tmp_path: Path, overrides: list[str], reason: str
+) -> None:
+    start = last_checkpoint(first_four)
+    with pytest.raises(UserError, match=rf"{start}.*{reason}"):
+        train_in(tmp_path / "x", *SIX, "adapter.layout=ipa", *overrides, f"resume={start}")
 
 
 @pytest.mark.parametrize("content", ["", "a: [", "[1]", "optimizer: {lr: 5}", "paths: {run: 3}", "${x}: {"])
@@ -143,13 +182,13 @@ def test_expressions_of_the_environment_are_compared_as_they_were_written(
 ) -> None:
     monkeypatch.setenv("DATA_TOKEN", "first-secret-1234")
     train = "data.train='https://host/{0..9}.tar?token=${oc.env:DATA_TOKEN}'"
-    settled = settle_configuration(compose(tmp_path, train), tmp_path, resumes=False)
+    settled, _ = settle_configuration(compose(tmp_path, train), tmp_path, resumes=False)
     text = (tmp_path / "config.yaml").read_text()
 
     assert settled.data.train.endswith("token=first-secret-1234")
     assert "first-secret" not in text and "${oc.env:DATA_TOKEN}" in text
     monkeypatch.setenv("DATA_TOKEN", "second-secret-1234")
-    again = settle_configuration(compose(tmp_path, train), tmp_path, resumes=True)
+    again, _ = settle_configuration(compose(tmp_path, train), tmp_path, resumes=True)
     assert again.data.train.endswith("token=second-secret-1234")
 
 

@@ -18,6 +18,8 @@ from ranks import together, train_all
 from torch import Tensor
 
 from ipa.errors import UserError
+from ipa.training.run import make_trainer
+from ipa.training.stopping import Signals, StopOnSignal
 from ipa.training.strategies import AdapterDDP, AdapterFSDP, AdapterZeRO2, make_strategy
 
 DDP, FSDP, ZERO2 = (
@@ -154,7 +156,7 @@ def test_all_variants(tmp_path: Path, world: World, train_in: Run) -> None:
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}
 SRUN = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-SRUN |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+SRUN |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "4"}
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "slurm", *STRATEGIES])
@@ -187,6 +189,7 @@ def test_slurm_says_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (TORCHRUN, "torchrun started 2"),
         ({**SRUN, "SLURM_NTASKS_PER_NODE": "2"}, "Slurm started 4"),
         (SRUN, "--ntasks-per-node"),
+        ({}, "trainer.num_nodes=2, but this process was started by itself"),
     ],
 )
 def test_other_processes_than_asked_for_are_refused(
@@ -196,7 +199,20 @@ def test_other_processes_than_asked_for_are_refused(
     for name, value in started.items():
         monkeypatch.setenv(name, value)
     with pytest.raises((InstantiationException, ValueError), match=told):
-        instantiate(compose(tmp_path / "x", "trainer=cpu").trainer)
+        instantiate(compose(tmp_path / "x", "trainer=cpu", *([] if started else ["trainer.num_nodes=2"])).trainer)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_shell_in_an_allocation_of_several_tasks_starts_its_own_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int
+) -> None:
+    for name, value in SRUN.items():
+        if name != "SLURM_STEP_NUM_TASKS":
+            monkeypatch.setenv(name, value)
+    trainer = make_trainer(compose(tmp_path / "x", f"trainer.devices={devices}"), tmp_path, StopOnSignal(Signals(1)))
+
+    assert trainer.world_size == devices
+    assert not trainer._accelerator_connector.cluster_environment.creates_processes_externally
 
 
 @pytest.mark.slow
@@ -220,3 +236,12 @@ def test_both_ways_to_start_processes(start: Command, world: World, tmp_path: Pa
         assert told.count("step 2 of 2") == told.count("training 5") == 1
     assert list(column(place, "preview/clip_i")) == [2] and (place / "previews/step_000002.png").is_file()
     assert json.loads((place / "summary.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
+    """Of a rank or within a checkpoint, with data workers; `tests/training/torture.py` takes any number."""
+    command = [sys.executable, str(ROOT / "tests/training/torture.py"), "--kills=4", f"--folder={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 0 and "the same bit for bit" in done.stdout, done.stdout + done.stderr

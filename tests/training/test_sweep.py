@@ -38,8 +38,8 @@ def test_sweep_goes_on_where_it_stopped(start: Command, tmp_path: Path) -> None:
     assert [saved_configuration(folder).group for folder in (first, second)] == ["x", "x"]
     [one], [failed, other] = (read_offline_runs(folder) for folder in (first, second))
     assert [(run.group, run.name) for run in (one, other)] == [
-        ("x", "decoupled_global-seed1"),
-        ("x", "decoupled_global-seed2"),
+        ("x", "x/seed1"),
+        ("x", "x/seed2"),
     ]
     assert one.id != other.id == failed.id and list(one.curve("train/loss")) == list(other.curve("train/loss")) == [
         1,
