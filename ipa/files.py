@@ -92,7 +92,7 @@ def mode_of_new_file(path: Path) -> int:
     return mode
 
 
-def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_RUN_FOLDER) -> None:
+def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_FOLDER) -> None:
     """Write JSON atomically; raises as ``write_atomically`` does."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"), otherwise)
