@@ -188,7 +188,7 @@ def test_what_is_not_there_is_named(read, tmp_path: Path) -> None:
         read(f"local-dir:{tmp_path}")
     with pytest.raises(UserError, match=r"encoder\.name=ViT-H14: .* `local-dir:FOLDER`.* Did you mean ViT-H-14\?"):
         read("ViT-H14")
-    with pytest.raises(UserError, match=r"encoder\.dtype=half: one of float32, bfloat16"):
+    with pytest.raises(UserError, match=r"encoder\.dtype=half: give float32, bfloat16 or"):
         read("ViT-H-14", "laion2b_s32b_b79k", dtype="half")
 
 
