@@ -30,7 +30,7 @@ from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import draw_noise, prompt_arguments
-from ipa.types import Features
+from ipa.types import Features, ImageCondition
 
 HEADS = ("global", "fine_grained")
 OURS, THEIRS = "ours", "diffusers"
@@ -73,7 +73,7 @@ def stock_pipeline(model: IPAdapterModel) -> Any:
 
 
 def ours(model: IPAdapterModel, features: Features, texts: list[str], options: Mapping[str, Any]) -> Tensor:
-    with prompt_arguments(model, [features], texts, size_px=options["height"]) as arguments:
+    with prompt_arguments(model, [ImageCondition([features])], texts, size_px=options["height"]) as arguments:
         return model.family.pipeline()(**arguments, **options).images
 
 

@@ -36,6 +36,11 @@ class Host(Protocol):
     name: str
 
     @property
+    def block(self) -> str:
+        """Name of the block that the host belongs to; λ may differ between blocks."""
+        ...
+
+    @property
     def width(self) -> int:
         """Inner width of the branch, for checking and describing adapter files."""
         ...
@@ -169,6 +174,10 @@ class Family(nn.Module, ABC):
     def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
         """Result of ``prepare_text`` → what ``denoise`` takes; ``size_B6`` as in `TextCondition`."""
 
+    def cut_off(self, text: str) -> str:
+        """The end of a text that is too long for the tokenizers, which ``prepare_text`` leaves out."""
+        return ""
+
     def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
         return self.encode_text_inputs(self.prepare_text(texts), size_B6)
 
@@ -193,6 +202,10 @@ class Family(nn.Module, ABC):
     def hosts(self) -> list[Any]:
         """All `Host`s in the published order, enumerated from the modules."""
 
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """Names of the blocks that have hosts, in the order in which the denoiser runs them."""
+
     @property
     def widths(self) -> BaseWidths:
         return BaseWidths(self.context_width, [host.width for host in self.hosts()])
@@ -213,6 +226,10 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         """Guidance (1: none) as keyword arguments; raises UserError for what the pipeline does not have."""
+
+    @abstractmethod
+    def progress(self, time_B: Tensor) -> float:
+        """How far the denoising is at this time: the share of the training's noise schedule that is passed, 0 to 1."""
 
     @abstractmethod
     def before_calls(

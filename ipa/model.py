@@ -6,6 +6,7 @@ L = E w ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ipa import objective
 from ipa.contracts import AdapterKind, DenoiserCall, Family, ImageEncoder, TokenHead
 from ipa.data.images.transforms import fit_named
 from ipa.errors import UserError
-from ipa.types import Batch, Features, ImagePrompt, Posterior, TextCondition, TextInputs, to_unit_range
+from ipa.types import Batch, Features, ImageCondition, ImagePrompt, Posterior, TextCondition, TextInputs, to_unit_range
 from ipa.weights import hash_weights
 
 MAX_COMPILED_SHAPES = 64  # of a block's inputs: widths × resolutions × aspect ratios
@@ -167,17 +168,17 @@ class IPAdapterModel(nn.Module):
         self,
         positive: TextCondition,
         negative: TextCondition | None,
-        images: Sequence[Features],
-        scale: float | Tensor,
+        conditions: Sequence[ImageCondition],
     ) -> Iterator[tuple[TextCondition, TextCondition | None]]:
         """While inside, a pipeline around ``family`` sees the image prompts; yields the two texts to give it.
 
-        The negative part of guidance gets the "no image" tokens at the same λ. Tokens are computed once, or before
-        every call of the denoiser for a head that depends on the time.
+        The negative part of guidance gets the "no image" tokens at the same λ, unless a condition says otherwise.
+        Tokens are computed once, or before every call of the denoiser for a head that depends on the time.
         """
-        prompts = GuidedPrompts(self, images, None if negative is None else len(negative.states_BLD), scale)
+        negatives = None if negative is None else len(negative.states_BLD)
+        prompts = GuidedPrompts(self, conditions, negatives)
         texts = self._extended(positive, negative, prompts)
-        if not self.head.depends_on_time and (negative is None or self.family.guidance_calls == "joint"):
+        if not prompts.change and (negative is None or self.family.guidance_calls == "joint"):
             with self.adapter.carrying(prompts.at(None, "positive" if negative is None else "joint")):
                 yield texts
             return
@@ -191,7 +192,7 @@ class IPAdapterModel(nn.Module):
     def _extended(
         self, positive: TextCondition, negative: TextCondition | None, prompts: GuidedPrompts
     ) -> tuple[TextCondition, TextCondition | None]:
-        if self.head.depends_on_time:  # such a head is never combined with an adapter that extends the text
+        if prompts.change:  # such prompts are never combined with an adapter that extends the text
             return positive, negative
         extended = self.adapter.extend(positive, prompts.at(None, "positive"))
         return extended, None if negative is None else self.adapter.extend(negative, prompts.at(None, "negative"))
@@ -247,27 +248,64 @@ class IPAdapterModel(nn.Module):
 
 
 class GuidedPrompts:
-    """The image prompts of a sampling, for each part of the guided batch; kept for heads that ignore the time."""
+    """The image prompts of a sampling, for each part of the guided batch.
 
-    def __init__(
-        self, model: IPAdapterModel, images: Sequence[Features], negatives: int | None, scale: float | Tensor
-    ) -> None:
-        self.model, self.images, self.weight = model, images, as_weight(scale)
-        self.blanks = [] if negatives is None else [model.no_image(negatives)] * len(images)
+    ``negatives`` is the number of rows of the negative part, None without guidance. Prompts are kept as long as their
+    tokens do not depend on the time. They ``change`` if tokens or λ do.
+    """
+
+    def __init__(self, model: IPAdapterModel, conditions: Sequence[ImageCondition], negatives: int | None) -> None:
+        self.model, self.conditions, self.negatives = model, conditions, negatives
         self.kept: dict[str, ImagePrompt] = {}
+        self.change = model.head.depends_on_time or any(each.over_time for each in conditions)
+        if model.adapter.name == "simple":
+            check_simple(conditions)
 
-    def at(self, time_B: Tensor | None, part: str) -> ImagePrompt:
-        if self.model.head.depends_on_time:
-            return ImagePrompt(self.tokens(part, time_B), self.weight)
-        if part not in self.kept:
-            self.kept[part] = ImagePrompt(self.tokens(part, None), self.weight)
-        return self.kept[part]
+    def at(self, time_B: Tensor | None, part: str) -> ImagePrompt | None:
+        if part not in self.kept or self.model.head.depends_on_time:
+            prompts = [self.prompt(each, time_B, part) for each in self.conditions]
+            if not prompts:
+                return None
+            self.kept[part] = dataclasses.replace(prompts[0], also=tuple(prompts[1:]))
+        prompt = self.kept[part]
+        if time_B is not None:
+            for each, condition in zip((prompt, *prompt.also), self.conditions, strict=True):
+                if condition.over_time is not None:
+                    each.scale = as_weight(condition.scale) * condition.over_time(self.model.family.progress(time_B))
+        return prompt
 
-    def tokens(self, part: str, time_B: Tensor | None) -> Tensor:
+    def prompt(self, condition: ImageCondition, time_B: Tensor | None, part: str) -> ImagePrompt:
+        mask_BHW = condition.mask_BHW
+        if mask_BHW is not None and part == "joint" and len(mask_BHW) > 1:
+            mask_BHW = torch.cat([mask_BHW, mask_BHW])
+        scale, tokens_BTD = as_weight(condition.scale), self.tokens(condition, part, time_B)
+        if part == "joint" and scale.ndim:
+            scale = torch.cat([scale, scale])
+        return ImagePrompt(tokens_BTD, scale, condition.hosts, mask_BHW)
+
+    def tokens(self, condition: ImageCondition, part: str, time_B: Tensor | None) -> Tensor:
         if part == "joint":  # negative rows first
             negative_B, positive_B = (None, None) if time_B is None else time_B.chunk(2)
-            return torch.cat([self.tokens("negative", negative_B), self.tokens("positive", positive_B)])
-        return self.model.image_tokens(*(self.images if part == "positive" else self.blanks), t_B=time_B)
+            rows = [("negative", negative_B), ("positive", positive_B)]
+            return torch.cat([self.tokens(condition, name, times_B) for name, times_B in rows])
+        if condition.reversed:
+            tokens_BTD = self.model.image_tokens(*condition.images, t_B=time_B)
+            return tokens_BTD if part == "negative" else torch.zeros_like(tokens_BTD)
+        if part == "positive":
+            return self.model.image_tokens(*condition.images, t_B=time_B)
+        assert self.negatives is not None, "a negative part without guidance"
+        blanks = [self.model.no_image(self.negatives)] * len(condition.images)
+        return self.model.image_tokens(*(condition.negative or blanks), t_B=time_B)
+
+
+def check_simple(conditions: Sequence[ImageCondition]) -> None:
+    """A simple adapter's tokens are a part of the text, the same in all layers and at all times."""
+    for each in conditions:
+        if each.hosts is not None or each.mask_BHW is not None or each.over_time is not None:
+            raise UserError(
+                "a simple adapter has no λ per block or over time, and no masks, since its tokens are a part of the "
+                "text: use a decoupled adapter"
+            )
 
 
 def check_combination(family: Family, head: TokenHead, adapter: AdapterKind, min_snr_gamma: float | None) -> None:

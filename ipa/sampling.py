@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
-from ipa.types import Features
+from ipa.types import Features, ImageCondition
 
 RECORDED = ("num_steps", "guidance", "guidance_rescale", "image_size_px")
 
@@ -86,7 +86,8 @@ def _generate_batch(
     family = model.family
     size_px = family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px")
     shape_CHW = family.latent_shape(size_px)
-    with prompt_arguments(model, images, texts, options.scale, size_px, options.guidance > 1) as arguments:
+    conditions = [ImageCondition(images, scale=options.scale)]
+    with prompt_arguments(model, conditions, texts, size_px, options.guidance > 1) as arguments:
         noise = family.pack(draw_noise(shape_CHW, seeds)).to(arguments["prompt_embeds"])
         latents = (
             family.pipeline()(
@@ -105,9 +106,8 @@ def _generate_batch(
 @contextmanager
 def prompt_arguments(
     model: IPAdapterModel,
-    images: Sequence[Features],
+    conditions: Sequence[ImageCondition],
     texts: Sequence[str],
-    scale: float = 1.0,
     size_px: int | None = None,
     guided: bool = True,
 ) -> Iterator[dict[str, Any]]:
@@ -119,7 +119,7 @@ def prompt_arguments(
     size_B6 = uncropped(size_px or model.family.image_size_px, len(texts))
     positive = model.family.encode_text(list(texts), size_B6)
     negative = model.family.encode_text([""] * len(texts), size_B6) if guided else None
-    with model.guided(positive, negative, images, scale) as (with_image, without_image):
+    with model.guided(positive, negative, conditions) as (with_image, without_image):
         yield model.family.prompt_arguments(with_image, without_image)
 
 

@@ -15,7 +15,7 @@ diffusers' (1 means none). λ, the weight of the image prompt, is called ``scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -225,10 +225,17 @@ class ImagePrompt:
 
     A scalar may lie on the CPU whatever the device of the tokens. What branches make of the tokens is kept as long as
     the prompt lives, so neither tokens nor branches may change between calls without gradients that see one prompt.
+
+    ``hosts`` maps names of hosts to a factor of λ, hosts without one are left alone; None is 1 everywhere. ``mask_BHW``
+    in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. The results of the prompts ``also``
+    given are added to this one's.
     """
 
     tokens_BTD: Tensor
     scale: Tensor
+    hosts: Mapping[str, float] | None = None
+    mask_BHW: Tensor | None = None
+    also: tuple[ImagePrompt, ...] = ()
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -242,9 +249,31 @@ class ImagePrompt:
             self._made[key] = make()
         return self._made[key]
 
+    def scale_at(self, host: str) -> Tensor:
+        return self.scale if self.hosts is None else self.scale * self.hosts.get(host, 0.0)
+
+
+@dataclass(frozen=True)
+class ImageCondition:
+    """One image prompt of a sampling: the features of its ``images``, whose tokens are concatenated, and how they act.
+
+    ``negative`` is the image prompt of guidance's negative part, None is "no image". ``scale`` is λ; ``hosts`` and
+    ``mask_BHW`` are those of `ImagePrompt`. ``over_time`` gives a factor of λ for the progress of the denoising, from 0
+    (noise) to 1. A prompt that is ``reversed`` pushes away from its images: they take part in guidance's negative part,
+    with weight λ (g − 1) for guidance g, and zero tokens in the positive part.
+    """
+
+    images: Sequence[Features]
+    negative: Sequence[Features] | None = None
+    scale: float | Tensor = 1.0
+    hosts: Mapping[str, float] | None = None
+    mask_BHW: Tensor | None = None
+    over_time: Callable[[float], float] | None = None
+    reversed: bool = False
+
 
 class Channel:
-    """The way of image tokens to the branches inside a frozen model: set around a call, empty outside."""
+    """Carries the image prompt to the branches inside a frozen model: set around a call, empty outside."""
 
     def __init__(self) -> None:
         self.prompt: ImagePrompt | None = None
@@ -256,6 +285,11 @@ class Channel:
             yield
         finally:
             self.prompt = before
+
+    def at(self, host: str) -> list[ImagePrompt]:
+        """The prompts that act on this host."""
+        every = [] if self.prompt is None else [self.prompt, *self.prompt.also]
+        return [each for each in every if each.hosts is None or each.hosts.get(host)]
 
 
 class BaseWidths(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, draw_noise, generate, prompt_arguments, rows
-from ipa.types import Features
+from ipa.types import Features, ImageCondition
 
 TEXTS = ["cat", "a red dog", "", "hearts", "b"]
 SEEDS = [5, 6, 7, 8, 9]
@@ -269,7 +269,7 @@ def test_a_rescale_that_is_no_share_is_refused(share: float) -> None:
 def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:
     model = tiny.shake(tiny.make_model(kind="simple", family=FAMILIES[family]()))
     features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
-    with prompt_arguments(model, [features], TEXTS, scale=0.7) as arguments:
+    with prompt_arguments(model, [ImageCondition([features], scale=0.7)], TEXTS) as arguments:
         pass
 
     expected = generate(model, features, TEXTS, SEEDS, OPTIONS.with_scale(0.7))

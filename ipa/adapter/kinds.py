@@ -71,10 +71,11 @@ class SimpleAdapter(AdapterKind):
 
     def extend(self, text: TextCondition, prompt: ImagePrompt | None) -> TextCondition:
         """Raises UserError if λ is 0 for only a part of the batch."""
-        if prompt is None or not nonzero(prompt.scale):
+        prompts = [] if prompt is None else [each for each in (prompt, *prompt.also) if nonzero(each.scale)]
+        if not prompts:
             return text
-        tokens_BTD = (prompt.scale * prompt.tokens_BTD).to(text.states_BLD.dtype)
-        return replace(text, states_BLD=torch.cat([text.states_BLD, tokens_BTD], dim=1))
+        tokens = [(each.scale * each.tokens_BTD).to(text.states_BLD.dtype) for each in prompts]
+        return replace(text, states_BLD=torch.cat([text.states_BLD, *tokens], dim=1))
 
     def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
         return nullcontext()

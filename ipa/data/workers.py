@@ -31,7 +31,7 @@ def begin(worker: int, grace_s: float) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, grace_s + LONGER_S))
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[method-assign]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[attr-defined]
 
 
 def die(error: BaseException, batch: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
+from ipa.contracts import Family, ImageEncoder
 from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.errors import MissingWeights, UserError
@@ -43,7 +44,7 @@ def load_model(
     of the run that the file lies in. Raises UserError; misfits are reported before any weight of these is read.
     """
     adapter = read_adapter(path)
-    fit = read_fit(adapter.metadata, str(path))
+    read_fit(adapter.metadata, str(path))  # raises
     known = known_sources(adapter.metadata, path)
     if encoder is None:
         encoder, encoder_weights = known.get("encoder"), encoder_weights or known.get("encoder_weights")
@@ -67,9 +68,29 @@ def load_model(
             f"{error} {path} was trained with the base {base} and the encoder {encoder}; if they are elsewhere, give "
             "base=… or encoder=…"
         ) from error
+    return put_together(family, vision, adapter, str(path))
+
+
+def load_onto(
+    family: Family, path: Path, encoder: str | None = None, encoder_weights: str | None = None, dtype: str = "float32"
+) -> IPAdapterModel:
+    """A model of a loaded base with the adapter of ``path``, installed beside any others that the base has."""
+    adapter = read_adapter(path)
+    known = known_sources(adapter.metadata, path)
+    if encoder is None:
+        encoder, encoder_weights = known.get("encoder"), encoder_weights or known.get("encoder_weights")
+    if encoder is None:
+        raise UserError(f"{path} does not say which encoder it was trained with: give encoder=…")
+    widths = read_widths(encoder, encoder_weights, adapter.file.layer)
+    check_fits(adapter.file, family.widths, widths, source=str(path), base=family.source, encoder=encoder)
+    return put_together(family, open_encoder(encoder, encoder_weights, dtype, adapter.file.layer), adapter, str(path))
+
+
+def put_together(family: Family, vision: ImageEncoder, adapter: Adapter, source: str) -> IPAdapterModel:
+    fit = read_fit(adapter.metadata, source)
     kind = KINDS[adapter.file.kind](family.hosts())
     model = IPAdapterModel(family, vision, make_head(adapter.file), kind, reference_fit=fit)
-    fill(model, adapter, str(path))
+    fill(model, adapter, source)
     model.adapter.install()
     return model
 

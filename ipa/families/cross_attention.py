@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ipa.types import Channel
+from ipa.types import Channel, ImagePrompt
 
 Once = Callable[[Hashable, Callable[[], Any]], Any]
 
@@ -63,7 +64,7 @@ class CrossAttentionHost:
     def __init__(self, name: str, attention: Attention) -> None:
         self.name = name
         self.attention = attention
-        self._found: Any = None
+        self._branch: tuple[nn.Module, Channel] | None = None
 
     @property
     def width(self) -> int:
@@ -72,26 +73,40 @@ class CrossAttentionHost:
     def make_branch(self) -> CrossAttentionBranch:
         return CrossAttentionBranch(self.attention)
 
+    @property
+    def block(self) -> str:
+        return self.name.partition(".transformer_blocks.")[0]
+
     def plug(self, branch: nn.Module, channel: Channel) -> None:
-        if isinstance(self.attention.processor, BranchProcessor):
-            raise RuntimeError(f"{self.name} already has a branch; call remove() on the adapter that put it there")
-        self._found = self.attention.processor
-        self.attention.processor = BranchProcessor(self._found, branch, channel)  # type: ignore[assignment]
+        if self._branch is not None:
+            raise RuntimeError(f"{self.name} already has this adapter's branch; call remove() first")
+        processor: Any = self.attention.processor
+        if not isinstance(processor, BranchProcessor):
+            processor = BranchProcessor(self.name, processor)
+            self.attention.processor = processor
+        self._branch = (branch, channel)
+        processor.branches.append(self._branch)
 
     def unplug(self) -> None:
-        if self._found is None:
+        processor: Any = self.attention.processor
+        if self._branch is None:
             return
-        self.attention.processor = self._found
-        self._found = None
+        processor.branches.remove(self._branch)
+        self._branch = None
+        if not processor.branches:
+            self.attention.processor = processor.replaced
 
 
 class BranchProcessor:
-    """Replaces a layer's processor; without a prompt in the channel it calls the processor that it replaced."""
+    """Replaces a layer's processor, with the branch and the channel of each adapter that is plugged in there.
 
-    def __init__(self, replaced: Any, branch: nn.Module, channel: Channel) -> None:
+    Without a prompt for this layer it calls the processor that it replaced.
+    """
+
+    def __init__(self, host: str, replaced: Any) -> None:
+        self.host = host
         self.replaced = replaced
-        self.branch = branch
-        self.channel = channel
+        self.branches: list[tuple[nn.Module, Channel]] = []
 
     def __call__(
         self,
@@ -102,17 +117,30 @@ class BranchProcessor:
         temb: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        prompt = self.channel.prompt
-        if prompt is None:
+        prompts = [(branch, prompt) for branch, channel in self.branches for prompt in channel.at(self.host)]
+        if not prompts:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
         assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
-        text_BQd = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
-        attended = text_BQd + self.branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale, prompt.once)
+        attended = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
+        for branch, prompt in prompts:
+            scale = prompt.scale_at(self.host)
+            if prompt.mask_BHW is not None:
+                scale = scale.to(attended) * mask_of(prompt, len(attended), attended.shape[1]).to(attended)
+            attended = attended + branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states
         return out / attn.rescale_output_factor
+
+
+def mask_of(prompt: ImagePrompt, batch: int, queries: int) -> Tensor:
+    """The prompt's mask on a layer's grid, B × Q × 1, resized as diffusers does."""
+    mask_BHW = prompt.mask_BHW
+    assert mask_BHW is not None
+    return prompt.once(
+        ("mask", queries), lambda: IPAdapterMaskProcessor.downsample(mask_BHW, batch, queries, value_embed_dim=1)
+    )
 
 
 def attend_to_text(attn: Attention, query_BMQd: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,6 +161,12 @@ def split_heads(states_BNC: Tensor, heads: int) -> Tensor:
 def join_heads(states_BMNd: Tensor) -> Tensor:
     """B × M × N × d → B × N × (M d)."""
     return states_BMNd.transpose(1, 2).flatten(2)
+
+
+def blocks_of(unet: nn.Module) -> list[str]:
+    """The transformer stacks in the order in which they run: down, mid, up."""
+    names = dict.fromkeys(host.block for host in find_hosts(unet))
+    return sorted(names, key=lambda name: ("down", "mid", "up").index(name.partition("_")[0]))
 
 
 def find_hosts(unet: nn.Module) -> list[CrossAttentionHost]:

@@ -6,6 +6,7 @@ A subclass adds its text: how it is encoded, and what of it the UNet and the pub
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from abc import abstractmethod
@@ -22,7 +23,7 @@ from ipa import objective
 from ipa.contracts import DenoiserCall, Family
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
-from ipa.families.cross_attention import CrossAttentionHost, find_hosts
+from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
 from ipa.families.sources import is_single_file
 from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
 from ipa.types import BaseWidths, Corrupted, Posterior, TextCondition, TextInputs
@@ -157,6 +158,9 @@ class LatentDiffusion(Family):
     def hosts(self) -> list[CrossAttentionHost]:
         return find_hosts(self.unet)
 
+    def blocks(self) -> list[str]:
+        return blocks_of(self.unet)
+
     def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
         """``function`` must restore, when it recomputes a block, the context of the block's first call."""
         self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=function)
@@ -225,6 +229,13 @@ class LatentDiffusion(Family):
         added = self.added_conditions(text)
         return self.unet(noisy.to(self.dtype), time_B, states_BLD, added_cond_kwargs=added).sample
 
+    def cut_off(self, text: str) -> str:
+        for tokenizer in self.tokenizers:
+            ids = tokenizer(text).input_ids
+            if len(ids) > tokenizer.model_max_length:
+                return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
+        return ""
+
     @abstractmethod
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
         """What the UNet gets of the text besides its states."""
@@ -237,6 +248,9 @@ class LatentDiffusion(Family):
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         return {"guidance_scale": guidance, "guidance_rescale": guidance_rescale}
+
+    def progress(self, time_B: Tensor) -> float:
+        return 1 - float(time_B[0]) / (len(self.alphas_cumprod) - 1)
 
     @contextmanager
     def before_calls(self, function: Callable[[DenoiserCall], None], negative: TextCondition | None) -> Iterator[None]:
@@ -264,7 +278,9 @@ class LatentDiffusion(Family):
         give them to ``decode_latents``.
         """
         own = {name: getattr(self, name) for name in self.part_names} | {"scheduler": self.make_sampler()}
-        pipeline = (pipeline_class or self.pipeline_class)(**{**own, **self.absent, **parts})
+        pipeline_class = pipeline_class or self.pipeline_class
+        known = inspect.signature(pipeline_class.__init__).parameters  # not all know the absent ones
+        pipeline = pipeline_class(**own, **{name: x for name, x in self.absent.items() if name in known}, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

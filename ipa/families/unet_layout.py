@@ -56,13 +56,18 @@ def read_unet_config(path: str, key: str = "base.path") -> dict[str, Any]:
     return read_config(UNet2DConditionModel, path, key, subfolder="unet")
 
 
+def read_unet(path: str, key: str = "base.path") -> Any:
+    """The UNet of a folder or hub id on the meta device, without weights."""
+    config = read_unet_config(path, key)
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
 def read_host_widths(path: str) -> BaseWidths:
     """Context width, and the inner width of every host in order; no weight is read."""
     if is_single_file(path):
         return host_widths_of_header(read_header(path))
-    config = read_unet_config(path)
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(config)
+    unet = read_unet(path)
     return BaseWidths(unet.config.cross_attention_dim, [host.width for host in find_hosts(unet)])
 
 

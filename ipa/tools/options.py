@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType
@@ -30,21 +30,30 @@ from ipa.errors import UserError
 from ipa.ranges import Range
 from ipa.secrets import hide
 
-TYPES = {str: "a text", list[str]: "a list [a,b]"}
+TYPES = {str: "a text"}
+LISTS: dict[Any, Any] = {list[str]: str, list[float]: float, list[int]: int}
 
 
 def option(
     default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None, one_of: Sequence[str] = ()
 ) -> Any:
     """A field of an ``Options`` class: its default (MISSING for a required option), its meaning, and its limits."""
-    return field(default=default, metadata={"help": help, "limits": (at_least, at_most, tuple(one_of))})
+    metadata = {"help": help, "limits": (at_least, at_most, tuple(one_of))}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def read_options(arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = ()) -> Any:
-    """Arguments → options; raises UserError for one that is misspelled, wrong, given twice or missing."""
+def read_options(
+    arguments: Sequence[str], kind: type[Any], positional: Sequence[str] = (), saved: Mapping[str, Any] | None = None
+) -> Any:
+    """Arguments → options; raises UserError for one that is misspelled, wrong, given twice or missing.
+
+    ``saved`` takes the place of the defaults.
+    """
     known = {each.name: each for each in fields(kind)}
     hints = get_type_hints(kind)
-    options: Any = OmegaConf.structured(kind)
+    options: Any = OmegaConf.merge(OmegaConf.structured(kind), saved or {})
     for name, value in named(arguments, list(known), positional):
         try:
             options = OmegaConf.merge(options, {name: read(parse(value, hints[name]), known[name], hints[name])})
@@ -90,8 +99,8 @@ def parse(typed: str, hint: Any) -> Any:
         value = parsed["value"]
     except yaml.YAMLError:
         value = typed
-    if hint == list[str]:
-        return value if isinstance(value, list) else [typed]
+    if hint in LISTS:
+        return value if isinstance(value, list) else [typed if hint == list[str] else value]
     if str not in kinds_of(hint) or isinstance(value, str):
         return value
     return None if typed == "null" and NoneType in kinds_of(hint) else typed
@@ -99,7 +108,7 @@ def parse(typed: str, hint: Any) -> Any:
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """``int | None`` → ``int`` and ``NoneType``."""
-    return (hint,) if hint == list[str] else get_args(hint) or (hint,)
+    return (LISTS[hint],) if hint in LISTS else get_args(hint) or (hint,)
 
 
 def range_of(known: Field[Any], hint: Any) -> Range | None:
@@ -118,7 +127,7 @@ def choices_of(known: Field[Any]) -> Sequence[str]:
 def read(value: Any, known: Field[Any], hint: Any) -> Any:
     """The value that is meant; raises ValueError for one that the option cannot have."""
     if within := range_of(known, hint):
-        return within.read(value)
+        return [within.read(each) for each in value] if hint in LISTS else within.read(value)
     if value is not None and choices_of(known) and value not in choices_of(known):
         raise ValueError(value)
     return value
@@ -128,7 +137,8 @@ def possible(known: Field[Any], hint: Any) -> str:
     """The possible values of an option in words: "an integer at least 1"."""
     if choices_of(known):
         return f"one of {', '.join(choices_of(known))}"
-    return str(range_of(known, hint) or " or ".join(TYPES.get(kind, "null") for kind in kinds_of(hint)))
+    one = str(range_of(known, hint) or " or ".join(TYPES.get(kind, "null") for kind in kinds_of(hint)))
+    return f"{one}, or a list [a,b]" if hint in LISTS else one
 
 
 def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:
@@ -149,6 +159,7 @@ def run_tool(
     do: Callable[[Any], Path | None],
     about: str | None,
     positional: Sequence[str] = (),
+    saved: Callable[[], Mapping[str, Any]] | None = None,
 ) -> None:
     """Print the help, or call ``do`` with the options; errors that the user can fix end the process with a message."""
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -157,7 +168,7 @@ def run_tool(
     refuse_pickles()
     values: list[Any] = [typed_values(arguments)]
     try:
-        options = read_options(arguments, kind, positional)
+        options = read_options(arguments, kind, positional, saved and saved())
         values.append(OmegaConf.to_container(options))
         written = do(options)
     except Exception as error:

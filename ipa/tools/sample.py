@@ -1,51 +1,73 @@
-"""Generate images with a trained adapter.
+"""Generate images with trained adapters.
 
     python -m ipa.tools.sample adapter=runs/…/adapter.safetensors image=photo.png text="red heart" scale=0.5 out=new.png
+    python -m ipa.tools.sample adapter=FILE image=photo.png 'scale=[0,0.5,1]' 'seed=[1,2,3]'    # a labelled grid
+    python -m ipa.tools.sample adapter=FILE image=FOLDER out=FOLDER                             # an image for each
+    python -m ipa.tools.sample again=new.png seed=7                                             # its settings, changed
 
 Base, encoder, steps and guidance are those of the adapter's training, from its metadata or its run folder, unless they
-are given. If base and encoder do not fit the adapter, this fails before any weights are read. Several image prompts:
-'image=[a.png,b.png]'.
+are given. If base and encoder do not fit the adapter, this fails before any weights are read. PNG files contain all
+settings.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import OmegaConf
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError
-from ipa.ranges import MAX_EDGE_PX, MAX_SEED, TRAINING_STEPS
 from ipa.tools.options import option, run_tool
+from ipa.tools.pictures import FORMATS, check_format, grid, read_settings, write_picture
 
-OPTIONS = ("num_steps", "guidance", "scale", "guidance_rescale", "image_size_px")  # of `ipa.sampling`
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SAMPLING = ("num_steps", "guidance", "guidance_rescale")
+REFERENCE = ("start", "end", "combine", "mask")
+AXES = ("text", "scale", "blocks", "seed")  # lists of these make a grid; the last one with several goes across
+NOT_SETTINGS = ("out", "again", "device")
 
 
 @dataclass
 class Options:
-    adapter: str = option(MISSING, "adapter file, checkpoint, or run folder (its last checkpoint)")
-    image: list[str] = option(MISSING, "image prompt, or several")
-    text: str = option("", "text prompt")
-    scale: float = option(1.0, "λ, the weight of the image prompt; 0 ignores it", at_least=0, at_most=100)
-    out: str = option("picture.png", f"output file, one of {', '.join(FORMATS)}; several images form a row")
-    num_images: int = option(1, "number of images, each with its own seed", at_least=1)
-    seed: int = option(0, "seed of the first image", at_least=0, at_most=MAX_SEED)
-    num_steps: int | None = option(
-        None, "denoising steps; null: those of the training, else 25", at_least=1, at_most=TRAINING_STEPS
+    adapter: list[str] = option([], "adapter file, checkpoint, or run folder; several for references=")
+    image: list[str] = option([], "image prompt; several are one prompt together; a folder: an image for each")
+    text: list[str] = option([""], "text prompt")
+    negative_text: str = option("", "text of guidance's negative part")
+    scale: list[float] = option([1.0], "λ, the weight of the image prompt; 0 ignores it", at_least=0)
+    blocks: list[str] = option([], "λ per block: presets by name, see python -m ipa.tools.blocks")
+    seed: list[int] = option([0], "seed", at_least=0)
+    start: float = option(
+        0.0, "the image prompt acts from here, a fraction of the noise schedule", at_least=0, at_most=1
     )
+    end: float = option(1.0, "to here", at_least=0, at_most=1)
+    mask: str | None = option(None, "picture that is white where the image prompt acts")
+    combine: str = option("concat", "several images: concat, add, average, norm average, subtract, max, min")
+    negative: list[str] = option([], "image prompt of guidance's negative part, as many as image=")
+    references: str | None = option(
+        None, "in place of image=: prompts with their own options, [{images: a.png, scale: 0.5, adapter: 1}]"
+    )
+    out: str = option("picture.png", f"a file, one of {', '.join(FORMATS)}; for image=FOLDER a folder")
+    num_steps: int | None = option(None, "denoising steps; null: as the training's previews, or else 25", at_least=1)
     guidance: float | None = option(
-        None, "guidance scale, 1: none; null: the training's, else the base's", at_least=0, at_most=1000
+        None, "guidance scale, 1: none; null: as the training's previews, or usual for the base", at_least=0
     )
     guidance_rescale: float | None = option(
-        None, "φ, reduces the contrast that guidance adds; 0.7 for zero terminal SNR", at_least=0, at_most=1
+        None, "φ, reduces the contrast of guidance; 0.7 for zero terminal SNR", at_least=0, at_most=1
     )
-    image_size_px: int | None = option(
-        None, "edge of an image; null: the base's native size", at_least=8, at_most=MAX_EDGE_PX
-    )
+    width: int | None = option(None, "of an image (px); null: the base's native size", at_least=8)
+    height: int | None = option(None, "of an image (px)", at_least=8)
+    scheduler: str | None = option(None, "a scheduler of diffusers, as EulerDiscreteScheduler; null: DDIM")
+    start_image: str | None = option(None, "image to image: what to start from")
+    strength: float = option(0.8, "image to image: how much of it is noised", at_least=0, at_most=1)
+    inpaint: str | None = option(None, "with start_image: picture that is white where it is painted anew")
+    control: str | None = option(None, "control image, such as edges")
+    control_model: str | None = option(None, "ControlNet or T2I-Adapter that reads it: folder or hub id")
+    control_weight: float = option(1.0, "of the control", at_least=0)
     base: str | None = option(None, "base model in place of the metadata's: diffusers folder, hub id or .safetensors")
     base_config: str | None = option(None, "for a base in one file: diffusers folder or hub id with its layout")
     encoder: str | None = option(
@@ -54,75 +76,140 @@ class Options:
     encoder_weights: str | None = option(None, "open_clip's tag of pretrained weights, or a file")
     device: str | None = option(None, "torch device; null: a GPU if there is one, or else the CPU")
     dtype: str = option("float32", "data type of the frozen weights", one_of=("float32", "float16", "bfloat16"))
+    again: str | None = option(None, "a PNG of this tool: take its settings, but for those that are given")
 
 
 def sample(options: Any) -> Path:
-    """Generate the images and write them; returns the file. Raises UserError for options that cannot be used."""
-    out = Path(options.out)
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"out={out}: the name of an image ends with one of {', '.join(FORMATS)}")
-    if not options.image:
-        raise UserError("image=[]: give at least one image prompt")
+    """Generate the images and write them; returns the file or folder. Raises UserError."""
+    given: Any = OmegaConf.to_container(options)
+    settings: dict[str, Any] = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
+    if not settings["adapter"]:
+        raise UserError("please give adapter=…")
+    out, folder = Path(options.out), folder_of(settings["image"])
+    references = read_references(settings)
+    if folder is None:
+        check_format(out)
     quiet_libraries()
-    from ipa.data.images.transforms import read_picture
-    from ipa.export.loading import load_model
-    from ipa.export.reading import read_adapter
-    from ipa.sampling import SamplingOptions, recorded_options
+    from ipa.references import open_reference
+    from ipa.tools.pipelines import check_pipeline
 
-    images = [read_picture(Path(path)) for path in options.image]
-    model = load_model(
-        Path(options.adapter),
-        base=options.base,
-        encoder=options.encoder,
-        encoder_weights=options.encoder_weights,
-        base_config=options.base_config,
-        dtype=options.dtype,
-    )
-    chosen = {"guidance": model.family.guidance} | recorded_options(read_adapter(Path(options.adapter)).metadata)
-    chosen |= {name: options[name] for name in OPTIONS if options[name] is not None}
-    model.family.check_size(chosen.get("image_size_px") or model.family.image_size_px)
-    write_row(generate_images(move(model, options.device), images, options, SamplingOptions(**chosen)), out)
+    check_pipeline(settings)
+
+    for each in pictures_of(references) + ([] if folder is None else pictures_in(folder)[:1]):
+        open_reference(each)  # a broken picture is reported before the models are loaded
+    prompter = load(settings, options.device)
+    jobs = [(settings, out)]
+    if folder is not None:  # those that an earlier call made are kept
+        every = [({**settings, "image": [str(each)]}, out / f"{each.stem}.png") for each in pictures_in(folder)]
+        jobs = [(job, path) for job, path in every if not path.is_file()]
+    for job, path in progress(jobs):
+        write_picture(make(prompter, job), path, job)
     return out
 
 
-def move(model: Any, device: str | None) -> Any:
-    """The model on ``device``; raises UserError with torch's message, for which torch has several exceptions."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
+def folder_of(images: list[str]) -> Path | None:
+    return Path(images[0]) if len(images) == 1 and Path(images[0]).is_dir() else None
 
 
-def generate_images(model: Any, images: list[Any], options: Any, sampling: Any) -> Any:
-    """pixels_B3HW in [-1, 1], one image per seed."""
-    from ipa.data.images.transforms import fit_reference
-    from ipa.sampling import generate
+def pictures_in(folder: Path) -> list[Path]:
+    from ipa.files import PICTURE_EXTENSIONS
 
-    size_px = model.encoder.image_size_px
-    references = [fit_reference(image, size_px, model.reference_fit).to(model.device) for image in images]
-    features = [model.encode_reference(each.expand(options.num_images, -1, -1, -1)) for each in references]
-    seeds = range(options.seed, options.seed + options.num_images)
-    return generate(model, features, [options.text] * options.num_images, seeds, sampling)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS)
+    if not found:
+        raise UserError(f"image={folder} has no pictures ({', '.join(PICTURE_EXTENSIONS)})")
+    return found
 
 
-def write_row(pixels_B3HW: Any, out: Path) -> None:
-    import torch
-    from PIL import Image
+def read_references(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The image prompts as fields of `Reference`, without the λ and blocks of a grid."""
+    if settings["references"] is None:
+        if not settings["image"]:
+            raise UserError("image=[]: give at least one image prompt")
+        own = {name: settings[name] for name in REFERENCE} | {"negative": settings["negative"] or None}
+        return [{"images": settings["image"], **own}]
+    parsed: Any = OmegaConf.to_container(OmegaConf.create(f"references: {settings['references']}"))
+    given = parsed["references"]
+    if not isinstance(given, list) or not all(isinstance(each, dict) and "images" in each for each in given):
+        raise UserError(f"references={settings['references']}: give a list [{{images: a.png, scale: 0.5}}, …]")
+    from ipa.references import Reference
 
-    from ipa.files import write_atomically
-    from ipa.types import first_not_finite, to_uint8
+    names = [field.name for field in fields(Reference)]
+    for each in given:
+        if unknown := each.keys() - set(names):
+            raise UserError(f"references: {', '.join(unknown)} is none of {', '.join(names)}")
+    return given
 
-    if first_not_finite({"": pixels_B3HW}):
-        raise UserError("the images are not finite: if dtype= is float16, give dtype=float32 or bfloat16")
-    row = torch.cat(list(to_uint8(pixels_B3HW)), dim=-1).permute(1, 2, 0).numpy()
-    write_atomically(out, lambda path: Image.fromarray(row).save(path, format=FORMATS[out.suffix.lower()]))
+
+def pictures_of(references: list[dict[str, Any]]) -> list[str]:
+    found = [picture for each in references for picture in as_list(each["images"])]
+    return [picture for picture in found if not Path(picture).is_dir()]
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def load(settings: dict[str, Any], device: str | None) -> Any:
+    from ipa.prompter import Prompter
+
+    parts = {name: settings[name] for name in ("base", "base_config", "encoder", "encoder_weights", "dtype")}
+    return Prompter.load(settings["adapter"], device, **parts)
+
+
+def make(prompter: Any, settings: dict[str, Any]) -> Any:
+    """The image, or a labelled grid of all combinations of what is given as lists."""
+    from ipa.tools.pipelines import make_pipeline
+
+    pipeline, arguments = make_pipeline(prompter, settings)
+    axes = {name: settings[name] or [None] for name in AXES}
+    several = [name for name in AXES if len(axes[name]) > 1]
+    across = several[-1] if several else AXES[-1]
+    down = [name for name in AXES if name != across]
+    sampling = {name: settings[name] for name in SAMPLING if settings[name] is not None}
+    size = {name: settings[name] for name in ("width", "height")}
+    items, rows = [], list(product(*(axes[name] for name in down)))
+    for row in rows:
+        for value in axes[across]:
+            items.append(item(settings, dict(zip(down, row, strict=True)) | {across: value}))
+    made = prompter.generate(items, pipeline=pipeline, arguments=arguments, **size, **sampling)
+    if len(made) == 1:
+        return made[0]
+    width = len(axes[across])
+    cells = [made[first : first + width] for first in range(0, len(made), width)]
+    shown = [name for name in down if name in several]
+    labels = [
+        ", ".join(label(name, value) for name, value in zip(down, row, strict=True) if name in shown) for row in rows
+    ]
+    return grid(cells, labels, [label(across, value) for value in axes[across]])
+
+
+def label(name: str, value: Any) -> str:
+    return {"scale": f"λ {value}", "seed": f"seed {value}"}.get(name, str(value))
+
+
+def item(settings: dict[str, Any], chosen: dict[str, Any]) -> Any:
+    from ipa.references import Item, Reference
+
+    of_grid = {"scale": chosen["scale"], "blocks": chosen["blocks"]}
+    own = [of_grid | each if settings["references"] else each | of_grid for each in read_references(settings)]
+    return Item([Reference(**each) for each in own], chosen["text"], settings["negative_text"], chosen["seed"])
+
+
+def progress(jobs: list[Any]) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    return iter(tqdm(jobs, disable=len(jobs) < 2 or None))
+
+
+def saved() -> dict[str, Any]:
+    """The settings of ``again=PNG``."""
+    files = [each.partition("=")[2] for each in sys.argv[1:] if each.startswith("again=")]
+    known = {field.name for field in fields(Options)}
+    return {name: value for name, value in read_settings(Path(files[-1])).items() if name in known} if files else {}
 
 
 def main() -> None:
-    run_tool(sys.argv[1:], Options, sample, __doc__)
+    run_tool(sys.argv[1:], Options, sample, __doc__, saved=saved)
 
 
 if __name__ == "__main__":

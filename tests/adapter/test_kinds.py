@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipa.adapter.kinds import DecoupledAdapter
 from ipa.model import IPAdapterModel
-from ipa.types import TextCondition
+from ipa.types import ImagePrompt, TextCondition
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 
@@ -151,12 +151,27 @@ def test_removing_what_is_not_installed_changes_nothing(model: IPAdapterModel) -
 def test_installing_twice_is_refused(model: IPAdapterModel, inputs) -> None:
     model.adapter.install()
     installed, expected = processors(model), model.predict(*inputs, scale=1.0)
-    for adapter in (model.adapter, DecoupledAdapter(model.family.hosts())):
-        with pytest.raises(RuntimeError, match=r"down_blocks\.0.*attn2 already has a branch; call remove\(\)"):
-            adapter.install()
+    with pytest.raises(RuntimeError, match=r"down_blocks\.0.*attn2 already has this adapter's branch"):
+        model.adapter.install()
 
     assert same_objects(processors(model), installed)
     assert torch.equal(model.predict(*inputs, scale=1.0), expected)
+
+
+def test_two_adapters_add_up_and_come_out_apart(model: IPAdapterModel, inputs) -> None:
+    """Each has a channel of its own; without its prompt it adds nothing."""
+    found, plain = processors(model), model.predict(*inputs, scale=0.0)
+    other = DecoupledAdapter(model.family.hosts()).install()
+    model.adapter.install()
+    alone = model.predict(*inputs, scale=1.0)
+    with other.carrying(ImagePrompt(inputs[3], torch.tensor(0.5))):
+        both, without = model.predict(*inputs, scale=1.0), model.predict(*inputs, scale=0.0)
+
+    assert not torch.equal(alone, plain) and not torch.equal(both, alone) and not torch.equal(without, plain)
+    other.remove()
+    assert torch.equal(model.predict(*inputs, scale=1.0), alone)
+    model.adapter.remove()
+    assert same_objects(processors(model), found)
 
 
 def test_every_layer_hears_the_image(model: IPAdapterModel, inputs) -> None:

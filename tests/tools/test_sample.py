@@ -4,21 +4,24 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from PIL import Image
+from diffusers import ControlNetModel, UNet2DConditionModel
+from PIL import Image, ImageChops
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ipa.data.images.transforms import FITS
-from ipa.export import loading
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import load_adapter, save_adapter
+from ipa.prompter import Prompter
 from ipa.sampling import SamplingOptions
+from ipa.tools import sample as sample_tool
+from ipa.tools.pictures import GAP_PX, LABEL_PX
 from ipa.tools.sample import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,11 +68,10 @@ def sample(adapter: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.fixture
-def loaded_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests with several samples of one adapter: the model is loaded once."""
-    monkeypatch.setattr(loading, "load_model", functools.cache(loading.load_model))
-    yield
-    loading.load_model.cache_clear()  # type: ignore[attr-defined]
+    load = functools.cache(lambda *paths: Prompter.load(*paths))
+    monkeypatch.setattr(sample_tool, "load", lambda settings, device: load(settings["adapter"][0]))
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def pixels(path: Path) -> bytes:
 @pytest.mark.usefixtures("loaded_once")
 def test_options_reach_the_image(sample: Sample, tmp_path: Path) -> None:
     changes = [{}, {"seed": 1}, {"text": "abc"}, {"scale": 1}, {"scale": 0}, {"guidance": 1}, {"num_steps": 3}]
-    changes += [{"guidance_rescale": 0.7}, {"image_size_px": 24}]
+    changes += [{"guidance_rescale": 0.7}, {"width": 24, "height": 24}]
     for number, changed in enumerate(changes):
         sample(out=tmp_path / f"{number}.png", **changed)
     assert sample(out=tmp_path / "again.png", device="cpu") == f"wrote {tmp_path}/again.png\n"
@@ -120,9 +122,78 @@ def test_several_images_and_several_image_prompts(sample: Sample, image: Path, t
     assert made["one"] == made["list"]
     assert len(set(made.values())) == 3
 
-    sample(num_images=3, out=tmp_path / "row.JPG")
-    with Image.open(tmp_path / "row.JPG") as picture:
-        assert (picture.format, picture.size) == ("JPEG", (3 * tiny.IMAGE_PX, tiny.IMAGE_PX))
+
+def test_lists_make_a_labelled_grid_of_the_single_images(sample: Sample, tmp_path: Path) -> None:
+    scales, seeds = [0, 0.5, 1], [1, 2]
+    sample(scale=scales, seed=seeds, out=tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        sheet = picture.convert("RGB")
+    corner = sheet.width - len(seeds) * (tiny.IMAGE_PX + GAP_PX) + GAP_PX
+    for y, scale in enumerate(scales):
+        for x, seed in enumerate(seeds):
+            sample(scale=scale, seed=seed, out=tmp_path / "one.png")
+            left, top = corner + x * (tiny.IMAGE_PX + GAP_PX), LABEL_PX + GAP_PX + y * (tiny.IMAGE_PX + GAP_PX)
+            cell = sheet.crop((left, top, left + tiny.IMAGE_PX, top + tiny.IMAGE_PX))
+            with Image.open(tmp_path / "one.png") as one:
+                assert ImageChops.difference(cell, one).getextrema() <= ((0, 1),) * 3
+
+
+def test_a_folder_gives_an_image_for_each_and_resumes(sample: Sample, image: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "prompts", tmp_path / "made"
+    folder.mkdir()
+    for name, colour in (("a", "teal"), ("b", "red")):
+        Image.new("RGB", (30, 20), colour).save(folder / f"{name}.png")
+    sample(image=folder, out=out)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "b.png").unlink()
+    kept = (out / "a.png").stat().st_mtime_ns
+    sample(image=folder, out=out)
+
+    assert sorted(first) == ["a.png", "b.png"] and first["a.png"] != first["b.png"]
+    assert (out / "b.png").read_bytes() == first["b.png"] and (out / "a.png").stat().st_mtime_ns == kept
+    sample(out=tmp_path / "single.png")  # image is teal, too
+    assert pixels(tmp_path / "single.png") == pixels(out / "a.png")
+
+
+def test_an_image_is_made_again_from_its_settings(sample: Sample, tmp_path: Path) -> None:
+    sample(seed=4, text="abc", blocks="ease in", out=tmp_path / "first.png")
+    nothing = dict.fromkeys(["adapter", "image", "num_steps", "scale"])
+    sample(**nothing, again=tmp_path / "first.png", out=tmp_path / "again.png")
+    sample(**nothing, again=tmp_path / "first.png", out=tmp_path / "other.png", seed=5)
+
+    assert pixels(tmp_path / "again.png") == pixels(tmp_path / "first.png") != pixels(tmp_path / "other.png")
+
+
+def test_references_have_their_own_options(sample: Sample, image: Path, tmp_path: Path) -> None:
+    Image.new("L", (tiny.IMAGE_PX, tiny.IMAGE_PX)).save(tmp_path / "black.png")
+    masked = f"[{{images: {image}, mask: {tmp_path / 'black.png'}}}]"
+    sample(references=masked, out=tmp_path / "masked.png")
+    sample(scale=0, out=tmp_path / "none.png")
+    sample(references=f"[{{images: {image}, scale: 0.5}}]", out=tmp_path / "half.png")
+    sample(out=tmp_path / "same.png")
+
+    assert pixels(tmp_path / "masked.png") == pixels(tmp_path / "none.png")
+    assert pixels(tmp_path / "half.png") == pixels(tmp_path / "same.png") != pixels(tmp_path / "none.png")
+
+
+def test_other_pipelines_and_schedulers(sample: Sample, image: Path, base_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(base_folder, subfolder="unet")
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    for parameter in controlnet.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    controlnet.save_pretrained(tmp_path / "control")
+    ways: list[dict[str, object]] = [
+        {},
+        {"start_image": image},
+        {"start_image": image, "strength": 0.5},
+        {"start_image": image, "inpaint": image},
+        {"control": image, "control_model": tmp_path / "control"},
+        {"scheduler": "EulerDiscreteScheduler"},
+    ]
+    for number, way in enumerate(ways):
+        sample(out=tmp_path / f"{number}.png", num_steps=4, **way)
+
+    assert len({pixels(tmp_path / f"{number}.png") for number in range(len(ways))}) == len(ways)
 
 
 def test_the_image_prompt_is_preprocessed_as_the_metadata_say(sample: Sample, adapter: Path, tmp_path: Path) -> None:
@@ -197,11 +268,21 @@ def test_a_file_without_metadata_needs_base_and_encoder(
     ("changed", "expected"),
     [
         ({"imgae": "x.png"}, ["'imgae=x.png' is not one of the options", "Did you mean image=…"]),
-        ({"adapter": None, "image": None}, ["please give adapter=… and image=…"]),
+        ({"adapter": None}, ["please give adapter=…"]),
+        ({"image": None}, ["image=[]", "at least one image prompt"]),
         ({"scale": "much"}, ["scale=much", "a number"]),
         ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
         ({"guidance_rescale": 1.5}, ["guidance_rescale=1.5", "at most 1"]),
-        ({"image_size_px": 25}, ["image_size_px=25", "multiples of 2 px"]),
+        ({"width": 25}, ["width=25", "multiples of 2 px"]),
+        ({"seed": -1}, ["seed=-1", "at least 0"]),
+        ({"start": 0.5, "end": 0.1}, ["start=0.5 end=0.1"]),
+        ({"blocks": "stile"}, ["blocks=stile", "ease in"]),
+        ({"references": "[{image: a}]"}, ["references=[{image: a}]", "images"]),
+        ({"references": "[{images: a, lambda: 1}]"}, ["lambda", "scale"]),
+        ({"control": "edges.png"}, ["control_model="]),
+        ({"inpaint": "mask.png"}, ["start_image="]),
+        ({"scheduler": "Euler"}, ["scheduler=Euler", "EulerDiscreteScheduler"]),
+        ({"again": "nowhere.png"}, ["again=nowhere.png", "no such file"]),
         ({"device": "abacus"}, ["device=abacus"]),
         ({"adapter": "nowhere.safetensors"}, ["adapter=nowhere.safetensors"]),
         ({"image": "[]"}, ["image=[]", "at least one image prompt"]),

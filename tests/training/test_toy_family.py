@@ -83,7 +83,8 @@ class ToyBranch(nn.Module):
 
 class ToyHost:
     def __init__(self, name: str, block: ToyBlock) -> None:
-        self.name, self.block = name, block
+        self.name = self.block = name
+        self.layer = block
 
     @property
     def width(self) -> int:
@@ -93,10 +94,10 @@ class ToyHost:
         return ToyBranch()
 
     def plug(self, branch: nn.Module, channel: Channel) -> None:
-        object.__setattr__(self.block, "plugged", (branch, channel))
+        object.__setattr__(self.layer, "plugged", (branch, channel))
 
     def unplug(self) -> None:
-        self.block.plugged = None
+        self.layer.plugged = None
 
 
 class ToyTransformer(nn.Module):
@@ -214,6 +215,12 @@ class ToyFamily(Family):
 
     def hosts(self) -> list[Any]:
         return [ToyHost(f"blocks.{i}", block) for i, block in enumerate(self.transformer.blocks)]
+
+    def blocks(self) -> list[str]:
+        return [host.block for host in self.hosts()]
+
+    def progress(self, time_B: Tensor) -> float:
+        return 1 - float(time_B[0])
 
     def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
         return ToyPipeline(self.transformer)

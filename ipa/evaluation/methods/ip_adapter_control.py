@@ -25,6 +25,7 @@ from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.weights import load_controlnet
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, draw_noise, prompt_arguments
+from ipa.types import ImageCondition
 
 
 class IPAdapterControl(IPAdapterMethod):
@@ -67,9 +68,10 @@ class IPAdapterControl(IPAdapterMethod):
         family, texts = self.model.family, [prompt.text for prompt in prompts]
         size_px, guided = sampling.image_size_px or family.image_size_px, sampling.guidance > 1
         noise_BCHW = draw_noise(family.latent_shape(size_px), [prompt.seed for prompt in prompts])
+        condition = ImageCondition([self.encode(prompts)], scale=sampling.scale)
         text_length = family.encode_text([""]).states_BLD.shape[1]
         with (
-            prompt_arguments(self.model, [self.encode(prompts)], texts, sampling.scale, size_px, guided) as arguments,
+            prompt_arguments(self.model, [condition], texts, size_px, guided) as arguments,
             context_cut(self.controlnet, text_length),
         ):
             latents_BCHW = controlnet_pipeline(family, self.controlnet)(

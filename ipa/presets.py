@@ -1,0 +1,102 @@
+"""λ per block: the presets that artists know by name, and mappings of one's own.
+
+    read_blocks("ease in", blocks)                        # block → factor of λ
+    read_blocks({"up_blocks.1": 1.0, "mid": 0.5}, blocks)  # blocks that are left out get 0
+
+Blocks are the denoiser's transformer stacks in the order in which they run (down, mid, up), numbered from 0 as in
+ComfyUI_IPAdapter_plus; the presets are defined as there. ``style`` and ``layout`` of SDXL were found by InstantStyle
+(Wang et al. 2024). ``python -m ipa.tools.blocks`` prints the blocks of a base and the presets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ipa.errors import UserError
+
+FLOOR = 0.05  # what an easing leaves of λ
+WEAK = 0.2
+
+Weights = dict[str, float]
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Block → factor of λ. ``pushed`` blocks get the image in guidance's negative part, which pushes away from it."""
+
+    shown: Weights
+    pushed: Weights
+
+
+# shape of λ over the blocks: (number of the block, number of blocks, its part of the denoiser) → factor
+CURVES: dict[str, Callable[[int, int, str], float]] = {
+    "linear": lambda t, n, part: 1.0,
+    "ease in": lambda t, n, part: FLOOR + (1 - FLOOR) * (1 - t / n),
+    "ease out": lambda t, n, part: FLOOR + (1 - FLOOR) * t / n,
+    "ease in-out": lambda t, n, part: FLOOR + (1 - FLOOR) * (1 - abs(t - n / 2) / (n / 2)),
+    "reverse in-out": lambda t, n, part: FLOOR + (1 - FLOOR) * abs(t - n / 2) / (n / 2),
+    "weak input": lambda t, n, part: WEAK if part == "down" else 1.0,
+    "weak middle": lambda t, n, part: WEAK if part == "mid" else 1.0,
+    "weak output": lambda t, n, part: WEAK if part == "up" else 1.0,
+    "strong middle": lambda t, n, part: 1.0 if part == "mid" else WEAK,
+}
+
+# presets of the known denoisers, by their number of blocks: SDXL has 11, Stable Diffusion 1.x and 2.x 16
+STYLE_SD = dict.fromkeys([0, 1, 2, 3, *range(9, 16)], 1.0)
+PRESETS: dict[int, dict[str, dict[int, float]]] = {
+    11: {
+        "style": {6: 1.0},
+        "composition": {3: 1.0},
+        "strong style": dict.fromkeys([0, 1, 2, *range(4, 11)], 1.0),
+        "style and composition": {3: 1.0, 6: 1.0},
+    },
+    16: {
+        "style": STYLE_SD,
+        "composition": {4: 0.25, 5: 1.0},
+        "strong style": dict.fromkeys([0, 1, 2, 3, *range(6, 16)], 1.0),
+        "style and composition": STYLE_SD | {4: 0.25, 5: 1.0},
+    },
+}
+# the second mapping is pushed away from
+PRECISE: dict[int, dict[str, tuple[dict[int, float], dict[int, float]]]] = {
+    11: {
+        "style precise": ({6: 1.0}, {3: 1.0}),
+        "composition precise": ({3: 1.0}, {t: 1.0 if t == 6 else 0.1 for t in range(11) if t != 3}),
+    },
+    16: {
+        "style precise": (STYLE_SD, {4: 0.25, 5: 1.0}),
+        "composition precise": ({4: 0.25, 5: 1.0}, STYLE_SD | dict.fromkeys([6, 7, 8], 0.1)),
+    },
+}
+
+
+def preset_names(blocks: Sequence[str]) -> list[str]:
+    return [*CURVES, *PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]
+
+
+def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> BlockWeights:
+    """A preset's name, or a mapping of blocks (or their first letters) to factors; raises UserError for others."""
+    if isinstance(given, Mapping):
+        return BlockWeights(read_mapping(given, blocks), {})
+    if given in CURVES:
+        numbered = enumerate(blocks)
+        return BlockWeights({name: CURVES[given](t, len(blocks), name.partition("_")[0]) for t, name in numbered}, {})
+    shown, pushed = PRECISE.get(len(blocks), {}).get(given, ({}, {}))
+    shown = PRESETS.get(len(blocks), {}).get(given, shown)
+    if not shown:
+        raise UserError(
+            f"blocks={given}: this base has the presets {', '.join(preset_names(blocks))}; or give a mapping of its "
+            f"blocks {', '.join(blocks)}"
+        )
+    return BlockWeights(*({blocks[t]: factor for t, factor in each.items()} for each in (shown, pushed)))
+
+
+def read_mapping(given: Mapping[str, float], blocks: Sequence[str]) -> Weights:
+    weights = dict.fromkeys(blocks, 0.0)
+    for prefix, factor in given.items():
+        chosen = [name for name in blocks if name == prefix or name.startswith((f"{prefix}.", f"{prefix}_"))]
+        if not chosen:
+            raise UserError(f"blocks: {prefix} is none of {', '.join(blocks)}, nor the beginning of some")
+        weights |= dict.fromkeys(chosen, float(factor))
+    return weights

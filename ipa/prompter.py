@@ -1,0 +1,262 @@
+"""Adapters on a base, ready to be used: images and text in, images out.
+
+    prompter = Prompter.load("adapter.safetensors")
+    (image,) = prompter("cat.png", "on a beach", scale=0.7, seed=1)
+
+Several images, masks, λ per block and over time, several adapters: see `Reference`. A different reference for every
+image of a batch: `Prompter.generate`. Any public pipeline on the same base (ControlNet, image to image, inpainting,
+LoRA): ``pipeline=`` and its ``arguments=``, or `Prompter.prompted` around a pipeline of your own.
+
+Several prompts of one adapter, or of several, add up to (Ye et al. 2023, equation 5, one term per prompt i)
+
+    Z = Attention(Q, K, V) + Σ_i λ_i m_i ⊙ Attention(Q, K′_i, V′_i)
+
+with λ_i of the block and the time, and mask m_i. Images of one prompt share one softmax.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+
+from ipa.contracts import Family
+from ipa.errors import UserError
+from ipa.export.loading import load_model, load_onto
+from ipa.export.reading import read_adapter
+from ipa.model import IPAdapterModel
+from ipa.presets import BlockWeights, read_blocks
+from ipa.references import Item, Pictures, Reference, as_list, columns, encode, images_to_references, read_mask
+from ipa.sampling import SamplingOptions, draw_noise, recorded_options
+from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
+
+log = logging.getLogger(__name__)
+
+# options of ``generate``
+SAMPLING = ("num_steps", "guidance", "guidance_rescale", "batch_size")
+
+
+@dataclass
+class Prompter:
+    """``models`` share one family; each has its own encoder, head and adapter, installed.
+
+    ``defaults`` are sampling options: how the training sampled, or what is usual for the base.
+    """
+
+    models: list[IPAdapterModel]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, adapter: str | Path | Sequence[str | Path], device: str | None = None, **options: Any) -> Self:
+        """Adapter files onto the base of the first one; ``options`` are those of `ipa.export.loading.load_model`.
+
+        ``device`` is by default a GPU if there is one. Raises UserError for adapters that do not fit the base.
+        """
+        first, *others = as_list(adapter)
+        models = [load_model(Path(first), **options)]
+        shared = {name: options[name] for name in ("encoder", "encoder_weights", "dtype") if name in options}
+        models += [load_onto(models[0].family, Path(each), **shared) for each in others]
+        metadata = read_adapter(Path(first)).metadata
+        defaults = {"guidance": models[0].family.guidance, "batch_size": 8} | recorded_options(metadata)
+        return cls([model.to(choose_device(device)) for model in models], defaults)
+
+    @property
+    def family(self) -> Family:
+        return self.models[0].family
+
+    def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
+        """A public diffusers pipeline around the base; call it inside ``prompted``."""
+        return self.family.pipeline(pipeline_class, **parts)
+
+    def __call__(
+        self,
+        images: Pictures | Reference | Sequence[Reference] = (),
+        text: str = "",
+        *,
+        negative_text: str = "",
+        seed: int | Sequence[int] = 0,
+        width: int | None = None,
+        height: int | None = None,
+        pipeline: Any = None,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """One image per ``seed``. ``options`` are fields of `Reference`, and those of ``generate``."""
+        sampling = {name: options.pop(name) for name in SAMPLING if name in options}
+        references = images_to_references(images, options)
+        items = [Item(references, text, negative_text, each) for each in as_list(seed)]
+        return self.generate(items, width=width, height=height, pipeline=pipeline, arguments=arguments, **sampling)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        items: Sequence[Item],
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        pipeline: Any = None,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """One image per item, each from its own seed. Neighbours of one form make a batch together.
+
+        ``pipeline`` is a public pipeline from ``self.pipeline(…)``, by default text to image; ``arguments`` are further
+        ones of its call (``image``, ``strength``, ``controlnet_conditioning_scale``). ``options`` are ``num_steps``,
+        ``guidance``, ``guidance_rescale`` and ``batch_size`` of `ipa.sampling.SamplingOptions`; the others are those
+        that the adapter was trained with.
+        """
+        sampling = SamplingOptions(**{**self.defaults, **options})
+        edge = sampling.image_size_px or self.family.image_size_px
+        size = self.family.check_size(width or edge, "width"), self.family.check_size(height or edge, "height")
+        pipe = pipeline or self.pipeline()
+        made: list[Image.Image] = []
+        for _, group in groupby(items, Item.form):
+            for batch in batched(list(group), sampling.batch_size):
+                made += self.run(batch, size, sampling, pipe, arguments or {})
+        return made
+
+    def run(
+        self,
+        items: Sequence[Item],
+        size: tuple[int, int],
+        sampling: SamplingOptions,
+        pipeline: Any,
+        arguments: Mapping[str, Any],
+    ) -> list[Image.Image]:
+        """One call of the pipeline."""
+        with self.prompted(items, size, sampling.guidance > 1) as prompts:
+            latents = pipeline(
+                **prompts,
+                **noise_arguments(pipeline, self.family, size, [item.seed for item in items]),
+                **guidance_arguments(pipeline, self.family, sampling),
+                **size_arguments(pipeline, size),
+                num_inference_steps=sampling.num_steps,
+                output_type="latent",
+                **arguments,
+            ).images
+        pixels_B3HW = self.family.decode_latents(self.family.unpack(latents, latent_shape(self.family, size)))
+        if first_not_finite({"": pixels_B3HW}):
+            raise UserError("the images are not finite: if dtype= is float16, give dtype=float32 or bfloat16")
+        return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_uint8(pixels_B3HW).cpu()]
+
+    @contextmanager
+    def prompted(
+        self, items: Sequence[Item], size: tuple[int, int] | None = None, guided: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """While inside, pipelines of this base see the items' image prompts; yields the arguments to call them with.
+
+        ``size`` is the width and height of the images; ``guided`` is whether the pipeline is called with guidance.
+        All items must have one form. Raises UserError.
+        """
+        for text in {item.text for item in items} | {item.negative_text for item in items}:
+            if rest := self.family.cut_off(text):
+                log.warning("the text is too long for this base, which does not read its end: … %s", rest)
+        width, height = size or (self.family.image_size_px,) * 2
+        size_B6 = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(items), -1)
+        positive = self.family.encode_text([item.text for item in items], size_B6)
+        negative = self.family.encode_text([item.negative_text for item in items], size_B6) if guided else None
+        conditions = self.conditions(items, (width, height), guided)
+        with ExitStack() as stack:
+            texts: tuple[TextCondition, TextCondition | None] = positive, negative
+            for model, own in zip(self.models, conditions, strict=True):
+                texts = stack.enter_context(model.guided(*texts, own))
+            yield self.family.prompt_arguments(*texts)
+
+    def conditions(self, items: Sequence[Item], size: tuple[int, int], guided: bool) -> list[list[ImageCondition]]:
+        """The image prompts of each adapter; row i of each belongs to item i."""
+        found: list[list[ImageCondition]] = [[] for _ in self.models]
+        for references in zip(*(item.references for item in items), strict=True):
+            number = references[0].adapter
+            if not 0 <= number < len(self.models):
+                raise UserError(f"adapter={number}: there are {len(self.models)} adapters, numbered from 0")
+            found[number] += self.condition(self.models[number], references, size, guided)
+        return found
+
+    def condition(
+        self, model: IPAdapterModel, references: Sequence[Reference], size: tuple[int, int], guided: bool
+    ) -> list[ImageCondition]:
+        first = references[0]
+        images = columns([encode(model, as_list(each.images), each.weights, each.combine) for each in references])
+        negative = None
+        if first.negative is not None:
+            negative = columns([encode(model, as_list(each.negative), None, "concat") for each in references])
+        if negative is not None and len(negative) != len(images):
+            raise UserError(f"negative: give as many images as the prompt has ({len(images)})")
+        masks = None
+        if first.mask is not None:
+            masks = torch.cat([read_mask(each.mask, size) for each in references]).to(model.device)
+        scales = torch.tensor([each.scale for each in references]).view(-1, 1, 1).to(model.device)
+        scale = first.scale if len({each.scale for each in references}) == 1 else scales
+        plain = ImageCondition(images, negative, scale, None, masks, first.over_time())
+        if first.blocks is None:
+            return [plain]
+        weights = read_blocks(first.blocks, self.family.blocks())
+        return on_blocks(plain, weights, self.family, guided)
+
+
+def on_blocks(plain: ImageCondition, weights: BlockWeights, family: Family, guided: bool) -> list[ImageCondition]:
+    conditions = [replace(plain, hosts=hosts_of(weights.shown, family))]
+    if weights.pushed:
+        if not guided:
+            raise UserError("this preset pushes away from what is not wanted, which needs guidance above 1")
+        conditions.append(replace(plain, negative=None, hosts=hosts_of(weights.pushed, family), reversed=True))
+    return conditions
+
+
+def hosts_of(weights: dict[str, float], family: Family) -> dict[str, float]:
+    return {host.name: weights.get(host.block, 0.0) for host in family.hosts()}
+
+
+def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """`itertools.batched` of Python 3.12."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device given, else a GPU if there is one; raises UserError with torch's message."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
+    """C, H, W of the latents of an image of this width and height."""
+    edge = family.image_size_px
+    channels, height, width = family.latent_shape(edge)
+    return channels, height * size[1] // edge, width * size[0] // edge
+
+
+def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds: Sequence[int]) -> dict[str, Any]:
+    """A generator for each image, and its noise as latents where the pipeline takes them."""
+    generators = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    if "latents" not in inspect.signature(pipeline.__call__).parameters:
+        return generators
+    noise = family.pack(draw_noise(latent_shape(family, size), seeds))
+    return generators | {"latents": noise.to(family.device, family.dtype)}
+
+
+def guidance_arguments(pipeline: Any, family: Family, sampling: SamplingOptions) -> dict[str, Any]:
+    """Raises UserError for a rescaling that this pipeline does not know."""
+    arguments = family.guidance_arguments(sampling.guidance, sampling.guidance_rescale)
+    unknown = arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys()
+    if sampling.guidance_rescale and unknown:
+        raise UserError(f"guidance_rescale={sampling.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
+    return {name: value for name, value in arguments.items() if name not in unknown}
+
+
+def size_arguments(pipeline: Any, size: tuple[int, int]) -> dict[str, int]:
+    """Width and height where the pipeline does not take them from its image."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in zip(("width", "height"), size, strict=True) if name in known}

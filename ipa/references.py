@@ -1,0 +1,158 @@
+"""What an image is made from: image prompts, and how each of them acts; their features and masks for a model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
+from PIL import Image
+from torch import Tensor
+
+from ipa.data.images.transforms import Opened, fit_reference, open_picture, read_picture
+from ipa.errors import UserError
+from ipa.model import IPAdapterModel
+from ipa.types import Features
+
+Picture = str | Path | Image.Image
+Pictures = Picture | Sequence[Picture]
+
+# on the encoder's features, before the head; N images, all with weights applied
+COMBINE: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "concat": lambda each: each,
+    "add": lambda each: [torch.stack(each).sum(0)],
+    "average": lambda each: [torch.stack(each).mean(0)],
+    "subtract": lambda each: [each[0] - torch.stack(each[1:]).mean(0)],
+    "norm average": lambda each: [torch.stack([x / x.norm(dim=-1, keepdim=True) for x in each]).mean(0)],
+    "max": lambda each: [torch.stack(each).amax(0)],
+    "min": lambda each: [torch.stack(each).amin(0)],
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One image prompt: its images, and how they act.
+
+    ``scale`` is λ. ``blocks`` is a preset's name or a mapping of blocks to factors of λ (`ipa.presets`). The prompt
+    acts from ``start`` to ``end``, fractions of the training's noise schedule, with ``curve`` of the progress in
+    between. ``mask`` is white where it acts. ``combine`` says how several images become one prompt, one of ``COMBINE``;
+    ``weights`` multiply their features. ``negative`` images take the place of "no image" in guidance's negative part.
+    ``adapter`` is the adapter's number.
+    """
+
+    images: Pictures
+    scale: float = 1.0
+    blocks: str | Any = None
+    start: float = 0.0
+    end: float = 1.0
+    curve: Callable[[float], float] | None = None
+    mask: Picture | None = None
+    combine: str = "concat"
+    weights: Sequence[float] | None = None
+    negative: Pictures | None = None
+    adapter: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that mean nothing."""
+        count = len(as_list(self.images))
+        if not (self.scale >= 0 and self.scale < float("inf")):
+            raise UserError(f"scale={self.scale}: λ is a number of at least 0")
+        if not 0 <= self.start <= self.end <= 1:
+            raise UserError(f"start={self.start} end={self.end}: give 0 ≤ start ≤ end ≤ 1")
+        if self.combine not in COMBINE:
+            raise UserError(f"combine={self.combine}: give one of {', '.join(COMBINE)}")
+        if count == 0 or (count == 1 and self.combine == "subtract"):
+            raise UserError(f"combine={self.combine} needs {'two images' if count else 'an image'} or more")
+        if self.weights is not None and len(self.weights) != count:
+            raise UserError(f"weights={list(self.weights)}: give one for each of the {count} images")
+
+    def form(self) -> Any:
+        """Prompts of one form can be in one batch; images, masks and λ may differ."""
+        blocks = tuple(self.blocks.items()) if hasattr(self.blocks, "items") else self.blocks
+        negatives = None if self.negative is None else len(as_list(self.negative))
+        when = (self.start, self.end, self.curve)
+        return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, self.combine
+
+    def over_time(self) -> Callable[[float], float] | None:
+        if (self.start, self.end, self.curve) == (0.0, 1.0, None):
+            return None
+        curve, end = self.curve or (lambda progress: 1.0), self.end if self.end < 1 else float("inf")
+        return lambda progress: curve(progress) if self.start <= progress < end else 0.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one image is made from."""
+
+    references: Sequence[Reference] = ()
+    text: str = ""
+    negative_text: str = ""
+    seed: int = 0
+
+    def form(self) -> Any:
+        return tuple(reference.form() for reference in self.references)
+
+
+def images_to_references(images: Any, options: dict[str, Any]) -> list[Reference]:
+    given = as_list(images)
+    if any(isinstance(each, Reference) for each in given):
+        if options:
+            raise UserError(f"{', '.join(options)}: give them to Reference(…)")
+        return given
+    return [Reference(given, **options)] if given else []
+
+
+def as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple | range) else [value]
+
+
+def encode(
+    model: IPAdapterModel, images: Sequence[Picture], weights: Sequence[float] | None, combine: str
+) -> list[Features]:
+    """Features of one prompt's images after combining them; one row each."""
+    features = [model.encode_reference(reference(model, each)[None]) for each in images]
+    if weights is not None:
+        features = [each.map(partial(torch.mul, float(w))) for each, w in zip(features, weights, strict=True)]
+    merged: dict[str, list[Tensor]] = {}
+    for name in ("pooled_BE", "patches_BPF"):
+        tensors = [value for each in features if (value := getattr(each, name)) is not None]
+        if tensors:
+            merged[name] = COMBINE[combine](tensors)
+    return [Features(**dict(zip(merged, values, strict=True))) for values in zip(*merged.values(), strict=True)]
+
+
+def reference(model: IPAdapterModel, picture: Picture) -> Tensor:
+    return fit_reference(open_reference(picture), model.encoder.image_size_px, model.reference_fit).to(model.device)
+
+
+def open_reference(picture: Picture) -> Opened:
+    if not isinstance(picture, Image.Image):
+        return read_picture(Path(picture))
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    return open_picture(png.getvalue(), "white", picture.width * picture.height)
+
+
+def columns(rows: Sequence[list[Features]]) -> list[Features]:
+    """Per item its images → per image its items."""
+
+    def stacked(each: Sequence[Features], name: str) -> Tensor | None:
+        tensors = [value for one in each if (value := getattr(one, name)) is not None]
+        return torch.cat(tensors) if tensors else None
+
+    pairs = zip(*rows, strict=True)
+    return [Features(stacked(each, "pooled_BE"), stacked(each, "patches_BPF")) for each in pairs]
+
+
+def read_mask(mask: Any, size: tuple[int, int]) -> Tensor:
+    """mask_1HW in {0, 1} at the images' size, as diffusers prepares it; raises UserError for other proportions."""
+    picture = mask if isinstance(mask, Image.Image) else Image.open(mask)
+    width, height = size
+    if abs(picture.width * height - picture.height * width) > max(width, height):
+        raise UserError(f"mask of {picture.width} × {picture.height} px: the images have {width} × {height}")
+    return IPAdapterMaskProcessor().preprocess([picture.convert("L")], height=height, width=width)[0]

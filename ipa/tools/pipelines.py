@@ -1,0 +1,87 @@
+"""Public pipelines for what `ipa.tools.sample` is asked: image to image, inpainting, structure controls, schedulers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from PIL import Image
+
+from ipa.errors import UserError, brief
+from ipa.prompter import Prompter
+
+T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
+T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
+
+
+def check_pipeline(settings: dict[str, Any]) -> None:
+    """Raise UserError for options that need others, and for pictures that are not there."""
+    if (settings["control"] is None) != (settings["control_model"] is None):
+        raise UserError("control= and control_model=: give both or neither")
+    if settings["inpaint"] and not settings["start_image"]:
+        raise UserError("inpaint=: give start_image=, the picture that is painted on")
+    for name in ("control", "start_image", "inpaint", "mask"):
+        if settings[name] is not None and not Path(settings[name]).is_file():
+            raise UserError(f"{name}={settings[name]}: no such file")
+    if settings["scheduler"]:
+        scheduler_class(settings["scheduler"])
+
+
+def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call."""
+    pipeline, parts, arguments = with_control(prompter, settings)
+    if settings["start_image"]:
+        kind: Any = diffusers.AutoPipelineForInpainting if settings["inpaint"] else diffusers.AutoPipelineForImage2Image
+        pipeline = kind.from_pipe(pipeline, **parts)
+        if parts:
+            arguments["control_image"] = arguments.pop("image")
+        arguments |= {"image": read(prompter, settings, "start_image"), "strength": settings["strength"]}
+        if settings["inpaint"]:
+            arguments["mask_image"] = read(prompter, settings, "inpaint")
+    elif parts:
+        pipeline = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, **parts)
+    if settings["scheduler"]:
+        pipeline.scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, arguments
+
+
+def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Pipeline, parts that it lacks, and arguments, for a ControlNet, a T2I-Adapter, or neither."""
+    if settings["control"] is None:
+        return prompter.pipeline(), {}, {}
+    control = load_control(settings["control_model"]).to(prompter.family.device, prompter.family.dtype)
+    image, weight = read(prompter, settings, "control"), settings["control_weight"]
+    if isinstance(control, diffusers.T2IAdapter):
+        pipeline = prompter.pipeline(T2I_PIPELINES.get(prompter.family.name, T2I_PIPELINE), adapter=control)
+        return pipeline, {}, {"image": image, "adapter_conditioning_scale": weight}
+    return prompter.pipeline(), {"controlnet": control}, {"image": image, "controlnet_conditioning_scale": weight}
+
+
+def load_control(path: str) -> Any:
+    """A ControlNet or a T2I-Adapter; raises UserError for anything else."""
+    try:
+        kind = diffusers.ControlNetModel.load_config(path).get("_class_name")
+        return (diffusers.T2IAdapter if kind == "T2IAdapter" else diffusers.ControlNetModel).from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"control_model={path} is no ControlNet or T2I-Adapter: {brief(error)}") from error
+
+
+def scheduler_class(name: str) -> Any:
+    """A scheduler of diffusers; raises UserError for any other name."""
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        known = [each for each in dir(diffusers) if each.endswith("Scheduler") and "Flax" not in each]
+        raise UserError(f"scheduler={name}: give one of {', '.join(known)}")
+    return kind
+
+
+def read(prompter: Prompter, settings: dict[str, Any], name: str) -> Image.Image:
+    """A picture at the size of the images; raises UserError if it cannot be read."""
+    edge = prompter.family.image_size_px
+    try:
+        with Image.open(settings[name]) as picture:
+            return picture.convert("RGB").resize((settings["width"] or edge, settings["height"] or edge))
+    except OSError as error:
+        raise UserError(f"{name}={settings[name]} cannot be read as a picture: {brief(error)}") from error

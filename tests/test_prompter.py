@@ -1,0 +1,393 @@
+"""The prompter against stock diffusers with the same adapter files, and what only the prompter can do.
+
+Tiny Stable Diffusion pipelines in float32; the features of the images are handed to diffusers as embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    T2IAdapter,
+)
+from diffusers.image_processor import IPAdapterMaskProcessor
+from PIL import Image
+from torch import Tensor
+
+from ipa.errors import UserError
+from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
+from ipa.model import IPAdapterModel
+from ipa.prompter import Prompter
+from ipa.references import COMBINE, Item, Reference
+from ipa.types import to_uint8
+
+PX = tiny.IMAGE_PX
+STEPS = 3
+OPTIONS: dict[str, Any] = {"guidance": 3.0, "num_steps": STEPS, "batch_size": 8}
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = tiny.make_pictures(1, tiny.REFERENCE_PX, seed)[0]
+    return Image.fromarray(np.asarray(pixels.permute(1, 2, 0)))
+
+
+CAT, DOG, SKY = (picture(seed) for seed in (11, 12, 13))
+
+
+def half(left: bool) -> Image.Image:
+    mask = Image.new("L", (PX, PX))
+    mask.paste(255, (0, 0, PX // 2, PX) if left else (PX // 2, 0, PX, PX))
+    return mask
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    donor = tiny.shake(tiny.make_model(), seed=seed)
+    tensors = to_published(donor.trainable.state_dict(), torch.float32)
+    save_adapter(folder / f"{seed}.safetensors", tensors, with_metadata(tensors, donor.describe()))
+    return folder / f"{seed}.safetensors"
+
+
+def adapted(family: Any, seed: int) -> IPAdapterModel:
+    """A model around the family with the adapter that ``write_adapter`` writes."""
+    model = tiny.shake(tiny.make_model(family=family), seed=seed)
+    model.adapter.install()
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompter() -> Prompter:
+    """Two adapters on one base."""
+    family = tiny.make_family()
+    return Prompter([adapted(family, 1), adapted(family, 2)])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(folder, seed) for seed in (1, 2)]
+
+
+def stock(files: Sequence[Path]) -> Any:
+    """A public pipeline on a base of its own with these adapters loaded by diffusers."""
+    pipeline = tiny.make_pipeline(tiny.make_family())
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    names = [file.name for file in files]
+    pipeline.load_ip_adapter(
+        [str(files[0].parent)] * len(files), subfolder=[""] * len(files), weight_name=names, image_encoder_folder=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embeds(prompter: Prompter, *images: Image.Image, number: int = 0) -> Tensor:
+    """[no image; images], 2 × N × E, as the public call takes them."""
+    model = prompter.models[number]
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    pooled = model.encode_reference(pixels).pooled_BE
+    assert pooled is not None
+    return torch.stack([torch.zeros_like(pooled), pooled])
+
+
+def call(pipeline: Any, seed: int, embeddings: Sequence[Tensor], text: str = "cat", **arguments: Any) -> Image.Image:
+    out = pipeline(
+        text,
+        negative_prompt="",
+        ip_adapter_image_embeds=list(embeddings),
+        guidance_scale=3.0,
+        num_inference_steps=STEPS,
+        output_type="pt",
+        **({"latents": tiny_noise(seed), "height": PX, "width": PX} | arguments),
+    )
+    return as_image(out.images * 2 - 1)
+
+
+def tiny_noise(seed: int) -> Tensor:
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def as_image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(np.asarray(to_uint8(pixels)[0].permute(1, 2, 0)))
+
+
+def assert_alike(ours: Image.Image, theirs: Image.Image) -> None:
+    """Equal up to rounding to 8 bits."""
+    difference = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+    assert difference.max() <= 1 and ours.size == theirs.size
+
+
+def differ(one: Image.Image, other: Image.Image) -> bool:
+    return bool(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 3)
+
+
+def test_one_image_and_several_in_one_softmax_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    pipeline = stock(files[:1])
+    pipeline.set_ip_adapter_scale(0.7)
+    for images in ([CAT], [CAT, DOG]):
+        (ours,) = prompter(images, "cat", scale=0.7, seed=3, **OPTIONS)
+        assert_alike(ours, call(pipeline, 3, [embeds(prompter, *images)]))
+
+
+def test_masks_are_those_of_diffusers_and_limit_their_images(prompter: Prompter, files: list[Path]) -> None:
+    pipeline = stock(files[:1])
+    pipeline.set_ip_adapter_scale([[0.7, 0.4]])
+    masks = IPAdapterMaskProcessor().preprocess([half(True), half(False)], height=PX, width=PX)
+    theirs = call(
+        pipeline,
+        3,
+        [embeds(prompter, CAT, DOG)],
+        cross_attention_kwargs={"ip_adapter_masks": [masks.transpose(0, 1)]},
+    )
+    references = [Reference(CAT, 0.7, mask=half(True)), Reference(DOG, 0.4, mask=half(False))]
+    (ours,) = prompter(references, "cat", seed=3, **OPTIONS)
+
+    assert_alike(ours, theirs)
+    assert differ(ours, prompter(references[:1], "cat", seed=3, **OPTIONS)[0])
+
+
+def test_several_adapters_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    pipeline = stock(files)
+    pipeline.set_ip_adapter_scale([0.7, 0.5])
+    theirs = call(pipeline, 3, [embeds(prompter, CAT), embeds(prompter, DOG, number=1)])
+    (ours,) = prompter([Reference(CAT, 0.7), Reference(DOG, 0.5, adapter=1)], "cat", seed=3, **OPTIONS)
+
+    assert_alike(ours, theirs)
+
+
+def test_blocks_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    pipeline = stock(files[:1])
+    pipeline.set_ip_adapter_scale({"up": {"block_1": [0.6]}})
+    theirs = call(pipeline, 3, [embeds(prompter, CAT)])
+    up = [name for name in prompter.family.blocks() if name.startswith("up_blocks.1.")]
+    (ours,) = prompter(CAT, "cat", seed=3, blocks=dict.fromkeys(up, 0.6), **OPTIONS)
+
+    assert_alike(ours, theirs)
+    assert differ(ours, prompter(CAT, "cat", seed=3, scale=0.6, **OPTIONS)[0])
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"scale": 0.0},
+        {"blocks": {"mid_block": 0.0}},
+        {"mask": Image.new("L", (PX, PX))},
+        {"curve": lambda progress: 0.0},
+        {"start": 0.0, "end": 0.0},
+    ],
+    ids=["scale", "blocks", "mask", "curve", "time"],
+)
+def test_nothing_is_the_base_bit_for_bit(prompter: Prompter, nothing: dict[str, Any]) -> None:
+    (base,) = prompter(text="cat", seed=3, **OPTIONS)
+    (ours,) = prompter(CAT, "cat", seed=3, **nothing, **OPTIONS)
+
+    assert np.array_equal(np.asarray(ours), np.asarray(base))
+    assert differ(prompter(CAT, "cat", seed=3, **OPTIONS)[0], base)
+
+
+def test_every_item_of_a_batch_may_have_its_own_everything(prompter: Prompter) -> None:
+    items = [
+        Item([Reference(CAT, 1.0, mask=half(True))], "cat", seed=3),
+        Item([Reference(DOG, 0.5, mask=half(False))], "a red dog", negative_text="cat", seed=4),
+        Item([Reference([CAT, SKY])], "cat", seed=5),
+        Item(text="cat", seed=6),
+    ]
+    together = prompter.generate(items, **OPTIONS)
+    alone = [prompter.generate([item], **OPTIONS)[0] for item in items]
+
+    for ours, single in zip(together, alone, strict=True):
+        assert_alike(ours, single)
+    assert len({image.tobytes() for image in together}) == 4
+
+
+def test_time_limits_and_curves(prompter: Prompter) -> None:
+    """The prompt acts in some of the three steps."""
+    whole, first, last = (
+        prompter(CAT, "cat", seed=3, **limits, **OPTIONS)[0] for limits in ({}, {"end": 0.5}, {"start": 0.5})
+    )
+    (curved,) = prompter(CAT, "cat", seed=3, curve=lambda progress: float(progress <= 0.5), **OPTIONS)
+
+    assert len({image.tobytes() for image in (whole, first, last)}) == 3
+    assert np.array_equal(np.asarray(curved), np.asarray(first))
+
+
+def test_combining_images(prompter: Prompter) -> None:
+    made = {name: prompter([CAT, DOG, SKY], seed=3, combine=name, **OPTIONS)[0] for name in COMBINE}
+    same = prompter([CAT, CAT], seed=3, combine="average", **OPTIONS)[0]
+
+    assert len({image.tobytes() for image in made.values()}) == len(COMBINE)
+    assert_alike(same, prompter(CAT, seed=3, **OPTIONS)[0])
+    assert_alike(
+        prompter([CAT, DOG], seed=3, combine="add", weights=[0.5, 0.5], **OPTIONS)[0],
+        prompter([CAT, DOG], seed=3, combine="average", **OPTIONS)[0],
+    )
+
+
+def test_a_negative_image_takes_the_place_of_none(prompter: Prompter) -> None:
+    plain, negative = prompter(CAT, seed=3, **OPTIONS)[0], prompter(CAT, seed=3, negative=DOG, **OPTIONS)[0]
+
+    assert differ(plain, negative)
+    unguided = {"guidance": 1.0, "num_steps": STEPS}
+    assert_alike(prompter(CAT, seed=3, negative=DOG, **unguided)[0], prompter(CAT, seed=3, **unguided)[0])
+
+
+def test_what_is_cut_off_of_a_text_is_logged(prompter: Prompter, caplog: pytest.LogCaptureFixture) -> None:
+    prompter(CAT, "a red dog cat " * 10, **OPTIONS)
+
+    assert "does not read its end" in caplog.text and "dog" in caplog.text
+    caplog.clear()
+    prompter(CAT, "cat", **OPTIONS)
+    assert not caplog.text
+
+
+def test_another_width_and_height(prompter: Prompter) -> None:
+    (image,) = prompter(CAT, "cat", width=2 * PX, height=PX, **OPTIONS)
+
+    assert image.size == (2 * PX, PX)
+
+
+def start_image() -> Image.Image:
+    return CAT.resize((PX, PX))
+
+
+def test_image_to_image_and_inpainting_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    base = stock(files[:1])
+    base.set_ip_adapter_scale(0.7)
+    begin = start_image()
+    for kind, more in (
+        (StableDiffusionImg2ImgPipeline, {"image": begin, "strength": 0.7}),
+        (StableDiffusionInpaintPipeline, {"image": begin, "mask_image": half(True), "strength": 1.0}),
+    ):
+        theirs = kind(**base.components, requires_safety_checker=False)
+        theirs.set_progress_bar_config(disable=True)
+        takes_size = kind is StableDiffusionInpaintPipeline
+        sizes = {"height": PX, "width": PX, "latents": tiny_noise(3)} if takes_size else {}
+        out = theirs(
+            "cat",
+            negative_prompt="",
+            ip_adapter_image_embeds=[embeds(prompter, DOG)],
+            guidance_scale=3.0,
+            num_inference_steps=STEPS,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(3),
+            **sizes,
+            **more,
+        )
+        pipeline = prompter.pipeline(kind)
+        (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=more, **OPTIONS)
+        assert_alike(ours, as_image(out.images * 2 - 1))
+
+
+def test_controlnet_is_that_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    torch.manual_seed(5)
+    controlnet = ControlNetModel.from_unet(prompter.family.unet, conditioning_embedding_out_channels=(4, 8)).eval()
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    base = stock(files[:1])
+    base.set_ip_adapter_scale(0.7)
+    theirs = StableDiffusionControlNetPipeline(**base.components, controlnet=controlnet, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    control = start_image()
+    pipeline = prompter.pipeline(StableDiffusionControlNetPipeline, controlnet=controlnet)
+    (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments={"image": control}, **OPTIONS)
+
+    assert_alike(ours, call(theirs, 3, [embeds(prompter, DOG)], image=control))
+    assert differ(ours, prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)[0])
+
+
+def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prompter) -> None:
+    assert not hasattr(StableDiffusionAdapterPipeline, "load_ip_adapter")
+    torch.manual_seed(5)
+    control = T2IAdapter(
+        in_channels=3,
+        channels=list(prompter.family.unet.config.block_out_channels),
+        num_res_blocks=1,
+        downscale_factor=2,
+        adapter_type="full_adapter",
+    ).eval()
+    pipeline = prompter.pipeline(StableDiffusionAdapterPipeline, adapter=control)
+    made = [
+        prompter(DOG, "cat", scale=scale, seed=3, pipeline=pipeline, arguments={"image": start_image()}, **OPTIONS)[0]
+        for scale in (0.0, 1.0)
+    ]
+    (alone,) = prompter(DOG, "cat", seed=3, **OPTIONS)
+    with pytest.raises(UserError, match=r"guidance_rescale=0\.5: StableDiffusionAdapterPipeline"):
+        prompter(DOG, pipeline=pipeline, guidance_rescale=0.5, arguments={"image": start_image()}, **OPTIONS)
+
+    assert differ(*made) and differ(made[1], alone)
+
+
+def test_lora_and_textual_inversion_work_in_the_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    family = tiny.make_family()
+    prompter = Prompter([adapted(family, 1)])
+    (before,) = prompter(CAT, "cat", seed=3, **OPTIONS)
+    pipeline = prompter.pipeline()
+    family.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights="gaussian"))
+    for name, parameter in family.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    (with_lora,) = prompter(CAT, "cat", seed=3, pipeline=pipeline, **OPTIONS)
+    family.unet.disable_adapters()
+    (without,) = prompter(CAT, "cat", seed=3, pipeline=pipeline, **OPTIONS)
+
+    assert differ(with_lora, before)
+    assert_alike(without, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"scale": -1.0}, ["scale=-1", "at least 0"]),
+        ({"scale": float("nan")}, ["scale=nan"]),
+        ({"start": 0.5, "end": 0.2}, ["start=0.5 end=0.2"]),
+        ({"combine": "mix"}, ["combine=mix", "concat, add"]),
+        ({"combine": "subtract"}, ["subtract", "two images"]),
+        ({"weights": [1.0, 2.0]}, ["weights", "1 images"]),
+        ({"blocks": "stile"}, ["blocks=stile", "ease in", "mid_block"]),
+        ({"blocks": {"middle": 1.0}}, ["middle", "mid_block"]),
+        ({"adapter": 2}, ["adapter=2", "2 adapters"]),
+        ({"mask": Image.new("L", (PX, 2 * PX))}, ["mask of", f"{PX} × {PX}"]),
+        ({"images": "nowhere.png"}, ["nowhere.png", "no such file"]),
+        ({"images": []}, ["an image"]),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else "-".join(value),
+)
+def test_what_cannot_be_is_refused_in_words(prompter: Prompter, given: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        prompter([Reference(**({"images": CAT} | given))], **OPTIONS)
+
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_simple_adapter_has_one_weight_for_all_blocks(prompter: Prompter) -> None:
+    simple = Prompter([tiny.shake(tiny.make_model(kind="simple"))])
+    (plain,) = simple(CAT, "cat", seed=3, **OPTIONS)
+
+    assert differ(plain, simple([Reference(CAT), Reference(DOG)], "cat", seed=3, **OPTIONS)[0])
+    for given in ({"blocks": {"mid_block": 1.0}}, {"mask": half(True)}, {"end": 0.5}):
+        with pytest.raises(UserError, match="simple adapter"):
+            simple(CAT, **given, **OPTIONS)
+
+
+def test_the_adapters_of_files_share_one_base(files: list[Path], base_folder: Path, clip_name: str) -> None:
+    prompter = Prompter.load(files, base=str(base_folder), encoder=clip_name, device="cpu")
+
+    assert len(prompter.models) == 2 and prompter.models[0].family is prompter.models[1].family
+    assert isinstance(prompter.pipeline(), StableDiffusionPipeline)
