@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ipa.errors import UserError
+
 HASHING_THREADS = 4
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def fingerprint(module: nn.Module) -> str:
     """Precision and hash of a frozen part, to tell whether work done with it can be reused."""
     return f"{dtype_name(next(module.parameters()).dtype)} {hash_weights(module)[:32]}"
+
+
+def read_dtype(name: str, option: str) -> torch.dtype:
+    """The dtype of frozen weights that torch calls ``name``; raises UserError naming ``option``."""
+    if name not in DTYPES:
+        raise UserError(f"{option}={name}: give float32, bfloat16 or float16")
+    return getattr(torch, name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -64,7 +64,7 @@ from ipa.tools.export import Options, export  # noqa: E402
 from ipa.training.checkpointing import newest_whole, read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTER = ROOT / "demo/adapters/simple_global.safetensors"
+ADAPTER = ROOT / "demo/adapters/decoupled_global.safetensors"
 LIMIT_S, LIMIT_BYTES = 30, 1_500_000_000
 BY_HAND_AGAIN = 0.1  # share of the later cases that are made by hand
 ODD = ("", "-1", "1e9", "x", "999999999999", "ü")  # values of metadata

@@ -19,7 +19,6 @@ from ipa.errors import UserError, brief
 from ipa.types import EncoderWidths, Features
 from ipa.weights import fingerprint
 
-DTYPES = ("float32", "bfloat16", "float16")
 PENULTIMATE = -2
 
 
@@ -135,12 +134,6 @@ def read_layer(name: str | None) -> int:
         return int(str(name))
     except ValueError:
         raise UserError(f"the metadata says layer={name}: expected penultimate or a negative number") from None
-
-
-def read_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"encoder.dtype={name}: one of {', '.join(DTYPES)}")
-    return getattr(torch, name)
 
 
 def square_edge(size: int | Sequence[int], source: str) -> int:

@@ -16,9 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, read_dtype, square_edge
+from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, square_edge
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths
+from ipa.weights import read_dtype
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pt", ".pth")
@@ -41,7 +42,7 @@ class OpenClipEncoder(ImageEncoder):
         ``weights_only``). Raises UserError for an unknown name or tag, for what is not found, and for weights that do
         not fit. A built-in name without weights, which open_clip would initialise at random, is refused too.
         """
-        torch_dtype = read_dtype(dtype)
+        torch_dtype = read_dtype(dtype, "encoder.dtype")
         read_config(name)
         check_weights(name, pretrained)
         if pretrained is None and is_built_in(name):
@@ -53,7 +54,7 @@ class OpenClipEncoder(ImageEncoder):
         cls, name: str, pretrained: str | None = None, dtype: str = "float32", layer: int = PENULTIMATE
     ) -> EncoderWidths:
         """Widths from the configuration alone; takes the arguments of ``from_pretrained`` and raises as it does."""
-        read_dtype(dtype)
+        read_dtype(dtype, "encoder.dtype")
         config = read_config(name)
         check_weights(name, pretrained)
         with torch.device("meta"):

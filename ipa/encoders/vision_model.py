@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, read_dtype, square_edge
+from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, square_edge
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths
+from ipa.weights import read_dtype
 
 CLIP = "clip_vision_model"
 PREPROCESSING = "preprocessor_config.json"
@@ -92,7 +93,7 @@ class VisionModelEncoder(ImageEncoder):
 
         Raises UserError for what is not found, is not a vision model, or lacks weights.
         """
-        torch_dtype, folder = read_dtype(dtype), locate(path, subfolder)
+        torch_dtype, folder = read_dtype(dtype, "encoder.dtype"), locate(path, subfolder)
         visual = load_network(folder, read_config(folder))
         return cls(visual.to(torch_dtype), folder.source, folder.read_json(PREPROCESSING), layer)
 
@@ -101,7 +102,7 @@ class VisionModelEncoder(ImageEncoder):
         cls, path: str, subfolder: str | None = None, dtype: str = "float32", layer: int = PENULTIMATE
     ) -> EncoderWidths:
         """Widths from the JSON files alone; takes the arguments of ``from_pretrained`` and raises as it does."""
-        read_dtype(dtype)
+        read_dtype(dtype, "encoder.dtype")
         folder = locate(path, subfolder)
         config = read_config(folder)
         with torch.device("meta"):

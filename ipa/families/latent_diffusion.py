@@ -27,7 +27,7 @@ from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hos
 from ipa.families.sources import is_single_file
 from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
 from ipa.types import BaseWidths, Corrupted, Posterior, TextCondition, TextInputs
-from ipa.weights import fingerprint
+from ipa.weights import fingerprint, read_dtype
 
 
 class LatentDiffusion(Family):
@@ -74,7 +74,7 @@ class LatentDiffusion(Family):
         Raises UserError for a base of another family, of which only configuration and headers are read, and for one
         that cannot be read.
         """
-        dtypes = {"default": to_dtype(dtype, "base.dtype"), "vae": to_dtype(vae_dtype or dtype, "base.vae_dtype")}
+        dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
         cls.check(path, config)
         if is_single_file(path):
             pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, cls.absent)
@@ -324,11 +324,3 @@ def load_single_file(
         raise UserError(
             f"base.path={path}: {brief(error)} A base needs its UNet, VAE and text encoders in the file."
         ) from error
-
-
-def to_dtype(name: str, key: str) -> torch.dtype:
-    """The floating dtype that torch calls ``name``; raises UserError naming ``key``."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"{key}={name}: give float32, bfloat16 or float16")
-    return dtype

@@ -68,19 +68,15 @@ def test_patch_features_are_the_penultimate_hidden_states(encoder, vision, image
     torch.testing.assert_close(features.patches_BPF, theirs, rtol=0, atol=1e-4)
 
 
-def test_a_folder_is_loaded_with_the_same_weights(clip_name: str, encoder, image) -> None:
-    loaded = OpenClipEncoder.from_pretrained(clip_name)
-
-    assert loaded.source == clip_name
-    assert torch.equal(loaded.encode(image).pooled_BE, encoder.encode(image).pooled_BE)
-
-
-def test_a_relative_folder_becomes_absolute(clip_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(clip_name.removeprefix("local-dir:"))
-    monkeypatch.chdir(folder.parent)
+def test_a_folder_is_loaded_with_the_same_weights_also_by_a_relative_path(
+    clip_name: str, encoder, image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(clip_name.removeprefix("local-dir:")).parent)
+    loaded = OpenClipEncoder.from_pretrained("local-dir:clip")
 
     assert resolve_name("local-dir:clip") == clip_name
-    assert OpenClipEncoder.from_pretrained("local-dir:clip").source == "local-dir:clip"  # as given: it goes into files
+    assert loaded.source == "local-dir:clip"  # as given: it goes into files
+    assert torch.equal(loaded.encode(image).pooled_BE, encoder.encode(image).pooled_BE)
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -150,7 +146,7 @@ class Trap:
         return (Path.touch, (self.file,))
 
 
-def test_a_pickle_that_holds_more_than_tensors_is_refused_and_not_run(
+def test_a_pickle_that_runs_code_and_weights_of_another_model_are_refused(
     small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # it must not undo what we ask for
@@ -158,14 +154,10 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_and_not_run(
 
     with pytest.raises(UserError, match=r"weights\.pt: the weights cannot be loaded: .*[Ww]eights.only"):
         OpenClipEncoder.from_pretrained(small_model, pretrained=str(tmp_path / "weights.pt"))
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_weights_of_another_model_are_refused(small_model: str, tmp_path: Path) -> None:
     save_file({"logit_scale": torch.zeros(())}, tmp_path / "other.safetensors")
-
     with pytest.raises(UserError, match=r"other\.safetensors: the weights cannot be loaded: .*state_dict"):
         OpenClipEncoder.from_pretrained(small_model, pretrained=str(tmp_path / "other.safetensors"))
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_nothing_starts_at_random(clip_name: str, tmp_path: Path) -> None:
@@ -188,7 +180,7 @@ def test_what_is_not_there_is_named(read, tmp_path: Path) -> None:
         read(f"local-dir:{tmp_path}")
     with pytest.raises(UserError, match=r"encoder\.name=ViT-H14: .* `local-dir:FOLDER`.* Did you mean ViT-H-14\?"):
         read("ViT-H14")
-    with pytest.raises(UserError, match=r"encoder\.dtype=half: one of float32, bfloat16"):
+    with pytest.raises(UserError, match=r"encoder\.dtype=half: give float32, bfloat16 or"):
         read("ViT-H-14", "laion2b_s32b_b79k", dtype="half")
 
 
@@ -200,7 +192,6 @@ def test_what_is_not_there_is_named(read, tmp_path: Path) -> None:
         ("ViT-bigG-14", "nowhere/w.pt", "no such file; give one of laion2b_s39b_b160k"),
         ("ViT-L-14", "openai", "QuickGELU; give encoder.name=ViT-L-14-quickgelu"),
         ("local-dir:demo/encoder", "openai", "give encoder.pretrained=null"),
-        ("hf-hub:nobody/nothing", None, "open_clip_config.json cannot be read"),
     ],
 )
 def test_weights_that_open_clip_would_not_find_or_misuse_are_refused(

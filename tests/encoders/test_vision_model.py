@@ -165,7 +165,7 @@ def test_what_is_not_a_vision_model_is_named(read, folder: Path, clip_name: str,
     ):
         with pytest.raises(UserError, match=message):
             read(path)
-    with pytest.raises(UserError, match=r"encoder\.dtype=half: one of float32"):
+    with pytest.raises(UserError, match=r"encoder\.dtype=half: give float32"):
         read(str(folder), dtype="half")
 
 

@@ -14,7 +14,7 @@ from public_forms import FORMS, accelerate
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.export.loading import load_into, load_model
+from ipa.export.loading import known_sources, load_into, load_model
 from ipa.export.published import to_published, with_metadata
 from ipa.export.reading import read_adapter
 from ipa.export.storage import nested, save_adapter
@@ -164,6 +164,10 @@ def test_base_and_encoder_are_found_in_the_run_by_the_names_in_the_metadata(
     assert read_adapter(run).metadata["encoder"] == "local-dir:clip"
     assert str(base_folder.parent) not in str((run / NAME).read_bytes())
     assert load_model(run).family.source == load_model(run / NAME).family.source == str(base_folder)
+    single = config | {"base": {"path": "/elsewhere/base", "config": "of/its/layout"}}
+    OmegaConf.save(OmegaConf.create(single), run / "config.yaml")
+    known = known_sources(read_adapter(run).metadata, run / "checkpoints/step_00000003.ckpt")
+    assert known == {"base": "/elsewhere/base", "base_config": "of/its/layout", "encoder": clip_name}
     (run / NAME).rename(tmp_path / NAME)
     with pytest.raises(UserError, match=r"base base and the encoder local-dir:clip; .* give base=… or encoder=…"):
         load_model(tmp_path / NAME)

@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from ipa.errors import UserError, brief
 from ipa.evaluation.methods.method import Method, Prompt, count_parameters, draw_start
 from ipa.evaluation.methods.weights import Source
-from ipa.families.latent_diffusion import to_dtype
 from ipa.files import read_json
 from ipa.sampling import SamplingOptions
+from ipa.weights import read_dtype
 
 # files with a tokenizer's vocabulary; without one transformers makes a tokenizer that knows no words
 VOCABULARIES = ("tokenizer.json", "vocab.json", "sentencepiece.bpe.model")
@@ -97,7 +97,7 @@ def load_pipeline(pipeline_class: Any, source: Source, dtype: str, **absent: Any
 
     Raises MissingWeights for what is not there, UserError for what cannot be read.
     """
-    torch_dtype = to_dtype(dtype, "method.dtype")
+    torch_dtype = read_dtype(dtype, "method.dtype")
     classes = {name: part for name, part in read_classes(pipeline_class).items() if name not in absent}
     folder = find_folder(source, list(classes))
     parts = {name: load_part(part, folder / name, source, torch_dtype) for name, part in classes.items()}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ipa.contracts import Family
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import MissingWeights, UserError, brief
-from ipa.families.latent_diffusion import to_dtype
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.metrics.networks import find_file
+from ipa.weights import read_dtype
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -80,7 +80,7 @@ def load_image_encoder(path: str, dtype: str) -> VisionModelEncoder:
 
 def load_controlnet(path: str, dtype: str) -> ControlNetModel:
     """Raises MissingWeights, and UserError for one that lacks weights."""
-    source, torch_dtype = Source(path, "method.controlnet"), to_dtype(dtype, "method.dtype")
+    source, torch_dtype = Source(path, "method.controlnet"), read_dtype(dtype, "method.dtype")
     try:
         controlnet, info = ControlNetModel.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
     except OSError as error:
