@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import tiny
+from conftest import compose
 from PIL import Image
 from tars import good, png, write_tar
 
 from ipa.errors import UserError
 from ipa.evaluation.benchmarks import CocoBenchmark, FolderBenchmark, ShardBenchmark
+from ipa.evaluation.generation import announce
 from ipa.evaluation.items import Item, plan
+from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
+from ipa.evaluation.methods.method import Prompt
+from ipa.sampling import SamplingOptions
 
 ITEMS = [Item("a", ("one", "two")), Item("b", ("three",))]
 
@@ -126,3 +133,19 @@ def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:
         annotations.write_text(content)
         with pytest.raises(UserError, match=message):
             CocoBenchmark("coco2017", str(images), str(annotations)).items()
+
+
+def test_a_long_evaluation_on_a_cpu_is_announced(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method, prompt = IPAdapterMethod.from_pretrained(str(adapter)), Prompt(tiny.make_pictures(1, 20)[0], "", 0)
+    announce("x", method, prompt, SamplingOptions(num_steps=50), count=2)
+    assert not caplog.text
+    announce("x", method, prompt, SamplingOptions(num_steps=50), count=10_000_000)
+    assert re.search(r"x: 10000000 images of 50 steps take up to [1-9]\d+ minutes.* num_seeds=", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"), [([], "pictures-seeds4"), (["benchmark.limit=5", "num_seeds=1"], "pictures-limit5-seeds1")]
+)
+def test_a_folders_results_are_named_after_it_and_the_settings(overrides: list[str], name: str) -> None:
+    cfg = compose("benchmark=folder", "benchmark.folder=some/pictures/", *overrides)
+    assert cfg.benchmark.name == "pictures" and Path(cfg.out).parts[-2:] == ("evaluation", name)

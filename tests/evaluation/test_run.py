@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import time
 from pathlib import Path
@@ -21,9 +20,8 @@ from PIL import Image
 from ipa.errors import UserError
 from ipa.evaluation import run as module
 from ipa.evaluation.benchmarks import FolderBenchmark
-from ipa.evaluation.generation import announce, check_finite, read_png
+from ipa.evaluation.generation import check_finite, read_png
 from ipa.evaluation.items import plan
-from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.run import evaluate, rank_and_world
@@ -320,22 +318,6 @@ def test_metrics_that_cannot_be_computed_are_noted(
     scores = read(out / "x/scores.json")
     assert "facebook/dinov2-base" in scores["missing"]["other"] and "clip_i" in scores["metrics"]
     assert "sets of two or more, not 1 with 1" in scores["missing"]["fid_judge"]
-
-
-def test_a_long_evaluation_on_a_cpu_is_announced(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
-    method, prompt = IPAdapterMethod.from_pretrained(str(adapter)), Prompt(tiny.make_pictures(1, 20)[0], "", 0)
-    announce("x", method, prompt, SamplingOptions(num_steps=50), count=2)
-    assert not caplog.text
-    announce("x", method, prompt, SamplingOptions(num_steps=50), count=10_000_000)
-    assert re.search(r"x: 10000000 images of 50 steps take up to [1-9]\d+ minutes.* num_seeds=", caplog.text)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "name"), [([], "pictures-seeds4"), (["benchmark.limit=5", "num_seeds=1"], "pictures-limit5-seeds1")]
-)
-def test_a_folders_results_are_named_after_it_and_the_settings(overrides: list[str], name: str) -> None:
-    cfg = compose("benchmark=folder", "benchmark.folder=some/pictures/", *overrides)
-    assert cfg.benchmark.name == "pictures" and Path(cfg.out).parts[-2:] == ("evaluation", name)
 
 
 def test_missing_weights_end_as_skipped(
