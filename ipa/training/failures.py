@@ -50,14 +50,20 @@ def explain_compiler(error: BaseException) -> None:
 
 def explain_memory(error: BaseException, cfg: DictConfig, trainer: L.Trainer, datamodule: Any) -> None:
     """Raise UserError with the options that decide how much memory is needed, if there was not enough."""
+    explain_lost_worker([str(cause).strip() for cause in causes(error)], error, cfg)
     for cause in causes(error):
-        words = str(cause).strip()
-        if any(each in words for each in LOST_WORKER):
-            raise UserError(f"a data worker is gone, probably short of shared memory: {words}. {MORE_SHM}") from error
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(cause):
+            raise UserError(describe_memory(cause, cfg, trainer, datamodule)) from error
+
+
+def explain_lost_worker(messages: list[str], error: BaseException, cfg: DictConfig) -> None:
+    """The kernel's reason is in a cause; torch's own "exited unexpectedly" comes with it, or alone."""
+    for words in messages:
         if KILLED in words:
             raise UserError(describe_killed_worker(words, cfg)) from error
-        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in words:
-            raise UserError(describe_memory(cause, cfg, trainer, datamodule)) from error
+    for words in messages:
+        if any(each in words for each in LOST_WORKER):
+            raise UserError(f"a data worker is gone, probably short of shared memory: {words}. {MORE_SHM}") from error
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

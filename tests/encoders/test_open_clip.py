@@ -149,6 +149,7 @@ class Trap:
 def test_a_pickle_that_runs_code_and_weights_of_another_model_are_refused(
     small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # it must not undo what we ask for
     torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "weights.pt")
 

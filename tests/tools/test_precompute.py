@@ -412,7 +412,6 @@ def test_a_broken_file_is_kept_as_far_as_it_goes(parts: list[str], shards: Path,
     ("overrides", "complaint"),
     [
         (["keep=[poled]"], r"keep=\['poled'\]: .* pooled, reference"),
-        (["batch_size=0"], "batch_size=0"),
         (["out=s3://bucket/features"], "out=s3://bucket/features"),
         (["device=quantum"], "device=quantum: "),
         (["rank=3"], "rank=3 world=None: give both or neither"),

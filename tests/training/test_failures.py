@@ -17,8 +17,8 @@ from ipa.training.run import describe
 REFUSED = [
     (["data.train=PLACE/nowhere"], ["no such shard: 'PLACE/nowhere'", "Give a folder"]),
     (["data.val=PLACE/no.tar"], ["no such shard: 'PLACE/no.tar'"]),
-    (["data.train=PLACE/captionless", "data.num_workers=1"], ["no usable sample", "no caption: 2", "data.captions"]),
-    (["data.val=PLACE/captionless"], ["no usable sample", "no caption: 2"]),
+    (["data.train=PLACE/captionless", "data.num_workers=1"], ["no usable sample", "2 × no caption", "data.captions"]),
+    (["data.val=PLACE/captionless"], ["no usable sample", "2 × no caption"]),
     (["base.path=PLACE/nowhere"], ["base.path=PLACE/nowhere"]),
     (["encoder.name=local-dir:PLACE/nowhere"], ["encoder.name=local-dir:PLACE/nowhere", "open_clip_config.json"]),
     (["judge.name=local-dir:PLACE/nowhere"], ["local-dir:PLACE/nowhere", "open_clip_config.json"]),
