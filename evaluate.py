@@ -4,24 +4,7 @@ python evaluate.py adapter=demo/adapters/decoupled_global.safetensors        the
 python evaluate.py -m 'method=glob(*)' benchmark=coco2017                    the paper's table
 """
 
-import sys
-
-from omegaconf import DictConfig
-
-from ipa.cli import command, quiet_libraries
-
-
-@command(config_path="conf", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    from ipa.evaluation.run import evaluate  # imports torch, which takes seconds
-
-    quiet_libraries()
-    try:
-        evaluate(cfg)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command resumes.", file=sys.stderr)
-        sys.exit(130)  # the shells' code for Ctrl-C
-
+from ipa.tools.evaluate import main
 
 if __name__ == "__main__":
     main()

@@ -4,18 +4,7 @@ python train.py experiment=decoupled_global                 the embedded demo wo
 python train.py experiment=decoupled_global recipe=sd15     the same ablation on Stable Diffusion 1.5
 """
 
-from omegaconf import DictConfig
-
-from ipa.cli import command, quiet_libraries
-
-
-@command(config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    from ipa.training.run import train  # imports torch, which help and error messages do not need
-
-    quiet_libraries()
-    train(cfg)
-
+from ipa.tools.train import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Hydra commands with better error messages.
 
-    @command(config_path="conf", config_name="train")
+    @command("train")
     def main(cfg: DictConfig) -> None: ...
 
 is ``hydra.main``, except for what it prints when something goes wrong:
@@ -48,6 +48,7 @@ from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
 
 VERSION_BASE = "1.3"
+CONF = (Path(__file__).parent / "conf").resolve()  # a link in a checkout, a copy in a wheel
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 HELP_WIDTH = 100
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError)  # raised for a wrong command line
@@ -57,15 +58,13 @@ log = logging.getLogger(__name__)
 Task = Callable[[DictConfig], Any]
 
 
-def command(config_path: str, config_name: str) -> Callable[[Task], Callable[[], None]]:
-    """Make a function a Hydra command; ``config_path`` is relative to the file that defines the function."""
+def command(config_name: str) -> Callable[[Task], Callable[[], None]]:
+    """Make a function a Hydra command with this configuration of ``conf/``."""
 
     def decorate(task: Task) -> Callable[[], None]:
-        config_dir = (Path(task.__code__.co_filename).parent / config_path).resolve()
-
         @functools.wraps(task)
         def run() -> None:
-            _Command(task, str(config_dir), config_name).run()
+            _Command(task, str(CONF), config_name).run()
 
         return run
 

@@ -120,11 +120,11 @@ def test_other_wrong_usage_gets_hydras_message(train, here: Path, arguments: lis
     assert list(here.iterdir()) == []
 
 
-COMMAND = f"""
+COMMAND = """
 import os, sys
 from ipa.cli import command
 
-@command(config_path={str(ROOT / "conf")!r}, config_name="train")
+@command("train")
 def main(cfg):
     print("the task sees", os.environ.get("HYDRA_FULL_ERROR"))
     BODY

@@ -25,16 +25,16 @@ from ipa.launcher import Job, ProcessLauncher, Sweep, divide_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 
-JOB = f"""
+JOB = """
 import os, signal, sys, time
 from ipa.cli import command
 
-@command(config_path={str(ROOT / "conf")!r}, config_name="train")
+@command("train")
 def main(cfg):
     seen = dict(pid=os.getpid(), name=cfg.name, group=cfg.group, seed=cfg.seed, run=cfg.paths.run)
     for variable in ("OMP_NUM_THREADS", "HYDRA_FULL_ERROR"):
         seen[variable] = os.environ.get(variable)
-    print("job", *(f"{{key}}={{value}}" for key, value in seen.items()), flush=True)
+    print("job", *(f"{key}={value}" for key, value in seen.items()), flush=True)
     BODY
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ipa.cli import command
 
 
-@command(config_path="../../../conf", config_name="inspect")
+@command("inspect")
 def main(cfg: DictConfig) -> None:
     from ipa.tools.inspect.findings import inspect  # imports torch, which --help and typos do not need
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from ipa.cli import command, quiet_libraries
 
 
-@command(config_path="../../../conf", config_name="precompute")
+@command("precompute")
 def main(cfg: DictConfig) -> None:
     from ipa.tools.precompute.run import precompute  # imports torch, which --help and typos do not need
 

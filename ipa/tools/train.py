@@ -1,0 +1,21 @@
+"""Train an IP-Adapter. `python train.py --help` explains the options.
+
+python train.py experiment=decoupled_global                 the embedded demo world: minutes on a CPU, no downloads
+python train.py experiment=decoupled_global recipe=sd15     the same ablation on Stable Diffusion 1.5
+"""
+
+from omegaconf import DictConfig
+
+from ipa.cli import command, quiet_libraries
+
+
+@command("train")
+def main(cfg: DictConfig) -> None:
+    from ipa.training.run import train  # imports torch, which help and error messages do not need
+
+    quiet_libraries()
+    train(cfg)
+
+
+if __name__ == "__main__":
+    main()
