@@ -16,6 +16,7 @@ from ipa.training.strategies import AdapterFSDP
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError
 KILLED = "is killed by signal: Killed"
+LOST_PIPE = (EOFError, ConnectionError)  # a batch that was on its way
 LOST_WORKER = ("is killed by signal: Bus error", "exited unexpectedly")  # also workers.die
 GIB = 1 << 30
 MAX_ALLOCATOR_LENGTH = 300
@@ -50,14 +51,17 @@ def explain_compiler(error: BaseException) -> None:
 
 def explain_memory(error: BaseException, cfg: DictConfig, trainer: L.Trainer, datamodule: Any) -> None:
     """Raise UserError with the options that decide how much memory is needed, if there was not enough."""
-    explain_lost_worker([str(cause).strip() for cause in causes(error)], error, cfg)
+    explain_lost_worker(error, cfg)
     for cause in causes(error):
         if isinstance(cause, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(cause):
             raise UserError(describe_memory(cause, cfg, trainer, datamodule)) from error
 
 
-def explain_lost_worker(messages: list[str], error: BaseException, cfg: DictConfig) -> None:
-    """The kernel's reason is in a cause; torch's own "exited unexpectedly" comes with it, or alone."""
+def explain_lost_worker(error: BaseException, cfg: DictConfig) -> None:
+    """The kernel's reason is in a cause; torch's "exited unexpectedly" comes with it, or alone; or a pipe ends."""
+    messages = [str(cause).strip() for cause in causes(error)]
+    if isinstance(error, LOST_PIPE):
+        messages.append(LOST_WORKER[-1])
     for words in messages:
         if KILLED in words:
             raise UserError(describe_killed_worker(words, cfg)) from error

@@ -32,7 +32,7 @@ from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, SameParts, Throughput
 from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, where_to_start
 from ipa.training.configuration import settle_configuration
-from ipa.training.failures import explain_fit_failure
+from ipa.training.failures import LOST_PIPE, explain_fit_failure
 from ipa.training.guards import FiniteGuard
 from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration, log_scores
@@ -229,7 +229,7 @@ def check_launcher(world_size: int) -> None:
 def fit(cfg: DictConfig, trainer: L.Trainer, module: AdapterTraining, datamodule: Any, start: Path | None) -> None:
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=start)
-    except (UserError, RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError, *LOST_PIPE) as error:
         explain_fit_failure(error, cfg, trainer, datamodule)
         raise
 

