@@ -94,6 +94,12 @@ def groups() -> list[str]:
     )
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a composed configuration creates its run folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def composed(command: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(command, list(overrides), return_hydra_config=True)

@@ -1,0 +1,99 @@
+"""The model card of a run: what it says, and how it says that something is missing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from PIL import Image
+
+from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
+from ipa.files import hash_file, write_json
+from ipa.tools.card import main
+
+CONFIG = {
+    "group": "decoupled_global",
+    "global_batch_size": 16,
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001},
+    "data": {"train": "/data/private/laion", "drops": {"text": 0.05, "image": 0.05, "both": 0.05}},
+    "scoring": {"num_prompts": 7},
+    "trainer": {"precision": "32-true"},
+}
+SCORES = {
+    "scale 0": {"clip_i": 0.1, "clip_t": 0.2, "retrieval_at_1": 0.0},
+    "scale 1": {"clip_i": 0.62345, "clip_t": 0.2, "retrieval_at_1": 0.5},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    model = tiny.make_model()
+    tensors = to_published(model.trainable.state_dict())
+    named = {"base": "owner/base", "encoder": "ViT-H-14", "encoder_weights": "laion2b_s32b_b79k", "licence": "mit"}
+    save_adapter(folder / "adapter.safetensors", tensors, with_metadata(tensors, model.describe() | named))
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    write_json(folder / "summary.json", {"parameters trained": 1234, "steps": 20, "scores": SCORES})
+    (folder / "previews").mkdir()
+    for step in (10, 20):
+        Image.new("RGB", (4, 4), (step, 0, 0)).save(folder / "previews" / f"step_{step:06d}.png")
+    return folder
+
+
+def make_card(monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["card", *(f"{name}={value}" for name, value in options.items())])
+    main()
+
+
+def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_card(monkeypatch, run=run)
+    card = run / "card"
+    _, header, body = (card / "README.md").read_text().split("---\n", 2)
+
+    assert yaml.safe_load(header) == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": "owner/base",
+        "license": "mit",
+        "tags": ["ip-adapter", "image-prompt", "text-to-image", "diffusers"],
+    }
+    for words in (
+        "| scale 1 | 0.623 | 0.200 | 0.500 |",
+        "over 7 held-out",
+        '"h94/IP-Adapter", subfolder="models/image_encoder"',
+        "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
+        "| data | laion |",
+        "| trained parameters | 1,234 |",
+        "StableDiffusionPipeline.from_pretrained",
+        "](preview.png)",
+    ):
+        assert words in body
+    assert "/data/private" not in body
+    assert hash_file(card / "adapter.safetensors") == hash_file(run / "adapter.safetensors")
+    with Image.open(card / "preview.png") as preview:
+        assert preview.getpixel((0, 0)) == (20, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "words"),
+    [
+        ("adapter.safetensors", {}, "no adapter.safetensors"),
+        ("summary.json", {}, "not finished"),
+        ("config.yaml", {}, "config.yaml"),
+        (None, {"push": "name"}, "push=name: give OWNER/NAME"),
+        (None, {"push": "a b/c"}, "push=a b/c"),
+        (None, {"push": "owner/name"}, "log in first"),
+        (None, {"evaluation": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_is_missing_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None, options: dict[str, str], words: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    if missing:
+        (run / missing).unlink()
+    with pytest.raises(SystemExit, match=words):
+        make_card(monkeypatch, run=run, **options)
+    assert not (run / "card").exists()
