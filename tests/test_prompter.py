@@ -203,13 +203,15 @@ def test_every_item_of_a_batch_may_have_its_own_everything(prompter: Prompter) -
         Item([Reference(DOG, 0.5, mask=half(False))], "a red dog", negative_text="cat", seed=4),
         Item([Reference([CAT, SKY])], "cat", seed=5),
         Item(text="cat", seed=6),
+        Item([Reference(CAT, 0.3, start=0.2)], "cat", seed=7),
+        Item([Reference(DOG, 0.9, start=0.2)], "cat", seed=8),
     ]
     together = prompter.generate(items, **OPTIONS)
     alone = [prompter.generate([item], **OPTIONS)[0] for item in items]
 
     for ours, single in zip(together, alone, strict=True):
         assert_alike(ours, single)
-    assert len({image.tobytes() for image in together}) == 4
+    assert len({image.tobytes() for image in together}) == len(items)
 
 
 def test_time_limits_and_curves(prompter: Prompter) -> None:
