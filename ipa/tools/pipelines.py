@@ -10,8 +10,10 @@ from PIL import Image
 
 from ipa.errors import UserError, brief
 from ipa.prompter import Prompter
+from ipa.sampling import SamplingOptions
 
 T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
+DEFAULT_STEPS = SamplingOptions.num_steps
 T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
 
 
@@ -32,6 +34,7 @@ def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, di
     """The pipeline, and the arguments of its call."""
     pipeline, parts, arguments = with_control(prompter, settings)
     if settings["start_image"]:
+        check_strength(settings["strength"], settings["num_steps"] or prompter.defaults.get("num_steps", DEFAULT_STEPS))
         kind: Any = diffusers.AutoPipelineForInpainting if settings["inpaint"] else diffusers.AutoPipelineForImage2Image
         pipeline = kind.from_pipe(pipeline, **parts)
         if parts:
@@ -45,6 +48,12 @@ def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, di
         pipeline.scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, arguments
+
+
+def check_strength(strength: float, num_steps: int) -> None:
+    """Raise UserError where image to image would make no step."""
+    if int(num_steps * strength) < 1:
+        raise UserError(f"strength={strength} num_steps={num_steps}: strength × num_steps is at least 1")
 
 
 def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
