@@ -45,7 +45,10 @@ def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, di
     elif parts:
         pipeline = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, **parts)
     if settings["scheduler"]:
-        pipeline.scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
+        scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
+        if not all(hasattr(scheduler, name) for name in ("init_noise_sigma", "order", "scale_model_input")):
+            raise UserError(f"scheduler={settings['scheduler']} is for other pipelines: give another one")
+        pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, arguments
 
@@ -71,8 +74,10 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
 def load_control(path: str) -> Any:
     """A ControlNet or a T2I-Adapter; raises UserError for anything else."""
     try:
-        kind = diffusers.ControlNetModel.load_config(path).get("_class_name")
-        return (diffusers.T2IAdapter if kind == "T2IAdapter" else diffusers.ControlNetModel).from_pretrained(path)
+        name = diffusers.ControlNetModel.load_config(path).get("_class_name")
+        if name not in ("T2IAdapter", "ControlNetModel"):
+            raise ValueError(f"it is a {name}")
+        return getattr(diffusers, name).from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"control_model={path} is no ControlNet or T2I-Adapter: {brief(error)}") from error
 
@@ -80,7 +85,7 @@ def load_control(path: str) -> Any:
 def scheduler_class(name: str) -> Any:
     """A scheduler of diffusers; raises UserError for any other name."""
     kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "from_config")):
         known = [each for each in dir(diffusers) if each.endswith("Scheduler") and "Flax" not in each]
         raise UserError(f"scheduler={name}: give one of {', '.join(known)}")
     return kind

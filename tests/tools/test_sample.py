@@ -238,6 +238,12 @@ def test_other_pipelines_and_schedulers(sample: Sample, image: Path, base_folder
     assert len({pixels(tmp_path / f"{number}.png") for number in range(len(ways))}) == len(ways)
 
 
+def test_another_model_is_no_control(refused: Sample, image: Path, base_folder: Path) -> None:
+    message = refused(control=image, control_model=base_folder / "unet")
+
+    assert "is no ControlNet or T2I-Adapter" in message and "UNet2DConditionModel" in message
+
+
 def test_the_image_prompt_is_preprocessed_as_the_metadata_say(sample: Sample, adapter: Path, tmp_path: Path) -> None:
     Image.effect_noise((60, 20), 80).convert("RGB").save(tmp_path / "wide.png")
     with safe_open(adapter, "pt") as file:
@@ -333,6 +339,8 @@ def test_a_file_without_metadata_needs_base_and_encoder(
         ({"control": "edges.png"}, ["control_model="]),
         ({"inpaint": "mask.png"}, ["start_image="]),
         ({"scheduler": "Euler"}, ["scheduler=Euler", "EulerDiscreteScheduler"]),
+        ({"scheduler": "SchedulerMixin"}, ["scheduler=SchedulerMixin", "EulerDiscreteScheduler"]),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, ["for other pipelines"]),
         ({"again": "nowhere.png"}, ["again=nowhere.png", "no such file"]),
         ({"device": "abacus"}, ["device=abacus"]),
         ({"adapter": "nowhere.safetensors"}, ["adapter=nowhere.safetensors"]),
