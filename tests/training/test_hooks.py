@@ -7,10 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
+import pytest
 from conftest import World, compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
+from ipa.errors import UserError
+from ipa.training.callbacks import ExportAdapter
 from ipa.training.hooks import in_order
 
 RELATIONS = [  # what comes first, what comes after it
@@ -37,3 +40,8 @@ def test_the_order_of_the_configuration_does_not_matter(tmp_path: Path, world: W
         for first, second in RELATIONS:
             assert names.index(first) < names.index(second)
     assert all(one is not other for one, other in pairwise(in_order(callbacks)))
+
+
+def test_an_adapter_is_not_written_as_integers() -> None:
+    with pytest.raises(UserError, match=r"callbacks\.export\.dtype=int8: give float32"):
+        ExportAdapter("adapter.safetensors", every_n_steps=0, dtype="int8")
