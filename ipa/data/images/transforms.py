@@ -50,8 +50,11 @@ class Background:
     def __post_init__(self) -> None:
         if self.white < 1 and not self.colours:
             raise UserError(f"background.white is {self.white}: give background.colours for the rest, or white=1")
-        for colour in self.colours:
-            ImageColor.getrgb(colour)
+        try:
+            for colour in self.colours:
+                ImageColor.getrgb(colour)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"data.background.colours={self.colours}: give a list of '#rrggbb' or names") from error
         object.__setattr__(self, "colours", tuple(self.colours))  # not a view into a whole configuration
 
     def colour(self, address: Address) -> str:
