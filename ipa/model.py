@@ -271,17 +271,20 @@ class GuidedPrompts:
         if time_B is not None:
             for each, condition in zip((prompt, *prompt.also), self.conditions, strict=True):
                 if condition.over_time is not None:
-                    each.scale = as_weight(condition.scale) * condition.over_time(self.model.family.progress(time_B))
+                    factor = condition.over_time(self.model.family.progress(time_B))
+                    each.scale = self.scale(condition, part) * factor
         return prompt
 
     def prompt(self, condition: ImageCondition, time_B: Tensor | None, part: str) -> ImagePrompt:
         mask_BHW = condition.mask_BHW
         if mask_BHW is not None and part == "joint" and len(mask_BHW) > 1:
             mask_BHW = torch.cat([mask_BHW, mask_BHW])
-        scale, tokens_BTD = as_weight(condition.scale), self.tokens(condition, part, time_B)
-        if part == "joint" and scale.ndim:
-            scale = torch.cat([scale, scale])
-        return ImagePrompt(tokens_BTD, scale, condition.hosts, mask_BHW)
+        tokens_BTD = self.tokens(condition, part, time_B)
+        return ImagePrompt(tokens_BTD, self.scale(condition, part), condition.hosts, mask_BHW)
+
+    def scale(self, condition: ImageCondition, part: str) -> Tensor:
+        scale = as_weight(condition.scale)
+        return torch.cat([scale, scale]) if part == "joint" and scale.ndim else scale
 
     def tokens(self, condition: ImageCondition, part: str, time_B: Tensor | None) -> Tensor:
         if part == "joint":  # negative rows first

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+from typing import Any
 
 from ipa.errors import UserError
 
@@ -79,6 +82,8 @@ def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> Bloc
     """A preset's name, or a mapping of blocks (or their first letters) to factors; raises UserError for others."""
     if isinstance(given, Mapping):
         return BlockWeights(read_mapping(given, blocks), {})
+    if not isinstance(given, str):
+        raise UserError(f"blocks={given}: give a preset's name, or a mapping of blocks to numbers")
     if given in CURVES:
         numbered = enumerate(blocks)
         return BlockWeights({name: CURVES[given](t, len(blocks), name.partition("_")[0]) for t, name in numbered}, {})
@@ -92,11 +97,13 @@ def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> Bloc
     return BlockWeights(*({blocks[t]: factor for t, factor in each.items()} for each in (shown, pushed)))
 
 
-def read_mapping(given: Mapping[str, float], blocks: Sequence[str]) -> Weights:
+def read_mapping(given: Mapping[str, Any], blocks: Sequence[str]) -> Weights:
     weights = dict.fromkeys(blocks, 0.0)
     for prefix, factor in given.items():
         chosen = [name for name in blocks if name == prefix or name.startswith((f"{prefix}.", f"{prefix}_"))]
         if not chosen:
             raise UserError(f"blocks: {prefix} is none of {', '.join(blocks)}, nor the beginning of some")
+        if not isinstance(factor, Real) or not isfinite(factor):
+            raise UserError(f"blocks: {prefix}: {factor} is no number")
         weights |= dict.fromkeys(chosen, float(factor))
     return weights

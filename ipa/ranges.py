@@ -138,6 +138,7 @@ RANGES: Mapping[str, Range] = {
     "optimizer.lr": number(above=0, high=1e6),
     "optimizer.weight_decay": number(0, 100),
     "optimizer.eps": POSITIVE,
+    "optimizer.fused": Range(bool, null=True),
     "schedule.num_warmup_steps": whole(0),
     "schedule.num_training_steps": whole(1),
     "resampler.width": whole(1, 65536, null=True),

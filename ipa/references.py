@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 from torch import Tensor
 
-from ipa.data.images.transforms import Opened, fit_reference, open_picture, read_picture
+from ipa.data.images.transforms import Opened, fit_reference, from_pil, read_picture
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 from ipa.types import Features
@@ -59,17 +60,32 @@ class Reference:
 
     def __post_init__(self) -> None:
         """Raises UserError for values that mean nothing."""
+        self.check_types()
         count = len(as_list(self.images))
         if not (self.scale >= 0 and self.scale < float("inf")):
             raise UserError(f"scale={self.scale}: λ is a number of at least 0")
         if not 0 <= self.start <= self.end <= 1:
             raise UserError(f"start={self.start} end={self.end}: give 0 ≤ start ≤ end ≤ 1")
-        if self.combine not in COMBINE:
+        if self.combine not in list(COMBINE):
             raise UserError(f"combine={self.combine}: give one of {', '.join(COMBINE)}")
         if count == 0 or (count == 1 and self.combine == "subtract"):
             raise UserError(f"combine={self.combine} needs {'two images' if count else 'an image'} or more")
         if self.weights is not None and len(self.weights) != count:
-            raise UserError(f"weights={list(self.weights)}: give one for each of the {count} images")
+            raise UserError(f"weights={self.weights}: give one for each of the {count} images")
+
+    def check_types(self) -> None:
+        pictures = [*as_list(self.images), *([] if self.negative is None else as_list(self.negative))]
+        for each in [*pictures, *([] if self.mask is None else [self.mask])]:
+            if not isinstance(each, str | Path | Image.Image):
+                raise UserError(f"{each!r} is no picture: images, negative and mask are files or pictures of PIL")
+        for name in ("scale", "start", "end", "adapter"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name}={getattr(self, name)}: give a number")
+        weights: Any = () if self.weights is None else self.weights
+        if not isinstance(weights, Iterable) or not all(isinstance(w, Real) and isfinite(w) for w in weights):
+            raise UserError(f"weights={self.weights}: give a number for each image")
+        if not (self.curve is None or callable(self.curve)):
+            raise UserError(f"curve={self.curve}: it is a function, and cannot be given outside of Python")
 
     def form(self) -> Any:
         """Prompts of one form can be in one batch; images, masks and λ may differ."""
@@ -130,12 +146,10 @@ def reference(model: IPAdapterModel, picture: Picture) -> Tensor:
     return fit_reference(open_reference(picture), model.encoder.image_size_px, model.reference_fit).to(model.device)
 
 
-def open_reference(picture: Picture) -> Opened:
-    if not isinstance(picture, Image.Image):
-        return read_picture(Path(picture))
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    return open_picture(png.getvalue(), "white", picture.width * picture.height)
+def open_reference(picture: Picture, option: str = "image", background: str = "white") -> Opened:
+    if isinstance(picture, Image.Image):
+        return from_pil(picture, option, background)
+    return read_picture(Path(picture), option, background)
 
 
 def columns(rows: Sequence[list[Features]]) -> list[Features]:
@@ -149,9 +163,12 @@ def columns(rows: Sequence[list[Features]]) -> list[Features]:
     return [Features(stacked(each, "pooled_BE"), stacked(each, "patches_BPF")) for each in pairs]
 
 
-def read_mask(mask: Any, size: tuple[int, int]) -> Tensor:
-    """mask_1HW in {0, 1} at the images' size, as diffusers prepares it; raises UserError for other proportions."""
-    picture = mask if isinstance(mask, Image.Image) else Image.open(mask)
+def read_mask(mask: Picture, size: tuple[int, int]) -> Tensor:
+    """mask_1HW in {0, 1} at the images' size, as diffusers prepares it; what is transparent is 0.
+
+    Raises UserError for other proportions, and for a picture that cannot be read.
+    """
+    picture = Image.fromarray(open_reference(mask, "mask", "black").pixels_3HW.permute(1, 2, 0).numpy())
     width, height = size
     if abs(picture.width * height - picture.height * width) > max(width, height):
         raise UserError(f"mask of {picture.width} × {picture.height} px: the images have {width} × {height}")

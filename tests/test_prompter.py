@@ -24,7 +24,7 @@ from diffusers import (
     T2IAdapter,
 )
 from diffusers.image_processor import IPAdapterMaskProcessor
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from ipa.errors import UserError
@@ -32,7 +32,7 @@ from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 from ipa.model import IPAdapterModel
 from ipa.prompter import Prompter
-from ipa.references import COMBINE, Item, Reference
+from ipa.references import COMBINE, Item, Reference, open_reference, read_mask
 from ipa.types import to_uint8
 
 PX = tiny.IMAGE_PX
@@ -203,13 +203,15 @@ def test_every_item_of_a_batch_may_have_its_own_everything(prompter: Prompter) -
         Item([Reference(DOG, 0.5, mask=half(False))], "a red dog", negative_text="cat", seed=4),
         Item([Reference([CAT, SKY])], "cat", seed=5),
         Item(text="cat", seed=6),
+        Item([Reference(CAT, 0.3, start=0.2)], "cat", seed=7),
+        Item([Reference(DOG, 0.9, start=0.2)], "cat", seed=8),
     ]
     together = prompter.generate(items, **OPTIONS)
     alone = [prompter.generate([item], **OPTIONS)[0] for item in items]
 
     for ours, single in zip(together, alone, strict=True):
         assert_alike(ours, single)
-    assert len({image.tobytes() for image in together}) == 4
+    assert len({image.tobytes() for image in together}) == len(items)
 
 
 def test_time_limits_and_curves(prompter: Prompter) -> None:
@@ -365,6 +367,15 @@ def test_lora_and_textual_inversion_work_in_the_pipeline(tmp_path: Path) -> None
         ({"mask": Image.new("L", (PX, 2 * PX))}, ["mask of", f"{PX} × {PX}"]),
         ({"images": "nowhere.png"}, ["nowhere.png", "no such file"]),
         ({"images": []}, ["an image"]),
+        ({"images": 5}, ["5 is no picture"]),
+        ({"images": Image.new("RGB", (0, 0))}, ["no pixels"]),
+        ({"mask": "nowhere.png"}, ["mask=nowhere.png", "no such file"]),
+        ({"scale": "much"}, ["scale=much", "a number"]),
+        ({"weights": 1.0}, ["weights=1.0"]),
+        ({"weights": [float("nan")]}, ["weights=[nan]"]),
+        ({"curve": "linear"}, ["curve=linear", "function"]),
+        ({"blocks": ["mid_block"]}, ["blocks=['mid_block']", "mapping"]),
+        ({"blocks": {"mid_block": "much"}}, ["mid_block: much"]),
     ],
     ids=lambda value: "" if isinstance(value, list) else "-".join(value),
 )
@@ -374,6 +385,31 @@ def test_what_cannot_be_is_refused_in_words(prompter: Prompter, given: dict[str,
 
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "I", "RGBX", "HSV"])
+def test_a_picture_may_have_any_mode(mode: str) -> None:
+    grey = Image.new("L", (4, 4), 255)
+    picture = grey.convert(mode)
+
+    assert int(open_reference(picture).pixels_3HW.min()) >= 253
+
+
+def test_a_picture_is_the_same_from_a_file_and_open(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    CAT.resize((24, 16)).save(tmp_path / "cat.jpg", exif=turned)
+    from_file, from_picture = open_reference(tmp_path / "cat.jpg"), open_reference(Image.open(tmp_path / "cat.jpg"))
+
+    assert from_file.size == from_picture.size == (16, 24)
+    assert torch.equal(from_file.pixels_3HW, from_picture.pixels_3HW)
+
+
+def test_what_is_transparent_in_a_mask_does_not_act() -> None:
+    white = Image.new("RGBA", (PX, PX), (255, 255, 255, 0))
+    white.paste((255, 255, 255, 255), (0, 0, PX // 2, PX))
+
+    assert torch.equal(read_mask(white, (PX, PX)), read_mask(half(True), (PX, PX)))
 
 
 def test_a_simple_adapter_has_one_weight_for_all_blocks(prompter: Prompter) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
     "precompute": ("recipe=demo",),
     "inspect": ("recipe=demo",),
 }
-EXEMPT = ("optimizer.fused", "filters.")  # for torch; ipa/data/shards/filters.py
+EXEMPT = ("filters.",)  # ipa/data/shards/filters.py
 ODD = [-1, 0, 0.5, 10**30, 1e30, float("nan"), float("inf"), None, "text", True]
 
 

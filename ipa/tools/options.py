@@ -53,11 +53,16 @@ def read_options(
     """
     known = {each.name: each for each in fields(kind)}
     hints = get_type_hints(kind)
-    options: Any = OmegaConf.merge(OmegaConf.structured(kind), saved or {})
-    for name, value in named(arguments, list(known), positional):
+    options: Any = OmegaConf.structured(kind)
+    given = named(arguments, list(known), positional)
+    for name, value, is_typed in [
+        *((*each, False) for each in (saved or {}).items()),
+        *((*each, True) for each in given),
+    ]:
         try:
-            options = OmegaConf.merge(options, {name: read(parse(value, hints[name]), known[name], hints[name])})
-        except (OmegaConfBaseException, ValueError):
+            parsed = parse(value, hints[name]) if is_typed else value
+            options = OmegaConf.merge(options, {name: read(parsed, known[name], hints[name])})
+        except (OmegaConfBaseException, ValueError, TypeError):
             raise UserError(f"{name}={value}: give {possible(known[name], hints[name])}") from None
     missing = [name for name in known if OmegaConf.is_missing(options, name)]
     if missing:
@@ -125,7 +130,7 @@ def choices_of(known: Field[Any]) -> Sequence[str]:
 
 
 def read(value: Any, known: Field[Any], hint: Any) -> Any:
-    """The value that is meant; raises ValueError for one that the option cannot have."""
+    """The value that is meant; raises ValueError or TypeError for one that the option cannot have."""
     if within := range_of(known, hint):
         return [within.read(each) for each in value] if hint in LISTS else within.read(value)
     if value is not None and choices_of(known) and value not in choices_of(known):

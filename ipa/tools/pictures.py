@@ -42,7 +42,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()
             return dict(json.loads(image.info[SETTINGS]))
-    except (KeyError, OSError, ValueError, TypeError) as error:
+    except (KeyError, OSError, ValueError, TypeError, RecursionError, Image.DecompressionBombError) as error:
         raise UserError(f"again={path} has no settings of ipa.tools.sample: only its PNG files have") from error
 
 

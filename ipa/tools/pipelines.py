@@ -10,8 +10,10 @@ from PIL import Image
 
 from ipa.errors import UserError, brief
 from ipa.prompter import Prompter
+from ipa.sampling import SamplingOptions
 
 T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
+DEFAULT_STEPS = SamplingOptions.num_steps
 T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
 
 
@@ -32,6 +34,7 @@ def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, di
     """The pipeline, and the arguments of its call."""
     pipeline, parts, arguments = with_control(prompter, settings)
     if settings["start_image"]:
+        check_strength(settings["strength"], settings["num_steps"] or prompter.defaults.get("num_steps", DEFAULT_STEPS))
         kind: Any = diffusers.AutoPipelineForInpainting if settings["inpaint"] else diffusers.AutoPipelineForImage2Image
         pipeline = kind.from_pipe(pipeline, **parts)
         if parts:
@@ -42,9 +45,18 @@ def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, di
     elif parts:
         pipeline = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, **parts)
     if settings["scheduler"]:
-        pipeline.scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
+        scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
+        if not all(hasattr(scheduler, name) for name in ("init_noise_sigma", "order", "scale_model_input")):
+            raise UserError(f"scheduler={settings['scheduler']} is for other pipelines: give another one")
+        pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, arguments
+
+
+def check_strength(strength: float, num_steps: int) -> None:
+    """Raise UserError where image to image would make no step."""
+    if int(num_steps * strength) < 1:
+        raise UserError(f"strength={strength} num_steps={num_steps}: strength × num_steps is at least 1")
 
 
 def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -62,8 +74,10 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
 def load_control(path: str) -> Any:
     """A ControlNet or a T2I-Adapter; raises UserError for anything else."""
     try:
-        kind = diffusers.ControlNetModel.load_config(path).get("_class_name")
-        return (diffusers.T2IAdapter if kind == "T2IAdapter" else diffusers.ControlNetModel).from_pretrained(path)
+        name = diffusers.ControlNetModel.load_config(path).get("_class_name")
+        if name not in ("T2IAdapter", "ControlNetModel"):
+            raise ValueError(f"it is a {name}")
+        return getattr(diffusers, name).from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"control_model={path} is no ControlNet or T2I-Adapter: {brief(error)}") from error
 
@@ -71,7 +85,7 @@ def load_control(path: str) -> Any:
 def scheduler_class(name: str) -> Any:
     """A scheduler of diffusers; raises UserError for any other name."""
     kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "from_config")):
         known = [each for each in dir(diffusers) if each.endswith("Scheduler") and "Flax" not in each]
         raise UserError(f"scheduler={name}: give one of {', '.join(known)}")
     return kind

@@ -13,16 +13,19 @@ settings.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from ipa.cli import quiet_libraries
-from ipa.errors import UserError
+from ipa.errors import UserError, brief
+from ipa.ranges import MAX_EDGE_PX, TRAINING_STEPS
 from ipa.tools.options import option, run_tool
 from ipa.tools.pictures import FORMATS, check_format, grid, read_settings, write_picture
 
@@ -38,9 +41,9 @@ class Options:
     image: list[str] = option([], "image prompt; several are one prompt together; a folder: an image for each")
     text: list[str] = option([""], "text prompt")
     negative_text: str = option("", "text of guidance's negative part")
-    scale: list[float] = option([1.0], "λ, the weight of the image prompt; 0 ignores it", at_least=0)
+    scale: list[float] = option([1.0], "λ, the weight of the image prompt; 0 ignores it", at_least=0, at_most=100)
     blocks: list[str] = option([], "λ per block: presets by name, see python -m ipa.tools.blocks")
-    seed: list[int] = option([0], "seed", at_least=0)
+    seed: list[int] = option([0], "seed", at_least=0, at_most=2**63 - 1)
     start: float = option(
         0.0, "the image prompt acts from here, a fraction of the noise schedule", at_least=0, at_most=1
     )
@@ -52,15 +55,20 @@ class Options:
         None, "in place of image=: prompts with their own options, [{images: a.png, scale: 0.5, adapter: 1}]"
     )
     out: str = option("picture.png", f"a file, one of {', '.join(FORMATS)}; for image=FOLDER a folder")
-    num_steps: int | None = option(None, "denoising steps; null: as the training's previews, or else 25", at_least=1)
+    num_steps: int | None = option(
+        None, "denoising steps; null: as the training's previews, or else 25", at_least=1, at_most=TRAINING_STEPS
+    )
     guidance: float | None = option(
-        None, "guidance scale, 1: none; null: as the training's previews, or usual for the base", at_least=0
+        None,
+        "guidance scale, 1: none; null: the training's, or the base's",
+        at_least=0,
+        at_most=1000,
     )
     guidance_rescale: float | None = option(
         None, "φ, reduces the contrast of guidance; 0.7 for zero terminal SNR", at_least=0, at_most=1
     )
-    width: int | None = option(None, "of an image (px); null: the base's native size", at_least=8)
-    height: int | None = option(None, "of an image (px)", at_least=8)
+    width: int | None = option(None, "of an image (px); null: the base's native size", at_least=8, at_most=MAX_EDGE_PX)
+    height: int | None = option(None, "of an image (px)", at_least=8, at_most=MAX_EDGE_PX)
     scheduler: str | None = option(None, "a scheduler of diffusers, as EulerDiscreteScheduler; null: DDIM")
     start_image: str | None = option(None, "image to image: what to start from")
     strength: float = option(0.8, "image to image: how much of it is noised", at_least=0, at_most=1)
@@ -85,26 +93,47 @@ def sample(options: Any) -> Path:
     settings: dict[str, Any] = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
     if not settings["adapter"]:
         raise UserError("please give adapter=…")
+    for name in ("text", "scale", "seed"):
+        if not settings[name]:
+            raise UserError(f"{name}=[]: give at least one")
     out, folder = Path(options.out), folder_of(settings["image"])
     references = read_references(settings)
     if folder is None:
         check_format(out)
+    elif out.resolve() == folder.resolve():
+        raise UserError(f"out={out} is the folder of the image prompts: give another one")
     quiet_libraries()
     from ipa.references import open_reference
     from ipa.tools.pipelines import check_pipeline
 
     check_pipeline(settings)
 
-    for each in pictures_of(references) + ([] if folder is None else pictures_in(folder)[:1]):
-        open_reference(each)  # a broken picture is reported before the models are loaded
+    for name, each in pictures_of(references):
+        open_reference(each, name)  # a broken picture is reported before the models are loaded
+    found = [] if folder is None else pictures_in(folder)
     prompter = load(settings, options.device)
-    jobs = [(settings, out)]
-    if folder is not None:  # those that an earlier call made are kept
-        every = [({**settings, "image": [str(each)]}, out / f"{each.stem}.png") for each in pictures_in(folder)]
-        jobs = [(job, path) for job, path in every if not path.is_file()]
-    for job, path in progress(jobs):
+    if folder is None:
+        write_picture(make(prompter, settings), out, settings)
+        return out
+    broken = []
+    for each, path in progress(missing(found, out)):
+        try:
+            open_reference(each)
+        except UserError as error:
+            broken.append(str(error))
+            continue
+        job = {**settings, "image": [str(each)]}
         write_picture(make(prompter, job), path, job)
+    if broken:
+        raise UserError("\n".join([*broken, f"wrote the others to {out}"]))
     return out
+
+
+def missing(pictures: list[Path], out: Path) -> list[tuple[Path, Path]]:
+    """The image prompts, and their files in ``out``, but for those that an earlier call made."""
+    stems = Counter(each.stem for each in pictures)
+    paths = [out / f"{each.stem if stems[each.stem] == 1 else each.name}.png" for each in pictures]
+    return [(each, path) for each, path in zip(pictures, paths, strict=True) if not path.is_file()]
 
 
 def folder_of(images: list[str]) -> Path | None:
@@ -112,9 +141,9 @@ def folder_of(images: list[str]) -> Path | None:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    from ipa.files import PICTURE_EXTENSIONS
+    from ipa.files import PICTURE_EXTENSIONS, is_picture
 
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS)
+    found = sorted(path for path in folder.iterdir() if is_picture(path.name) and path.is_file())
     if not found:
         raise UserError(f"image={folder} has no pictures ({', '.join(PICTURE_EXTENSIONS)})")
     return found
@@ -127,8 +156,10 @@ def read_references(settings: dict[str, Any]) -> list[dict[str, Any]]:
             raise UserError("image=[]: give at least one image prompt")
         own = {name: settings[name] for name in REFERENCE} | {"negative": settings["negative"] or None}
         return [{"images": settings["image"], **own}]
-    parsed: Any = OmegaConf.to_container(OmegaConf.create(f"references: {settings['references']}"))
-    given = parsed["references"]
+    try:
+        given: Any = yaml.safe_load(settings["references"])
+    except yaml.YAMLError as error:
+        raise UserError(f"references={settings['references']} is not YAML: {brief(error)}") from error
     if not isinstance(given, list) or not all(isinstance(each, dict) and "images" in each for each in given):
         raise UserError(f"references={settings['references']}: give a list [{{images: a.png, scale: 0.5}}, …]")
     from ipa.references import Reference
@@ -136,13 +167,21 @@ def read_references(settings: dict[str, Any]) -> list[dict[str, Any]]:
     names = [field.name for field in fields(Reference)]
     for each in given:
         if unknown := each.keys() - set(names):
-            raise UserError(f"references: {', '.join(unknown)} is none of {', '.join(names)}")
+            raise UserError(f"references: {', '.join(map(str, unknown))} is none of {', '.join(names)}")
     return given
 
 
-def pictures_of(references: list[dict[str, Any]]) -> list[str]:
-    found = [picture for each in references for picture in as_list(each["images"])]
-    return [picture for picture in found if not Path(picture).is_dir()]
+def pictures_of(references: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The pictures with the option that each is given by, but for a folder of image prompts; raises UserError."""
+    from ipa.references import Reference
+
+    found = []
+    for each in references:
+        reference = Reference(**each)
+        found += [("image", picture) for picture in as_list(reference.images) if not Path(picture).is_dir()]
+        found += [("negative", picture) for picture in as_list(reference.negative or [])]
+        found += [] if reference.mask is None else [("mask", reference.mask)]
+    return found
 
 
 def as_list(value: Any) -> list[Any]:
@@ -204,7 +243,7 @@ def progress(jobs: list[Any]) -> Iterator[Any]:
 def saved() -> dict[str, Any]:
     """The settings of ``again=PNG``."""
     files = [each.partition("=")[2] for each in sys.argv[1:] if each.startswith("again=")]
-    known = {field.name for field in fields(Options)}
+    known = {field.name for field in fields(Options)} - set(NOT_SETTINGS)
     return {name: value for name, value in read_settings(Path(files[-1])).items() if name in known} if files else {}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from ipa.errors import UserError, brief
 from ipa.export.published import to_published, with_metadata
@@ -22,6 +21,7 @@ from ipa.training.flops import count_flops, peak_flops
 from ipa.training.hooks import Order, TrainingCallback, ends_step, is_due, logs_now
 from ipa.training.profiling import FETCH, StepClock
 from ipa.training.strategies import whole
+from ipa.weights import read_dtype
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class ExportAdapter(TrainingCallback):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self.layout = layout
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = read_dtype(dtype, "callbacks.export.dtype")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_due(trainer, batch_idx, self.every_n_steps):

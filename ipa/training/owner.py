@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from uuid import uuid4
 
@@ -58,17 +58,21 @@ class Owner:
             pids=os.readlink(NAMESPACE) if NAMESPACE.exists() else "",
             torchrun=torchrun_id(environment) or "",
             job=environment.get("SLURM_JOB_ID", ""),
-            restarts=int(environment.get("SLURM_RESTART_COUNT", 0)),
+            restarts=int(environment.get("SLURM_RESTART_COUNT") or 0),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
 
     def is_gone(self, me: Owner) -> bool | None:
         """Whether this owner's process has ended; None if ``me`` cannot know."""
-        if (self.host, self.machine) == (me.host, me.machine) and (self.boot != me.boot or self.pids == me.pids):
-            start = start_of(self.pid)
-            return self.boot != me.boot or start is None or "" != start != self.started
+        if (self.host, self.machine) == (me.host, me.machine):
+            if self.boot == me.boot and self.pids == me.pids:
+                start = start_of(self.pid)
+                return start is None or "" != start != self.started
+            if self.boot != me.boot and self.machine:  # containers of one name on two machines may have no machine-id
+                return True
         # Slurm and torchrun start a job or a group again when its processes have ended, maybe on another machine
-        restarted = self.torchrun == me.torchrun if me.torchrun else self.job == me.job and me.restarts > self.restarts
+        requeued = self.job == me.job != "" and me.restarts > self.restarts
+        restarted = self.torchrun == me.torchrun if me.torchrun else requeued
         return restarted or None
 
 
@@ -98,8 +102,8 @@ def owning(folder: Path, environment: Mapping[str, str] = os.environ) -> Iterato
     try:
         yield
     finally:
-        if owners(folder) == [me]:
-            with suppress(OSError):
+        with suppress(OSError, UserError):  # how the training ended counts, not the lock
+            if owners(folder) == [me]:
                 (folder / LOCK).unlink()
 
 
@@ -135,16 +139,26 @@ def read(path: Path) -> Owner | None:
     deadline = time.monotonic() + UNREADABLE_S
     while True:
         try:
-            return Owner(**json.loads(path.read_text()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
+            return checked(Owner(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                return None
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{path} cannot be read ({brief(error)}): if no process trains there, remove it, then run the same "
                     "command"
                 ) from error
             time.sleep(UNREADABLE_S / 20)
+
+
+def checked(owner: Owner) -> Owner:
+    """Raises ValueError for what no process wrote."""
+    for field in fields(Owner):
+        if type(getattr(owner, field.name)).__name__ != field.type:
+            raise ValueError(f"{field.name} is {getattr(owner, field.name)!r}")
+    if not (0 < owner.pid < 2**31 and owner.token.isalnum()):
+        raise ValueError(f"pid {owner.pid}, token {owner.token!r}")
+    return owner
 
 
 def create(path: Path, me: Owner) -> bool:

@@ -165,8 +165,13 @@ def build_module(cfg: DictConfig, datamodule: Any, trainer: L.Trainer, start: Pa
         latent_shape=model.family.latent_shape(size_px),
     )
     datamodule.check_model(model)
-    metadata = instantiate(cfg.sampling).describe() | ({"licence": cfg.licence} if cfg.licence else {})
-    return AdapterTraining(model, optimizer, instantiate(cfg.schedule), cfg.ema.decay, metadata)
+    return AdapterTraining(model, optimizer, instantiate(cfg.schedule), cfg.ema.decay, own_metadata(cfg))
+
+
+def own_metadata(cfg: DictConfig) -> dict[str, str]:
+    """What the configuration adds to the adapter file's metadata."""
+    licence = {} if cfg.licence is None else {"licence": str(cfg.licence)}  # Hydra reads 4.0 as a number
+    return instantiate(cfg.sampling).describe() | licence
 
 
 def scaled_optimizer(cfg: DictConfig, step_samples: int) -> DictConfig:

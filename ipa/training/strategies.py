@@ -22,6 +22,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ipa.errors import UserError
+from ipa.errors import UserError, brief
 from ipa.identity import slurm_tasks
 from ipa.model import IPAdapterModel
 
@@ -148,8 +149,11 @@ def count_devices(accelerator: str, devices: Any) -> int:
     kind: Any = CPUAccelerator if accelerator == "cpu" or not CUDAAccelerator.is_available() else CUDAAccelerator
     if kind is CPUAccelerator and accelerator not in ("cpu", "auto"):
         return 1
-    number = kind.auto_device_count() if devices == "auto" else kind.parse_devices(devices)
-    return len(kind.get_parallel_devices(number))
+    try:
+        number = kind.auto_device_count() if devices == "auto" else kind.parse_devices(devices)
+        return len(kind.get_parallel_devices(number))
+    except (TypeError, MisconfigurationException) as error:
+        raise UserError(f"trainer.devices={devices}: {brief(error)}") from error
 
 
 def found_environment() -> ClusterEnvironment | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ipa.data.images.transforms import (
     open_picture,
     to_tensor,
 )
+from ipa.errors import UserError
 
 BLUE = (59, 111, 212)
 MILLION = 1_000_000
@@ -264,7 +266,7 @@ def test_background_shares_and_colours() -> None:
 def test_background_needs_colours_and_knows_them() -> None:
     with pytest.raises(ValueError, match="colours"):
         Background(white=0.5)
-    with pytest.raises(ValueError, match="unknown color"):
+    with pytest.raises(UserError, match="blurple"):
         Background(["blurple"], white=0.5)
 
 
@@ -287,3 +289,9 @@ def test_a_small_picture_is_enlarged_once_at_most() -> None:
     picture = Opened.of(noise_picture(20, 16))
     assert picture.shrunk((40, 40)) is picture
     assert picture.shrunk((16, 16)).shrunk((8, 8)).size == (20, 16)
+
+
+@pytest.mark.parametrize("colours", [5, [5], ["mud"], None], ids=str)
+def test_colours_that_are_none_are_named(colours: Any) -> None:
+    with pytest.raises(UserError, match=r"background"):
+        Background(colours, white=0.5)

@@ -1,11 +1,13 @@
 """`python -m ipa.tools.sample`: an image from an adapter file, or one line that says what is wrong."""
 
+import contextlib
 import functools
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,7 +23,7 @@ from ipa.export.storage import load_adapter, save_adapter
 from ipa.prompter import Prompter
 from ipa.sampling import SamplingOptions
 from ipa.tools import sample as sample_tool
-from ipa.tools.pictures import GAP_PX, LABEL_PX
+from ipa.tools.pictures import GAP_PX, LABEL_PX, write_picture
 from ipa.tools.sample import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +157,46 @@ def test_a_folder_gives_an_image_for_each_and_resumes(sample: Sample, image: Pat
     assert pixels(tmp_path / "single.png") == pixels(out / "a.png")
 
 
+def test_a_folder_is_made_but_for_what_is_no_picture(sample: Sample, image: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "prompts", tmp_path / "made"
+    (folder / "c.png").mkdir(parents=True)
+    for name in ("a.png", "a.jpg", "z.png"):
+        Image.open(image).save(folder / name)
+    for name in ("._a.png", "b.png"):
+        (folder / name).write_bytes(b"no picture")
+    with pytest.raises(
+        SystemExit, match=rf"^sample: image={folder}/b.png cannot be read .*\nwrote the others to {out}$"
+    ):
+        sample(image=folder, out=out)
+
+    assert sorted(path.name for path in out.iterdir()) == ["a.jpg.png", "a.png.png", "z.png"]
+    with pytest.raises(SystemExit, match="give another one"):
+        sample(image=folder, out=folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"scale": "much"}, "scale=much"), ({"num_steps": -5}, "num_steps=-5"), ({"text": None}, "text=None")],
+    ids=str,
+)
+def test_settings_of_a_foreign_png_are_checked(
+    refused: Sample, image: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "foreign.png"
+    write_picture(Image.open(image), path, {"image": [str(image)], **changes})
+
+    assert words in refused(again=path, num_steps=None, scale=None)
+
+
+def test_a_png_does_not_say_where_to_write(sample: Sample, image: Path, tmp_path: Path) -> None:
+    elsewhere, foreign = tmp_path / "elsewhere.png", tmp_path / "foreign.png"
+    write_picture(Image.open(image), foreign, {"out": str(elsewhere), "device": "abacus"})
+    with contextlib.chdir(tmp_path):
+        sample(again=foreign, out=None, device=None)
+
+    assert (tmp_path / "picture.png").is_file() and not elsewhere.exists()
+
+
 def test_an_image_is_made_again_from_its_settings(sample: Sample, tmp_path: Path) -> None:
     sample(seed=4, text="abc", blocks="ease in", out=tmp_path / "first.png")
     nothing = dict.fromkeys(["adapter", "image", "num_steps", "scale"])
@@ -194,6 +236,12 @@ def test_other_pipelines_and_schedulers(sample: Sample, image: Path, base_folder
         sample(out=tmp_path / f"{number}.png", num_steps=4, **way)
 
     assert len({pixels(tmp_path / f"{number}.png") for number in range(len(ways))}) == len(ways)
+
+
+def test_another_model_is_no_control(refused: Sample, image: Path, base_folder: Path) -> None:
+    message = refused(control=image, control_model=base_folder / "unet")
+
+    assert "is no ControlNet or T2I-Adapter" in message and "UNet2DConditionModel" in message
 
 
 def test_the_image_prompt_is_preprocessed_as_the_metadata_say(sample: Sample, adapter: Path, tmp_path: Path) -> None:
@@ -271,6 +319,15 @@ def test_a_file_without_metadata_needs_base_and_encoder(
         ({"adapter": None}, ["please give adapter=…"]),
         ({"image": None}, ["image=[]", "at least one image prompt"]),
         ({"scale": "much"}, ["scale=much", "a number"]),
+        ({"text": "[]"}, ["text=[]", "at least one"]),
+        ({"seed": "[]"}, ["seed=[]", "at least one"]),
+        ({"seed": 2**64}, ["seed=18446744073709551616", "at most"]),
+        ({"num_steps": 1001}, ["num_steps=1001", "at most 1000"]),
+        ({"width": 100_000}, ["width=100000", "at most 16384"]),
+        ({"start_image": __file__, "strength": 0.1}, ["strength=0.1 num_steps=2"]),
+        ({"references": "[{images: a.png]"}, ["is not YAML"]),
+        ({"references": "[{images: a.png, 5: 1}]"}, ["5 is none of"]),
+        ({"references": "[{images: a.png, scale: much}]"}, ["scale=much"]),
         ({"num_steps": 0}, ["num_steps=0", "at least 1"]),
         ({"guidance_rescale": 1.5}, ["guidance_rescale=1.5", "at most 1"]),
         ({"width": 25}, ["width=25", "multiples of 2 px"]),
@@ -282,6 +339,8 @@ def test_a_file_without_metadata_needs_base_and_encoder(
         ({"control": "edges.png"}, ["control_model="]),
         ({"inpaint": "mask.png"}, ["start_image="]),
         ({"scheduler": "Euler"}, ["scheduler=Euler", "EulerDiscreteScheduler"]),
+        ({"scheduler": "SchedulerMixin"}, ["scheduler=SchedulerMixin", "EulerDiscreteScheduler"]),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, ["for other pipelines"]),
         ({"again": "nowhere.png"}, ["again=nowhere.png", "no such file"]),
         ({"device": "abacus"}, ["device=abacus"]),
         ({"adapter": "nowhere.safetensors"}, ["adapter=nowhere.safetensors"]),

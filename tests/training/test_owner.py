@@ -61,7 +61,12 @@ def no_process() -> int:
     ],
     ids=["ended", "pid reused", "rebooted", "requeued", "requeued, container", "torchrun restarted"],
 )
-def test_an_owner_that_is_gone_is_followed(tmp_path: Path, changes: Any, environment: dict[str, str]) -> None:
+def test_an_owner_that_is_gone_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, environment: dict[str, str]
+) -> None:
+    machine = tmp_path.with_name("machine-id")
+    machine.write_text("a machine")
+    monkeypatch.setattr("ipa.training.owner.MACHINE", machine)
     folder = owned_by(tmp_path, **changes())
     with owning(folder, environment):
         assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
@@ -83,11 +88,44 @@ def test_an_owner_that_cannot_be_seen_is_reported_with_what_to_do(
         pass
 
 
-def test_a_damaged_lock_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_containers_of_one_name_on_two_machines_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a machine-id, another boot may be another machine."""
+    monkeypatch.setattr("ipa.training.owner.MACHINE", tmp_path / "none")
+    owned_by(tmp_path, boot="another machine's")
+    with pytest.raises(UserError, match="cannot see whether that still runs"), owning(tmp_path, {}):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "null"], ids=lambda content: content[:4])
+def test_a_damaged_lock_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setattr("ipa.training.owner.UNREADABLE_S", 0.02)
-    (tmp_path / LOCK).write_text("{")
+    (tmp_path / LOCK).write_text(content)
     with pytest.raises(UserError, match=r"lock cannot be read.*remove it"), owning(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("changes", [{"pid": "7"}, {"pid": 0}, {"pid": 2**70}, {"token": "../x"}, {"restarts": None}])
+def test_a_lock_that_no_process_wrote_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("ipa.training.owner.UNREADABLE_S", 0.02)
+    with pytest.raises(UserError, match=r"lock cannot be read.*remove it"), owning(owned_by(tmp_path, **changes)):
+        pass
+
+
+def test_a_link_to_nothing_is_no_wait_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ipa.training.owner.UNREADABLE_S", 0.02)
+    (tmp_path / LOCK).symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"lock cannot be read.*remove it"), owning(tmp_path):
+        pass
+
+
+def test_a_lock_that_was_damaged_meanwhile_does_not_hide_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipa.training.owner.UNREADABLE_S", 0.02)
+    with owning(tmp_path, {"SLURM_RESTART_COUNT": ""}):  # what is raised inside would be replaced here
+        (tmp_path / LOCK).write_text("{")
 
 
 def test_without_links_it_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import conftest
 import pytest
@@ -245,3 +246,9 @@ def test_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
 
     assert done.returncode == 0 and "the same bit for bit" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("devices", [[], [0, -1], ["x"]], ids=str)
+def test_devices_that_there_cannot_be_are_named(devices: list[Any]) -> None:
+    with pytest.raises(UserError, match=r"^trainer.devices=\["):
+        make_strategy("ddp", "cpu", devices, num_nodes=1, timeout_minutes=1)

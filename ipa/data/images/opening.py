@@ -87,14 +87,25 @@ def rejecting(data: bytes) -> Iterator[None]:
         raise Rejected(BROKEN_PICTURE, other or unknown) from error
 
 
+def with_open(picture: Image.Image, use: Callable[[Image.Image], Found]) -> Found:
+    """``with_picture`` of a picture that a caller of this library has opened or made."""
+    with rejecting(b""):
+        check_size(picture)
+        return use(picture)
+
+
 def open_header(data: bytes) -> Image.Image:
     """The picture before decoding; raises ``Rejected``, or whatever PIL raises on damaged bytes."""
     picture = Image.open(io.BytesIO(data), formats=known_formats())
     if picture.format in JPEGS and data.count(SCAN) > MAX_SCANS and (scans := count_scans(data)) > MAX_SCANS:
         raise Rejected(BROKEN_PICTURE, f"a JPEG of {scans} scans")
+    check_size(picture)
+    return picture
+
+
+def check_size(picture: Image.Image) -> None:
     if min(picture.size) < 1:
         raise Rejected(BROKEN_PICTURE, "it has no pixels")
-    return picture
 
 
 @functools.cache

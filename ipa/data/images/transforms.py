@@ -28,7 +28,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ipa.data.addresses import Address
-from ipa.data.images.opening import JPEGS, Size, flatten, orientation, upright, upright_size, with_picture
+from ipa.data.images.opening import JPEGS, Size, flatten, orientation, upright, upright_size, with_open, with_picture
 from ipa.data.rejects import TOO_MANY_PIXELS, Rejected
 from ipa.errors import UserError
 
@@ -50,8 +50,11 @@ class Background:
     def __post_init__(self) -> None:
         if self.white < 1 and not self.colours:
             raise UserError(f"background.white is {self.white}: give background.colours for the rest, or white=1")
-        for colour in self.colours:
-            ImageColor.getrgb(colour)
+        try:
+            for colour in self.colours:
+                ImageColor.getrgb(colour)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"data.background.colours={self.colours}: give a list of '#rrggbb' or names") from error
         object.__setattr__(self, "colours", tuple(self.colours))  # not a view into a whole configuration
 
     def colour(self, address: Address) -> str:
@@ -115,14 +118,22 @@ def open_picture(
     return with_picture(data, lambda picture: decode(picture, background, max_pixels, needs, headroom))
 
 
-def read_picture(path: Path, option: str = "image") -> Opened:
-    """A picture from a file, composited on white; raises UserError, which names the file and its ``option``."""
+def read_picture(path: Path, option: str = "image", background: str = "white") -> Opened:
+    """A picture from a file; raises UserError, which names the file and its ``option``."""
     if not path.is_file():
         raise UserError(f"{option}={path}: no such file")
     try:
-        return open_picture(path.read_bytes(), background="white", max_pixels=100_000_000)
+        return open_picture(path.read_bytes(), background, max_pixels=100_000_000)
     except Rejected as error:
         raise UserError(f"{option}={path} cannot be read as a picture: {error}") from error
+
+
+def from_pil(picture: Image.Image, option: str = "image", background: str = "white") -> Opened:
+    """``read_picture`` of a picture that is open already."""
+    try:
+        return with_open(picture, lambda each: decode(each, background, each.width * each.height, (), HEADROOM))
+    except Rejected as error:
+        raise UserError(f"{option}={picture} cannot be read as a picture: {error}") from error
 
 
 def decode(picture: Image.Image, background: str, max_pixels: int, needs: Sequence[Size], headroom: float) -> Opened:
