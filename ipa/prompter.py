@@ -16,7 +16,6 @@ with λ_i of the block and the time, and mask m_i. Images of one prompt share on
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,7 +34,7 @@ from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.presets import BlockWeights, read_blocks
 from ipa.references import Item, Pictures, Reference, as_list, columns, encode, images_to_references, read_mask
-from ipa.sampling import SamplingOptions, draw_noise, recorded_options
+from ipa.sampling import SamplingOptions, recorded_options, run_pipeline
 from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
 
 log = logging.getLogger(__name__)
@@ -132,20 +131,12 @@ class Prompter:
         arguments: Mapping[str, Any],
     ) -> list[Image.Image]:
         """One call of the pipeline."""
+        seeds = [item.seed for item in items]
         with self.prompted(items, size, sampling.guidance > 1) as prompts:
-            latents = pipeline(
-                **prompts,
-                **noise_arguments(pipeline, self.family, size, [item.seed for item in items]),
-                **guidance_arguments(pipeline, self.family, sampling),
-                **size_arguments(pipeline, size),
-                num_inference_steps=sampling.num_steps,
-                output_type="latent",
-                **arguments,
-            ).images
-        pixels_B3HW = self.family.decode_latents(self.family.unpack(latents, latent_shape(self.family, size)))
+            pixels_B3HW = run_pipeline(self.family, pipeline, {**prompts, **arguments}, seeds, size, sampling)
         if first_not_finite({"": pixels_B3HW}):
             raise UserError("the images are not finite: if dtype= is float16, give dtype=float32 or bfloat16")
-        return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_uint8(pixels_B3HW).cpu()]
+        return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_uint8(pixels_B3HW)]
 
     @contextmanager
     def prompted(
@@ -192,10 +183,12 @@ class Prompter:
             raise UserError(f"negative: give as many images as the prompt has ({len(images)})")
         masks = None
         if first.mask is not None:
-            masks = torch.cat([read_mask(each.mask, size) for each in references]).to(model.device)
+            masks = torch.cat([read_mask(each.mask, size) for each in references if each.mask is not None]).to(
+                model.device
+            )
         scales = torch.tensor([each.scale for each in references]).view(-1, 1, 1).to(model.device)
         scale = first.scale if len({each.scale for each in references}) == 1 else scales
-        plain = ImageCondition(images, negative, scale, None, masks, first.over_time())
+        plain = ImageCondition(images, negative, scale, None, torch.cat(masks) if masks else None, first.over_time())
         if first.blocks is None:
             return [plain]
         weights = read_blocks(first.blocks, self.family.blocks())
@@ -229,34 +222,3 @@ def choose_device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
     return chosen
-
-
-def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
-    """C, H, W of the latents of an image of this width and height."""
-    edge = family.image_size_px
-    channels, height, width = family.latent_shape(edge)
-    return channels, height * size[1] // edge, width * size[0] // edge
-
-
-def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds: Sequence[int]) -> dict[str, Any]:
-    """A generator for each image, and its noise as latents where the pipeline takes them."""
-    generators = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
-    if "latents" not in inspect.signature(pipeline.__call__).parameters:
-        return generators
-    noise = family.pack(draw_noise(latent_shape(family, size), seeds))
-    return generators | {"latents": noise.to(family.device, family.dtype)}
-
-
-def guidance_arguments(pipeline: Any, family: Family, sampling: SamplingOptions) -> dict[str, Any]:
-    """Raises UserError for a rescaling that this pipeline does not know."""
-    arguments = family.guidance_arguments(sampling.guidance, sampling.guidance_rescale)
-    unknown = arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys()
-    if sampling.guidance_rescale and unknown:
-        raise UserError(f"guidance_rescale={sampling.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
-    return {name: value for name, value in arguments.items() if name not in unknown}
-
-
-def size_arguments(pipeline: Any, size: tuple[int, int]) -> dict[str, int]:
-    """Width and height where the pipeline does not take them from its image."""
-    known = inspect.signature(pipeline.__call__).parameters
-    return {name: value for name, value in zip(("width", "height"), size, strict=True) if name in known}

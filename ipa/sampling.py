@@ -5,6 +5,7 @@ Every image has its own seed, so it does not depend on the other images of its b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipa.contracts import Family
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 from ipa.types import Features, ImageCondition
@@ -85,22 +87,62 @@ def _generate_batch(
 ) -> Tensor:
     family = model.family
     size_px = family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px")
-    shape_CHW = family.latent_shape(size_px)
     conditions = [ImageCondition(images, scale=options.scale)]
     with prompt_arguments(model, conditions, texts, size_px, options.guidance > 1) as arguments:
-        noise = family.pack(draw_noise(shape_CHW, seeds)).to(arguments["prompt_embeds"])
-        latents = (
-            family.pipeline()(
-                **arguments,
-                **family.guidance_arguments(options.guidance, options.guidance_rescale),
-                latents=noise,
-                num_inference_steps=options.num_steps,
-                height=size_px,
-                width=size_px,
-                output_type="latent",
-            )
-        ).images
-    return family.decode_latents(family.unpack(latents, shape_CHW)).cpu()
+        return run_pipeline(family, family.pipeline(), arguments, seeds, (size_px, size_px), options)
+
+
+def run_pipeline(
+    family: Family,
+    pipeline: Any,
+    arguments: Mapping[str, Any],
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    options: SamplingOptions,
+) -> Tensor:
+    """One call of a public pipeline: an image per seed, pixels_B3HW in [-1, 1] on the CPU; ``size`` is (width, height).
+
+    Noise, guidance and size are given under the names that the pipeline knows.
+    """
+    latents = pipeline(
+        **arguments,
+        **noise_arguments(pipeline, family, size, seeds),
+        **guidance_arguments(pipeline, family, options),
+        **size_arguments(pipeline, size),
+        num_inference_steps=options.num_steps,
+        output_type="latent",
+    ).images
+    return family.decode_latents(family.unpack(latents, latent_shape(family, size))).cpu()
+
+
+def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
+    """C, H, W of the latents of an image of this width and height."""
+    edge = family.image_size_px
+    channels, height, width = family.latent_shape(edge)
+    return channels, height * size[1] // edge, width * size[0] // edge
+
+
+def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds: Sequence[int]) -> dict[str, Any]:
+    """Each image's noise as latents, and a generator for what else is drawn, where the pipeline takes them."""
+    known = inspect.signature(pipeline.__call__).parameters
+    noise = family.pack(draw_noise(latent_shape(family, size), seeds)).to(family.device, family.dtype)
+    drawn = {"latents": noise, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    return {name: value for name, value in drawn.items() if name in known}
+
+
+def guidance_arguments(pipeline: Any, family: Family, options: SamplingOptions) -> dict[str, Any]:
+    """Raises UserError for a rescaling that this pipeline does not know."""
+    arguments = family.guidance_arguments(options.guidance, options.guidance_rescale)
+    unknown = arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys()
+    if options.guidance_rescale and unknown:
+        raise UserError(f"guidance_rescale={options.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
+    return {name: value for name, value in arguments.items() if name not in unknown}
+
+
+def size_arguments(pipeline: Any, size: tuple[int, int]) -> dict[str, int]:
+    """Width and height where the pipeline does not take them from its image."""
+    known = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in zip(("width", "height"), size, strict=True) if name in known}
 
 
 @contextmanager
