@@ -181,11 +181,7 @@ class Prompter:
             negative = columns([encode(model, as_list(each.negative), None, "concat") for each in references])
         if negative is not None and len(negative) != len(images):
             raise UserError(f"negative: give as many images as the prompt has ({len(images)})")
-        masks = None
-        if first.mask is not None:
-            masks = torch.cat([read_mask(each.mask, size) for each in references if each.mask is not None]).to(
-                model.device
-            )
+        masks = [read_mask(each.mask, size).to(model.device) for each in references if each.mask is not None]
         scales = torch.tensor([each.scale for each in references]).view(-1, 1, 1).to(model.device)
         scale = first.scale if len({each.scale for each in references}) == 1 else scales
         plain = ImageCondition(images, negative, scale, None, torch.cat(masks) if masks else None, first.over_time())

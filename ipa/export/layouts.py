@@ -74,8 +74,7 @@ def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind
         ]
     if problems:
         raise UserError(
-            f"adapter.init_from={source}: {'; '.join(problems)}. Choose the experiment and the sizes of the file, or "
-            "another file."
+            f"{source}: {'; '.join(problems)}. Choose the experiment and the sizes of the file, or another file."
         )
 
 

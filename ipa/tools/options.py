@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,6 +159,14 @@ def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def print_help(text: str) -> None:
+    """Print to a pipe whose reader may stop early, as ``head`` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
+
+
 def run_tool(
     arguments: Sequence[str],
     kind: type[Any],
@@ -168,7 +177,7 @@ def run_tool(
 ) -> None:
     """Print the help, or call ``do`` with the options; errors that the user can fix end the process with a message."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(about, describe(kind, positional), sep="\n")
+        print_help(f"{about}\n{describe(kind, positional)}")
         return
     refuse_pickles()
     values: list[Any] = [typed_values(arguments)]

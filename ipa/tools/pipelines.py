@@ -41,6 +41,7 @@ def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, di
             arguments["control_image"] = arguments.pop("image")
         arguments |= {"image": read(prompter, settings, "start_image"), "strength": settings["strength"]}
         if settings["inpaint"]:
+            check_inpainting(pipeline.unet.config.in_channels)
             arguments["mask_image"] = read(prompter, settings, "inpaint")
     elif parts:
         pipeline = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, **parts)
@@ -57,6 +58,12 @@ def check_strength(strength: float, num_steps: int) -> None:
     """Raise UserError where image to image would make no step."""
     if int(num_steps * strength) < 1:
         raise UserError(f"strength={strength} num_steps={num_steps}: strength × num_steps is at least 1")
+
+
+def check_inpainting(channels: int) -> None:
+    """Raise UserError for a base that the inpainting pipelines of diffusers refuse."""
+    if channels not in (4, 9):
+        raise UserError(f"inpaint=: diffusers inpaints with bases of 4 or 9 input channels, this base has {channels}")
 
 
 def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

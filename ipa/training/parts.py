@@ -39,18 +39,19 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     if warning := other_no_image(head, layout):
         log.warning("%s", warning)
     if donor:
+        option = "adapter.init_from" if donor == cfg.adapter.init_from else "resume"
         file = read_adapter(Path(donor)).file
         check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
-            check_same_sizes(make_head(file), file.kind, head, kind, str(donor))
+            check_same_sizes(make_head(file), file.kind, head, kind, f"{option}={donor}")
 
 
 def check_average(cfg: DictConfig, checkpoint: Path) -> None:
     """Raise UserError if the run keeps an average, but the checkpoint of another run has none to continue."""
     if cfg.ema.decay is not None and not any(name.startswith(AVERAGE) for name in load(checkpoint)["state_dict"]):
         raise UserError(
-            f"{checkpoint} was trained without ema.decay: give ema.decay=null, or adapter.init_from={checkpoint} to "
-            "take only the weights"
+            f"resume={checkpoint}: it was trained without ema.decay. Give ema.decay=null, or "
+            f"adapter.init_from={checkpoint} to take only the weights"
         )
 
 

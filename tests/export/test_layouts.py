@@ -118,7 +118,7 @@ def test_a_training_starts_from_a_file_of_its_own_kind_and_sizes(given: Any, wan
     encoder = tiny.make_encoder()
     heads = [tiny.make_head(head, encoder, tiny.CONTEXT_WIDTH, **options) for head, _, options in (given, wanted)]
     check_same_sizes(heads[0], given[1], heads[0], given[1], "a.bin")
-    with pytest.raises(UserError, match=r"^adapter\.init_from=a\.bin: ") as caught:
+    with pytest.raises(UserError, match=r"^a\.bin: ") as caught:
         check_same_sizes(heads[0], given[1], heads[1], wanted[1], "a.bin")
 
     assert words in str(caught.value)

@@ -154,7 +154,7 @@ def test_the_checkpoint_of_another_kind_of_run_is_refused(
     train_in: Run, first_four: Path, tmp_path: Path, overrides: list[str], reason: str
 ) -> None:
     start = last_checkpoint(first_four)
-    with pytest.raises(UserError, match=rf"{start}.*{reason}"):
+    with pytest.raises(UserError, match=rf"resume={start}.*{reason}"):
         train_in(tmp_path / "x", *SIX, "adapter.layout=ipa", *overrides, f"resume={start}")
 
 
