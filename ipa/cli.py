@@ -37,6 +37,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -80,6 +81,7 @@ class _Command:
         self.config_name = config_name
         self.show_everything = os.environ.get("HYDRA_FULL_ERROR") == "1"
         self.reached_task = False
+        self.failure: Exception | None = None
         self.named: Any = typed_values(sys.argv[1:])
 
     def run(self) -> None:
@@ -90,6 +92,8 @@ class _Command:
             try:
                 self._check_sweep()
                 hydra.main(self.config_dir, self.config_name, VERSION_BASE)(self._as_hydra_task())()
+                if self.failure is not None:
+                    raise self.failure
             except Exception as error:
                 if self.show_everything:
                     raise
@@ -117,9 +121,15 @@ class _Command:
             self.named = [self.named, plain(cfg)]
             guard_logs()
             self.show_everything |= HydraConfig.get().runtime.choices.get("debug") is not None
-            check(cfg)
-            with environment(self.variables):
-                return self.task(cfg)
+            try:
+                check(cfg)
+                with environment(self.variables):
+                    return self.task(cfg)
+            except Exception as error:
+                if self.show_everything or HydraConfig.get().mode == RunMode.MULTIRUN:  # one error ends such a sweep
+                    raise
+                self.failure = error  # Hydra would announce it with all overrides
+                return None
 
         return task
 

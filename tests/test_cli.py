@@ -167,6 +167,7 @@ def test_errors_that_the_user_can_fix_are_one_message(
 
     assert result.returncode == 1
     assert result.stdout == "the task sees None\n"  # the environment is as the user left it
+    assert "Error executing job" not in result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
     assert "Traceback" in (here / "runs/decoupled_global/x/fail.log").read_text()
 

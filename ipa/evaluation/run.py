@@ -123,6 +123,8 @@ def problems_in(cfg: DictConfig) -> Iterator[str]:
         yield f"sampling.image_size_px={cfg.sampling.image_size_px}: a multiple of 8, the pixels of a latent"
     if cfg.prompt not in PROMPTS:
         yield f"prompt={cfg.prompt}: one of {', '.join(PROMPTS)}"
+    if cfg.adapter is not None and not Path(cfg.adapter).is_file():
+        yield f"adapter={cfg.adapter}: no such file; a run's is RUN/adapter.safetensors, others are in demo/adapters/"
 
 
 def problems_in_label(label: Any) -> Iterator[str]:

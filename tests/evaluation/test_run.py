@@ -195,6 +195,7 @@ def test_scores_alone_need_all_pictures(run: Run, evaluated: Path, tmp_path: Pat
     [
         (["sampling.image_size_px=65"], ["sampling.image_size_px=65: a multiple of 8"]),
         (["prompt=captoin"], ["prompt=captoin: one of empty, caption"]),
+        (["adapter=nowhere.safetensors"], ["adapter=nowhere.safetensors: no such file"]),
         (["label=a/b"], ["label=a/b: "]),
         (["label=references"], ["label=references: "]),
         ([f"label={'x' * 300}"], ["is too long for a folder's name"]),
@@ -323,15 +324,13 @@ def test_metrics_that_cannot_be_computed_are_noted(
 def test_missing_weights_end_as_skipped(
     run: Run, evaluated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    out = run("label=x", "adapter=nowhere.safetensors")
+    out = run("label=x", "method.base=nowhere/at/all")
     manifest = read(out / "x/manifest.json")
     assert manifest["status"] == "skipped" and manifest["method"]["name"] == "IP-Adapter"
-    assert "adapter=nowhere.safetensors: no such file" in manifest["reason"]
-    run("label=x", "method.base=nowhere/at/all")
-    assert "method.base=nowhere/at/all" in read(out / "x/manifest.json")["reason"]
+    assert "method.base=nowhere/at/all" in manifest["reason"]
     run("label=x")  # once they are there it runs
     assert pictures(out / "x") == pictures(evaluated / "x")
-    run("label=x", "adapter=nowhere.safetensors")
+    run("label=x", "method.base=nowhere/at/all")
     assert read(out / "x/manifest.json")["status"] == "complete" and "generate=false" in caplog.text
 
 
