@@ -307,6 +307,8 @@ def list_choices(group: str) -> str:
 
 def _run_folder(parent: str, name: Any, *, _root_: DictConfig) -> str:
     """For ``hydra.run.dir``, which Hydra reads before it writes anything; chosen once per process."""
+    if OmegaConf.select(_root_, "paths.runs") is None:
+        raise UserError("paths.runs=null: give a folder for the runs")
     key = (parent, repr(name))
     if key not in _CHOSEN:
         _CHOSEN[key] = str(run_folder(parent, name, _root_.hydra.overrides.task))

@@ -152,6 +152,11 @@ def open_reference(picture: Picture, option: str = "image", background: str = "w
     return read_picture(Path(picture), option, background)
 
 
+def open_image(picture: Picture, option: str, background: str = "white") -> Image.Image:
+    """Upright, in sRGB and composited, as image prompts are read; raises UserError naming ``option``."""
+    return Image.fromarray(open_reference(picture, option, background).pixels_3HW.permute(1, 2, 0).numpy())
+
+
 def columns(rows: Sequence[list[Features]]) -> list[Features]:
     """Per item its images → per image its items."""
 
@@ -168,7 +173,7 @@ def read_mask(mask: Picture, size: tuple[int, int]) -> Tensor:
 
     Raises UserError for other proportions, and for a picture that cannot be read.
     """
-    picture = Image.fromarray(open_reference(mask, "mask", "black").pixels_3HW.permute(1, 2, 0).numpy())
+    picture = open_image(mask, "mask", "black")
     width, height = size
     if abs(picture.width * height - picture.height * width) > max(width, height):
         raise UserError(f"mask of {picture.width} × {picture.height} px: the images have {width} × {height}")

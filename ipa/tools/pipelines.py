@@ -10,6 +10,7 @@ from PIL import Image
 
 from ipa.errors import UserError, brief
 from ipa.prompter import Prompter
+from ipa.references import open_image
 from ipa.sampling import SamplingOptions
 
 T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
@@ -101,8 +102,4 @@ def scheduler_class(name: str) -> Any:
 def read(prompter: Prompter, settings: dict[str, Any], name: str) -> Image.Image:
     """A picture at the size of the images; raises UserError if it cannot be read."""
     edge = prompter.family.image_size_px
-    try:
-        with Image.open(settings[name]) as picture:
-            return picture.convert("RGB").resize((settings["width"] or edge, settings["height"] or edge))
-    except OSError as error:
-        raise UserError(f"{name}={settings[name]} cannot be read as a picture: {brief(error)}") from error
+    return open_image(settings[name], name).resize((settings["width"] or edge, settings["height"] or edge))
