@@ -26,6 +26,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,6 +91,7 @@ class _Command:
         sweep = register(self.variables, ProcessLauncher, SlurmLauncher)
         with environment({**self.variables, "HYDRA_FULL_ERROR": "1"}):  # Hydra raises exceptions instead of printing
             try:
+                check_expanded(sys.argv[1:])
                 self._check_sweep()
                 hydra.main(self.config_dir, self.config_name, VERSION_BASE)(self._as_hydra_task())()
                 if self.failure is not None:
@@ -158,6 +160,17 @@ class _Command:
         while part is not None and part.tb_frame.f_code is not self.task.__code__:
             part = part.tb_next
         return part or trace
+
+
+def check_expanded(arguments: Sequence[str]) -> None:
+    """Raise UserError where the shell expanded braces: the last of the values would count, silently."""
+    for one, other in pairwise(arguments):
+        key, _, value = one.partition("=")
+        if key.startswith("data.") and other.startswith(f"{key}=") and other != one:
+            raise UserError(
+                f"{key} is given twice, {value} and {other.partition('=')[2]}. If these were braces, quote them for the "
+                f"shell and for Hydra: '{key}=\"/data/{{00000..00099}}.tar\"'"
+            )
 
 
 def refused_folder(error: Exception) -> UserError | None:

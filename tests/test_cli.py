@@ -193,6 +193,14 @@ def test_bugs_keep_their_traceback_without_hydras_frames(task, body: str, error:
     assert "run_job" not in result.stderr
 
 
+def test_braces_that_the_shell_expanded_are_noticed(train) -> None:
+    result = train("data.train=/data/0.tar", "data.train=/data/1.tar", "seed=1")
+
+    assert result.returncode == 2
+    assert "data.train is given twice, /data/0.tar and /data/1.tar" in result.stderr
+    assert "'data.train=\"/data/{00000..00099}.tar\"'" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "environment"), [([], {"HYDRA_FULL_ERROR": "1"}), (["debug=default"], {})], ids=["variable", "debug"]
 )
