@@ -168,8 +168,8 @@ def check_expanded(arguments: Sequence[str]) -> None:
         key, _, value = one.partition("=")
         if key.startswith("data.") and other.startswith(f"{key}=") and other != one:
             raise UserError(
-                f"{key} is given twice, {value} and {other.partition('=')[2]}. If these were braces, quote them for the "
-                f"shell and for Hydra: '{key}=\"/data/{{00000..00099}}.tar\"'"
+                f"{key} is given twice, {value} and {other.partition('=')[2]}. If these were braces, quote them for "
+                f"shell and Hydra: '{key}=\"/data/{{00000..00099}}.tar\"'"
             )
 
 
