@@ -16,27 +16,20 @@ Imports only Hydra and the standard library, so that help and error messages app
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import os
-import shlex
 import sys
 import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import hydra
-import yaml
-from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -45,15 +38,14 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from ipa.errors import UserError, brief, explain
 from ipa.identity import run_folder
 from ipa.launcher import ProcessLauncher, environment, register, this_script
+from ipa.overrides import REFUSED, VERSION_BASE, check_expanded, complaints_about, group_options, hydra_message
 from ipa.ranges import check
 from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
 
-VERSION_BASE = "1.3"
 CONF = (Path(__file__).parent / "conf").resolve()  # a link in a checkout, a copy in a wheel
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 HELP_WIDTH = 100
-REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError)  # raised for a wrong command line
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +138,7 @@ class _Command:
             print(f"\n{hide(message)}", file=sys.stderr)
 
     def _explain_usage(self, error: Exception) -> str | None:
-        message = _hydra_message(error) if isinstance(error, REFUSED) else explain(error, self.named)
+        message = hydra_message(error) if isinstance(error, REFUSED) else explain(error, self.named)
         if message is None:
             return None
         if not isinstance(error, UserError):
@@ -160,17 +152,6 @@ class _Command:
         while part is not None and part.tb_frame.f_code is not self.task.__code__:
             part = part.tb_next
         return part or trace
-
-
-def check_expanded(arguments: Sequence[str]) -> None:
-    """Raise UserError where the shell expanded braces: the last of the values would count, silently."""
-    for one, other in pairwise(arguments):
-        key, _, value = one.partition("=")
-        if key.startswith("data.") and other.startswith(f"{key}=") and other != one:
-            raise UserError(
-                f"{key} is given twice, {value} and {other.partition('=')[2]}. If these were braces, quote them for "
-                f"shell and Hydra: '{key}=\"/data/{{00000..00099}}.tar\"'"
-            )
 
 
 def refused_folder(error: Exception) -> UserError | None:
@@ -233,72 +214,6 @@ def _innermost_package(trace: TracebackType | None) -> str | None:
     return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] if frames else None
 
 
-def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list[str]:
-    """Hydra's message and the nearest names for every override that does not fit, and every such value of a sweep.
-
-    Hydra stops at the first wrong override, so this tries them one by one. Choices of groups come first, because they
-    determine the keys.
-    """
-    args = get_args_parser().parse_args(argv)
-    config_name = args.config_name or config_name
-    complaints: list[str] = []
-    own = f"file://{os.path.abspath(args.config_dir)}" if args.config_dir else None
-    accepted = [f"hydra.searchpath=[{quote_value(own)}]"] if own else []
-    with hydra.initialize_config_dir(os.path.abspath(args.config_path or config_dir), version_base=VERSION_BASE):
-        for override in sorted(args.overrides, key=lambda override: not _options(_key(override))):
-            fitting = []
-            for single in _each_value(override) if args.multirun else [override]:
-                try:
-                    hydra.compose(config_name, [*accepted, single])
-                    fitting.append(single)
-                except REFUSED as error:
-                    complaints.append(
-                        _quoting(single) or _hydra_message(error) + _question(single, config_name, accepted)
-                    )
-            accepted += fitting[:1]
-    return complaints
-
-
-def _quoting(override: str) -> str | None:
-    """What to type for a value with characters of Hydra's grammar; None if that is not what is wrong."""
-    key, equals, value = override.partition("=")
-    quoted = f"{key}={quote_value(value)}"
-    if not equals or _parses(override) or not _parses(quoted):
-        return None
-    return f"{override}: Hydra reads some of these characters as its grammar. Quote the value: {shlex.quote(quoted)}"
-
-
-def _parses(override: str) -> bool:
-    try:
-        OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
-        return True
-    except HydraException:
-        return False
-
-
-def quote_value(value: str) -> str:
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _question(override: str, config_name: str, accepted: list[str]) -> str:
-    near = _nearest_overrides(override, config_name, accepted)
-    return f"\nDid you mean {' or '.join(near)}?" if near and override not in near else ""
-
-
-def _hydra_message(error: Exception) -> str:
-    message = str(error).split("\nConfig search path:")[0]  # Hydra's own paths
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        message = f"{message}\n{str(error.__cause__).splitlines()[0]}"
-    if isinstance(error, InterpolationResolutionError):  # the message of our resolver, without OmegaConf's frame
-        message = message.partition(" raised while resolving interpolation: ")[2].split("\n    full_key:")[0] or message
-    return message.strip()
-
-
-def _key(override: str) -> str:
-    """The group or the key that an override sets: ``+data@x=y`` → ``data``."""
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]
-
-
 def folder_name(folder: str, limit: int | None = None, num_seeds: int | None = None) -> str:
     """A name for what is evaluated on a folder of images: ``pictures-limit20-seeds4``."""
     parts = {"limit": limit, "seeds": num_seeds}
@@ -308,13 +223,9 @@ def folder_name(folder: str, limit: int | None = None, num_seeds: int | None = N
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
-def _options(group: str) -> list[str]:
-    return GlobalHydra.instance().config_loader().get_group_options(group)
-
-
 def list_choices(group: str) -> str:
     """The choices of a group for the help: ``${choices:recipe}`` → "recipe: demo, sd15, …", wrapped."""
-    words = f"{group}: {', '.join(_options(group))}"
+    words = f"{group}: {', '.join(group_options(group))}"
     return textwrap.fill(words, HELP_WIDTH, subsequent_indent=" " * 8)
 
 
@@ -333,52 +244,6 @@ _CHOSEN: dict[tuple[str, str], str] = {}
 
 OmegaConf.register_new_resolver("choices", list_choices, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-
-
-def _each_value(override: str) -> list[str]:
-    """``lr=1,2`` → ``lr=1`` and ``lr=2``; nothing for a sweep that a plug-in expands; any other override unchanged."""
-    try:
-        (parsed,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
-    except HydraException:
-        return [override]
-    if not parsed.is_sweep_override():
-        return [override]
-    if not (parsed.is_choice_sweep() or parsed.is_range_sweep()):
-        return []
-    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
-
-
-def _nearest_overrides(override: str, config_name: str, accepted: list[str]) -> list[str]:
-    """The override with existing names in place of the misspelled one, best first."""
-    key, equals, value = override.partition("=")
-    prefix, key = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
-    if options := _options(_key(override)):
-        return [f"{prefix}{key}={name}" for name in nearest(value, options)]
-    cfg = hydra.compose(config_name, accepted, return_hydra_config=key.startswith("hydra"))
-    names = _keys(OmegaConf.to_container(cfg, resolve=False))
-    if "." not in key:
-        names += GlobalHydra.instance().config_loader().list_groups("")
-    return [f"{prefix}{name}{equals}{value}" for name in nearest(key, names)]
-
-
-def _keys(node: Any, path: str = "") -> list[str]:
-    """Dotted names of all values: ``optimizer.lr`` …"""
-    if not (isinstance(node, dict) and node):
-        return [path]
-    inside = {f"{path}.{key}".lstrip("."): value for key, value in node.items() if key != "_target_"}
-    return [name for key, value in inside.items() for name in _keys(value, key)]
-
-
-def nearest(name: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """Names whose last part is similar to that of ``name``, those with the most similar path first."""
-
-    def likeness(other: str) -> tuple[float, float]:
-        pairs = zip(name.rpartition(".")[::2], other.rpartition(".")[::2], strict=True)
-        path, last = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return last, path
-
-    close = {other: score for other in names if (score := likeness(other))[0] >= 0.6}
-    return sorted(close, key=lambda other: -sum(close[other]))[:count]
 
 
 # advice to authors of training loops, and deprecations between libraries; `ipa` can act on neither

@@ -13,9 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from ipa.cli import explain_failure, nearest
+from ipa.cli import explain_failure
 from ipa.errors import UserError
 from ipa.files import write_atomically
+from ipa.overrides import nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "open_clip", "webdataset", "wandb", "numpy", "PIL"}

@@ -22,6 +22,7 @@ RANKS = {
     "secrets": 0,
     "identity": 0,
     "ranges": 0,
+    "overrides": 0,
     "presets": 0,
     "data": 1,
     "encoders": 2,

@@ -26,8 +26,9 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ipa.cli import explain_failure, nearest, refuse_pickles, typed_values
+from ipa.cli import explain_failure, refuse_pickles, typed_values
 from ipa.errors import UserError
+from ipa.overrides import nearest
 from ipa.ranges import Range
 from ipa.secrets import hide
 
