@@ -1,6 +1,6 @@
 """Generate images with trained adapters.
 
-    python -m ipa.tools.sample adapter=runs/…/adapter.safetensors image=photo.png text="red heart" scale=0.5 out=new.png
+    python -m ipa.tools.sample adapter=runs/…/adapter.safetensors image=photo.png text="red apple" scale=0.5 out=new.png
     python -m ipa.tools.sample adapter=FILE image=photo.png 'scale=[0,0.5,1]' 'seed=[1,2,3]'    # a labelled grid
     python -m ipa.tools.sample adapter=FILE image=FOLDER out=FOLDER                             # an image for each
     python -m ipa.tools.sample again=new.png seed=7                                             # its settings, changed
