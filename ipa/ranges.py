@@ -76,7 +76,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """In words: "an integer from 1 to 1024, or auto"."""
+        """In words: "an integer at least 1 and at most 1024, or auto"."""
         name = {int: "an integer", float: "a number", bool: "true or false"}
         limits = " and ".join(
             f"{word} {value:.10g}"
@@ -207,9 +207,12 @@ def check(cfg: DictConfig) -> None:
             continue
         value = OmegaConf.select(cfg, option)
         try:
-            OmegaConf.update(cfg, option, known.read(value))
+            meant = known.read(value)
         except ValueError:
             complaints.append(f"{option}={'null' if value is None else value}: give {known}")
+            continue
+        if meant != value or type(meant) is not type(value):  # an expression that reads the environment stays one
+            OmegaConf.update(cfg, option, meant)
     if complaints:
         raise UserError("\n".join(complaints))
 

@@ -93,13 +93,14 @@ def test_an_odd_value_is_refused_in_a_line_or_means_something(value: Any) -> Non
 
 def test_what_is_meant() -> None:
     cfg = OmegaConf.create({"trainer": {"max_steps": 1e5}, "min_snr_gamma": 0, "ema": {"decay": 0.0}, "own": "${seed}"})
-    cfg.seed, cfg.trainer.devices = 3, [0, 1]
+    cfg.seed, cfg.trainer.devices = "${oc.decode:${oc.env:IPA_NO_SUCH_VARIABLE,3}}", [0, 1]
 
     check(cfg)
 
     assert cfg.trainer.max_steps == 100_000 and isinstance(cfg.trainer.max_steps, int)
     assert cfg.min_snr_gamma is None and cfg.ema.decay is None
     assert cfg.trainer.devices == [0, 1]
+    assert cfg.seed == 3 and OmegaConf.is_interpolation(cfg, "seed")  # saved as it was written
 
 
 def test_all_wrong_values_are_named_at_once_and_repeated_ones_once() -> None:

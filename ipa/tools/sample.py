@@ -104,16 +104,16 @@ def sample(options: Any) -> Path:
         raise UserError(f"out={out} is the folder of the image prompts: give another one")
     quiet_libraries()
     from ipa.references import open_reference
-    from ipa.tools.pipelines import check_pipeline
+    from ipa.tools.pipelines import check_pipeline, make_pipeline
 
     check_pipeline(settings)
-
     for name, each in pictures_of(references):
         open_reference(each, name)  # a broken picture is reported before the models are loaded
     found = [] if folder is None else pictures_in(folder)
     prompter = load(settings, options.device)
+    calls = make_pipeline(prompter, settings)
     if folder is None:
-        write_picture(make(prompter, settings), out, settings)
+        write_picture(make(prompter, settings, *calls), out, settings)
         return out
     broken = []
     for each, path in progress(missing(found, out)):
@@ -123,7 +123,7 @@ def sample(options: Any) -> Path:
             broken.append(str(error))
             continue
         job = {**settings, "image": [str(each)]}
-        write_picture(make(prompter, job), path, job)
+        write_picture(make(prompter, job, *calls), path, job)
     if broken:
         raise UserError("\n".join([*broken, f"wrote the others to {out}"]))
     return out
@@ -173,7 +173,7 @@ def read_references(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def pictures_of(references: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The pictures with the option that each is given by, but for a folder of image prompts; raises UserError."""
-    from ipa.references import Reference
+    from ipa.references import Reference, as_list
 
     found = []
     for each in references:
@@ -184,10 +184,6 @@ def pictures_of(references: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return found
 
 
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
-
-
 def load(settings: dict[str, Any], device: str | None) -> Any:
     from ipa.prompter import Prompter
 
@@ -195,11 +191,8 @@ def load(settings: dict[str, Any], device: str | None) -> Any:
     return Prompter.load(settings["adapter"], device, **parts)
 
 
-def make(prompter: Any, settings: dict[str, Any]) -> Any:
+def make(prompter: Any, settings: dict[str, Any], pipeline: Any, arguments: dict[str, Any]) -> Any:
     """The image, or a labelled grid of all combinations of what is given as lists."""
-    from ipa.tools.pipelines import make_pipeline
-
-    pipeline, arguments = make_pipeline(prompter, settings)
     axes = {name: settings[name] or [None] for name in AXES}
     several = [name for name in AXES if len(axes[name]) > 1]
     across = several[-1] if several else AXES[-1]
