@@ -46,6 +46,10 @@ def test_batches_order_repetitions_resets_and_merges_do_not_matter(scorer: ClipS
     make = MAKERS[name]
     expected = give(make(scorer), NUMBERS)
     several = give(make(scorer), torch.tensor([5, 0, 3]), torch.tensor([3, 4, 1, 2]), torch.tensor([0]))
+    split = give(make(scorer), *NUMBERS.split(4))
+    if isinstance(expected, ItemMetric) and isinstance(split, ItemMetric):  # in order, only the batches differ
+        torch.testing.assert_close(split.per_item(), expected.per_item(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(split.compute(), expected.compute(), rtol=0, atol=1e-5)
     reset, merged = give(make(scorer), NUMBERS[:4]), give(make(scorer), NUMBERS[:2])
     reset.reset()
     merged.merge_state(give(make(scorer), NUMBERS[2:]))
