@@ -276,6 +276,10 @@ class ImageEncoder(nn.Module, ABC):
         """Features of a blank image, which some heads take for "no image"."""
 
     @abstractmethod
+    def embed_text(self, text: str) -> Tensor:
+        """Text in the space of ``pooled_BE``, not normalised: embedding_1E. Raises UserError without a text tower."""
+
+    @abstractmethod
     def layer_name(self, uses: Uses) -> str:
         """Which layer the features come from, for an adapter file's metadata."""
 

@@ -280,7 +280,8 @@ class GuidedPrompts:
         if mask_BHW is not None and part == "joint" and len(mask_BHW) > 1:
             mask_BHW = torch.cat([mask_BHW, mask_BHW])
         tokens_BTD = self.tokens(condition, part, time_B)
-        return ImagePrompt(tokens_BTD, self.scale(condition, part), condition.hosts, mask_BHW)
+        scale = self.scale(condition, part)
+        return ImagePrompt(tokens_BTD, scale, condition.hosts, mask_BHW, scaling=condition.scaling)
 
     def scale(self, condition: ImageCondition, part: str) -> Tensor:
         scale = as_weight(condition.scale)
@@ -304,10 +305,10 @@ class GuidedPrompts:
 def check_simple(conditions: Sequence[ImageCondition]) -> None:
     """A simple adapter's tokens are a part of the text, the same in all layers and at all times."""
     for each in conditions:
-        if each.hosts is not None or each.mask_BHW is not None or each.over_time is not None:
+        if (each.hosts, each.mask_BHW, each.over_time, each.scaling) != (None, None, None, "V only"):
             raise UserError(
-                "a simple adapter has no λ per block or over time, and no masks, since its tokens are a part of the "
-                "text: use a decoupled adapter"
+                "a simple adapter has no λ per block, over time or inside the softmax, and no masks, since its tokens "
+                "are a part of the text: use a decoupled adapter"
             )
 
 

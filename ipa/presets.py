@@ -6,20 +6,33 @@
 Blocks are the denoiser's transformer stacks in the order in which they run (down, mid, up), numbered from 0 as in
 ComfyUI_IPAdapter_plus; the presets are defined as there. ``style`` and ``layout`` of SDXL were found by InstantStyle
 (Wang et al. 2024). ``python -m ipa.tools.blocks`` prints the blocks of a base and the presets.
+
+A base's folder may have presets of its own, ``presets.yaml``, which maps names to such mappings; they come first:
+
+    style: {up_blocks.1: 1.0}
+    composition: {mid_block: 1.0, down_blocks: 0.5}
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
-from ipa.errors import UserError
+import yaml
 
+from ipa.errors import UserError, brief
+
+FILE = "presets.yaml"
 FLOOR = 0.05  # what an easing leaves of λ
 WEAK = 0.2
+
+# where λ enters a branch: the first multiplies its result, the others its keys and values
+# (`ipa.families.cross_attention`)
+SCALINGS = ("V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty")
 
 Weights = dict[str, float]
 
@@ -74,12 +87,33 @@ PRECISE: dict[int, dict[str, tuple[dict[int, float], dict[int, float]]]] = {
 }
 
 
-def preset_names(blocks: Sequence[str]) -> list[str]:
-    return [*CURVES, *PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]
+def own_presets(base: str) -> dict[str, Mapping[str, float]]:
+    """Those in the folder ``base``, by name; none for a hub id or a folder without. Raises UserError."""
+    path = Path(base) / FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not YAML: {brief(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise UserError(f"{path}: give a mapping of blocks to numbers for each name, as style: {{mid_block: 1.0}}")
+    return {str(name): each for name, each in found.items()}
 
 
-def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> BlockWeights:
-    """A preset's name, or a mapping of blocks (or their first letters) to factors; raises UserError for others."""
+def preset_names(blocks: Sequence[str], own: Iterable[str] = ()) -> list[str]:
+    return list(dict.fromkeys([*own, *CURVES, *PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]))
+
+
+def read_blocks(
+    given: str | Mapping[str, float], blocks: Sequence[str], own: Mapping[str, Mapping[str, float]] | None = None
+) -> BlockWeights:
+    """A preset's name, or a mapping of blocks (or their first letters) to factors; raises UserError for others.
+
+    ``own`` are the presets of the base's folder.
+    """
+    if own and isinstance(given, str) and given in own:
+        given = own[given]
     if isinstance(given, Mapping):
         return BlockWeights(read_mapping(given, blocks), {})
     if not isinstance(given, str):
@@ -90,9 +124,9 @@ def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> Bloc
     shown, pushed = PRECISE.get(len(blocks), {}).get(given, ({}, {}))
     shown = PRESETS.get(len(blocks), {}).get(given, shown)
     if not shown:
+        names = ", ".join(preset_names(blocks, own or ()))
         raise UserError(
-            f"blocks={given}: this base has the presets {', '.join(preset_names(blocks))}; or give a mapping of its "
-            f"blocks {', '.join(blocks)}"
+            f"blocks={given}: this base has the presets {names}; or give a mapping of its blocks {', '.join(blocks)}"
         )
     return BlockWeights(*({blocks[t]: factor for t, factor in each.items()} for each in (shown, pushed)))
 

@@ -32,8 +32,18 @@ from ipa.errors import UserError
 from ipa.export.loading import load_model, load_onto
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
-from ipa.presets import BlockWeights, read_blocks
-from ipa.references import Item, Pictures, Reference, as_list, columns, encode, images_to_references, read_mask
+from ipa.presets import BlockWeights, own_presets, read_blocks
+from ipa.references import (
+    Item,
+    Pictures,
+    Reference,
+    as_list,
+    columns,
+    content_of,
+    encode,
+    images_to_references,
+    read_mask,
+)
 from ipa.sampling import SamplingOptions, recorded_options, run_pipeline
 from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
 
@@ -117,7 +127,7 @@ class Prompter:
         size = self.family.check_size(width or edge, "width"), self.family.check_size(height or edge, "height")
         pipe = pipeline or self.pipeline()
         made: list[Image.Image] = []
-        for _, group in groupby(items, Item.form):
+        for _, group in groupby([item.tiled(size) for item in items], Item.form):
             for batch in batched(list(group), sampling.batch_size):
                 made += self.run(batch, size, sampling, pipe, arguments or {})
         return made
@@ -151,6 +161,7 @@ class Prompter:
             if rest := self.family.cut_off(text):
                 log.warning("the text is too long for this base, which does not read its end: … %s", rest)
         width, height = size or (self.family.image_size_px,) * 2
+        items = [item.tiled((width, height)) for item in items]
         size_B6 = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(items), -1)
         positive = self.family.encode_text([item.text for item in items], size_B6)
         negative = self.family.encode_text([item.negative_text for item in items], size_B6) if guided else None
@@ -175,19 +186,23 @@ class Prompter:
         self, model: IPAdapterModel, references: Sequence[Reference], size: tuple[int, int], guided: bool
     ) -> list[ImageCondition]:
         first = references[0]
-        images = columns([encode(model, as_list(each.images), each.weights, each.combine) for each in references])
+        without = content_of(model, first)
+        images = columns(
+            [encode(model, as_list(each.images), each.weights, each.combine, without) for each in references]
+        )
         negative = None
         if first.negative is not None:
-            negative = columns([encode(model, as_list(each.negative), None, "concat") for each in references])
+            negative = columns([encode(model, as_list(each.negative)) for each in references])
         if negative is not None and len(negative) != len(images):
             raise UserError(f"negative: give as many images as the prompt has ({len(images)})")
         masks = [read_mask(each.mask, size).to(model.device) for each in references if each.mask is not None]
         scales = torch.tensor([each.scale for each in references]).view(-1, 1, 1).to(model.device)
         scale = first.scale if len({each.scale for each in references}) == 1 else scales
-        plain = ImageCondition(images, negative, scale, None, torch.cat(masks) if masks else None, first.over_time())
+        mask_BHW = torch.cat(masks) if masks else None
+        plain = ImageCondition(images, negative, scale, None, mask_BHW, first.over_time(), scaling=first.embeds_scaling)
         if first.blocks is None:
             return [plain]
-        weights = read_blocks(first.blocks, self.family.blocks())
+        weights = read_blocks(first.blocks, self.family.blocks(), own_presets(self.family.source))
         return on_blocks(plain, weights, self.family, guided)
 
 

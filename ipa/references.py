@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from numbers import Real
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
 from ipa.data.images.transforms import Opened, fit_reference, from_pil, read_picture
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
+from ipa.presets import SCALINGS
 from ipa.types import Features
 
 Picture = str | Path | Image.Image
@@ -33,6 +34,8 @@ COMBINE: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "max": lambda each: [torch.stack(each).amax(0)],
     "min": lambda each: [torch.stack(each).amin(0)],
 }
+TILE_PX, MAX_TILES = 256, 4
+SQUARE = (0.75, 1.33)  # height / width of pictures that are tiled as squares
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Reference:
     between. ``mask`` is white where it acts. ``combine`` says how several images become one prompt, one of ``COMBINE``;
     ``weights`` multiply their features. ``negative`` images take the place of "no image" in guidance's negative part.
     ``adapter`` is the adapter's number.
+
+    ``embeds_scaling`` says where λ enters: it multiplies the attention's result (``V only``), or acts inside the
+    softmax, one of `ipa.presets.SCALINGS`. ``subtract_text`` names content to take out of the image's embedding,
+    e ← e − s · e_text with s = ``subtract_strength`` (InstantStyle, Wang et al. 2024); for adapters that read the
+    pooled embedding of an encoder with a text tower. ``tiles`` divides the image (see ``tiles_of``): each tile is a
+    prompt that acts in its own rectangle.
     """
 
     images: Pictures
@@ -57,6 +66,10 @@ class Reference:
     weights: Sequence[float] | None = None
     negative: Pictures | None = None
     adapter: int = 0
+    embeds_scaling: str = "V only"
+    subtract_text: str = ""
+    subtract_strength: float = 1.0
+    tiles: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that mean nothing."""
@@ -72,13 +85,17 @@ class Reference:
             raise UserError(f"combine={self.combine} needs {'two images' if count else 'an image'} or more")
         if self.weights is not None and len(self.weights) != count:
             raise UserError(f"weights={self.weights}: give one for each of the {count} images")
+        if self.embeds_scaling not in SCALINGS:
+            raise UserError(f"embeds_scaling={self.embeds_scaling}: give one of {', '.join(SCALINGS)}")
+        if self.tiles and count > 1:
+            raise UserError(f"tiles: give one image for each prompt, not {count}")
 
     def check_types(self) -> None:
         pictures = [*as_list(self.images), *([] if self.negative is None else as_list(self.negative))]
         for each in [*pictures, *([] if self.mask is None else [self.mask])]:
             if not isinstance(each, str | Path | Image.Image):
                 raise UserError(f"{each!r} is no picture: images, negative and mask are files or pictures of PIL")
-        for name in ("scale", "start", "end", "adapter"):
+        for name in ("scale", "start", "end", "adapter", "subtract_strength"):
             if not isinstance(getattr(self, name), Real):
                 raise UserError(f"{name}={getattr(self, name)}: give a number")
         weights: Any = () if self.weights is None else self.weights
@@ -92,7 +109,21 @@ class Reference:
         blocks = tuple(self.blocks.items()) if hasattr(self.blocks, "items") else self.blocks
         negatives = None if self.negative is None else len(as_list(self.negative))
         when = (self.start, self.end, self.curve)
-        return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, self.combine
+        how = (self.combine, self.embeds_scaling, self.subtract_text, self.subtract_strength)
+        return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, how
+
+    def tiled(self, size: tuple[int, int]) -> list[Reference]:
+        """A prompt for each tile, with its rectangle as mask; ``size`` is the width and height of the images."""
+        if not self.tiles:
+            return [self]
+        own = None if self.mask is None else Image.fromarray((read_mask(self.mask, size)[0] * 255).byte().numpy())
+        found = []
+        for tile, box in tiles_of(open_image(as_list(self.images)[0], "image")):
+            mask = Image.new("L", size)
+            mask.paste(255, (*(round(part * edge) for part, edge in zip(box, size * 2, strict=True)),))
+            region = mask if own is None else ImageChops.multiply(mask, own)
+            found.append(replace(self, images=tile, mask=region, tiles=False))
+        return found
 
     def over_time(self) -> Callable[[float], float] | None:
         if (self.start, self.end, self.curve) == (0.0, 1.0, None):
@@ -113,6 +144,33 @@ class Item:
     def form(self) -> Any:
         return tuple(reference.form() for reference in self.references)
 
+    def tiled(self, size: tuple[int, int]) -> Item:
+        return replace(self, references=[part for each in self.references for part in each.tiled(size)])
+
+
+def tiles_of(picture: Image.Image) -> list[tuple[Image.Image, tuple[float, float, float, float]]]:
+    """Tiles of 256 px with their left, top, right and bottom as fractions of the picture, as ComfyUI_IPAdapter_plus.
+
+    The centre square of a picture that is nearly square gives 2 × 2; a longer one up to four in a row, which overlap
+    evenly (of one longer than four squares the middle).
+    """
+    ratio = picture.height / picture.width
+    if SQUARE[0] < ratio < SQUARE[1]:
+        width = height = 2 * TILE_PX
+    else:
+        long = min(round(TILE_PX * max(ratio, 1 / ratio)), MAX_TILES * TILE_PX)
+        width, height = (TILE_PX, long) if ratio > 1 else (long, TILE_PX)
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    corners = [(x, y) for y in tile_starts(height) for x in tile_starts(width)]
+    boxes = [(x, y, x + TILE_PX, y + TILE_PX) for x, y in corners]
+    return [(fitted.crop(box), (box[0] / width, box[1] / height, box[2] / width, box[3] / height)) for box in boxes]
+
+
+def tile_starts(edge: int) -> list[int]:
+    """First pixels of the fewest tiles that cover an edge."""
+    count = -(-edge // TILE_PX)
+    return [round(number * (edge - TILE_PX) / max(count - 1, 1)) for number in range(count)]
+
 
 def images_to_references(images: Any, options: dict[str, Any]) -> list[Reference]:
     given = as_list(images)
@@ -128,10 +186,16 @@ def as_list(value: Any) -> list[Any]:
 
 
 def encode(
-    model: IPAdapterModel, images: Sequence[Picture], weights: Sequence[float] | None, combine: str
+    model: IPAdapterModel,
+    images: Sequence[Picture],
+    weights: Sequence[float] | None = None,
+    combine: str = "concat",
+    without: Tensor | None = None,
 ) -> list[Features]:
-    """Features of one prompt's images after combining them; one row each."""
+    """Features of one prompt's images after combining them; one row each. ``without`` is subtracted from each image."""
     features = [model.encode_reference(reference(model, each)[None]) for each in images]
+    if without is not None:
+        features = [each.map(lambda embedding: embedding - without) for each in features]
     if weights is not None:
         features = [each.map(partial(torch.mul, float(w))) for each, w in zip(features, weights, strict=True)]
     merged: dict[str, list[Tensor]] = {}
@@ -140,6 +204,18 @@ def encode(
         if tensors:
             merged[name] = COMBINE[combine](tensors)
     return [Features(**dict(zip(merged, values, strict=True))) for values in zip(*merged.values(), strict=True)]
+
+
+def content_of(model: IPAdapterModel, prompt: Reference) -> Tensor | None:
+    """s · e_text of ``subtract_text``: embedding_1E. Raises UserError where the head does not read embeddings."""
+    if not prompt.subtract_text:
+        return None
+    if model.head.uses != "pooled":
+        raise UserError(
+            f"subtract_text={prompt.subtract_text}: this adapter reads {model.head.uses}, from which no text can be "
+            "subtracted: use an adapter with global tokens"
+        )
+    return prompt.subtract_strength * model.encoder.embed_text(prompt.subtract_text)
 
 
 def reference(model: IPAdapterModel, picture: Picture) -> Tensor:

@@ -229,8 +229,8 @@ class ImagePrompt:
     the prompt lives, so neither tokens nor branches may change between calls without gradients that see one prompt.
 
     ``hosts`` maps names of hosts to a factor of λ, hosts without one are left alone; None is 1 everywhere. ``mask_BHW``
-    in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. The results of the prompts ``also``
-    given are added to this one's.
+    in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. ``scaling`` is one of
+    `ipa.presets.SCALINGS`. The results of the prompts ``also`` given are added to this one's.
     """
 
     tokens_BTD: Tensor
@@ -238,6 +238,7 @@ class ImagePrompt:
     hosts: Mapping[str, float] | None = None
     mask_BHW: Tensor | None = None
     also: tuple[ImagePrompt, ...] = ()
+    scaling: str = "V only"
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -259,10 +260,10 @@ class ImagePrompt:
 class ImageCondition:
     """One image prompt of a sampling: the features of its ``images``, whose tokens are concatenated, and how they act.
 
-    ``negative`` is the image prompt of guidance's negative part, None is "no image". ``scale`` is λ; ``hosts`` and
-    ``mask_BHW`` are those of `ImagePrompt`. ``over_time`` gives a factor of λ for the progress of the denoising, from 0
-    (noise) to 1. A prompt that is ``reversed`` pushes away from its images: they take part in guidance's negative part,
-    with weight λ (g − 1) for guidance g, and zero tokens in the positive part.
+    ``negative`` is the image prompt of guidance's negative part, None is "no image". ``scale`` is λ; ``hosts``,
+    ``mask_BHW`` and ``scaling`` are those of `ImagePrompt`. ``over_time`` gives a factor of λ for the progress of the
+    denoising, from 0 (noise) to 1. A prompt that is ``reversed`` pushes away from its images: they take part in
+    guidance's negative part, with weight λ (g − 1) for guidance g, and zero tokens in the positive part.
     """
 
     images: Sequence[Features]
@@ -272,6 +273,7 @@ class ImageCondition:
     mask_BHW: Tensor | None = None
     over_time: Callable[[float], float] | None = None
     reversed: bool = False
+    scaling: str = "V only"
 
 
 class Channel:

@@ -1,12 +1,14 @@
 """Presets against the definitions in words, on the blocks of the real denoisers (built without weights)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from ipa.errors import UserError
 from ipa.families.cross_attention import blocks_of
-from ipa.presets import preset_names, read_blocks
+from ipa.presets import own_presets, preset_names, read_blocks
 
 SD = [
     *(f"down_blocks.{block}.attentions.{stack}" for block in range(3) for stack in range(2)),
@@ -71,6 +73,20 @@ def test_mappings_name_blocks_by_their_beginning() -> None:
         **{f"up_blocks.1.attentions.{stack}": 0.5 for stack in range(3)},
     }
     assert read_blocks({}, SD).shown == dict.fromkeys(SD, 0.0)
+
+
+def test_the_folder_of_a_base_has_presets_of_its_own(tmp_path: Path) -> None:
+    assert own_presets(str(tmp_path)) == own_presets("owner/name") == {}
+    (tmp_path / "presets.yaml").write_text("style: {up_blocks: 1.0}\nmine: {mid: 0.5}\n")
+    own = own_presets(str(tmp_path))
+
+    assert read_blocks("mine", SD, own) == read_blocks({"mid": 0.5}, SD)
+    assert read_blocks("style", SD, own) == read_blocks({"up_blocks": 1.0}, SD) != read_blocks("style", SD)
+    assert preset_names(SD, own)[:3] == ["style", "mine", "linear"] and preset_names(SD, own).count("style") == 1
+    for broken in ("style: 1", "- style", "{"):
+        (tmp_path / "presets.yaml").write_text(broken)
+        with pytest.raises(UserError, match=r"presets\.yaml"):
+            own_presets(str(tmp_path))
 
 
 def test_what_a_base_lacks_is_refused_with_what_it_has() -> None:

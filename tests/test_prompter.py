@@ -30,9 +30,10 @@ from torch import Tensor
 from ipa.errors import UserError
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
+from ipa.metrics.clip import ClipScorer
 from ipa.model import IPAdapterModel
 from ipa.prompter import Prompter
-from ipa.references import COMBINE, Item, Reference, open_reference, read_mask
+from ipa.references import COMBINE, Item, Reference, open_reference, read_mask, tiles_of
 from ipa.types import to_uint8
 
 PX = tiny.IMAGE_PX
@@ -186,8 +187,10 @@ def test_blocks_are_those_of_diffusers(prompter: Prompter, files: list[Path]) ->
         {"mask": Image.new("L", (PX, PX))},
         {"curve": lambda progress: 0.0},
         {"start": 0.0, "end": 0.0},
+        {"blocks": {}},
+        {"scale": 0.0, "embeds_scaling": "K+mean(V) w/ C penalty"},
     ],
-    ids=["scale", "blocks", "mask", "curve", "time"],
+    ids=["scale", "blocks", "mask", "curve", "time", "no blocks", "inside the softmax"],
 )
 def test_nothing_is_the_base_bit_for_bit(prompter: Prompter, nothing: dict[str, Any]) -> None:
     (base,) = prompter(text="cat", seed=3, **OPTIONS)
@@ -252,6 +255,44 @@ def test_what_is_cut_off_of_a_text_is_logged(prompter: Prompter, caplog: pytest.
     caplog.clear()
     prompter(CAT, "cat", **OPTIONS)
     assert not caplog.text
+
+
+def test_tiles_act_in_their_rectangles(prompter: Prompter) -> None:
+    """One prompt is the sum of those of its tiles, within the user's own mask."""
+    tall = Image.effect_noise((60, 150), 80).convert("RGB")
+    fitted = tall.resize((256, 640), Image.Resampling.LANCZOS)
+    parts = []
+    for top in (0, 192, 384):
+        mask = Image.new("L", (PX, PX))
+        mask.paste(255, (0, round(top / 640 * PX), PX // 2, round((top + 256) / 640 * PX)))
+        parts.append(Reference(fitted.crop((0, top, 256, top + 256)), 0.7, mask=mask))
+    (ours,) = prompter(tall, "cat", scale=0.7, mask=half(True), tiles=True, seed=3, **OPTIONS)
+
+    assert_alike(ours, prompter(parts, "cat", seed=3, **OPTIONS)[0])
+    assert differ(ours, prompter(tall, "cat", scale=0.7, mask=half(True), seed=3, **OPTIONS)[0])
+    assert [box for _, box in tiles_of(tall.resize((60, 70)))] == [
+        (x, y, x + 0.5, y + 0.5) for y in (0, 0.5) for x in (0, 0.5)
+    ]
+    assert [len(tiles_of(tall.resize(size))) for size in ((70, 60), (80, 60), (60, 90), (600, 60))] == [4, 2, 2, 4]
+
+
+def test_content_is_subtracted_from_the_embedding(
+    prompter: Prompter, clip_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """e − s · e_text, by the text tower of the same CLIP; a head that reads patches has no such thing."""
+    model = prompter.models[0]
+    monkeypatch.setattr(model.encoder, "source", clip_name)  # whose weights are those of the tiny encoder
+    clip = ClipScorer.from_pretrained(clip_name)
+    with torch.no_grad():
+        text = clip.clip.encode_text(clip.tokenizer(["cat"]))
+    pooled = embeds(prompter, DOG) - 0.5 * torch.stack([torch.zeros_like(text), text])
+    reference = Reference(DOG, subtract_text="cat", subtract_strength=0.5)
+    (found,) = prompter.condition(model, [reference], (PX, PX), True)
+
+    torch.testing.assert_close(found.images[0].pooled_BE, pooled[1], rtol=1e-5, atol=1e-6)
+    patches = Prompter([tiny.shake(tiny.make_model(head="fine_grained"))])
+    with pytest.raises(UserError, match="subtract_text=cat: this adapter reads patches"):
+        patches([reference], **OPTIONS)
 
 
 def test_another_width_and_height(prompter: Prompter) -> None:
@@ -361,6 +402,9 @@ def test_lora_and_textual_inversion_work_in_the_pipeline(tmp_path: Path) -> None
         ({"combine": "mix"}, ["combine=mix", "concat, add"]),
         ({"combine": "subtract"}, ["subtract", "two images"]),
         ({"weights": [1.0, 2.0]}, ["weights", "1 images"]),
+        ({"embeds_scaling": "K only"}, ["embeds_scaling=K only", "V only, K+V"]),
+        ({"images": [CAT, DOG], "tiles": True}, ["tiles: give one image", "not 2"]),
+        ({"subtract_text": "cat"}, ["encoder.name=tiny"]),
         ({"blocks": "stile"}, ["blocks=stile", "ease in", "mid_block"]),
         ({"blocks": {"middle": 1.0}}, ["middle", "mid_block"]),
         ({"adapter": 2}, ["adapter=2", "2 adapters"]),

@@ -112,6 +112,10 @@ class ImageEncoder(contracts.ImageEncoder):
         features = self._run(self.mean.new_zeros(1, 3, self.image_size_px, self.image_size_px), uses)
         return features.map(lambda x: x.expand(batch, *x.shape[1:]))
 
+    def embed_text(self, text: str) -> Tensor:
+        """Text in the space of the pooled features, not normalised: embedding_1E. Raises UserError without a tower."""
+        raise UserError(f"the encoder {self.source} has no text tower: give an open_clip model or a whole CLIP")
+
     def _run(self, normalized_B3HW: Tensor, uses: Uses) -> Features:
         """Run in the weights' own precision even inside autocast, so that features do not depend on the caller."""
         self.width(uses)

@@ -8,6 +8,7 @@ encoder = OpenClipEncoder.from_pretrained("ViT-SO400M-14-SigLIP-384", pretrained
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from dataclasses import asdict
 from pathlib import Path
@@ -76,6 +77,20 @@ class OpenClipEncoder(ImageEncoder):
         )
         return torch.cat([*out.get("image_intermediates_prefix", []), *out["image_intermediates"]], dim=1)
 
+    def embed_text(self, text: str) -> Tensor:
+        """As the contract; the model is loaded again for its text tower, which is not kept."""
+        return embed_text(self.source, self.weights, text).to(self.mean.device)
+
+
+@functools.lru_cache
+@torch.no_grad()
+def embed_text(name: str, pretrained: str | None, text: str) -> Tensor:
+    """embedding_1E by a model's text tower, not normalised."""
+    import open_clip
+
+    model: Any = load_clip(name, pretrained).eval()
+    return model.encode_text(open_clip.get_tokenizer(resolve_name(name))([text]))
+
 
 def num_prefix_tokens(visual: Any) -> int | None:
     """Class and register tokens of a vision transformer; None for ResNets and timm's convolutions, without patches."""
@@ -104,16 +119,23 @@ def load_tower(name: str, pretrained: str | None) -> Any:
     """The image tower with its weights and ``preprocess_cfg``; the text tower is discarded."""
     import open_clip
 
+    model: Any = load_clip(name, pretrained)
+    visual: Any = model.visual
+    visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
+    return visual
+
+
+def load_clip(name: str, pretrained: str | None) -> Any:
+    """The whole model; raises UserError."""
+    import open_clip
+
     try:
-        model = open_clip.create_model(
+        return open_clip.create_model(
             resolve_name(name), pretrained=pretrained, precision="fp32", require_pretrained=True, weights_only=True
         )
     except Exception as error:  # open_clip raises whatever breaks: errors of pickle, safetensors, torch and the hub
         given = f"encoder.name={name}" + (f" encoder.pretrained={pretrained}" if pretrained else "")
         raise UserError(f"{given}: the weights cannot be loaded: {brief(error)}") from error
-    visual: Any = model.visual
-    visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(model)
-    return visual
 
 
 def is_built_in(name: str) -> bool:

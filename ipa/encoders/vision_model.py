@@ -114,6 +114,19 @@ class VisionModelEncoder(ImageEncoder):
         out = self.visual(normalized_B3HW)
         return out.image_embeds if self.visual.config.model_type == CLIP else out.pooler_output
 
+    @torch.no_grad()
+    def embed_text(self, text: str) -> Tensor:
+        """As the contract, for the folder of a whole CLIP; it is loaded again for its text tower, which is not kept."""
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+        folder = locate(self.source)
+        if (folder.read_json("config.json") or {}).get("model_type") != "clip":
+            return super().embed_text(text)
+        where: Any = {"subfolder": folder.subfolder}
+        tower = CLIPTextModelWithProjection.from_pretrained(folder.root, dtype="float32", weights_only=True, **where)
+        tokens = AutoTokenizer.from_pretrained(folder.root, **where)([text], truncation=True, return_tensors="pt")
+        return tower.eval()(**tokens).text_embeds.to(self.mean.device)
+
 
 def read_size(preprocessing: Mapping[str, Any]) -> int | list[int] | None:
     """The image size after the crop, else after the resizing; None if neither gives both sides."""

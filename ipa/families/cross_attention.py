@@ -23,6 +23,24 @@ from ipa.types import Channel, ImagePrompt
 
 Once = Callable[[Hashable, Callable[[], Any]], Any]
 
+REFERENCE_WIDTH = 1280  # of the layers for which "C penalty" leaves λ as it is
+
+
+def scale_keys_and_values(key_BMTd: Tensor, value_BMTd: Tensor, scale: Tensor, how: str) -> tuple[Tensor, Tensor]:
+    """λ inside the softmax, as in ComfyUI_IPAdapter_plus (`ipa.presets.SCALINGS`); C is the layer's width.
+
+    K+V                            Attention(Q, λ K′, λ V′)
+    K+V w/ C penalty               the same with w = λ C / 1280
+    K+mean(V) w/ C penalty         Attention(Q, w K′, V′ − V̄′ + w V̄′), V̄′ the mean over the tokens
+    """
+    width = key_BMTd.shape[1] * key_BMTd.shape[3]
+    weight = scale.to(key_BMTd) * (width / REFERENCE_WIDTH if "penalty" in how else 1.0)
+    weight = weight[..., None] if weight.ndim else weight
+    if how.startswith("K+V"):
+        return weight * key_BMTd, weight * value_BMTd
+    mean = value_BMTd.mean(2, keepdim=True)
+    return weight * key_BMTd, value_BMTd - mean + weight * mean
+
 
 def every_time(key: Hashable, make: Callable[[], Any]) -> Any:
     """``ImagePrompt.once`` for tokens without a prompt: nothing is kept."""
@@ -44,11 +62,20 @@ class CrossAttentionBranch(nn.Module):
             self.to_v_ip.weight.copy_(attention.to_v.weight)
 
     def forward(
-        self, query_BMQd: Tensor, tokens_BTD: Tensor, time: Tensor | None, scale: Tensor, once: Once = every_time
+        self,
+        query_BMQd: Tensor,
+        tokens_BTD: Tensor,
+        time: Tensor | None,
+        scale: Tensor,
+        once: Once = every_time,
+        scaling: str = "V only",
     ) -> Tensor:
         """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family."""
         dtype = query_BMQd.dtype
         key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
+        if scaling != "V only":
+            key_BMTd, value_BMTd = scale_keys_and_values(key_BMTd, value_BMTd, scale, scaling)
+            scale = (scale != 0).to(scale)  # λ = 0 is exactly nothing
         attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd)
         return scale.to(attended.dtype) * join_heads(attended)
 
@@ -124,10 +151,10 @@ class BranchProcessor:
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
         attended = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         for branch, prompt in prompts:
-            scale = prompt.scale_at(self.host)
+            added = branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale_at(self.host), prompt.once, prompt.scaling)
             if prompt.mask_BHW is not None:
-                scale = scale.to(attended) * mask_of(prompt, len(attended), attended.shape[1]).to(attended)
-            attended = attended + branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once)
+                added = added * mask_of(prompt, len(attended), attended.shape[1]).to(attended)
+            attended = attended + added
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states

@@ -25,12 +25,16 @@ from omegaconf import OmegaConf
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError, brief
+from ipa.presets import SCALINGS
 from ipa.ranges import MAX_EDGE_PX, TRAINING_STEPS
 from ipa.tools.options import option, run_tool
 from ipa.tools.pictures import FORMATS, check_format, grid, read_settings, write_picture
 
 SAMPLING = ("num_steps", "guidance", "guidance_rescale")
-REFERENCE = ("start", "end", "combine", "mask")
+REFERENCE = (
+    *("start", "end", "combine", "mask"),
+    *("embeds_scaling", "subtract_text", "subtract_strength", "tiles"),
+)
 AXES = ("text", "scale", "blocks", "seed")  # lists of these make a grid; the last one with several goes across
 NOT_SETTINGS = ("out", "again", "device")
 
@@ -51,6 +55,10 @@ class Options:
     mask: str | None = option(None, "picture that is white where the image prompt acts")
     combine: str = option("concat", "several images: concat, add, average, norm average, subtract, max, min")
     negative: list[str] = option([], "image prompt of guidance's negative part, as many as image=")
+    embeds_scaling: str = option("V only", "where λ enters: behind the softmax, or inside it", one_of=SCALINGS)
+    subtract_text: str = option("", "content to take out of the image's embedding, as words")
+    subtract_strength: float = option(1.0, "how much of it", at_least=0)
+    tiles: bool = option(False, "divide the image prompt into tiles that act in their own rectangles")
     references: str | None = option(
         None, "in place of image=: prompts with their own options, [{images: a.png, scale: 0.5, adapter: 1}]"
     )

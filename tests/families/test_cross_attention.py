@@ -6,7 +6,15 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ipa.families.cross_attention import BranchProcessor, CrossAttentionHost, attend_to_text, join_heads, split_heads
+from ipa.families.cross_attention import (
+    BranchProcessor,
+    CrossAttentionBranch,
+    CrossAttentionHost,
+    attend_to_text,
+    join_heads,
+    split_heads,
+)
+from ipa.presets import SCALINGS
 from ipa.types import Channel, ImagePrompt
 
 
@@ -47,9 +55,7 @@ def test_a_layer_with_its_branch_is_equation_5(
     """And then what the layer does with its output: the residual, and 1 / ``rescale_output_factor``."""
     attention.residual_connection, attention.rescale_output_factor = residual, factor
     host, channel = CrossAttentionHost("a layer", attention), Channel()
-    branch = host.make_branch()
-    torch.nn.init.normal_(branch.to_k_ip.weight)
-    torch.nn.init.normal_(branch.to_v_ip.weight)
+    branch = tiny_branch(host)
     host.plug(branch, channel)
     states, text, tokens = torch.randn(2, 9, 8), torch.randn(2, 5, 16), torch.randn(2, 4, 16)
     with channel.carrying(ImagePrompt(tokens, torch.tensor(scale))):
@@ -60,6 +66,46 @@ def test_a_layer_with_its_branch_is_equation_5(
     attended = attended + scale * plain_attention(query, branch.to_k_ip(tokens), branch.to_v_ip(tokens), heads=2)
     expected = (attention.to_out[0](attended) + residual * states) / factor
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("how", SCALINGS)
+def test_where_the_weight_enters_is_as_written_out(attention: Attention, how: str, scale: float) -> None:
+    """``attention``'s inner width C is 8, for which the penalty is 8 / 1280."""
+    host, channel = CrossAttentionHost("a layer", attention), Channel()
+    branch = tiny_branch(host)
+    host.plug(branch, channel)
+    states, text, tokens = torch.randn(2, 9, 8), torch.randn(2, 5, 16), 3 * torch.randn(2, 4, 16)
+    mask = torch.ones(1, 9, 1)
+    mask[:, :4] = 0
+    prompt = ImagePrompt(tokens, torch.tensor(scale), mask_BHW=mask.view(1, 3, 3), scaling=how)
+    with channel.carrying(prompt), torch.no_grad():
+        out, base = attention(states, text), attention.processor.replaced(attention, states, text)
+
+    query, key, value = attention.to_q(states), branch.to_k_ip(tokens), branch.to_v_ip(tokens)
+    weight, mean = scale * 8 / 1280, value.mean(1, keepdim=True)
+    key, value = {
+        "V only": (key, scale * value),
+        "K+V": (scale * key, scale * value),
+        "K+V w/ C penalty": (weight * key, weight * value),
+        "K+mean(V) w/ C penalty": (weight * key, (value - mean + weight * mean) * (scale > 0)),
+    }[how]
+    attended = plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
+    attended = attended + mask * plain_attention(query, key, value, heads=2)
+    torch.testing.assert_close(out, attention.to_out[0](attended), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[:, :4], base[:, :4])
+    assert scale or torch.equal(out, attention.to_out[0](attend(attention, states, text)))
+
+
+def tiny_branch(host: CrossAttentionHost) -> CrossAttentionBranch:
+    branch = host.make_branch()
+    torch.nn.init.normal_(branch.to_k_ip.weight)
+    torch.nn.init.normal_(branch.to_v_ip.weight)
+    return branch
+
+
+def attend(attention: Attention, states: Tensor, text: Tensor) -> Tensor:
+    return attend_to_text(attention, split_heads(attention.to_q(states), attention.heads), text, None)
 
 
 def test_every_row_can_have_a_scale_of_its_own(attention: Attention) -> None:
