@@ -148,12 +148,12 @@ def folder_of(images: list[str]) -> Path | None:
     return Path(images[0]) if len(images) == 1 and Path(images[0]).is_dir() else None
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def pictures_in(folder: Path, option: str = "image") -> list[Path]:
     from ipa.files import PICTURE_EXTENSIONS, is_picture
 
     found = sorted(path for path in folder.iterdir() if is_picture(path.name) and path.is_file())
     if not found:
-        raise UserError(f"image={folder} has no pictures ({', '.join(PICTURE_EXTENSIONS)})")
+        raise UserError(f"{option}={folder} has no pictures ({', '.join(PICTURE_EXTENSIONS)})")
     return found
 
 

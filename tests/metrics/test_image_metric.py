@@ -18,18 +18,20 @@ from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipScores
 from ipa.metrics.distributions import FrechetDistance, KernelDistance
+from ipa.metrics.edges import EdgeOverlap
 from ipa.metrics.image_metric import ImageMetric, ItemMetric
 from ipa.metrics.similarity import ImageDistance, ImageSimilarity
 
 MAKERS: dict[str, Callable[[ClipScorer], ImageMetric]] = {
     "clip": lambda scorer: ClipScores(scorer, "mean"),
     "border": lambda scorer: BorderColour(),
+    "edges": lambda scorer: EdgeOverlap(),
     "similarity": lambda scorer: ImageSimilarity(scorer, "likeness"),
     "distance": lambda scorer: ImageDistance(scorer, "distance"),
     "fid": lambda scorer: FrechetDistance(scorer),
     "kid": lambda scorer: KernelDistance(scorer, subsets=5, subset_size=4),
 }
-ITEM_METRICS = ["clip", "border", "similarity", "distance"]
+ITEM_METRICS = ["clip", "border", "edges", "similarity", "distance"]
 NUMBERS = torch.arange(6)
 
 

@@ -30,6 +30,7 @@ METRICS = {
     "fid_judge": Heading("FID, judge", about="FID in the features of the CLIP model that computes the scores"),
     "kid_judge": Heading("KID, judge", 4, "the same, unbiased for small sets"),
     "border_lab": Heading("Border ΔE", 1, "colour difference (CIE Lab) of the borders of image and image prompt"),
+    "edges": Heading("Edges", about="overlap (F1) of the edges of image and image prompt"),
     "aesthetic": Heading("Aesthetic", 2, "human rating of the image, predicted by a small network"),
 }
 
