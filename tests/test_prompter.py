@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import ExifTags, Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ipa.errors import UserError
@@ -39,6 +40,12 @@ from ipa.types import to_uint8
 PX = tiny.IMAGE_PX
 STEPS = 3
 OPTIONS: dict[str, Any] = {"guidance": 3.0, "num_steps": STEPS, "batch_size": 8}
+PLAIN: dict[str, Any] = {
+    "negative_prompt": "",
+    "guidance_scale": 3.0,
+    "num_inference_steps": STEPS,
+    "output_type": "pt",
+}  # the same in diffusers
 
 
 def picture(seed: int) -> Image.Image:
@@ -82,9 +89,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_adapter(folder, seed) for seed in (1, 2)]
 
 
-def stock(files: Sequence[Path]) -> Any:
+def stock(files: Sequence[Path], family: Any = None) -> Any:
     """A public pipeline on a base of its own with these adapters loaded by diffusers."""
-    pipeline = tiny.make_pipeline(tiny.make_family())
+    pipeline = tiny.make_pipeline(family or tiny.make_family())
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     names = [file.name for file in files]
     pipeline.load_ip_adapter(
@@ -106,11 +113,8 @@ def embeds(prompter: Prompter, *images: Image.Image, number: int = 0) -> Tensor:
 def call(pipeline: Any, seed: int, embeddings: Sequence[Tensor], text: str = "cat", **arguments: Any) -> Image.Image:
     out = pipeline(
         text,
-        negative_prompt="",
         ip_adapter_image_embeds=list(embeddings),
-        guidance_scale=3.0,
-        num_inference_steps=STEPS,
-        output_type="pt",
+        **PLAIN,
         **({"latents": tiny_noise(seed), "height": PX, "width": PX} | arguments),
     )
     return as_image(out.images * 2 - 1)
@@ -319,11 +323,8 @@ def test_image_to_image_and_inpainting_are_those_of_diffusers(prompter: Prompter
         sizes = {"height": PX, "width": PX, "latents": tiny_noise(3)} if takes_size else {}
         out = theirs(
             "cat",
-            negative_prompt="",
             ip_adapter_image_embeds=[embeds(prompter, DOG)],
-            guidance_scale=3.0,
-            num_inference_steps=STEPS,
-            output_type="pt",
+            **PLAIN,
             generator=torch.Generator().manual_seed(3),
             **sizes,
             **more,
@@ -351,7 +352,8 @@ def test_controlnet_is_that_of_diffusers(prompter: Prompter, files: list[Path]) 
     assert differ(ours, prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)[0])
 
 
-def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prompter) -> None:
+def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prompter, files: list[Path]) -> None:
+    """diffusers' layers can, if their input is given to the UNet by a hook: the same picture."""
     assert not hasattr(StableDiffusionAdapterPipeline, "load_ip_adapter")
     torch.manual_seed(5)
     control = T2IAdapter(
@@ -362,35 +364,89 @@ def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prom
         adapter_type="full_adapter",
     ).eval()
     pipeline = prompter.pipeline(StableDiffusionAdapterPipeline, adapter=control)
-    made = [
-        prompter(DOG, "cat", scale=scale, seed=3, pipeline=pipeline, arguments={"image": start_image()}, **OPTIONS)[0]
-        for scale in (0.0, 1.0)
-    ]
-    (alone,) = prompter(DOG, "cat", seed=3, **OPTIONS)
+    arguments = {"image": start_image()}
+    (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=arguments, **OPTIONS)
+    base = stock(files[:1])
+    base.set_ip_adapter_scale(0.7)
+    parts = {name: part for name, part in base.components.items() if name != "image_encoder"}
+    theirs = StableDiffusionAdapterPipeline(**parts, adapter=control, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    tokens = embeds(prompter, DOG)[:, None]
+    add_image = lambda unet, inputs, named: (inputs, named | {"added_cond_kwargs": {"image_embeds": [tokens]}})  # noqa: E731
+    base.unet.register_forward_pre_hook(add_image, with_kwargs=True)
+
+    expected = theirs(
+        "cat", image=start_image(), **PLAIN | {"output_type": "np"}, latents=tiny_noise(3), height=PX, width=PX
+    )
+    assert_alike(ours, as_image(torch.from_numpy(expected.images).permute(0, 3, 1, 2) * 2 - 1))
+    assert differ(ours, prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)[0])
     with pytest.raises(UserError, match=r"guidance_rescale=0\.5: StableDiffusionAdapterPipeline"):
-        prompter(DOG, pipeline=pipeline, guidance_rescale=0.5, arguments={"image": start_image()}, **OPTIONS)
-
-    assert differ(*made) and differ(made[1], alone)
+        prompter(DOG, pipeline=pipeline, guidance_rescale=0.5, arguments=arguments, **OPTIONS)
 
 
-def test_lora_and_textual_inversion_work_in_the_pipeline(tmp_path: Path) -> None:
+def test_a_lora_is_that_of_diffusers_and_comes_off_again(files: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from peft import LoraConfig
-
-    family = tiny.make_family()
-    prompter = Prompter([adapted(family, 1)])
-    (before,) = prompter(CAT, "cat", seed=3, **OPTIONS)
+    write_lora(tmp_path)
+    prompter, theirs = Prompter([adapted(tiny.make_family(), 1)]), stock(files[:1])
+    (before,) = prompter(CAT, "cat", scale=0.7, seed=3, **OPTIONS)
     pipeline = prompter.pipeline()
-    family.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights="gaussian"))
-    for name, parameter in family.unet.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
-    (with_lora,) = prompter(CAT, "cat", seed=3, pipeline=pipeline, **OPTIONS)
-    family.unet.disable_adapters()
-    (without,) = prompter(CAT, "cat", seed=3, pipeline=pipeline, **OPTIONS)
+    for each in (pipeline, theirs):
+        each.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    theirs.set_ip_adapter_scale(0.7)
+    (ours,) = prompter(CAT, "cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)
 
-    assert differ(with_lora, before)
-    assert_alike(without, before)
+    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)]))
+    assert differ(ours, before)
+    pipeline.unload_lora_weights()
+    assert_alike(prompter(CAT, "cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)[0], before)
+
+
+def write_lora(folder: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    unet = tiny.make_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    layers = {name: 3 * value for name, value in get_peft_model_state_dict(unet).items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=convert_state_dict_to_diffusers(layers), weight_name="lora.safetensors"
+    )
+
+
+def test_textual_inversion_is_that_of_diffusers(files: list[Path], tmp_path: Path) -> None:
+    """The tokenizer and the text encoder are the prompter's, too."""
+    save_file({"<new>": 5 * torch.randn(tiny.CONTEXT_WIDTH)}, tmp_path / "new.safetensors")
+    prompter, theirs = Prompter([adapted(tiny.make_family(), 1)]), stock(files[:1])
+    (before,) = prompter(CAT, "a <new> cat", scale=0.7, seed=3, **OPTIONS)
+    for each in (prompter.pipeline(), theirs):
+        each.load_textual_inversion(str(tmp_path), weight_name="new.safetensors")
+    theirs.set_ip_adapter_scale(0.7)
+    (ours,) = prompter(CAT, "a <new> cat", scale=0.7, seed=3, **OPTIONS)
+
+    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)], "a <new> cat"))
+    assert differ(ours, before)
+
+
+def test_an_adapter_on_a_fine_tuned_base_is_that_of_diffusers(files: list[Path]) -> None:
+    """A custom model or a DreamBooth checkpoint of the base that it was trained on."""
+
+    def custom() -> Any:
+        family = tiny.make_family()
+        with torch.no_grad():
+            for number, parameter in enumerate(family.unet.parameters()):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        return family
+
+    donor = adapted(tiny.make_family(), 1)
+    model = tiny.make_model(family=custom())
+    model.trainable.load_state_dict(donor.trainable.state_dict())
+    model.adapter.install()
+    prompter, theirs = Prompter([model]), stock(files[:1], custom())
+    theirs.set_ip_adapter_scale(0.7)
+    (ours,) = prompter(CAT, "cat", scale=0.7, seed=3, **OPTIONS)
+
+    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)]))
+    assert differ(ours, Prompter([donor])(CAT, "cat", scale=0.7, seed=3, **OPTIONS)[0])
 
 
 @pytest.mark.parametrize(
