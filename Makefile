@@ -100,6 +100,9 @@ demo-world: $(READY) ## rebuild the data and models of the demo world; hours on 
 	$(BIN)/python demo/measure.py clip
 	$(BIN)/python demo/measure.py vae
 	$(BIN)/python demo/measure.py base
+	$(BIN)/python demo/make_control.py --threads 2
+	$(BIN)/python demo/make_concept.py embedding
+	$(BIN)/python demo/make_concept.py lora
 
 clean: ## remove caches; keeps .venv, runs and demo/build
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info

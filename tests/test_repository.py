@@ -77,9 +77,11 @@ def test_requirements_are_names_versions_and_markers_only() -> None:
 
 
 def test_demo_world_fits_in_its_allowance() -> None:
-    size = sum(path.stat().st_size for path in tracked_files() if path.is_relative_to(ROOT / "demo"))
+    sizes = {path: path.stat().st_size for path in tracked_files() if path.is_relative_to(ROOT / "demo")}
+    together = sum(size for path, size in sizes.items() if path.parent.name in ("control", "concept"))
 
-    assert size <= 35 * MEGABYTE
+    assert sum(sizes.values()) - together <= 35 * MEGABYTE
+    assert together <= 3 * MEGABYTE
 
 
 def choices(group: str) -> list[str]:

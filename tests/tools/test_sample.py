@@ -101,6 +101,7 @@ def pixels(path: Path) -> bytes:
 def test_options_reach_the_image(sample: Sample, tmp_path: Path) -> None:
     changes = [{}, {"seed": 1}, {"text": "abc"}, {"scale": 1}, {"scale": 0}, {"guidance": 1}, {"num_steps": 3}]
     changes += [{"guidance_rescale": 0.7}, {"width": 24, "height": 24}]
+    changes += [{"embeds_scaling": "K+V"}, {"tiles": True}, {"subtract_text": "cat"}]
     for number, changed in enumerate(changes):
         sample(out=tmp_path / f"{number}.png", **changed)
     assert sample(out=tmp_path / "again.png", device="cpu") == f"wrote {tmp_path}/again.png\n"
