@@ -418,6 +418,8 @@ def export(options: argparse.Namespace) -> None:
     config = beside / "text_encoder" / "config.json"
     # transformers takes the stored type, diffusers fp32: without this line the two do not fit together
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    if (out / "presets.yaml").exists():  # to be measured anew: demo/combine.py blocks
+        shutil.copy(out / "presets.yaml", beside)
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
     print(f"wrote {out}")

@@ -32,13 +32,15 @@ Row = dict[str, Interval]
 class Measure:
     """A column: a metric's value ``name``, against the image prompts, or against the base's images of the same noise.
 
-    ``digits`` are those of the table; ``factor`` multiplies, 100 for per cent.
+    With ``gain`` the value of the base's image is subtracted, for an interval of the difference itself. ``digits`` are
+    those of the table; ``factor`` multiplies, 100 for per cent.
     """
 
     title: str
     metric: Callable[[], ItemMetric]
     name: str
     against_base: bool = False
+    gain: bool = False
     digits: int = 2
     factor: float = 1.0
 
@@ -91,12 +93,19 @@ def pixels_of(pictures: Sequence[Image.Image]) -> list[Tensor]:
 def measured(
     made: Sequence[Tensor], prompts: Sequence[Tensor], base: Sequence[Tensor], measures: Sequence[Measure]
 ) -> Row:
-    row, items = {}, range(len(made))
+    row, items = {}, list(range(len(made)))
     for each in measures:
-        metric = each.metric()
-        metric.update(made, base if each.against_base else prompts)
-        row[each.title] = confidence_interval(each.factor * metric.per_item()[each.name], list(items))
+        values_B = values(each, made, base if each.against_base else prompts)
+        if each.gain:
+            values_B = values_B - values(each, base, prompts)
+        row[each.title] = confidence_interval(each.factor * values_B, items)
     return row
+
+
+def values(measure: Measure, made: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    metric = measure.metric()
+    metric.update(made, references)
+    return metric.per_item()[measure.name]
 
 
 def as_table(rows: Mapping[str, Row], measures: Sequence[Measure]) -> str:

@@ -97,7 +97,7 @@ def measures_of(judge: str, weights: str | None) -> Sequence[Any]:
         Measure("CLIP-I", lambda: ClipCosines(scorer), "clip_i"),
         Measure("its own prompt nearest (%)", lambda: ClipCosines(scorer), "retrieval_at_1", digits=0, factor=100),
         Measure("border ΔE to the prompt", BorderColour, "border_lab", digits=1),
-        Measure("edges of the prompt", EdgeOverlap, "edges"),
+        Measure("edges of the prompt, gain", EdgeOverlap, "edges", gain=True, digits=3),
         Measure("edges of the base's image", EdgeOverlap, "edges", against_base=True),
         Measure("CLIP-I to the base's image", lambda: ClipCosines(scorer), "clip_i", against_base=True),
     ]

@@ -98,13 +98,14 @@ def test_text_and_noise_are_those_of_the_base(tmp_path: Path) -> None:
     prompter, picture = Prompter([model], {"num_steps": 2}), Image.effect_noise((24, 24), 80).convert("RGB")
     measure = Measure("edges", EdgeOverlap, "edges", against_base=True)
     chosen = {NONE: {}, BLOCK: {BLOCK: 1.0}}
-    rows = dict(sweep(prompter, [picture] * 2, ["cat", "a dog"], [measure], chosen))
+    gain = Measure("gain", EdgeOverlap, "edges", gain=True)
+    rows = dict(sweep(prompter, [picture] * 2, ["cat", "a dog"], [measure, gain], chosen))
     items = [Item([Reference(picture, 1.0, chosen[BLOCK])], text, seed=i) for i, text in enumerate(["cat", "a dog"])]
     plain = [Item(text=item.text, seed=item.seed) for item in items]
     metric = EdgeOverlap()
     metric.update(*([pixels(image) for image in prompter.generate(each)] for each in (items, plain)))
 
-    assert rows[NONE]["edges"].mean == 1
+    assert rows[NONE]["edges"].mean == 1 and rows[NONE]["gain"] == (0, 0, 0)
     assert rows[BLOCK]["edges"].mean == pytest.approx(float(metric.compute()["edges"]), abs=1e-6)
     assert list(selections(["a", "b"])) == [NONE, ALL, "a", "b"]
 
