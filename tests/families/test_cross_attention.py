@@ -6,7 +6,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ipa.families.cross_attention import BranchProcessor, CrossAttentionHost, attend_to_text, join_heads, split_heads
+from ipa.families.attention_host import BranchProcessor, join_heads, split_heads
+from ipa.families.cross_attention import CrossAttentionHost, attend_to_text
 from ipa.types import Channel, ImagePrompt
 
 
