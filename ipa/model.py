@@ -62,6 +62,7 @@ class IPAdapterModel(nn.Module):
         check_combination(family, head, adapter, min_snr_gamma)
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
+        self.train_scale = 1.0  # λ in `errors`
         self.is_compiled = False
         self.recomputes = True  # blocks in the backward pass, after checkpoint_gradients
         # names the parts of a step, for a profiler or a timer
@@ -218,7 +219,7 @@ class IPAdapterModel(nn.Module):
         with self.part("text encoder"):
             text = self.text_of(batch)
         with self.part("denoiser"):
-            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, scale=1.0)
+            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, scale=self.train_scale)
         return Errors(objective.squared_error(prediction, corrupted.target), corrupted.weight_B, draws.time_B)
 
     def posterior_of(self, batch: Batch) -> Posterior:

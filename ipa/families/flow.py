@@ -166,9 +166,9 @@ class FlowFamily(PipelineFamily):
         return list(dict.fromkeys(host.block for host in hosts))
 
     def compile_blocks(self) -> None:
-        for module in self.transformer.modules():
-            if type(module).__name__ in self.transformer._no_split_modules:
-                module.compile(fullgraph=True)
+        for stack in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(self.transformer, stack, ()):
+                block.compile(fullgraph=True)
 
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None

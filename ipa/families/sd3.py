@@ -21,6 +21,8 @@ from ipa.families.pipeline_family import PROBES, tokenize
 from ipa.families.sd3_attention import SD3Host, find_hosts
 from ipa.types import BaseWidths, TextCondition, TextInputs
 
+TIME_WIDTH = 1280  # of the published adapters
+
 
 class StableDiffusion3(FlowFamily):
     """``time_width`` is the width of the head's time embedding, which modulates the branches.
@@ -54,7 +56,7 @@ class StableDiffusion3(FlowFamily):
         self,
         source: str = "",
         times: FlowTimes | None = None,
-        time_width: int = 1280,
+        time_width: int | None = None,
         t5: bool = True,
         text_tokens: int | None = None,
         key_std: float = 0.02,
@@ -62,7 +64,7 @@ class StableDiffusion3(FlowFamily):
         **parts: Any,
     ) -> None:
         super().__init__(source, times, **parts)
-        self.time_width, self.start = time_width, (key_std, value_std)
+        self.time_width, self.start = time_width or TIME_WIDTH, (key_std, value_std)
         self.text_tokens = text_tokens or (min(256, self.tokenizer_3.model_max_length) if t5 else 256)
         self.t5 = t5
 
@@ -71,8 +73,8 @@ class StableDiffusion3(FlowFamily):
         return {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
 
     @classmethod
-    def widths_of(cls, transformer: Any, time_width: int = 1280, **options: Any) -> BaseWidths:
-        hosts = [host.width for host in find_hosts(transformer, time_width)]
+    def widths_of(cls, transformer: Any, time_width: int | None = None, **options: Any) -> BaseWidths:
+        hosts = [host.width for host in find_hosts(transformer, time_width or TIME_WIDTH)]
         return BaseWidths(transformer.inner_dim, hosts, transformer.config.joint_attention_dim, cls.branches)
 
     @property
