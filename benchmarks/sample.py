@@ -26,8 +26,7 @@ from measuring import save, table, take_turns, times_faster
 from torch import Tensor
 
 from ipa.export.loading import load_model
-from ipa.export.published import to_published, with_metadata
-from ipa.export.storage import save_adapter
+from ipa.export.published import to_published, write_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import draw_noise, prompt_arguments
 from ipa.types import Features, ImageCondition
@@ -67,7 +66,7 @@ def stock_pipeline(model: IPAdapterModel) -> Any:
     pipeline = copy.deepcopy(model.family).pipeline()
     with tempfile.TemporaryDirectory() as folder:
         tensors = to_published(model.trainable.state_dict(), torch.float32)
-        save_adapter(Path(folder) / FILE, tensors, with_metadata(tensors, model.describe()))
+        write_adapter(Path(folder) / FILE, tensors, model.describe())
         pipeline.load_ip_adapter(folder, subfolder="", weight_name=FILE, image_encoder_folder=None)
     return pipeline
 

@@ -27,7 +27,8 @@ from ipa.types import (
 )
 
 Uses = Literal["pooled", "patches"]
-NoImage = Literal["zeros", "blank"]
+NoImage = Literal["zeros", "blank", "black"]
+Part = Literal["joint", "positive", "negative"]  # of a guided batch
 
 
 class Host(Protocol):
@@ -66,7 +67,7 @@ class DenoiserCall(NamedTuple):
     """One call of the denoiser inside a public pipeline: its time and the part of the guided batch it computes."""
 
     time_B: Tensor
-    part: Literal["joint", "positive", "negative"]
+    part: Part
 
 
 class Family(nn.Module, ABC):
@@ -85,6 +86,7 @@ class Family(nn.Module, ABC):
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
     guidance: ClassVar[float] = 7.5  # the usual scale
+    branches: str = ""  # name of its branches' published layout (`ipa.export.branches`); none: only ipa reads its files
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the trainer asks: frozen parts have no dropout."""
@@ -120,6 +122,11 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def context_width(self) -> int:
         """D, the width of the image tokens."""
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text states, which the tokens of a simple adapter must have."""
+        return self.context_width
 
     @property
     @abstractmethod
@@ -208,7 +215,11 @@ class Family(nn.Module, ABC):
 
     @property
     def widths(self) -> BaseWidths:
-        return BaseWidths(self.context_width, [host.width for host in self.hosts()])
+        return BaseWidths(self.context_width, [host.width for host in self.hosts()], self.text_width, self.branches)
+
+    def describe(self) -> dict[str, str]:
+        """What an adapter file's metadata must record of this family's options."""
+        return {}
 
     # sampling
 
@@ -292,8 +303,9 @@ class TokenHead(nn.Module, ABC):
     """Trainable: image features → image tokens.
 
     ``uses`` is what it reads of the features, ``no_image`` what replaces them when the image is dropped: ``zeros``, or
-    the encoder's ``blank`` image. The tokens of a head that ``depends_on_time`` are computed anew at every denoising
-    step; those of any other head, and their K′ and V′, are computed once per prompt.
+    the features of the encoder's ``blank`` image or of a ``black`` one. The tokens of a head that ``depends_on_time``
+    are computed anew at every denoising step; those of any other head, and their K′ and V′, are computed once per
+    prompt.
     """
 
     uses: Uses
@@ -315,6 +327,11 @@ class AdapterKind(nn.Module, ABC):
     """Trainable: brings image tokens to the frozen denoiser. Making one leaves the base unchanged."""
 
     name: ClassVar[str]
+
+    @classmethod
+    def token_width(cls, widths: BaseWidths) -> int:
+        """The width of the image tokens on a base of these widths."""
+        return widths.context
 
     @abstractmethod
     def install(self) -> Self:

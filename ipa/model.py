@@ -62,6 +62,7 @@ class IPAdapterModel(nn.Module):
         check_combination(family, head, adapter, min_snr_gamma)
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
+        self.train_scale = 1.0  # λ in `errors`
         self.is_compiled = False
         self.recomputes = True  # blocks in the backward pass, after checkpoint_gradients
         # names the parts of a step, for a profiler or a timer
@@ -125,16 +126,20 @@ class IPAdapterModel(nn.Module):
         return self.encoder.encode(to_unit_range(reference_B3HW), uses=self.head.uses)
 
     def no_image(self, batch: int) -> Features:
-        """What the head reads without an image: zeros, or the features of the encoder's blank image."""
+        """What the head reads without an image: zeros, or the features of the encoder's blank image or a black one."""
         if self._blank is None:  # one row, computed once
-            self._blank = self.encoder.blank(1, uses=self.head.uses)
-        empty = self._blank if self.head.no_image == "blank" else self._blank.map(torch.zeros_like)
+            edge, uses = self.encoder.image_size_px, self.head.uses
+            black = self.head.no_image == "black"
+            pixels = torch.full((1, 3, edge, edge), -1.0, device=self.device)
+            self._blank = self.encoder.encode(pixels, uses) if black else self.encoder.blank(1, uses)
+        empty = self._blank if self.head.no_image != "zeros" else self._blank.map(torch.zeros_like)
         return empty.map(lambda x: x.to(self.device).expand(batch, *x.shape[1:]))
 
     def describe(self) -> dict[str, str]:
         """Metadata that a reader of the adapter file needs about the parts it was trained with."""
         return {
             "base_family": self.family.name,
+            "branches": self.family.branches,
             "kind": self.adapter.name,
             "base": public_source(self.family.source),
             "encoder": public_source(self.encoder.source),
@@ -145,6 +150,7 @@ class IPAdapterModel(nn.Module):
             "layer": self.encoder.layer_name(self.head.uses),
             "no_image": self.head.no_image,
             "num_tokens": str(self.head.num_tokens),
+            **self.family.describe(),
             **self.head.describe(),
         }
 
@@ -213,7 +219,7 @@ class IPAdapterModel(nn.Module):
         with self.part("text encoder"):
             text = self.text_of(batch)
         with self.part("denoiser"):
-            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, scale=1.0)
+            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, scale=self.train_scale)
         return Errors(objective.squared_error(prediction, corrupted.target), corrupted.weight_B, draws.time_B)
 
     def posterior_of(self, batch: Batch) -> Posterior:

@@ -9,6 +9,14 @@ Rectified flow (Liu et al. 2022; Esser et al. 2024), σ from 0 (clean) to 1 (noi
 
     x_σ = (1 − σ) x_0 + σ ε,     target = ε − x_0
 
+How often each σ is trained (``noise_quantile``; Esser et al. 2024, section 3.1), with u uniform and z standard normal:
+
+    uniform       q = u
+    logit_normal  q = 1 / (1 + exp(m − s z))
+    mode          q = u + a (cos²(π u / 2) − 1 + u), mirrored
+
+A table of noise levels, or a resolution shift (``shift_noise``), then turns the quantile q into σ.
+
 Min-SNR-γ (Hang et al. 2023) weighs the error of x_0 by min(SNR, γ), SNR = α_t² / σ_t², whatever is predicted:
 
     ε: min(SNR, γ) / SNR      v: min(SNR, γ) / (SNR + 1)      sample: min(SNR, γ)
@@ -18,12 +26,16 @@ Min-SNR-γ (Hang et al. 2023) weighs the error of x_0 by min(SNR, γ), SNR = α_
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ipa.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEPS = ("uniform", "logit_normal", "mode")
+WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 
 
 def to_timesteps(time_B: Tensor, num_timesteps: int) -> Tensor:
@@ -46,6 +58,45 @@ def flow_path(x0: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tenso
     """x_σ and the velocity target of rectified flow, for latents of any shape."""
     sigma = sigma_B.view(-1, *[1] * (x0.ndim - 1))
     return (1 - sigma) * x0 + sigma * noise, noise - x0
+
+
+def noise_quantile(u_B: Tensor, kind: str, mean: float = 0.0, std: float = 1.0, mode_scale: float = 1.29) -> Tensor:
+    """Uniform draws in [0, 1) → where on the schedule to train, 0 (clean) … 1 (noise), increasing in ``u_B``.
+
+    ``kind`` is one of TIMESTEPS. diffusers' ``compute_density_for_timestep_sampling`` draws 1 − q, since its tables of
+    noise levels descend; ``mean`` moves towards clean images there, and here too.
+    """
+    u_B = u_B.double()
+    if kind == "uniform":
+        return u_B
+    if kind == "logit_normal":
+        return torch.sigmoid(std * torch.special.ndtri(u_B) - mean)
+    assert kind == "mode", kind
+    return u_B + mode_scale * (torch.cos(math.pi * u_B / 2).square() - 1 + u_B)
+
+
+def flow_weight(sigma_B: Tensor, kind: str) -> Tensor:
+    """weight_B of the squared error at σ > 0, as diffusers' ``compute_loss_weighting_for_sd3``."""
+    sigma_B = sigma_B.double()
+    if kind == "sigma_sqrt":
+        return sigma_B.pow(-2).float()
+    if kind == "cosmap":
+        return (2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))).float()
+    assert kind == "none", kind
+    return torch.ones_like(sigma_B, dtype=torch.float32)
+
+
+def shift_noise(sigma_B: Tensor, factor: float) -> Tensor:
+    """σ′ = f σ / (1 + (f − 1) σ): more noise for f > 1, as larger images need (Esser et al. 2024, equation 23)."""
+    return factor * sigma_B / (1 + (factor - 1) * sigma_B)
+
+
+def resolution_shift(
+    num_tokens: int, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
+) -> float:
+    """The factor exp(μ) of ``shift_noise`` for an image of so many tokens, μ linear in them, as FLUX is sampled."""
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return math.exp(base_shift + (num_tokens - base_tokens) * slope)
 
 
 def make_target(

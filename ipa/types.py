@@ -67,12 +67,14 @@ class TextCondition:
     """Encoded text: the states that cross-attention reads, and what SDXL wants besides.
 
     ``pooled_BE`` is the pooled text; ``size_B6`` the picture's original height and width, the top and left of its crop,
-    and its height and width now, all in pixels (Podell et al. 2023, section 2.2).
+    and its height and width now, all in pixels (Podell et al. 2023, section 2.2). ``mask_BL`` is 1 for the text tokens
+    that the denoiser may read; None is all of them.
     """
 
     states_BLD: Tensor
     pooled_BE: Tensor | None = None
     size_B6: Tensor | None = None
+    mask_BL: Tensor | None = None
 
 
 @dataclass
@@ -299,11 +301,14 @@ class Channel:
 class BaseWidths(NamedTuple):
     """What an adapter needs to know of a base before any weight is read.
 
-    ``context`` is D; ``hosts`` the inner width of every host, in the order of the hosts.
+    ``context`` is D; ``hosts`` the inner width of every host, in the order of the hosts; ``text`` the width of the text
+    states, 0 if it is D; ``branches`` the name of the published layout (`ipa.contracts.Family.branches`).
     """
 
     context: int
     hosts: list[int]
+    text: int = 0
+    branches: str = ""
 
 
 class EncoderWidths(NamedTuple):

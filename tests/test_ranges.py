@@ -14,7 +14,17 @@ from ipa.ranges import RANGES, check, range_of, whole
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 COMMANDS = {
-    "train": ("recipe=demo", "recipe=sdxl", "data=cache", "trainer=ddp", "schedule=linear", "debug=default"),
+    "train": (
+        "recipe=demo",
+        "recipe=sdxl",
+        "recipe=flux",
+        "recipe=sd35_medium",
+        "experiment=decoupled_time_aware",
+        "data=cache",
+        "trainer=ddp",
+        "schedule=linear",
+        "debug=default",
+    ),
     "evaluate": ("benchmark=demo", "benchmark=coco2017", "benchmark=folder"),
     "precompute": ("recipe=demo",),
     "inspect": ("recipe=demo",),

@@ -15,7 +15,7 @@ from ipa.contracts import NoImage, TokenHead
 from ipa.errors import UserError
 from ipa.types import EncoderWidths, Features
 
-NO_IMAGE = ("blank", "zeros")
+NO_IMAGE = ("black", "blank", "zeros")
 
 
 def patch_width(encoder: EncoderWidths) -> int:
@@ -53,6 +53,7 @@ class GlobalHead(Head):
 
     def __init__(self, embedding_width: int, context_width: int, num_tokens: int = 4, no_image: str = "zeros") -> None:
         super().__init__(num_tokens, context_width, no_image)
+        self.embedding_width = embedding_width
         self.proj = nn.Linear(embedding_width, num_tokens * context_width)
         self.norm = nn.LayerNorm(context_width)
 
@@ -64,6 +65,38 @@ class GlobalHead(Head):
         """Read ``features.pooled_BE``; ignore ``t_B``. Return tokens_BTD."""
         assert features.pooled_BE is not None, "the global head reads pooled features"
         tokens = self.proj(features.pooled_BE.to(self.proj.weight.dtype))
+        return self.norm(tokens.unflatten(-1, (self.num_tokens, self.context_width)))
+
+
+class MLPHead(Head):
+    """Two linear layers and LayerNorm from the pooled embedding to many tokens, as InstantX' adapters for FLUX have.
+
+    tokens = LayerNorm(reshape(W₂ GELU(W₁ e + b₁) + b₂)); the middle layer is twice as wide as the embedding.
+    """
+
+    uses = "pooled"
+
+    def __init__(
+        self, embedding_width: int, context_width: int, num_tokens: int = 128, no_image: str = "zeros"
+    ) -> None:
+        super().__init__(num_tokens, context_width, no_image)
+        self.proj = nn.Sequential(
+            nn.Linear(embedding_width, 2 * embedding_width),
+            nn.GELU(),
+            nn.Linear(2 * embedding_width, num_tokens * context_width),
+        )
+        self.norm = nn.LayerNorm(context_width)
+
+    @classmethod
+    def fitting(
+        cls, encoder: EncoderWidths, context_width: int, num_tokens: int = 128, no_image: str = "zeros"
+    ) -> Self:
+        return cls(encoder.pooled, context_width, num_tokens, no_image)
+
+    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
+        """Read ``features.pooled_BE``; ignore ``t_B``. Return tokens_BTD."""
+        assert features.pooled_BE is not None, "this head reads pooled features"
+        tokens = self.proj(features.pooled_BE.to(self.norm.weight.dtype))
         return self.norm(tokens.unflatten(-1, (self.num_tokens, self.context_width)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipa.contracts import AdapterKind, Host
 from ipa.errors import UserError
-from ipa.types import Channel, ImagePrompt, TextCondition
+from ipa.types import BaseWidths, Channel, ImagePrompt, TextCondition
 
 
 class DecoupledAdapter(AdapterKind):
@@ -60,6 +60,10 @@ class SimpleAdapter(AdapterKind):
 
     name = "simple"
 
+    @classmethod
+    def token_width(cls, widths: BaseWidths) -> int:
+        return widths.text or widths.context
+
     def __init__(self, hosts: Sequence[Host] = ()) -> None:
         super().__init__()
 
@@ -75,7 +79,11 @@ class SimpleAdapter(AdapterKind):
         if not prompts:
             return text
         tokens = [(each.scale * each.tokens_BTD).to(text.states_BLD.dtype) for each in prompts]
-        return replace(text, states_BLD=torch.cat([text.states_BLD, *tokens], dim=1))
+        states_BLD = torch.cat([text.states_BLD, *tokens], dim=1)
+        mask_BL = text.mask_BL
+        if mask_BL is not None:
+            mask_BL = torch.nn.functional.pad(mask_BL, (0, states_BLD.shape[1] - mask_BL.shape[1]), value=True)
+        return replace(text, states_BLD=states_BLD, mask_BL=mask_BL)
 
     def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
         return nullcontext()

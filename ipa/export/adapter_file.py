@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,22 +20,30 @@ from ipa import __version__
 from ipa.contracts import TokenHead
 from ipa.encoders import public_name
 from ipa.errors import UserError
+from ipa.export.branches import BRANCHES, UNET, branches_in, first_branch, row_of
 from ipa.export.heads import HEAD, HEADS, Metadata, Shapes, recognise
 
-BRANCHES = "ip_adapter."
 SD15, SD21, SDXL = "Stable Diffusion 1.x", "Stable Diffusion 2.x", "Stable Diffusion XL"
 # by the number of layers and the context width; a simple adapter has no layers
-BASES = {(16, 768): SD15, (16, 1024): SD21, (70, 2048): SDXL, (0, 768): SD15, (0, 1024): SD21, (0, 2048): SDXL}
-# values of base_family whose branches are the published ones: K′ and V′ without bias
-UNET_FAMILIES = ("", "stable_diffusion", "sdxl")
+BASES = {
+    (16, 768): SD15,
+    (16, 1024): SD21,
+    (70, 2048): SDXL,
+    (0, 768): SD15,
+    (0, 1024): SD21,
+    (0, 2048): SDXL,
+    (19, 4096): "FLUX.1",
+    (57, 4096): "FLUX.1 (all blocks)",
+    (24, 1536): "Stable Diffusion 3 Medium",
+    (37, 1536): "Stable Diffusion 3.5 Medium",
+    (38, 2432): "Stable Diffusion 3.5 Large",
+}
 FEATURES = {"pooled": "pooled embedding", "patches": "patch features"}
 LAYERS = {"pooled": "projected", "patches": "penultimate"}
 # what the file is, a pattern for one of its names, and a name that it does not have
 FOREIGN = (
     ("an IP-Adapter FaceID Plus", r"image_proj\.perceiver_resampler\..*", ""),
     ("an IP-Adapter FaceID", r"image_proj\.norm\.weight", "image_proj.proj.weight"),
-    ("an IP-Adapter for FLUX", r"ip_adapter\.\d+\.to_[kv]_ip\.bias|double_blocks\..*", ""),
-    ("an IP-Adapter for Stable Diffusion 3", r"image_proj\.time_embedding\..*|ip_adapter\.\d+\.norm_ip\..*", ""),
     ("a base model", r"model\.diffusion_model\..*|down_blocks\..*", ""),
 )
 
@@ -45,7 +53,8 @@ class AdapterFile:
     """``hidden`` are the inner widths of the base's layers, in the published order; a simple adapter has none.
 
     ``head`` names a row of `ipa.export.heads.HEADS`, ``sizes`` is what that head's constructor takes besides.
-    ``layer`` and ``base_family`` come from the metadata; ``base_family`` is empty for the UNets of published files.
+    ``branches`` names a row of `ipa.export.branches.ROWS`, empty for a layout that only ipa reads; ``base_options`` are
+    the options that a base needs for it. ``layer`` comes from the metadata.
     """
 
     head: str
@@ -57,7 +66,8 @@ class AdapterFile:
     layer: str
     num_parameters: int
     num_tensors: int
-    base_family: str = ""
+    branches: str = UNET
+    base_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +84,7 @@ class AdapterFile:
     @property
     def base(self) -> str:
         """The base's name, or how its sizes compare with public ones."""
-        return base_name(len(self.hidden), self.context_width)
+        return base_name(len(self.hidden), self.context_width, self.branches)
 
     @property
     def encoder(self) -> str:
@@ -108,7 +118,7 @@ class AdapterFile:
 def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: str = "this file") -> AdapterFile:
     """Recognise head, kind and sizes; raises UserError for what ipa does not read, with the reason, and for gaps."""
     metadata = metadata or {}
-    if metadata.get("base_family", "") in UNET_FAMILIES:
+    if branches_in(shapes, metadata):
         refuse_foreign(shapes, source)
     try:
         file = read_sizes(shapes, metadata)
@@ -132,14 +142,14 @@ def refuse_foreign(shapes: Shapes, source: str) -> None:
         if absent not in shapes and any(re.fullmatch(pattern, name) for name in shapes):
             raise UserError(
                 f"{source} is {what}, which ipa does not read. It reads IP-Adapters (global, plus and full) for "
-                f"{SD15}, 2.x and XL."
+                f"{SD15}, 2.x and XL, FLUX.1 and Stable Diffusion 3."
             )
 
 
 def read_sizes(shapes: Shapes, metadata: Metadata) -> AdapterFile:
     """Raises KeyError for a name that should be there, UserError or ValueError for impossible sizes."""
-    head = recognise(shapes, metadata)
-    row = HEADS[head]
+    head, branches = recognise(shapes, metadata), branches_in(shapes, metadata)
+    row, layout = HEADS[head], row_of(branches)
     feature_width, sizes = row.read(shapes, metadata)
     layers = sum(name.startswith(BRANCHES) and name.endswith(".to_k_ip.weight") for name in shapes)
     return AdapterFile(
@@ -147,12 +157,13 @@ def read_sizes(shapes: Shapes, metadata: Metadata) -> AdapterFile:
         kind="simple" if metadata.get("kind") == "simple" else "decoupled",
         feature_width=feature_width,
         sizes=sizes,
-        hidden=tuple(shapes[f"{BRANCHES}{2 * layer + 1}.to_k_ip.weight"][0] for layer in range(layers)),
-        no_image=metadata.get("no_image") or row.no_image,
+        hidden=tuple(shapes[f"{BRANCHES}{layout.number(layer)}.to_k_ip.weight"][0] for layer in range(layers)),
+        no_image=metadata.get("no_image") or layout.no_image or row.no_image,
         layer=metadata.get("layer") or LAYERS[row.cls.uses],
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_tensors=len(shapes),
-        base_family="" if metadata.get("base_family") in UNET_FAMILIES else metadata.get("base_family", ""),
+        branches=branches,
+        base_options=layout.options(first_branch(shapes, layout)) if layers else {},
     )
 
 
@@ -163,15 +174,17 @@ def make_head(file: AdapterFile) -> TokenHead:
 
 
 def expected_shapes(file: AdapterFile, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """All that a file of these sizes has to hold. Branches of other families are compared when they are loaded."""
+    """All that a file of these sizes has to hold. Branches of unknown layouts are compared when they are loaded."""
     with torch.device("meta"):
         head = {f"{HEAD}{name}": tuple(tensor.shape) for name, tensor in make_head(file).state_dict().items()}
-    if file.base_family:
+    if not file.branches:
         return head | {name: shape for name, shape in shapes.items() if name.startswith(BRANCHES)}
+    row = row_of(file.branches)
+    first = first_branch(shapes, row)
     branches = {
-        f"{BRANCHES}{2 * layer + 1}.to_{which}_ip.weight": (hidden, file.context_width)
+        f"{BRANCHES}{row.number(layer)}.{name}": shape
         for layer, hidden in enumerate(file.hidden)
-        for which in "kv"
+        for name, shape in row.shapes(hidden, file.context_width, first).items()
     }
     return head | branches
 
@@ -191,6 +204,7 @@ def first(names: list[str]) -> str:
     return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
-def base_name(layers: int, context_width: int) -> str:
+def base_name(layers: int, context_width: int, branches: str = UNET) -> str:
     """The name of a base with so many layers of this context width."""
-    return BASES.get((layers, context_width), "a base of other sizes")
+    other = "a base" if branches in (UNET, "") else row_of(branches).title
+    return BASES.get((layers, context_width), f"{other} of other sizes")

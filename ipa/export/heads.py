@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ipa.adapter.heads import FullHead, GlobalHead, ResamplerHead
+from ipa.adapter.heads import FullHead, GlobalHead, MLPHead, ResamplerHead
+from ipa.adapter.time_resampler import TimeResamplerHead
 from ipa.contracts import TokenHead
 from ipa.errors import UserError
 
@@ -47,6 +48,12 @@ def read_global(shapes: Shapes, metadata: Metadata) -> tuple[int, dict[str, int]
     return features, {"num_tokens": rows // context, "context_width": context}
 
 
+def read_mlp(shapes: Shapes, metadata: Metadata) -> tuple[int, dict[str, int]]:
+    context = shapes[f"{HEAD}norm.weight"][0]
+    sizes = {"num_tokens": shapes[f"{HEAD}proj.2.weight"][0] // context, "context_width": context}
+    return shapes[f"{HEAD}proj.0.weight"][1], sizes
+
+
 def read_full(shapes: Shapes, metadata: Metadata) -> tuple[int, dict[str, int]]:
     sizes = {"num_tokens": read_number(metadata, "num_tokens", 257), "context_width": shapes[f"{HEAD}proj.3.weight"][0]}
     return shapes[f"{HEAD}proj.0.weight"][1], sizes
@@ -70,6 +77,11 @@ def read_resampler(shapes: Shapes, metadata: Metadata) -> tuple[int, dict[str, i
     return shapes[f"{HEAD}proj_in.weight"][1], sizes
 
 
+def read_time_resampler(shapes: Shapes, metadata: Metadata) -> tuple[int, dict[str, int]]:
+    features, sizes = read_resampler(shapes, metadata)
+    return features, sizes | {"time_channels": shapes[f"{HEAD}time_embedding.linear_1.weight"][1]}
+
+
 def read_number(metadata: Metadata, name: str, published: int) -> int:
     """A size from the metadata, ``published`` if it does not say. Raises UserError."""
     text = metadata.get(name) or str(published)
@@ -90,6 +102,15 @@ HEADS: dict[str, HeadRow] = {
     "global": HeadRow(GlobalHead, "global", read_global, "proj.weight", assumed=lambda head, layout: {"num_tokens": 4}),
     "full": HeadRow(
         FullHead, "full", read_full, "proj.3.weight", "blank", ("num_tokens",), assumed=lambda head, layout: {}
+    ),
+    "mlp": HeadRow(MLPHead, "global (MLP)", read_mlp, "proj.2.weight"),
+    "time_resampler": HeadRow(
+        TimeResamplerHead,
+        "time-aware fine-grained",
+        read_time_resampler,
+        "time_embedding.linear_1.weight",
+        recorded=("head_width",),
+        shared=("num_tokens", "width", "heads", "depth", "head_width", "expansion", "time_channels"),
     ),
     "fine_grained": HeadRow(
         ResamplerHead,

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from ipa.contracts import TokenHead
 from ipa.errors import UserError
-from ipa.export.adapter_file import UNET_FAMILIES
+from ipa.export.branches import ROWS, UNET
 from ipa.export.heads import HEADS, name_of, title_of
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
-NO_IMAGE = {"zeros": "zeros", "blank": "the features of a blank image"}
+NO_IMAGE = {
+    "zeros": "zeros",
+    "blank": "the features of a blank image",
+    "black": "the features of a black image",
+}
 
 
-def check_layout(head: TokenHead, kind: str, layout: str, family: str = "") -> None:
+def check_layout(head: TokenHead, kind: str, layout: str, branches: str = UNET) -> None:
     """Raise UserError, with advice, if the readers of ``layout`` would misread such an adapter.
 
-    The head can be on the meta device, so that this is checked before anything is loaded. ``family`` is the base's,
-    empty for published files.
+    The head can be on the meta device, so that this is checked before anything is loaded. ``branches`` names the base's
+    row of `ipa.export.branches`.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout}: one of {', '.join(LAYOUTS)}")
-    problems = misreadings(head, kind, layout, family)
+    problems = misreadings(head, kind, layout, branches)
     if problems:
         raise UserError(
             f"this {title_of(name_of(head))} {kind} adapter cannot be written for {layout}: {'; '.join(problems)}. "
@@ -28,34 +32,38 @@ def check_layout(head: TokenHead, kind: str, layout: str, family: str = "") -> N
         )
 
 
-def misreadings(head: TokenHead, kind: str, layout: str, family: str = "") -> list[str]:
+def misreadings(head: TokenHead, kind: str, layout: str, branches: str = UNET) -> list[str]:
     """Why the readers of ``layout`` cannot read such an adapter, in words; empty if they can."""
     if layout == "ipa":
         return []
-    if family not in UNET_FAMILIES:
-        return [f"only adapters for UNets have a public layout, not those for {family}"]
     if kind == "simple":
         return ["no other program knows simple adapters; with diffusers, pass the tokens in prompt_embeds"]
-    row = HEADS.get(name_of(head))
-    if row is None or row.assumed is None:
-        return ["no other program knows this head"]
+    if branches not in ROWS:
+        return ["no other program knows adapters for this base"]
+    sizes = ROWS[branches].assumed(head, layout)
+    if sizes is None:
+        on = "" if branches == UNET else f" for {ROWS[branches].title}"
+        return [f"no other program knows this head{on}"]
     return [
         f"{layout} assumes {option(name)}={size}, it is {getattr(head, name)}"
-        for name, size in row.assumed(head, layout).items()
+        for name, size in sizes.items()
         if getattr(head, name) != size
     ]
 
 
-def other_no_image(head: TokenHead, layout: str) -> str | None:
+def other_no_image(head: TokenHead, layout: str, branches: str = UNET) -> str | None:
     """A warning if the readers of ``layout`` take something else for "no image"; they read no metadata.
 
     Source: ``encode_image`` of diffusers' pipelines, the negative embeddings of ComfyUI_IPAdapter_plus.
     """
     row = HEADS.get(name_of(head))
-    if layout == "ipa" or row is None or head.no_image == row.no_image:
+    if layout == "ipa" or row is None or branches not in ROWS:
+        return None
+    theirs = ROWS[branches].no_image or row.no_image
+    if head.no_image == theirs:
         return None
     return (
-        f'{layout} takes {NO_IMAGE[row.no_image]} for "no image", this adapter {NO_IMAGE[head.no_image]} '
+        f'{layout} takes {NO_IMAGE[theirs]} for "no image", this adapter {NO_IMAGE[head.no_image]} '
         f"(tokens.no_image={head.no_image}): under guidance its images differ. They agree in diffusers with "
         "ip_adapter_image_embeds=[torch.stack([negative, positive])], see docs/training.md#files"
     )
@@ -80,4 +88,6 @@ def check_same_sizes(file_head: TokenHead, file_kind: str, head: TokenHead, kind
 
 def option(name: str) -> str:
     """The configuration's name of a head's size."""
+    if name == "embedding_width":
+        return "the encoder's width"
     return f"{'tokens' if name == 'num_tokens' else 'resampler'}.{name}"

@@ -59,9 +59,10 @@ def load_model(
     layer = adapter.file.layer
     try:
         family_class = family_of(base, base_config)
-        widths = family_class.read_widths(base, config=base_config), read_widths(encoder, encoder_weights, layer)
+        own = adapter.file.base_options
+        widths = family_class.read_widths(base, config=base_config, **own), read_widths(encoder, encoder_weights, layer)
         check_fits(adapter.file, *widths, source=str(path), base=base, encoder=encoder)
-        family = family_class.from_pretrained(base, dtype=dtype, config=base_config)
+        family = family_class.from_pretrained(base, dtype=dtype, config=base_config, **own)
         vision = open_encoder(encoder, encoder_weights, dtype, layer)
     except MissingWeights as error:
         raise MissingWeights(
@@ -152,7 +153,7 @@ def load_into(model: IPAdapterModel, path: Path) -> None:
 
 def fill(model: IPAdapterModel, adapter: Adapter, source: str) -> None:
     """Load the weights into a trainable set of the same sizes, and log how they were read."""
-    state = from_published(adapter.tensors)
+    state = from_published(adapter.tensors, branches=adapter.file.branches)
     found, expected = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (state, model.trainable.state_dict())

@@ -1,42 +1,62 @@
-"""The published IP-Adapter layout for UNets: `image_proj.<k>` and `ip_adapter.<n>.to_{k,v}_ip.weight`.
+"""The published IP-Adapter layouts: `image_proj.<k>` and `ip_adapter.<n>.to_{k,v}_ip.weight`, and what fits them.
 
-``<n>`` is the position in the UNet's list of attention processors, where self-attention takes the even numbers: the
-i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1. A simple adapter has the first part only.
-Files of other families, which only ipa reads, number their branches alike.
+``<n>`` is the position in the base's list of attention processors. In a UNet's, self-attention takes the even numbers:
+the i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1. Transformers number their blocks from 0
+(`ipa.export.branches`). A simple adapter has the first part only.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ipa.encoders import public_name
 from ipa.errors import UserError
-from ipa.export.adapter_file import BRANCHES, FEATURES, AdapterFile, base_name, identify
+from ipa.export.adapter_file import FEATURES, AdapterFile, base_name, identify
+from ipa.export.branches import BRANCHES, UNET, branches_in, row_of, written_name
+from ipa.export.storage import SAFETENSORS, save_adapter
 from ipa.types import BaseWidths, EncoderWidths
 
 
-def to_published(trainable: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """State of the trainable set (`image_proj.…`, `ip_adapter.branches.<i>.…`) → published names."""
-    return {publish_name(name): tensor.to(dtype) for name, tensor in trainable.items()}
+def to_published(
+    trainable: Mapping[str, Tensor], dtype: torch.dtype = torch.float16, branches: str = UNET
+) -> dict[str, Tensor]:
+    """State of the trainable set (`image_proj.…`, `ip_adapter.branches.<i>.…`) → canonical names of its layout."""
+    return {publish_name(name, branches): tensor.to(dtype) for name, tensor in trainable.items()}
 
 
-def from_published(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Published names → state of the trainable set in one ``dtype``, whatever the file mixes."""
-    return {unpublish_name(name): tensor.to(dtype) for name, tensor in tensors.items()}
+def from_published(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, branches: str = UNET
+) -> dict[str, Tensor]:
+    """Canonical names → state of the trainable set in one ``dtype``, whatever the file mixes."""
+    return {unpublish_name(name, branches): tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def publish_name(name: str) -> str:
+def publish_name(name: str, branches: str = UNET) -> str:
     found = re.fullmatch(r"ip_adapter\.branches\.(\d+)\.(.+)", name)
-    return f"{BRANCHES}{2 * int(found[1]) + 1}.{found[2]}" if found else name
+    return f"{BRANCHES}{row_of(branches).number(int(found[1]))}.{found[2]}" if found else name
 
 
-def unpublish_name(name: str) -> str:
+def unpublish_name(name: str, branches: str = UNET) -> str:
     found = re.fullmatch(r"ip_adapter\.(\d+)\.(.+)", name)
-    return f"{BRANCHES}branches.{(int(found[1]) - 1) // 2}.{found[2]}" if found else name
+    row = row_of(branches)
+    return f"{BRANCHES}branches.{(int(found[1]) - row.first) // row.step}.{found[2]}" if found else name
+
+
+def write_adapter(path: Path, published: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Save an adapter with its metadata, under the names that other programs read. Raises UserError.
+
+    A ``.bin`` keeps the canonical names, since its readers look for them.
+    """
+    full = with_metadata(published, metadata)
+    branches = branches_in({name: tuple(tensor.shape) for name, tensor in published.items()}, full)
+    if path.suffix == SAFETENSORS:
+        published = {written_name(name, branches): tensor for name, tensor in published.items()}
+    save_adapter(path, published, full)
 
 
 def with_metadata(published: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -68,11 +88,15 @@ def check_fits(
 
 def base_misfits(file: AdapterFile, widths: BaseWidths, base: str) -> list[str]:
     decoupled = file.kind == "decoupled"
-    if widths.context == file.context_width and (not decoupled or widths.hosts == list(file.hidden)):
+    context = widths.context if decoupled else widths.text or widths.context
+    same_layout = not (decoupled and widths.branches and file.branches) or widths.branches == file.branches
+    if context == file.context_width and same_layout and (not decoupled or widths.hosts == list(file.hidden)):
         return []
-    found = f"the base {base} has {len(widths.hosts)} layers of context width {widths.context}"
-    title = base_name(len(widths.hosts), widths.context)
-    if (len(widths.hosts), widths.context) != (len(file.hidden), file.context_width):
+    found = f"the base {base} has {len(widths.hosts)} layers of context width {context}"
+    title = base_name(len(widths.hosts), context, widths.branches)
+    if not same_layout:
+        return [f"{found} ({title}), whose branches are others"]
+    if (len(widths.hosts), context) != (len(file.hidden), file.context_width):
         return [f"{found} ({title})"]
     order = "in another order" if sorted(widths.hosts) == sorted(file.hidden) else "of other inner widths"
     return [f"{found} as the adapter has, but {order} ({sorted(set(widths.hosts))} and {sorted(set(file.hidden))})"]

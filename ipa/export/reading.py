@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.export.adapter_file import AdapterFile, identify
+from ipa.export.branches import branches_in, written_name
 from ipa.export.published import publish_name
 from ipa.export.storage import load_adapter
 from ipa.types import first_not_finite
@@ -29,9 +30,23 @@ from ipa.weights import dtype_name
 
 WEIGHTS = {"average": "state_dict.average.", "raw": "state_dict.trainable."}
 METADATA = "adapter_metadata."  # of our own checkpoints
-HEAD = re.compile(r"(?:.*\.)?(?:image_proj|image_proj_model)\.(.+)")
+HEAD = re.compile(r"(?:.*\.)?(?:image_proj|image_proj_model|ip_adapter_proj_model)\.(.+)")
 BRANCH = re.compile(r"(?:.*\.)?(?:ip_adapter|adapter_modules)\.(\d+\..+)")
 PROCESSOR = re.compile(r"(?:.*\.)?((?:down_blocks|up_blocks|mid_block)\..+)\.processor\.(to_[kv]_ip)(?:\.0)?\.weight")
+XLABS = re.compile(r"(?:.*\.)?double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)")
+# diffusers' names for the layers of the time-aware resampler → the published ones
+RESAMPLER = {
+    "ln0": "0.norm1",
+    "ln1": "0.norm2",
+    "attn.to_q": "0.to_q",
+    "attn.to_kv": "0.to_kv",
+    "attn.to_out.0": "0.to_out",
+    "adaln_norm": "1.0",
+    "ff.net.0.proj": "1.1",
+    "ff.net.2": "1.3",
+    "adaln_proj": "2.1",
+}
+RESAMPLER_LAYER = re.compile(rf"layers\.(\d+)\.({'|'.join(map(re.escape, RESAMPLER))})\.(weight|bias)")
 SECTIONS = ("down_blocks", "up_blocks", "mid_block")  # the published order
 WRAPPERS = re.compile(r"^((module|state_dict|model|_orig_mod)\.)+")  # only for words
 # what a folder can hold, besides the checkpoints of a run
@@ -59,7 +74,7 @@ def read_adapter(path: Path, weights: str | None = None) -> Adapter:
     entries, metadata = load_adapter(found)
     if is_own := any(name.startswith(METADATA) for name in entries):
         metadata = {name.removeprefix(METADATA): str(entries[name]) for name in entries if name.startswith(METADATA)}
-        entries = chosen_weights(entries, weights, found)
+        entries = chosen_weights(entries, weights, found, branches_in({}, metadata))
     elif weights is not None:
         raise UserError(f"weights={weights}: {found} holds one set of weights; only a checkpoint has two")
     names = published_names(name for name, value in entries.items() if isinstance(value, Tensor))
@@ -67,7 +82,7 @@ def read_adapter(path: Path, weights: str | None = None) -> Adapter:
     check_sound(tensors, str(found))
     everything = tensors or {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     file = identify({name: tuple(tensor.shape) for name, tensor in everything.items()}, metadata, str(found))
-    return Adapter(tensors, metadata, file, () if is_own else tuple(remarks(entries, names)))
+    return Adapter(tensors, metadata, file, () if is_own else tuple(remarks(entries, names, file.branches)))
 
 
 def find_file(path: Path) -> Path:
@@ -81,14 +96,14 @@ def find_file(path: Path) -> Path:
     return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
 
 
-def chosen_weights(entries: Mapping[str, Any], weights: str | None, path: Path) -> dict[str, Any]:
+def chosen_weights(entries: Mapping[str, Any], weights: str | None, path: Path, branches: str) -> dict[str, Any]:
     """One set of weights of our own checkpoint, by published names."""
     averaged = any(name.startswith(WEIGHTS["average"]) for name in entries)
     if weights == "average" and not averaged:
         raise UserError(f"weights=average: the training of {path} kept no average; omit it")
     prefix = WEIGHTS[weights or ("average" if averaged else "raw")]
     return {
-        publish_name(name.removeprefix(prefix)): value
+        publish_name(name.removeprefix(prefix), branches): value
         for name, value in entries.items()
         if name.startswith(prefix) and name != f"{prefix}count"  # of averaged steps
     }
@@ -108,8 +123,11 @@ def published_names(names: Iterable[str]) -> dict[str, str]:
             found[name] = f"ip_adapter.{branch[1]}"
         elif at:
             found[name] = f"ip_adapter.{numbers[at[1]]}.{at[2]}.weight"
+        elif xlabs := XLABS.fullmatch(name):
+            found[name] = f"ip_adapter.{xlabs[1]}.to_{xlabs[2]}_ip.{xlabs[3]}"
         elif head:
-            found[name] = f"image_proj.{head[1]}"
+            layer = RESAMPLER_LAYER.fullmatch(head[1])
+            found[name] = f"image_proj.{f'layers.{layer[1]}.{RESAMPLER[layer[2]]}.{layer[3]}' if layer else head[1]}"
     return found
 
 
@@ -154,9 +172,9 @@ def fault_of(tensor: Tensor) -> str | None:
     return "holds numbers that are not finite" if first_not_finite({"": tensor.float()}) else None
 
 
-def remarks(entries: Iterable[str], names: Mapping[str, str]) -> Iterator[str]:
+def remarks(entries: Iterable[str], names: Mapping[str, str], branches: str) -> Iterator[str]:
     """What a user should know of how a file of others was read, counted by the first word of the names."""
-    others = [name for name, published in names.items() if name != published]
+    others = [name for name, published in names.items() if name not in (published, written_name(published, branches))]
     if others:
         yield f"read under other names: {counted(others)}"
     if left_out := [name for name in entries if name not in names]:

@@ -14,10 +14,13 @@ EXTRA: list[type[Family]] = []  # families from outside this package, asked firs
 
 def families() -> list[type[Family]]:
     """Every known family; a new one is a line here."""
+    from ipa.families.chroma import Chroma
+    from ipa.families.flux import Flux
+    from ipa.families.sd3 import StableDiffusion3
     from ipa.families.sdxl import StableDiffusionXL
     from ipa.families.stable_diffusion import StableDiffusion
 
-    return [*EXTRA, StableDiffusion, StableDiffusionXL]
+    return [*EXTRA, StableDiffusion, StableDiffusionXL, Flux, Chroma, StableDiffusion3]
 
 
 def family_of(path: str, config: str | None = None, *, key: str = "base.path", **ignored: Any) -> type[Family]:

@@ -4,24 +4,27 @@ Decoupled cross-attention (Ye et al. 2023, equation 5), with one query for both 
 
     Z = softmax(Q Kᵀ / √d) V + λ · softmax(Q K′ᵀ / √d) V′,     K′ = c_i W′_k,  V′ = c_i W′_v
 
-Letters here: Q queries (latent cells), M heads, d head width; the rest as in ``ipa.types``.
+Letters here: those of `ipa.families.attention_host`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ipa.types import Channel, ImagePrompt
-
-Once = Callable[[Hashable, Callable[[], Any]], Any]
+from ipa.families.attention_host import (
+    AttentionHost,
+    BranchProcessor,
+    Once,
+    every_time,
+    join_heads,
+    split_heads,
+)
 
 REFERENCE_WIDTH = 1280  # of the layers for which "C penalty" leaves λ as it is
 
@@ -40,11 +43,6 @@ def scale_keys_and_values(key_BMTd: Tensor, value_BMTd: Tensor, scale: Tensor, h
         return weight * key_BMTd, weight * value_BMTd
     mean = value_BMTd.mean(2, keepdim=True)
     return weight * key_BMTd, value_BMTd - mean + weight * mean
-
-
-def every_time(key: Hashable, make: Callable[[], Any]) -> Any:
-    """``ImagePrompt.once`` for tokens without a prompt: nothing is kept."""
-    return make()
 
 
 class CrossAttentionBranch(nn.Module):
@@ -85,55 +83,8 @@ class CrossAttentionBranch(nn.Module):
         return split_heads(key, self.heads).to(dtype), split_heads(value, self.heads).to(dtype)
 
 
-class CrossAttentionHost:
-    """The cross-attention of one transformer block, in SD 1.x, 2.x and SDXL."""
-
-    def __init__(self, name: str, attention: Attention) -> None:
-        self.name = name
-        self.attention = attention
-        self._branch: tuple[nn.Module, Channel] | None = None
-
-    @property
-    def width(self) -> int:
-        return self.attention.to_k.out_features
-
-    def make_branch(self) -> CrossAttentionBranch:
-        return CrossAttentionBranch(self.attention)
-
-    @property
-    def block(self) -> str:
-        return self.name.partition(".transformer_blocks.")[0]
-
-    def plug(self, branch: nn.Module, channel: Channel) -> None:
-        if self._branch is not None:
-            raise RuntimeError(f"{self.name} already has this adapter's branch; call remove() first")
-        processor: Any = self.attention.processor
-        if not isinstance(processor, BranchProcessor):
-            processor = BranchProcessor(self.name, processor)
-            self.attention.processor = processor
-        self._branch = (branch, channel)
-        processor.branches.append(self._branch)
-
-    def unplug(self) -> None:
-        processor: Any = self.attention.processor
-        if self._branch is None:
-            return
-        processor.branches.remove(self._branch)
-        self._branch = None
-        if not processor.branches:
-            self.attention.processor = processor.replaced
-
-
-class BranchProcessor:
-    """Replaces a layer's processor, with the branch and the channel of each adapter that is plugged in there.
-
-    Without a prompt for this layer it calls the processor that it replaced.
-    """
-
-    def __init__(self, host: str, replaced: Any) -> None:
-        self.host = host
-        self.replaced = replaced
-        self.branches: list[tuple[nn.Module, Channel]] = []
+class CrossAttentionProcessor(BranchProcessor):
+    """Adds the branches to the text's attention before the output projection."""
 
     def __call__(
         self,
@@ -144,7 +95,7 @@ class BranchProcessor:
         temb: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        prompts = [(branch, prompt) for branch, channel in self.branches for prompt in channel.at(self.host)]
+        prompts = self.acting()
         if not prompts:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
         assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
@@ -152,22 +103,23 @@ class BranchProcessor:
         attended = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         for branch, prompt in prompts:
             added = branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale_at(self.host), prompt.once, prompt.scaling)
-            if prompt.mask_BHW is not None:
-                added = added * mask_of(prompt, len(attended), attended.shape[1]).to(attended)
-            attended = attended + added
+            attended = attended + self.masked(prompt, added)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states
         return out / attn.rescale_output_factor
 
 
-def mask_of(prompt: ImagePrompt, batch: int, queries: int) -> Tensor:
-    """The prompt's mask on a layer's grid, B × Q × 1, resized as diffusers does."""
-    mask_BHW = prompt.mask_BHW
-    assert mask_BHW is not None
-    return prompt.once(
-        ("mask", queries), lambda: IPAdapterMaskProcessor.downsample(mask_BHW, batch, queries, value_embed_dim=1)
-    )
+class CrossAttentionHost(AttentionHost):
+    """The cross-attention of one transformer block, in SD 1.x, 2.x and SDXL."""
+
+    processor_class = CrossAttentionProcessor
+
+    def __init__(self, name: str, attention: Attention) -> None:
+        super().__init__(name, attention, name.partition(".transformer_blocks.")[0])
+
+    def make_branch(self) -> CrossAttentionBranch:
+        return CrossAttentionBranch(self.attention)
 
 
 def attend_to_text(attn: Attention, query_BMQd: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
@@ -178,16 +130,6 @@ def attend_to_text(attn: Attention, query_BMQd: Tensor, text_BLD: Tensor, mask: 
     key_BMLd = split_heads(attn.to_k(text_BLD), attn.heads)
     value_BMLd = split_heads(attn.to_v(text_BLD), attn.heads)
     return join_heads(F.scaled_dot_product_attention(query_BMQd, key_BMLd, value_BMLd, attn_mask=mask))
-
-
-def split_heads(states_BNC: Tensor, heads: int) -> Tensor:
-    """B × N × (M d) → B × M × N × d."""
-    return states_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def join_heads(states_BMNd: Tensor) -> Tensor:
-    """B × M × N × d → B × N × (M d)."""
-    return states_BMNd.transpose(1, 2).flatten(2)
 
 
 def blocks_of(unet: nn.Module) -> list[str]:

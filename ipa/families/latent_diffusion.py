@@ -5,13 +5,7 @@ A subclass adds its text: how it is encoded, and what of it the UNet and the pub
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,41 +14,34 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor
 
 from ipa import objective
-from ipa.contracts import DenoiserCall, Family
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
+from ipa.families.pipeline_family import PipelineFamily, load_folder
 from ipa.families.sources import is_single_file
 from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
-from ipa.types import BaseWidths, Corrupted, Posterior, TextCondition, TextInputs
-from ipa.weights import fingerprint, read_dtype
+from ipa.types import BaseWidths, Corrupted, TextCondition
+from ipa.weights import read_dtype
 
 
-class LatentDiffusion(Family):
+class LatentDiffusion(PipelineFamily):
     """VAE, text encoders and UNet; ``parts`` have the names that the public pipeline gives them."""
 
-    pipeline_class: ClassVar[Any]
-    # components that the public pipeline can have besides the parts, and is built without
-    absent: ClassVar[dict[str, Any]]
+    denoiser_name = "unet"
+    branches = "unet"
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     supports_min_snr = True
 
-    vae: Any
     unet: Any
-    scheduler: Any
 
     def __init__(self, source: str, **parts: Any) -> None:
-        super().__init__()
-        self.source, self.part_names = source, tuple(parts)
-        for name, part in parts.items():
-            setattr(self, name, part)
+        super().__init__(source, **parts)
         if not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
                 f"base.path={source} samples with {type(self.scheduler).__name__}, which is no schedule of ᾱ_t: "
                 "ipa trains ε- and v-prediction"
             )
         self.alphas_cumprod: Tensor = self.make_sampler().alphas_cumprod
-        self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -93,9 +80,7 @@ class LatentDiffusion(Family):
     @classmethod
     def check(cls, path: str, config: str | None) -> None:
         """Refuse a base, or a layout for its file, of another family; raises UserError."""
-        family = family_of(path)
-        if family is not cls:
-            raise UserError(f"base.path={path} is a {family.title} pipeline: use {family.advice}")
+        cls.check_family(path)
         if config is None or not is_single_file(path):
             return
         if is_single_file(config):
@@ -105,7 +90,7 @@ class LatentDiffusion(Family):
         if contexts[0] != contexts[1]:
             raise UserError(
                 f"base.config={config} is the layout of {layout.title} with context width {contexts[0]}, but "
-                f"base.path={path} holds {family.title} with {contexts[1]}: give the layout of its own base"
+                f"base.path={path} holds {cls.title} with {contexts[1]}: give the layout of its own base"
             )
 
     @classmethod
@@ -127,29 +112,12 @@ class LatentDiffusion(Family):
         return read_image_size(layout)
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
     def context_width(self) -> int:
         return self.unet.config.cross_attention_dim
 
     @property
     def image_size_px(self) -> int:
-        return self.unet.config.sample_size * self.size_multiple_px
-
-    @property
-    def size_multiple_px(self) -> int:
-        """Pixels per latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def latent_shape(self, image_size_px: int) -> tuple[int, int, int]:
-        cells = image_size_px // self.size_multiple_px
-        return (self.vae.config.latent_channels, cells, cells)
+        return self.unet.config.sample_size * self.cell_px
 
     @property
     def prediction_type(self) -> str:
@@ -160,59 +128,6 @@ class LatentDiffusion(Family):
 
     def blocks(self) -> list[str]:
         return blocks_of(self.unet)
-
-    def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
-        """``function`` must restore, when it recomputes a block, the context of the block's first call."""
-        self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=function)
-
-    def compile_blocks(self) -> None:
-        """Compiles the transformer blocks, which takes seconds; the whole UNet would take minutes."""
-        self.unet.compile_repeated_blocks(fullgraph=True)
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels_B3HW: Tensor) -> Posterior:
-        """Scaled posterior: latents times the VAE's scaling factor, log-variance shifted to match."""
-        with self._in_own_dtype():
-            posterior = self.vae.encode(pixels_B3HW.to(self.vae.dtype)).latent_dist
-        factor = self.vae.config.scaling_factor
-        return Posterior(posterior.mean.float() * factor, posterior.logvar.float() + 2 * math.log(factor))
-
-    @torch.no_grad()
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        latents = (latents_BCHW / self.vae.config.scaling_factor).to(self.vae.dtype)
-        with self._in_own_dtype():
-            return self.vae.decode(latents).sample.float().clamp(-1, 1)
-
-    def _in_own_dtype(self) -> torch.autocast:
-        """Autocast would run a VAE in half precision that was loaded in float32 because it overflows there."""
-        return torch.autocast(self.vae.device.type, enabled=False)
-
-    @property
-    def tokenizers(self) -> list[Any]:
-        return [getattr(self, name) for name in self.part_names if name.startswith("tokenizer")]
-
-    def prepare_text(self, texts: list[str]) -> TextInputs:
-        """``ids``, B × (N L): the ids of all N tokenizers one after the other, each cut and padded to its length."""
-        return {"ids": torch.cat([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)}
-
-    def split_ids(self, inputs: TextInputs) -> list[Tensor]:
-        """The ids of each tokenizer, ids_BL, on the base's device."""
-        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
-        return list(inputs["ids"].to(self.device).split(lengths, dim=1))
-
-    def fingerprints(self) -> dict[str, str]:
-        vae = f"{fingerprint(self.vae)} × {self.vae.config.scaling_factor:g}"
-        return {"vae": vae, "tokenizer": self.tokenizer_hash()[:32]}
-
-    def tokenizer_hash(self) -> str:
-        """Distinguishes tokenizers that could give other ids: by vocabulary, length, special tokens and samples."""
-        identity = [
-            [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.special_tokens_map]
-            for tokenizer in self.tokenizers
-        ]
-        ids_BNL = torch.stack([tokenize(tokenizer, PROBES) for tokenizer in self.tokenizers], dim=1)
-        written = json.dumps([identity, ids_BNL.tolist()], sort_keys=True, default=str)
-        return hashlib.sha256(written.encode()).hexdigest()
 
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
@@ -229,22 +144,9 @@ class LatentDiffusion(Family):
         added = self.added_conditions(text)
         return self.unet(noisy.to(self.dtype), time_B, states_BLD, added_cond_kwargs=added).sample
 
-    def cut_off(self, text: str) -> str:
-        for tokenizer in self.tokenizers:
-            ids = tokenizer(text).input_ids
-            if len(ids) > tokenizer.model_max_length:
-                return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
-        return ""
-
     @abstractmethod
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
         """What the UNet gets of the text besides its states."""
-
-    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        arguments = {"prompt_embeds": positive.states_BLD}
-        if negative is not None:
-            arguments["negative_prompt_embeds"] = negative.states_BLD
-        return arguments
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         return {"guidance_scale": guidance, "guidance_rescale": guidance_rescale}
@@ -252,55 +154,9 @@ class LatentDiffusion(Family):
     def progress(self, time_B: Tensor) -> float:
         return 1 - float(time_B[0]) / (len(self.alphas_cumprod) - 1)
 
-    @contextmanager
-    def before_calls(self, function: Callable[[DenoiserCall], None], negative: TextCondition | None) -> Iterator[None]:
-        part: Any = "positive" if negative is None else "joint"
-
-        def hook(unet: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            sample = named["sample"] if "sample" in named else inputs[0]
-            time = named["timestep"] if "timestep" in named else inputs[1]
-            function(DenoiserCall(torch.as_tensor(time, device=sample.device).expand(len(sample)), part))
-
-        handle = self.unet.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def make_sampler(self) -> Any:
         """DDIM on the checkpoint's own schedule; latents exceed ±1, so they are never clipped."""
         return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
-
-    def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
-        """Samples with DDIM on the checkpoint's own schedule.
-
-        With a ``vae_dtype`` of its own the VAE cannot read the pipeline's latents: ask for ``output_type="latent"`` and
-        give them to ``decode_latents``.
-        """
-        own = {name: getattr(self, name) for name in self.part_names} | {"scheduler": self.make_sampler()}
-        pipeline_class = pipeline_class or self.pipeline_class
-        known = inspect.signature(pipeline_class.__init__).parameters  # not all know the absent ones
-        pipeline = pipeline_class(**own, **{name: x for name, x in self.absent.items() if name in known}, **parts)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-
-# letter case, accents, punctuation, digits, and more than fits
-PROBES = ["", "A naïve red-haired girl's café, 1987!", "über 東京 🙂 " * 40]
-
-
-def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Token ids, cut and padded to the tokenizer's length."""
-    length = tokenizer.model_max_length
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-
-
-def load_folder(pipeline_class: Any, path: str, dtypes: dict[str, torch.dtype], absent: dict[str, Any]) -> Any:
-    """A pipeline from a folder or hub id; raises UserError for one that lacks a file."""
-    try:
-        return pipeline_class.from_pretrained(path, dtype=dtypes, **absent)
-    except OSError as error:
-        raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
 
 
 def load_single_file(

@@ -68,7 +68,8 @@ def read_host_widths(path: str) -> BaseWidths:
     if is_single_file(path):
         return host_widths_of_header(read_header(path))
     unet = read_unet(path)
-    return BaseWidths(unet.config.cross_attention_dim, [host.width for host in find_hosts(unet)])
+    context = unet.config.cross_attention_dim
+    return BaseWidths(context, [host.width for host in find_hosts(unet)], context, "unet")
 
 
 def host_widths_of_header(shapes: Shapes) -> BaseWidths:
@@ -80,7 +81,8 @@ def host_widths_of_header(shapes: Shapes) -> BaseWidths:
             position = [int(number) for number in re.findall(r"\d+", match[2])]
             found.append((SECTIONS[match[1]], position, shape))
     found.sort()
-    return BaseWidths(found[0][2][1], [shape[0] for _, _, shape in found])
+    context = found[0][2][1]
+    return BaseWidths(context, [shape[0] for _, _, shape in found], context, "unet")
 
 
 def read_image_size(path: str) -> int:

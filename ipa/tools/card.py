@@ -89,7 +89,8 @@ def describe(run: Path, adapter: Path, options: Any) -> dict[str, Any]:
     with torch.device("meta"):
         head = make_head(read.file)
     family = metadata.get("base_family", "")
-    reasons = {layout: misreadings(head, read.file.kind, layout, family) for layout in ("diffusers", "comfyui")}
+    file = read.file
+    reasons = {layout: misreadings(head, file.kind, layout, file.branches) for layout in ("diffusers", "comfyui")}
     base = metadata.get("base", "")
     scores, num_prompts, has_intervals = read_scores(run, adapter, options.evaluation, config)
     return {

@@ -22,7 +22,7 @@ from ipa.tools.options import option, run_tool
 
 DTYPES = ("float16", "bfloat16", "float32")
 # metadata without which a file can be misread
-NEEDED = ("base_family", "head", "kind", "head_width", "num_tokens", "no_image", "layer")
+NEEDED = ("base_family", "branches", "head", "kind", "head_width", "num_tokens", "no_image", "layer")
 
 
 @dataclass
@@ -47,8 +47,9 @@ def export(options: Any) -> Path | None:
 
     from ipa.export.adapter_file import make_head
     from ipa.export.layouts import check_layout
+    from ipa.export.published import write_adapter
     from ipa.export.reading import read_adapter
-    from ipa.export.storage import check_output, save_adapter
+    from ipa.export.storage import check_output
 
     out = None if options.out is None else Path(options.out)
     if out is not None:
@@ -58,12 +59,11 @@ def export(options: Any) -> Path | None:
     if out is None:
         return None
     with torch.device("meta"):
-        check_layout(make_head(adapter.file), adapter.file.kind, options.layout, adapter.file.base_family)
+        check_layout(make_head(adapter.file), adapter.file.kind, options.layout, adapter.file.branches)
     if out.suffix == ".bin":
         check_without_metadata(adapter)
     licence = {"licence": options.licence} if options.licence else {}
-    metadata = {**adapter.metadata, **adapter.file.metadata(), **licence}
-    save_adapter(out, convert(adapter.tensors, options.dtype), metadata)
+    write_adapter(out, convert(adapter.tensors, options.dtype), {**adapter.metadata, **licence})
     if out.suffix == ".bin":
         print("the metadata is omitted: a .bin cannot hold it")
     return out
@@ -118,9 +118,9 @@ def describe(source: str, adapter: Any) -> str:
     lines = [f"{source} is {file.describe()}.", *adapter.remarks]
     lines.append(f"{file.num_parameters:,} parameters in {file.num_tensors} tensors: {', '.join(dtypes)}")
     for layout in LAYOUTS:
-        problems = misreadings(head, file.kind, layout, file.base_family)
+        problems = misreadings(head, file.kind, layout, file.branches)
         lines.append(f"readable by {layout}: {'yes' if not problems else 'no, ' + '; '.join(problems)}")
-        if not problems and (warning := other_no_image(head, layout)):
+        if not problems and (warning := other_no_image(head, layout, file.branches)):
             lines.append(f"    but {warning}")
     lines += [f"    {name}: {value}" for name, value in sorted(adapter.metadata.items()) if value]
     return "\n".join(lines)

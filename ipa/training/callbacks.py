@@ -13,8 +13,7 @@ from typing import Any
 import lightning as L
 
 from ipa.errors import UserError, brief
-from ipa.export.published import to_published, with_metadata
-from ipa.export.storage import save_adapter
+from ipa.export.published import to_published, write_adapter
 from ipa.model import IPAdapterModel
 from ipa.training.checkpointing import check_finite
 from ipa.training.flops import count_flops, peak_flops
@@ -183,7 +182,8 @@ class ExportAdapter(TrainingCallback):
 
     def write(self, pl_module: Any, path: Path) -> None:
         """All ranks gather the weights; the first writes."""
-        tensors = to_published(whole(pl_module.model.trainable.state_dict()), self.dtype)
+        model = pl_module.model
+        tensors = to_published(whole(model.trainable.state_dict()), self.dtype, model.family.branches)
         check_finite(tensors, pl_module.global_step)
         if pl_module.global_rank == 0:
-            save_adapter(path, tensors, with_metadata(tensors, pl_module.describe()))
+            write_adapter(path, tensors, pl_module.describe())

@@ -10,6 +10,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
+from ipa.contracts import AdapterKind, TokenHead
 from ipa.errors import UserError
 from ipa.export.adapter_file import make_head
 from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
@@ -31,12 +32,10 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     """
     base: BaseWidths = read_widths(cfg.base)
     encoder: EncoderWidths = read_widths(cfg.encoder)
-    with torch.device("meta"):
-        head = instantiate(cfg.tokens)(encoder, base.context)
-    kind: str = get_class(cfg.adapter.make._target_).name  # type: ignore[attr-defined]
+    head, kind = make_head_of(cfg, encoder, base), kind_of(cfg).name
     layout: str = cfg.callbacks.export.layout
-    check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
-    if warning := other_no_image(head, layout):
+    check_layout(head, kind, layout, base.branches)
+    if warning := other_no_image(head, layout, base.branches):
         log.warning("%s", warning)
     if donor:
         option = "adapter.init_from" if donor == cfg.adapter.init_from else "resume"
@@ -44,6 +43,16 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
         check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
             check_same_sizes(make_head(file), file.kind, head, kind, f"{option}={donor}")
+
+
+def kind_of(cfg: DictConfig) -> type[AdapterKind]:
+    return get_class(cfg.adapter.make._target_)  # type: ignore[return-value]
+
+
+def make_head_of(cfg: DictConfig, encoder: EncoderWidths, base: BaseWidths, device: str = "meta") -> TokenHead:
+    """The head that fits an encoder and a base of these widths."""
+    with torch.device(device):
+        return instantiate(cfg.tokens)(encoder, kind_of(cfg).token_width(base))
 
 
 def check_average(cfg: DictConfig, checkpoint: Path) -> None:
@@ -72,7 +81,7 @@ def names_of_parts(cfg: DictConfig) -> list[str]:
 def build_model(cfg: DictConfig) -> IPAdapterModel:
     """Load the frozen parts and make the trainable ones, with the widths of the loaded objects."""
     family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
-    head = instantiate(cfg.tokens)(encoder.widths, family.context_width)
+    head = make_head_of(cfg, encoder.widths, family.widths, "cpu")
     adapter = instantiate(cfg.adapter.make)(family.hosts())
     model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
     if cfg.gradient_checkpointing:

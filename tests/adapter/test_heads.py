@@ -10,7 +10,7 @@ from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from published_files import CONTEXT, ENCODERS, PUBLISHED
 from torch import Tensor, nn
 
-from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
+from ipa.adapter.heads import NO_IMAGE, FullHead, GlobalHead, Head, ResamplerHead
 from ipa.types import EncoderWidths, Features
 
 TINY = EncoderWidths(pooled=12, patch=24, num_patches=10, image_size_px=24)
@@ -122,10 +122,10 @@ def test_a_sample_is_turned_into_tokens_by_itself_at_any_time_and_precision(kind
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_what_stands_for_no_image_is_one_of_two(kind: str) -> None:
-    assert {HEADS[kind](no_image=name).no_image for name in ("blank", "zeros")} == {"blank", "zeros"}
-    with pytest.raises(ValueError, match=r"tokens\.no_image=black: give one of blank, zeros"):
-        HEADS[kind](no_image="black")
+def test_what_stands_for_no_image_is_one_of_three(kind: str) -> None:
+    assert {HEADS[kind](no_image=name).no_image for name in NO_IMAGE} == {"black", "blank", "zeros"}
+    with pytest.raises(ValueError, match=r"tokens\.no_image=grey: give one of black, blank, zeros"):
+        HEADS[kind](no_image="grey")
 
 
 def test_no_tokens_at_all_are_refused() -> None:

@@ -6,14 +6,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ipa.families.cross_attention import (
-    BranchProcessor,
-    CrossAttentionBranch,
-    CrossAttentionHost,
-    attend_to_text,
-    join_heads,
-    split_heads,
-)
+from ipa.families.attention_host import BranchProcessor, join_heads, split_heads
+from ipa.families.cross_attention import CrossAttentionBranch, CrossAttentionHost, attend_to_text
 from ipa.presets import SCALINGS
 from ipa.types import Channel, ImagePrompt
 

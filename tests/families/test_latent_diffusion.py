@@ -65,7 +65,7 @@ def test_full_size_folders_and_files_tell_their_family_and_the_published_order(b
     assert len(hosts) == {"sd15": 16, "sd21": 16, "sdxl": 70}[base]
     for path in (folder, file):
         assert family_of(path) is family
-        assert family.read_widths(path) == (context, hosts)
+        assert family.read_widths(path)[:2] == (context, hosts)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def record_calls(unet: torch.nn.Module) -> list[tuple[tuple[Any, ...], dict[str,
 def halves(negative: TextCondition, positive: TextCondition) -> TextCondition:
     """A doubled batch, as guidance calls the denoiser."""
     pairs = zip(vars(negative).values(), vars(positive).values(), strict=True)
-    return TextCondition(*(torch.cat(pair) for pair in pairs))
+    return TextCondition(*(None if pair[0] is None else torch.cat(pair) for pair in pairs))
 
 
 def test_sizes_follow_from_the_parts(family: StableDiffusionXL) -> None:

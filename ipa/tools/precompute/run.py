@@ -28,7 +28,7 @@ from ipa.files import remove_temporaries
 from ipa.model import fingerprints
 from ipa.tools.precompute.decoding import Decoded, Decoding, Task
 from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
-from ipa.training.parts import check_parts
+from ipa.training.parts import check_parts, make_head_of
 from ipa.types import first_not_finite, to_unit_range
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def precompute(cfg: DictConfig) -> None:
     check_parts(cfg)
     torch.set_float32_matmul_precision("high")  # as in training
     family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
-    kept = list(cfg.keep or [KEPT[head_of(cfg, family, encoder).uses]])
+    kept = list(cfg.keep or [KEPT[make_head_of(cfg, encoder.widths, family.widths).uses]])
     sizes = fit(data, family, encoder, cfg.image_size_px) | {"kept": kept}
     headers = make_headers(data, sizes, fingerprints(family, encoder))
     jobs = list_jobs(data.train_order, headers, Path(cfg.out))
@@ -184,11 +184,6 @@ def to_device(name: str | None, environment: Mapping[str, str]) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
     return device
-
-
-def head_of(cfg: DictConfig, family: Any, encoder: Any) -> Any:
-    with torch.device("meta"):
-        return instantiate(cfg.tokens)(encoder.widths, family.context_width)
 
 
 def make_headers(data: ShardDataModule, sizes: dict[str, Any], found: dict[str, str]) -> dict[str, Header]:

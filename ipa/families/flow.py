@@ -1,0 +1,210 @@
+"""What the families of transformers with rectified flow share: loading, noise path, timestep sampling, two-axis sizes.
+
+    x_σ = (1 − σ) x_0 + σ ε,     target = ε − x_0     (`ipa.objective`)
+
+σ comes from the checkpoint's own training table, drawn and weighed as in diffusers' training scripts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ipa import objective
+from ipa.contracts import Host
+from ipa.errors import UserError
+from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.sources import check_pipeline_folder, is_single_file, read_config, read_index
+from ipa.types import BaseWidths, Corrupted, TextCondition
+from ipa.weights import read_dtype
+
+TABLE, RESOLUTION = "scheduler", "resolution"
+
+
+@dataclass(frozen=True)
+class FlowTimes:
+    """Which noise levels are trained, and their weight; see `ipa.objective`.
+
+    ``timesteps``: uniform, logit_normal (``logit_mean``, ``logit_std``) or mode (``mode_scale``). ``shift``: the
+    checkpoint's training table (scheduler), that of sampling at the image's size (resolution), or a factor.
+    ``weighting``: none, sigma_sqrt or cosmap. Raises UserError for other words.
+    """
+
+    timesteps: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    shift: str | float = TABLE
+    weighting: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, known in (("timesteps", objective.TIMESTEPS), ("weighting", objective.WEIGHTINGS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"base.times.{name}={getattr(self, name)}: give one of {', '.join(known)}")
+        if isinstance(self.shift, str) and self.shift not in (TABLE, RESOLUTION):
+            raise UserError(f"base.times.shift={self.shift}: give {TABLE}, {RESOLUTION}, or a factor such as 3")
+
+    def sigma(self, u_B: Tensor, table_S: Tensor, num_tokens: int) -> Tensor:
+        """Noise levels σ for uniform draws. ``table_S`` descends from 1; ``num_tokens`` are those of the image."""
+        quantile_B = objective.noise_quantile(u_B, self.timesteps, self.logit_mean, self.logit_std, self.mode_scale)
+        index_B = (quantile_B * len(table_S)).long().clamp(0, len(table_S) - 1)
+        if self.shift == TABLE:
+            return table_S.to(u_B.device).flip(0)[index_B]
+        sigma_B = (index_B + 1).float() / len(table_S)
+        factor = objective.resolution_shift(num_tokens) if self.shift == RESOLUTION else float(self.shift)
+        return objective.shift_noise(sigma_B, factor)
+
+    def describe(self) -> dict[str, str]:
+        return {"timesteps": self.timesteps, "timestep_shift": str(self.shift), "loss_weighting": self.weighting}
+
+
+class FlowFamily(PipelineFamily):
+    """VAE, text encoders and transformer; ``parts`` have the names that the public pipeline gives them.
+
+    ``time_factor`` times σ is what the transformer takes as its time.
+    """
+
+    denoiser_name = "transformer"
+    transformer_class: ClassVar[Any]
+    time_factor: ClassVar[float]
+    patch: ClassVar[int] = 2  # latent cells along the edge of an image token
+    needs: ClassVar[dict[str, str]]  # parts that a base must have → what they are, for messages
+    guidance_option: ClassVar[str] = "guidance_scale"
+
+    transformer: Any
+
+    def __init__(self, source: str, times: FlowTimes | None = None, **parts: Any) -> None:
+        super().__init__(source, **parts)
+        self.times = times or FlowTimes()
+        self.sigmas: Tensor = self.make_sampler().sigmas
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        dtype: str = "float32",
+        vae_dtype: str | None = None,
+        config: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a diffusers folder or a hub id; ``options`` are the constructor's.
+
+        Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given. Raises UserError for
+        a base of another family, or one without a part, of which only the configuration is read.
+        """
+        dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
+        cls.check(path, **options)
+        absent = cls.absent | cls.left_out(**options)
+        pipeline = load_folder(cls.pipeline_class, path, dtypes, absent)
+        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
+        return cls(**parts, source=path, **options)
+
+    @classmethod
+    def left_out(cls, **options: Any) -> dict[str, Any]:
+        """Parts that these options do not need, which are not loaded."""
+        return {}
+
+    @classmethod
+    def recognises(cls, path: str, key: str = "base.path") -> bool:
+        if is_single_file(path):
+            return False
+        index = read_index(path, key)
+        if (index.get("transformer") or [None, None])[1] != cls.transformer_class.__name__:
+            return False
+        config = read_transformer_config(cls.transformer_class, path, key)
+        return config.get("out_channels") in (None, config.get("in_channels"))  # others read a second image
+
+    @classmethod
+    def check(cls, path: str, **options: Any) -> None:
+        """Refuse a base of another family, and one without a part that it needs; raises UserError."""
+        cls.check_family(path)
+        index, absent = read_index(path, "base.path"), cls.left_out(**options)
+        for name, what in cls.needs.items():
+            if (index.get(name) or [None])[0] is None and name not in absent:
+                raise UserError(f"base.path={path} has no {name}, {what}: give a folder with all parts of {cls.title}")
+
+    @classmethod
+    def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
+        cls.check(path, **options)
+        with torch.device("meta"):
+            transformer = cls.transformer_class.from_config(read_transformer_config(cls.transformer_class, path))
+        return cls.widths_of(transformer, **options)
+
+    @classmethod
+    def widths_of(cls, transformer: Any, **options: Any) -> BaseWidths:
+        raise NotImplementedError
+
+    @classmethod
+    def read_image_size_px(cls, path: str, config: str | None = None, **options: Any) -> int:
+        """The image size that the base was trained for, from its configuration."""
+        cls.check(path, **options)
+        return read_config(cls.vae_class(), path, "base.path", subfolder="vae")["sample_size"]
+
+    @staticmethod
+    def vae_class() -> Any:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
+
+    @property
+    def image_size_px(self) -> int:
+        return self.vae.config.sample_size
+
+    @property
+    def size_multiple_px(self) -> int:
+        return self.cell_px * self.patch
+
+    @property
+    def text_width(self) -> int:
+        return self.transformer.config.joint_attention_dim
+
+    def blocks(self) -> list[str]:
+        hosts: list[Host] = self.hosts()
+        return list(dict.fromkeys(host.block for host in hosts))
+
+    def compile_blocks(self) -> None:
+        for stack in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(self.transformer, stack, ()):
+                block.compile(fullgraph=True)
+
+    def corrupt(
+        self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
+    ) -> Corrupted:
+        """Rectified flow at noise levels drawn and weighed by ``times``; latents stay B × C × H × W."""
+        num_tokens = x0_BCHW.shape[-1] * x0_BCHW.shape[-2] // self.patch**2
+        sigma_B = self.times.sigma(u_B, self.sigmas, num_tokens)
+        noisy, target = objective.flow_path(x0_BCHW, noise_BCHW, sigma_B.to(x0_BCHW.dtype))
+        weight_B = objective.flow_weight(sigma_B, self.times.weighting)
+        return Corrupted(noisy, sigma_B * self.time_factor, target, weight_B)
+
+    def progress(self, time_B: Tensor) -> float:
+        return 1 - float(time_B[0]) / self.time_factor
+
+    def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
+        if guidance_rescale:
+            raise UserError(f"guidance_rescale={guidance_rescale}: the pipelines of {self.title} have none; give 0")
+        return {self.guidance_option: guidance}
+
+    def describe(self) -> dict[str, str]:
+        return self.times.describe()
+
+
+def read_transformer_config(transformer_class: Any, path: str, key: str = "base.path") -> dict[str, Any]:
+    check_pipeline_folder(path, key)
+    return read_config(transformer_class, path, key, subfolder="transformer")
+
+
+def require(value: Tensor | None, what: str) -> Tensor:
+    """A part of a text condition; raises UserError naming ``what`` is missing."""
+    if value is None:
+        raise UserError(f"{what} is missing: the text must come from this base's own encode_text")
+    return value
+
+
+def pooled_arguments(positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
+    """The pooled text under the pipelines' names."""
+    given = {"pooled_prompt_embeds": positive.pooled_BE}
+    return given if negative is None else given | {"negative_pooled_prompt_embeds": negative.pooled_BE}

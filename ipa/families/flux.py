@@ -1,0 +1,188 @@
+"""FLUX.1 as a frozen family: dev (with guidance embedding), schnell, Krea, and their fine-tuned variants.
+
+family = Flux.from_pretrained("black-forest-labs/FLUX.1-dev", dtype="bfloat16")
+
+Text: T5 states without mask, and CLIP's pooled output. Guidance: FLUX.1-dev is distilled with an embedded scale
+(``train_guidance``, ``sample_guidance``); classifier-free guidance on top of it (``sampling.guidance`` above 1) calls
+the transformer twice per step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from ipa.errors import UserError
+from ipa.families.flow import FlowFamily, FlowTimes, pooled_arguments, require
+from ipa.families.flux_attention import FluxHost, InstantXHost
+from ipa.families.pipeline_family import PROBES
+from ipa.types import BaseWidths, TextCondition, TextInputs
+
+HOSTS = ("double", "all")
+
+
+class Flux(FlowFamily):
+    """``hosts``: double (XLabs' layout: the double-stream blocks), or all (InstantX': single-stream blocks, too).
+
+    ``text_tokens`` is the length of T5's text, by default 512, or 256 without guidance embedding (schnell).
+    ``train_guidance`` and ``sample_guidance`` are the embedded guidance of training and sampling, which only dev has.
+    ``key_std`` and ``value_std`` initialise K′ and V′.
+    """
+
+    name = "flux"
+    title = "FLUX.1"
+    advice = "base=flux_dev or base=flux_schnell (recipe=flux)"
+    guidance_calls = "separate"
+    guidance = 1.0
+    time_factor = 1.0
+    guidance_option = "true_cfg_scale"
+    pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    absent: ClassVar = {"image_encoder": None, "feature_extractor": None}
+    needs: ClassVar = {
+        "text_encoder": "its CLIP text encoder",
+        "text_encoder_2": "its T5 text encoder",
+        "tokenizer_2": "the T5 tokenizer",
+        "vae": "its VAE",
+    }
+    clip_parts: ClassVar[tuple[str, str] | None] = ("text_encoder", "tokenizer")
+    t5_parts: ClassVar[tuple[str, str]] = ("text_encoder_2", "tokenizer_2")
+
+    def __init__(
+        self,
+        source: str = "",
+        times: FlowTimes | None = None,
+        hosts: str = "double",
+        text_tokens: int | None = None,
+        train_guidance: float = 1.0,
+        sample_guidance: float = 3.5,
+        key_std: float = 0.02,
+        value_std: float = 0.0,
+        **parts: Any,
+    ) -> None:
+        super().__init__(source, times, **parts)
+        self.host_choice = check_hosts(hosts)
+        self.text_tokens = text_tokens or min(self.usual_text_tokens, getattr(self, self.t5_parts[1]).model_max_length)
+        self.branches = self.layout_of(hosts)
+        self.train_guidance, self.sample_guidance = train_guidance, sample_guidance
+        self.start = key_std, value_std
+
+    @property
+    def usual_text_tokens(self) -> int:
+        return 512 if self.transformer.config.guidance_embeds else 256
+
+    @classmethod
+    def layout_of(cls, hosts: str) -> str:
+        return {"double": "flux", "all": "instantx"}[check_hosts(hosts)]
+
+    @classmethod
+    def widths_of(cls, transformer: Any, hosts: str = "double", **options: Any) -> BaseWidths:
+        context = transformer.config.joint_attention_dim
+        found = find_hosts(transformer, hosts)
+        return BaseWidths(context, [host.width for host in found], context, cls.layout_of(hosts))
+
+    @property
+    def context_width(self) -> int:
+        return self.transformer.config.joint_attention_dim
+
+    def hosts(self) -> list[Any]:
+        return find_hosts(self.transformer, self.host_choice, self.start)
+
+    # latents
+
+    def pack(self, latents_BCHW: Tensor) -> Tensor:
+        """B × C × H × W → B × (H W / 4) × 4 C, each token channel-major."""
+        return torch.nn.functional.pixel_unshuffle(latents_BCHW, self.patch).flatten(2).transpose(1, 2)
+
+    def unpack(self, packed: Tensor, shape_CHW: tuple[int, int, int]) -> Tensor:
+        _, height, width = shape_CHW
+        tokens = packed.transpose(1, 2).unflatten(2, (height // self.patch, width // self.patch))
+        return torch.nn.functional.pixel_shuffle(tokens, self.patch)
+
+    # text
+
+    def prepare_text(self, texts: list[str]) -> TextInputs:
+        """``t5_ids`` and ``clip_ids``, each B × its tokenizer's length."""
+        clip = {} if self.clip_parts is None else {"clip_ids": self.ids(self.clip_parts[1], texts).input_ids}
+        return {"t5_ids": self.ids(self.t5_parts[1], texts, self.text_tokens).input_ids, **clip}
+
+    def ids(self, tokenizer: str, texts: list[str], length: int | None = None) -> Any:
+        part = getattr(self, tokenizer)
+        length = length or part.model_max_length
+        return part(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+    def probe_ids(self) -> Any:
+        return {name: ids.tolist() for name, ids in self.prepare_text(PROBES).items()}
+
+    def cut_off(self, text: str) -> str:
+        tokenizer = getattr(self, self.t5_parts[1])
+        ids = tokenizer(text).input_ids
+        return str(tokenizer.decode(ids[self.text_tokens - 1 : -1])) if len(ids) > self.text_tokens else ""
+
+    @torch.no_grad()
+    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """T5's last states and CLIP's pooled output; this family has no size condition."""
+        states_BLD = getattr(self, self.t5_parts[0])(inputs["t5_ids"].to(self.device))[0]
+        return TextCondition(states_BLD, self.pooled_text(inputs))
+
+    def pooled_text(self, inputs: TextInputs) -> Tensor:
+        return self.text_encoder(inputs["clip_ids"].to(self.device)).pooler_output
+
+    # denoising
+
+    def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
+        """Velocity, B × C × H × W as ``noisy``; the image tokens of a simple adapter share the text's position."""
+        tokens_BNK, states_BLD = self.pack(noisy).to(self.dtype), text.states_BLD.to(self.dtype)
+        velocity = self.transformer(
+            hidden_states=tokens_BNK,
+            encoder_hidden_states=states_BLD,
+            timestep=time_B.to(self.dtype),
+            img_ids=image_ids(noisy.shape[2] // self.patch, noisy.shape[3] // self.patch).to(tokens_BNK),
+            txt_ids=tokens_BNK.new_zeros(states_BLD.shape[1], 3),
+            **self.conditions(text, tokens_BNK),
+        ).sample
+        return self.unpack(velocity, tuple(noisy.shape[1:]))
+
+    def conditions(self, text: TextCondition, tokens_BNK: Tensor) -> dict[str, Any]:
+        """What the transformer reads besides the text's states."""
+        guided = self.transformer.config.guidance_embeds
+        guidance = tokens_BNK.new_full((len(tokens_BNK),), self.train_guidance) if guided else None
+        pooled_BE = require(text.pooled_BE, "FLUX's pooled text")
+        return {"pooled_projections": pooled_BE.to(self.dtype), "guidance": guidance}
+
+    # sampling
+
+    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
+        return super().prompt_arguments(positive, negative) | pooled_arguments(positive, negative)
+
+    def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
+        return super().guidance_arguments(guidance, guidance_rescale) | {"guidance_scale": self.sample_guidance}
+
+    def describe(self) -> dict[str, str]:
+        return super().describe() | {"hosts": self.host_choice, "train_guidance": f"{self.train_guidance:g}"}
+
+
+def check_hosts(hosts: str) -> str:
+    if hosts not in HOSTS:
+        raise UserError(f"base.hosts={hosts}: give double (XLabs' layout) or all (InstantX' layout)")
+    return hosts
+
+
+def find_hosts(transformer: Any, choice: str, start: tuple[float, float] = (0.02, 0.0)) -> list[FluxHost]:
+    """The blocks that get a branch, in the published order: double-stream blocks first."""
+    stacks = {"double": ("transformer_blocks",), "all": ("transformer_blocks", "single_transformer_blocks")}
+    host_class, context = InstantXHost if choice == "all" else FluxHost, transformer.config.joint_attention_dim
+    return [
+        host_class(f"{stack}.{index}", block.attn, context, start)
+        for stack in stacks[check_hosts(choice)]
+        for index, block in enumerate(getattr(transformer, stack))
+    ]
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """Positions of the image tokens, (H W) × 3: 0, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)

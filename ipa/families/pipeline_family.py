@@ -1,0 +1,217 @@
+"""What all families share that are diffusers pipelines: the parts, their VAE, tokenizers, and the pipeline around them.
+
+A subclass names its denoiser and adds text encoding, noise path and hosts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ipa.contracts import DenoiserCall, Family, Part
+from ipa.errors import MissingWeights, UserError, brief
+from ipa.families import family_of
+from ipa.types import Posterior, TextCondition, TextInputs
+from ipa.weights import fingerprint
+
+
+class PipelineFamily(Family):
+    """``parts`` have the names that the public pipeline gives them; one of them, ``denoiser_name``, is the denoiser."""
+
+    pipeline_class: ClassVar[Any]
+    denoiser_name: ClassVar[str]
+    # components that the public pipeline can have besides the parts, and is built without
+    absent: ClassVar[dict[str, Any]]
+
+    vae: Any
+    scheduler: Any
+
+    def __init__(self, source: str, **parts: Any) -> None:
+        super().__init__()
+        self.source, self.part_names = source, tuple(parts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def check_family(cls, path: str) -> None:
+        """Refuse a base of another family; raises UserError."""
+        family = family_of(path)
+        if family is not cls:
+            raise UserError(f"base.path={path} is a {family.title} pipeline: use {family.advice}")
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def cell_px(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def size_multiple_px(self) -> int:
+        return self.cell_px
+
+    def latent_shape(self, image_size_px: int) -> tuple[int, int, int]:
+        cells = image_size_px // self.cell_px
+        return (self.vae.config.latent_channels, cells, cells)
+
+    def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
+        """``function`` must restore, when it recomputes a block, the context of the block's first call."""
+        self.denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=function)
+
+    def compile_blocks(self) -> None:
+        """Compiles the transformer blocks, which takes seconds; the whole denoiser would take minutes."""
+        self.denoiser.compile_repeated_blocks(fullgraph=True)
+
+    # latents
+
+    @property
+    def vae_scale(self) -> tuple[float, float]:
+        """Shift and factor: latents = (z − shift) · factor."""
+        config = self.vae.config
+        return config.get("shift_factor") or 0.0, config.scaling_factor
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Posterior:
+        """Scaled posterior: the mean shifted and scaled as the VAE's configuration has it, the variance to match."""
+        with self._in_own_dtype():
+            posterior = self.vae.encode(pixels_B3HW.to(self.vae.dtype)).latent_dist
+        shift, factor = self.vae_scale
+        return Posterior((posterior.mean.float() - shift) * factor, posterior.logvar.float() + 2 * math.log(factor))
+
+    @torch.no_grad()
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        shift, factor = self.vae_scale
+        latents = (latents_BCHW / factor + shift).to(self.vae.dtype)
+        with self._in_own_dtype():
+            return self.vae.decode(latents).sample.float().clamp(-1, 1)
+
+    def _in_own_dtype(self) -> torch.autocast:
+        """Autocast would run a VAE in half precision that was loaded in float32 because it overflows there."""
+        return torch.autocast(self.vae.device.type, enabled=False)
+
+    # text
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [getattr(self, name) for name in self.part_names if name.startswith("tokenizer")]
+
+    def prepare_text(self, texts: list[str]) -> TextInputs:
+        """``ids``, B × (N L): the ids of all N tokenizers one after the other, each cut and padded to its length."""
+        return {"ids": torch.cat([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)}
+
+    def split_ids(self, inputs: TextInputs) -> list[Tensor]:
+        """The ids of each tokenizer, ids_BL, on the base's device."""
+        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+        return list(inputs["ids"].to(self.device).split(lengths, dim=1))
+
+    def cut_off(self, text: str) -> str:
+        for tokenizer in self.tokenizers:
+            ids = tokenizer(text).input_ids
+            if len(ids) > tokenizer.model_max_length:
+                return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
+        return ""
+
+    def fingerprints(self) -> dict[str, str]:
+        shift, factor = self.vae_scale
+        vae = f"{fingerprint(self.vae)} × {factor:g}" + (f" − {shift:g}" if shift else "")
+        return {"vae": vae, "tokenizer": self.tokenizer_hash()[:32]}
+
+    def tokenizer_hash(self) -> str:
+        """Distinguishes tokenizers that could give other ids: by vocabulary, length, special tokens and samples."""
+        identity = [
+            [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.special_tokens_map]
+            for tokenizer in self.tokenizers
+        ]
+        probes = self.probe_ids()
+        written = json.dumps([identity, probes], sort_keys=True, default=str)
+        return hashlib.sha256(written.encode()).hexdigest()
+
+    def probe_ids(self) -> Any:
+        """What the tokenizers make of texts that tell them apart."""
+        return torch.stack([tokenize(tokenizer, PROBES) for tokenizer in self.tokenizers], dim=1).tolist()
+
+    # sampling
+
+    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
+        arguments = {"prompt_embeds": positive.states_BLD}
+        if negative is not None:
+            arguments["negative_prompt_embeds"] = negative.states_BLD
+        return arguments
+
+    @contextmanager
+    def before_calls(self, function: Callable[[DenoiserCall], None], negative: TextCondition | None) -> Iterator[None]:
+        names = list(inspect.signature(self.denoiser.forward).parameters)
+
+        def hook(denoiser: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = dict(zip(names, inputs, strict=False)) | named
+            sample, time = given[names[0]], given["timestep"]
+            part = self.part_of_call(given["encoder_hidden_states"], negative)
+            function(DenoiserCall(torch.as_tensor(time, device=sample.device).expand(len(sample)), part))
+
+        handle = self.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def part_of_call(self, states_BLD: Tensor, negative: TextCondition | None) -> Part:
+        """Which part of the guided batch a call with these text states computes."""
+        if negative is None:
+            return "positive"
+        if self.guidance_calls == "joint":
+            return "joint"
+        return "negative" if states_BLD.data_ptr() == negative.states_BLD.data_ptr() else "positive"
+
+    def make_sampler(self) -> Any:
+        """The scheduler that the pipeline samples with."""
+        return type(self.scheduler).from_config(self.scheduler.config)
+
+    def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
+        """Samples on the checkpoint's own schedule.
+
+        With a ``vae_dtype`` of its own the VAE cannot read the pipeline's latents: ask for ``output_type="latent"`` and
+        give them to ``decode_latents``.
+        """
+        own = {name: getattr(self, name) for name in self.part_names} | {"scheduler": self.make_sampler()}
+        pipeline_class = pipeline_class or self.pipeline_class
+        known = inspect.signature(pipeline_class.__init__).parameters  # not all know the absent ones
+        pipeline = pipeline_class(**own, **{name: x for name, x in self.absent.items() if name in known}, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+# letter case, accents, punctuation, digits, and more than fits
+PROBES = ["", "A naïve red-haired girl's café, 1987!", "über 東京 🙂 " * 40]
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Token ids, cut and padded to the tokenizer's length."""
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def load_folder(pipeline_class: Any, path: str, dtypes: dict[str, torch.dtype], absent: dict[str, Any]) -> Any:
+    """A pipeline from a folder or hub id; raises UserError for one that lacks a file."""
+    try:
+        return pipeline_class.from_pretrained(path, dtype=dtypes, **absent)
+    except OSError as error:
+        raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
