@@ -130,6 +130,8 @@ RANGES: Mapping[str, Range] = {
     "data.headroom": number(1, 8),
     "data.max_pixels": whole(1),
     "data.drops.*": SHARE,
+    "loss_mask_outside": number(0),
+    "loss_mask_prior": number(0),
     "data.background.white": SHARE,
     "data.augment.area": number(above=0, high=1),
     "data.augment.*": SHARE,

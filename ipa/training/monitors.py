@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -121,7 +122,10 @@ class ImagePromptGuard(TrainingCallback):
 
 @torch.no_grad()
 def compare_images(model: IPAdapterModel, batch: Batch) -> tuple[float, float]:
-    """Mean error over all ranks with the samples' own references and with their neighbours', nothing dropped."""
-    own = batch.keep_all()
+    """Mean error over all ranks with the samples' own references and with their neighbours', of whole images.
+
+    Nothing is dropped, and a loss mask does not count.
+    """
+    own = replace(batch.keep_all(), loss_mask_B1HW=None)
     means = torch.stack([model.errors(each).error_B.mean() for each in (own, own.with_neighbours_image())])
     return tuple(mean_over_ranks(means).tolist())

@@ -90,7 +90,7 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
         same.frozen = module.model.frozen_hash()
     for logger in trainer.loggers:
         log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-    log.info("training %s parameters in %s", f"{module.model.count_trainable():,}", folder)
+    log.info("training %s parameters in %s", f"{count_trained(module.model):,}", folder)
     fit(cfg, trainer, module, datamodule, start)
     if stop.end is not None:
         raise stop.end
@@ -270,7 +270,7 @@ def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[s
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     speeds = [c.mean_samples_per_s for c in found(callbacks, Throughput)]
     return {
-        "parameters trained": model.count_trainable(),
+        "parameters trained": count_trained(model),
         "steps": trainer.global_step,
         "samples per second": next((round(speed, 1) for speed in speeds if math.isfinite(speed)), None),
         "samples rejected": next((sum(c.rejects.values()) for c in found(callbacks, DataPosition)), None),
@@ -280,6 +280,10 @@ def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[s
         "last preview": next((str(c.last) for c in found(callbacks, Previews) if c.last), None),
         "adapter": str(folder / "adapter.safetensors"),
     }
+
+
+def count_trained(model: IPAdapterModel) -> int:
+    return sum(parameter.numel() for parameter in model.trained())
 
 
 def found(callbacks: Sequence[L.Callback], kind: type[T]) -> list[T]:
