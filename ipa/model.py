@@ -30,6 +30,7 @@ from ipa.types import (
     Posterior,
     TextCondition,
     TextInputs,
+    Watch,
     to_unit_range,
 )
 from ipa.weights import hash_weights
@@ -78,6 +79,7 @@ class IPAdapterModel(nn.Module):
         self.recomputes = True  # blocks in the backward pass, after checkpoint_gradients
         # names the parts of a step, for a profiler or a timer
         self.part: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
+        self.watch: Watch | None = None  # of the attention in the hosts, in training and ``predict``
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
@@ -184,7 +186,7 @@ class IPAdapterModel(nn.Module):
         if tokens_BTD is None:
             yield text
             return
-        prompt = ImagePrompt(tokens_BTD, as_weight(scale), present_BT=present_BT)
+        prompt = ImagePrompt(tokens_BTD, as_weight(scale), present_BT=present_BT, watch=self.watch)
         with self.adapter.condition(text, prompt) as conditioned:
             yield conditioned
 
@@ -279,7 +281,7 @@ class IPAdapterModel(nn.Module):
         return self.family.encode_text_inputs(kept, batch.size_B6)
 
     def _training_tokens(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens, and which of them are present (None: all); where the image is dropped, "no image" is there once."""
+        """The tokens, and which are present (None: all); where the image is dropped, "no image" is there once."""
         more = batch.more
         with self.part("image encoder"):
             features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B

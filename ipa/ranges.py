@@ -138,6 +138,7 @@ RANGES: Mapping[str, Range] = {
     "data.known.*.weight": POSITIVE,
     # what is trained
     "optimizer.lr": number(above=0, high=1e6),
+    "lr_factor": number(above=0, high=1e6),
     "optimizer.weight_decay": number(0, 100),
     "optimizer.eps": POSITIVE,
     "optimizer.fused": Range(bool, null=True),
@@ -161,6 +162,11 @@ RANGES: Mapping[str, Range] = {
     # what watches and writes
     "stop.grace_s": number(0, 86400),
     "guard.most_skips": whole(1),
+    "heldout_check.every_n_steps": whole(1, null=True),
+    "heldout_check.num_samples": whole(2),
+    "heldout_check.patience": whole(1, null=True),
+    "heldout_check.alarm": number(0),
+    "callbacks.heldout.every_n_steps": whole(1, null=True),
     "guard.stall_minutes": number(above=0, high=MAX_COUNT, null=True, zero_is_null=True),
     "preview.num_*": whole(0),
     "scoring.num_prompts": whole(0),

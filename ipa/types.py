@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Made = TypeVar("Made")
+Watch = Callable[[str, Tensor, Tensor], None]  # gets a host's name, its text attention, and λ times the image's
 TextInputs = dict[str, Tensor]  # see `ipa.contracts.Family.prepare_text`
 
 
@@ -260,8 +261,8 @@ class ImagePrompt:
 
     ``hosts`` maps names of hosts to a factor of λ, hosts without one are left alone; None is 1 everywhere. ``mask_BHW``
     in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. ``present_BT`` is False for tokens that
-    pad the batch, to which nothing attends; None are all there. The results of the prompts ``also`` given are added to
-    this one's.
+    pad the batch, to which nothing attends; None are all there. ``watch`` is called in every host that can be watched.
+    The results of the prompts ``also`` given are added to this one's.
     """
 
     tokens_BTD: Tensor
@@ -270,6 +271,7 @@ class ImagePrompt:
     mask_BHW: Tensor | None = None
     also: tuple[ImagePrompt, ...] = ()
     present_BT: Tensor | None = None
+    watch: Watch | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:

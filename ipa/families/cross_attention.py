@@ -132,13 +132,15 @@ class BranchProcessor:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
         assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
-        attended = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
+        attended = text = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         for branch, prompt in prompts:
             scale = prompt.scale_at(self.host)
             if prompt.mask_BHW is not None:
                 scale = scale.to(attended) * mask_of(prompt, len(attended), attended.shape[1]).to(attended)
             image = branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once, prompt.present_BT)
             attended = attended + image
+            if prompt.watch is not None:
+                prompt.watch(self.host, text, image)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states

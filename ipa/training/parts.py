@@ -21,6 +21,8 @@ from ipa.training.checkpointing import load
 from ipa.training.module import AVERAGE
 from ipa.types import BaseWidths, EncoderWidths
 
+REQUIRED = "required"  # adapter.init_from of experiments that begin with an adapter
+
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +41,7 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
     if warning := other_no_image(head, layout):
         log.warning("%s", warning)
-    check_training(cfg, kind)
+    check_training(cfg, kind, donor)
     if donor:
         option = "adapter.init_from" if donor == cfg.adapter.init_from else "resume"
         file = read_adapter(Path(donor)).file
@@ -48,8 +50,13 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
             check_same_sizes(make_head(file), file.kind, head, kind, f"{option}={donor}")
 
 
-def check_training(cfg: DictConfig, kind: str) -> None:
+def check_training(cfg: DictConfig, kind: str, donor: str | Path | None) -> None:
     """What the parts cannot do in training; raises UserError."""
+    if donor == REQUIRED:
+        raise UserError(
+            "this experiment starts from an adapter: give adapter.init_from=FILE, a published adapter or one of a run, "
+            "and tokens= and kind= as it has them"
+        )
     freeze, chances = cfg.adapter.get("freeze"), cfg.data.references.chances
     if freeze is not None and (freeze not in ("head", "branches") or kind == "simple"):
         others = "it has nothing but a head" if kind == "simple" else "head, branches, or null to train both"
