@@ -50,7 +50,8 @@ class Host(Protocol):
         """Return a new trainable branch with this host's initialisation (for UNets: copies of the layer's K and V).
 
         The host calls the branch with (query, tokens_BTD, time embedding or None, scale, once), where ``once`` is
-        `ImagePrompt.once`, which keeps what depends on the tokens alone.
+        `ImagePrompt.once`, which keeps what depends on the tokens alone. A family that ``supports_absence`` also gives
+        it `ImagePrompt.present_BT`.
         """
         ...
 
@@ -74,7 +75,7 @@ class Family(nn.Module, ABC):
     """A frozen base model: VAE, text encoders, denoiser, noise path, and the public pipeline around them.
 
     Always in eval mode and without gradients. Pixels are float in [-1, 1]. Latents are B × C × H × W as the VAE encodes
-    them, scaled to about unit variance; only ``corrupt``, ``denoise`` and the pipeline see a packed layout.
+    them, scaled to about unit variance; only the denoiser inside ``denoise`` and the pipeline see a packed layout.
     """
 
     name: ClassVar[str]
@@ -85,6 +86,7 @@ class Family(nn.Module, ABC):
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
+    supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
     branches: str = ""  # name of its branches' published layout (`ipa.export.branches`); none: only ipa reads its files
 

@@ -201,11 +201,11 @@ class ToyFamily(Family):
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
     ) -> Corrupted:
-        noisy, target = objective.flow_path(self.pack(x0_BCHW), self.pack(noise_BCHW), u_B)
+        noisy, target = objective.flow_path(x0_BCHW, noise_BCHW, u_B)
         return Corrupted(noisy, u_B, target, torch.ones_like(u_B))
 
     def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
-        return self.transformer(noisy, time_B, text.states_BLD)[0]
+        return self.unpack(self.transformer(self.pack(noisy), time_B, text.states_BLD)[0], tuple(noisy.shape[1:]))
 
     def hosts(self) -> list[Any]:
         return [ToyHost(f"blocks.{i}", block) for i, block in enumerate(self.transformer.blocks)]

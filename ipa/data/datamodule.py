@@ -25,6 +25,7 @@ from ipa.data.addresses import NO_DROPS
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets
 from ipa.data.images.preparation import ImagePreparation
+from ipa.data.images.references import References
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import AuditStream, TrainStream, ValStream
@@ -66,11 +67,11 @@ class TrainLoader(DataLoader[Batch]):
 class StreamDataModule(LightningDataModule):
     """Orders of samples → loaders, and the position that training has reached.
 
-    ``captions``, ``image``, ``reference`` and ``schemes`` belong to the validation shards ``val``. ``batch_size`` is
-    per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training order is made for;
-    null values are those of the run that begins. ``images`` are options of ``ImagePreparation``; ``fit_to`` sets its
-    sizes. Batches may be needed for ``grace_s`` after a signal. ``rejects`` counts what ``consumed`` batches skipped
-    (on this rank), ``reject_examples`` has the first of each.
+    ``captions``, ``image``, ``reference``, ``reference_mask`` and ``schemes`` belong to the validation shards ``val``.
+    ``batch_size`` is per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training
+    order is made for; null values are those of the run that begins. ``images`` are options of ``ImagePreparation``;
+    ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal. ``rejects`` counts what
+    ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class StreamDataModule(LightningDataModule):
         captions: Any = "txt",
         image: Any = None,
         reference: Any = None,
+        reference_mask: Any = None,
         schemes: Sequence[str] = TRUSTED,
         batch_size: int = 8,
         val_batch_size: int | None = None,
@@ -92,8 +94,8 @@ class StreamDataModule(LightningDataModule):
         super().__init__()
         self.train_order, self.val_order = train_order, None
         if val is not None:
-            layout = {"captions": captions, "image": image, "reference": reference, "schemes": schemes}
-            self.val_order = Order([ShardSource.of("val", shards=val, **layout)], train_order.seed)
+            layout = {"captions": captions, "image": image, "reference": reference, "reference_mask": reference_mask}
+            self.val_order = Order([ShardSource.of("val", shards=val, schemes=schemes, **layout)], train_order.seed)
         self.images = ImagePreparation(**{name: value for name, value in images.items() if value is not None})
         self.batch_size, self.val_batch_size, self.val_limit = batch_size, val_batch_size or batch_size, val_limit
         self.num_workers, self.grace_s = num_workers, 25.0
@@ -131,8 +133,8 @@ class StreamDataModule(LightningDataModule):
         return self.images
 
     def val_preparation(self) -> Preparation:
-        """The same draws each time, nothing dropped, nothing random."""
-        return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation())
+        """The same draws each time, nothing dropped, nothing random, one reference each."""
+        return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation(), references=References())
 
     def train_dataloader(self) -> TrainLoader:
         lanes = self.settle_lanes()
@@ -284,8 +286,9 @@ class StreamDataModule(LightningDataModule):
 class ShardDataModule(StreamDataModule):
     """WebDataset shards in img2dataset's layout → ``Batch``; raises ``NoShards`` at once if they do not exist.
 
-    Either ``train`` names shards, read as ``captions``, ``image``, ``filters`` and ``reference`` say, or ``sources``
-    names entries of ``known``, each with values for ``ShardSource.of``. ``options`` are those of ``StreamDataModule``.
+    Either ``train`` names shards, read as ``captions``, ``image``, ``filters``, ``reference`` and the masks say, or
+    ``sources`` names entries of ``known``, each with values for ``ShardSource.of``. ``options`` are those of
+    ``StreamDataModule``.
     """
 
     def __init__(
@@ -299,6 +302,8 @@ class ShardDataModule(StreamDataModule):
         filters: Mapping[str, Any] | None = None,
         image: Any = None,
         reference: Any = None,
+        reference_mask: Any = None,
+        loss_mask: Any = None,
         buckets: Any = None,
         window: int = 2048,
         seed: int = 0,
@@ -306,15 +311,31 @@ class ShardDataModule(StreamDataModule):
         **options: Any,
     ) -> None:
         layout: dict[str, Any] = {"captions": captions, "image": image, "reference": reference}
-        shards = choose_sources(train, sources, known or {}, filters=filters, **layout)
+        layout["reference_mask"] = reference_mask
+        shards = choose_sources(train, sources, known or {}, filters=filters, loss_mask=loss_mask, **layout)
         read = [ShardSource.of(name, **values, schemes=schemes) for name, values in shards.items()]
         super().__init__(Order(read, seed, window), val, schemes=schemes, **layout, **options)
         self.bucket_sizes = buckets
+        check_members(read, self.images.references.most)
 
     def fit_to(self, *, image_size_px: int, **sizes: Any) -> None:
         super().fit_to(image_size_px=image_size_px, **sizes)
         if self.bucket_sizes is not None:
             self.train_order.buckets = Buckets.of(self.bucket_sizes, image_size_px)
+
+
+def check_members(sources: Sequence[ShardSource], most: int) -> None:
+    """Raise UserError if no sample can have as many references; log where it may have more."""
+    for source in sources:
+        members = source.layout.references
+        if most > max(1, len(members)):
+            raise UserError(
+                f"data.references.chances: up to {most} references, but {source.name} has only "
+                f"{', '.join(members) or 'the picture itself'}. Name {most} members in data.reference, or give fewer "
+                "chances"
+            )
+        if 1 < most < len(members):
+            log.info("%s: up to %d of the references %s, others in each pass", source.name, most, ", ".join(members))
 
 
 def choose_sources(

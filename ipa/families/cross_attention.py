@@ -67,14 +67,19 @@ class CrossAttentionBranch(nn.Module):
         scale: Tensor,
         once: Once = every_time,
         scaling: str = "V only",
+        present_BT: Tensor | None = None,
     ) -> Tensor:
-        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family."""
+        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family.
+
+        Tokens that are not present have logits of −∞.
+        """
         dtype = query_BMQd.dtype
         key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
         if scaling != "V only":
             key_BMTd, value_BMTd = scale_keys_and_values(key_BMTd, value_BMTd, scale, scaling)
             scale = (scale != 0).to(scale)  # λ = 0 is exactly nothing
-        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd)
+        mask_B11T = None if present_BT is None else present_BT[:, None, None]
+        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd, attn_mask=mask_B11T)
         return scale.to(attended.dtype) * join_heads(attended)
 
     def project(self, tokens_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,10 +105,13 @@ class CrossAttentionProcessor(BranchProcessor):
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
         assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
-        attended = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
+        attended = text = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         for branch, prompt in prompts:
-            added = branch(query_BMQd, prompt.tokens_BTD, temb, prompt.scale_at(self.host), prompt.once, prompt.scaling)
-            attended = attended + self.masked(prompt, added)
+            scale, how = prompt.scale_at(self.host), {"scaling": prompt.scaling, "present_BT": prompt.present_BT}
+            image = self.masked(prompt, branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once, **how))
+            attended = attended + image
+            if prompt.watch is not None:
+                prompt.watch(self.host, text, image)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states

@@ -31,6 +31,7 @@ class LatentDiffusion(PipelineFamily):
     branches = "unet"
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     supports_min_snr = True
+    supports_absence = True
 
     unet: Any
 

@@ -17,9 +17,12 @@ from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
 from ipa.export.published import check_fits
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
+from ipa.objective import MaskedLoss
 from ipa.training.checkpointing import load
 from ipa.training.module import AVERAGE
 from ipa.types import BaseWidths, EncoderWidths
+
+REQUIRED = "required"  # adapter.init_from of experiments that begin with an adapter
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     check_layout(head, kind, layout, base.branches)
     if warning := other_no_image(head, layout, base.branches):
         log.warning("%s", warning)
+    check_training(cfg, kind, donor)
     if donor:
         option = "adapter.init_from" if donor == cfg.adapter.init_from else "resume"
         file = read_adapter(Path(donor)).file
@@ -53,6 +57,30 @@ def make_head_of(cfg: DictConfig, encoder: EncoderWidths, base: BaseWidths, devi
     """The head that fits an encoder and a base of these widths."""
     with torch.device(device):
         return instantiate(cfg.tokens)(encoder, kind_of(cfg).token_width(base))
+
+
+def check_training(cfg: DictConfig, kind: str, donor: str | Path | None) -> None:
+    """What the parts cannot do in training; raises UserError."""
+    if donor == REQUIRED:
+        raise UserError(
+            "this experiment starts from an adapter: give adapter.init_from=FILE, a published adapter or one of a run, "
+            "and tokens= and kind= as it has them"
+        )
+    freeze, chances = cfg.adapter.get("freeze"), cfg.data.references.chances
+    if freeze is not None and (freeze not in ("head", "branches") or kind == "simple"):
+        others = "it has nothing but a head" if kind == "simple" else "head, branches, or null to train both"
+        raise UserError(f"adapter.freeze={freeze}, of a {kind} adapter: {others}")
+    supported: bool = get_class(cfg.base._target_.rpartition(".")[0]).supports_absence  # type: ignore[attr-defined]
+    if sum(chance > 0 for chance in chances[1:]) and (kind == "simple" or not supported):
+        what = (
+            "a simple adapter's tokens are a part of the text"
+            if kind == "simple"
+            else f"so far not with {cfg.base._target_}"
+        )
+        raise UserError(
+            f"data.references.chances={list(chances)}: several references need branches that leave out absent ones, "
+            f"and {what}. Give [1]"
+        )
 
 
 def check_average(cfg: DictConfig, checkpoint: Path) -> None:
@@ -83,7 +111,10 @@ def build_model(cfg: DictConfig) -> IPAdapterModel:
     family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
     head = make_head_of(cfg, encoder.widths, family.widths, "cpu")
     adapter = instantiate(cfg.adapter.make)(family.hosts())
-    model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
+    masked_loss = MaskedLoss(cfg.loss_mask_outside, cfg.loss_mask_prior)
+    model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit, masked_loss)
+    if cfg.adapter.freeze is not None:
+        model.freeze(cfg.adapter.freeze)
     if cfg.gradient_checkpointing:
         model.checkpoint_gradients()
     if cfg.compile:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, to_size, unpack
+from ipa.data.images.masks import stack_masks
 from ipa.data.records import Record, Size, make_batch
 from ipa.data.rejects import Rejected
 from ipa.types import Batch, Features, Position, Posterior
@@ -82,6 +83,7 @@ class CachedPreparation:
             return True
         edge, kept, latent = self.sizes["reference_size_px"], self.sizes["kept"], tuple(self.sizes["latent_shape"])
         latents = shapes["mean_CHW"] == latent if target is None else shapes["mean_CHW"][:1] == latent[:1]
+        latents = latents and shapes.get("mask_1HW", (1, *shapes["mean_CHW"][1:])) == (1, *shapes["mean_CHW"][1:])
         reference = shapes.get("reference_3HW") == (3, edge, edge) if "reference" in kept else True
         return latents and reference and ("pooled" not in kept or "pooled_E" in shapes)
 
@@ -89,7 +91,8 @@ class CachedPreparation:
         self, samples: Sequence[CachedSample], rejects: Sequence[Rejected], position: Position | None = None
     ) -> Batch:
         """Stack samples of one size, and make their draws."""
-        stacked = stack([sample.arrays for sample in samples])
+        masks = stack_masks([to_mask(sample.arrays.get("mask_1HW")) for sample in samples])
+        stacked = stack([{name: x for name, x in sample.arrays.items() if name != "mask_1HW"} for sample in samples])
         pooled_BE = stacked.get("pooled_E")
         channels, height, width = samples[0].arrays["mean_CHW"].shape
         draws = draw([sample.address for sample in samples], (channels, height, width), self.drops)
@@ -100,7 +103,12 @@ class CachedPreparation:
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
             text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
             size_B6=stacked["size_6"].long(),
+            loss_mask_B1HW=masks,
         )
+
+
+def to_mask(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array.copy())
 
 
 def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
