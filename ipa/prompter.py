@@ -127,9 +127,8 @@ class Prompter:
         size = self.family.check_size(width or edge, "width"), self.family.check_size(height or edge, "height")
         pipe = pipeline or self.pipeline()
         made: list[Image.Image] = []
-        for _, group in groupby([item.tiled(size) for item in items], Item.form):
-            for batch in batched(list(group), sampling.batch_size):
-                made += self.run(batch, size, sampling, pipe, arguments or {})
+        for batch in batches([item.tiled(size) for item in items], sampling.batch_size):
+            made += self.run(batch, size, sampling, pipe, arguments or {})
         return made
 
     def run(
@@ -219,10 +218,12 @@ def hosts_of(weights: dict[str, float], family: Family) -> dict[str, float]:
     return {host.name: weights.get(host.block, 0.0) for host in family.hosts()}
 
 
-def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """`itertools.batched` of Python 3.12."""
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
+def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Neighbours of one form, at most ``size`` together."""
+    for _, group in groupby(items, Item.form):
+        each = list(group)
+        for first in range(0, len(each), size):
+            yield each[first : first + size]
 
 
 def choose_device(device: str | None) -> torch.device:

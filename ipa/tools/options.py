@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType
@@ -111,6 +112,23 @@ def parse(typed: str, hint: Any) -> Any:
     if str not in kinds_of(hint) or isinstance(value, str):
         return value
     return None if typed == "null" and NoneType in kinds_of(hint) else typed
+
+
+def as_arguments(kind: type[Any], settings: Mapping[str, Any]) -> list[str]:
+    """The arguments that ``read_options`` reads these settings from; defaults are left out."""
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(kind))
+    hints = get_type_hints(kind)
+    return [f"{name}={as_typed(value, hints[name])}" for name, value in settings.items() if value != defaults[name]]
+
+
+def as_typed(value: Any, hint: Any) -> str:
+    """What ``parse`` reads as this value, without quotes and brackets where it can be."""
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    plain = one if isinstance(one, str) else json.dumps(one)
+    with suppress(OmegaConfBaseException):
+        if parse(plain, hint) == value:
+            return plain
+    return json.dumps(value, ensure_ascii=False)
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:

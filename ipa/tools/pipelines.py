@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from ipa.sampling import SamplingOptions
 T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
 DEFAULT_STEPS = SamplingOptions.num_steps
 T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
+OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("start_image", "inpaint", "control", "control_model", "scheduler", "width", "height", "num_steps")
+    ),
+    "strength": 0.8,
+    "control_weight": 1.0,
+}
 
 
 def check_pipeline(settings: dict[str, Any]) -> None:
@@ -31,8 +39,9 @@ def check_pipeline(settings: dict[str, Any]) -> None:
         scheduler_class(settings["scheduler"])
 
 
-def make_pipeline(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and the arguments of its call."""
+def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call; ``options`` are those in ``OPTIONS``, as in `ipa.tools.sample`."""
+    settings = OPTIONS | options
     pipeline, parts, arguments = with_control(prompter, settings)
     if settings["start_image"]:
         check_strength(settings["strength"], settings["num_steps"] or prompter.defaults.get("num_steps", DEFAULT_STEPS))
@@ -79,6 +88,7 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
     return prompter.pipeline(), {"controlnet": control}, {"image": image, "controlnet_conditioning_scale": weight}
 
 
+@functools.lru_cache(maxsize=1)  # the page takes the same one again and again
 def load_control(path: str) -> Any:
     """A ControlNet or a T2I-Adapter; raises UserError for anything else."""
     try:

@@ -35,13 +35,13 @@ REFERENCE = (
     *("start", "end", "combine", "mask"),
     *("embeds_scaling", "subtract_text", "subtract_strength", "tiles"),
 )
-AXES = ("text", "scale", "blocks", "seed")  # lists of these make a grid; the last one with several goes across
+AXES = ("adapter", "text", "scale", "blocks", "seed")  # lists make a grid; the last one with several goes across
 NOT_SETTINGS = ("out", "again", "device")
 
 
 @dataclass
 class Options:
-    adapter: list[str] = option([], "adapter file, checkpoint, or run folder; several for references=")
+    adapter: list[str] = option([], "adapter file, checkpoint, or run folder; several: a grid, or for references=")
     image: list[str] = option([], "image prompt; several are one prompt together; a folder: an image for each")
     text: list[str] = option([""], "text prompt")
     negative_text: str = option("", "text of guidance's negative part")
@@ -97,32 +97,22 @@ class Options:
 
 def sample(options: Any) -> Path:
     """Generate the images and write them; returns the file or folder. Raises UserError."""
-    given: Any = OmegaConf.to_container(options)
-    settings: dict[str, Any] = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
-    if not settings["adapter"]:
-        raise UserError("please give adapter=…")
-    for name in ("text", "scale", "seed"):
-        if not settings[name]:
-            raise UserError(f"{name}=[]: give at least one")
+    settings = settings_of(options)
     out, folder = Path(options.out), folder_of(settings["image"])
-    references = read_references(settings)
     if folder is None:
         check_format(out)
     elif out.resolve() == folder.resolve():
         raise UserError(f"out={out} is the folder of the image prompts: give another one")
     quiet_libraries()
-    from ipa.references import open_reference
-    from ipa.tools.pipelines import check_pipeline, make_pipeline
-
-    check_pipeline(settings)
-    for name, each in pictures_of(references):
-        open_reference(each, name)  # a broken picture is reported before the models are loaded
+    check(settings)
     found = [] if folder is None else pictures_in(folder)
     prompter = load(settings, options.device)
-    calls = make_pipeline(prompter, settings)
+    calls = pipeline_of(prompter, settings)
     if folder is None:
         write_picture(make(prompter, settings, *calls), out, settings)
         return out
+    from ipa.references import open_reference
+
     broken = []
     for each, path in progress(missing(found, out)):
         try:
@@ -135,6 +125,29 @@ def sample(options: Any) -> Path:
     if broken:
         raise UserError("\n".join([*broken, f"wrote the others to {out}"]))
     return out
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """What decides on the images, as plain data, nothing of it resolved; raises UserError where it cannot be used."""
+    given: Any = OmegaConf.to_container(options)
+    settings: dict[str, Any] = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
+    if not settings["adapter"]:
+        raise UserError("please give adapter=…")
+    for name in ("text", "scale", "seed"):
+        if not settings[name]:
+            raise UserError(f"{name}=[]: give at least one")
+    read_references(settings)
+    return settings
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Report what cannot be used, and broken pictures, before the models are loaded; raises UserError."""
+    from ipa.references import open_reference
+    from ipa.tools.pipelines import check_pipeline
+
+    check_pipeline(settings)
+    for name, each in pictures_of(read_references(settings)):
+        open_reference(each, name)
 
 
 def missing(pictures: list[Path], out: Path) -> list[tuple[Path, Path]]:
@@ -199,38 +212,56 @@ def load(settings: dict[str, Any], device: str | None) -> Any:
     return Prompter.load(settings["adapter"], device, **parts)
 
 
+def pipeline_of(prompter: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call."""
+    from ipa.tools.pipelines import OPTIONS, make_pipeline
+
+    return make_pipeline(prompter, **{name: settings[name] for name in OPTIONS})
+
+
 def make(prompter: Any, settings: dict[str, Any], pipeline: Any, arguments: dict[str, Any]) -> Any:
     """The image, or a labelled grid of all combinations of what is given as lists."""
-    axes = {name: settings[name] or [None] for name in AXES}
-    several = [name for name in AXES if len(axes[name]) > 1]
-    across = several[-1] if several else AXES[-1]
-    down = [name for name in AXES if name != across]
+    axes, across = axes_of(settings), last_axis(settings)
     sampling = {name: settings[name] for name in SAMPLING if settings[name] is not None}
     size = {name: settings[name] for name in ("width", "height")}
-    items, rows = [], list(product(*(axes[name] for name in down)))
-    for row in rows:
-        for value in axes[across]:
-            items.append(item(settings, dict(zip(down, row, strict=True)) | {across: value}))
-    made = prompter.generate(items, pipeline=pipeline, arguments=arguments, **size, **sampling)
+    made = prompter.generate(items_of(settings), pipeline=pipeline, arguments=arguments, **size, **sampling)
     if len(made) == 1:
         return made[0]
     width = len(axes[across])
     cells = [made[first : first + width] for first in range(0, len(made), width)]
-    shown = [name for name in down if name in several]
-    labels = [
-        ", ".join(label(name, value) for name, value in zip(down, row, strict=True) if name in shown) for row in rows
-    ]
-    return grid(cells, labels, [label(across, value) for value in axes[across]])
+    shown = [name for name in AXES if name != across and len(axes[name]) > 1]
+    labels = {name: [label(name, value, settings) for value in axes[name]] for name in AXES}
+    rows = product(*(labels[name] for name in shown))
+    return grid(cells, [", ".join(row) for row in rows], labels[across])
 
 
-def label(name: str, value: Any) -> str:
+def axes_of(settings: dict[str, Any]) -> dict[str, list[Any]]:
+    """The values of each axis of the grid; an adapter is its number."""
+    adapters = [0] if settings["references"] else list(range(len(settings["adapter"])))
+    return {name: settings[name] or [None] for name in AXES} | {"adapter": adapters}
+
+
+def last_axis(settings: dict[str, Any]) -> str:
+    return [AXES[-1], *(name for name, values in axes_of(settings).items() if len(values) > 1)][-1]
+
+
+def items_of(settings: dict[str, Any]) -> list[Any]:
+    """What each image of the grid is made from, row by row."""
+    axes = axes_of(settings)
+    return [item(settings, dict(zip(AXES, values, strict=True))) for values in product(*(axes[name] for name in AXES))]
+
+
+def label(name: str, value: Any, settings: dict[str, Any]) -> str:
+    if name == "adapter":
+        path = Path(settings["adapter"][value])
+        return path.parent.name if path.stem == "adapter" else path.stem  # of a run folder: the run's name
     return {"scale": f"scale {value}", "seed": f"seed {value}"}.get(name, str(value))
 
 
 def item(settings: dict[str, Any], chosen: dict[str, Any]) -> Any:
     from ipa.references import Item, Reference
 
-    of_grid = {"scale": chosen["scale"], "blocks": chosen["blocks"]}
+    of_grid = {name: chosen[name] for name in ("adapter", "scale", "blocks")}
     own = [of_grid | each if settings["references"] else each | of_grid for each in read_references(settings)]
     return Item([Reference(**each) for each in own], chosen["text"], settings["negative_text"], chosen["seed"])
 

@@ -141,6 +141,20 @@ def test_lists_make_a_labelled_grid_of_the_single_images(sample: Sample, tmp_pat
                 assert ImageChops.difference(cell, one).getextrema() <= ((0, 1),) * 3
 
 
+def test_several_adapters_make_a_grid_of_the_single_images(sample: Sample, adapter: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_adapter(adapter)
+    other = tmp_path / "other.safetensors"
+    save_adapter(other, {name: 1.5 * each for name, each in tensors.items()}, metadata)
+    sample(adapter=f"[{adapter},{other}]", out=tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        sheet = picture.convert("RGB")
+    for x, each in enumerate((adapter, other)):
+        sample(adapter=each, out=tmp_path / "one.png")
+        left, top = x * (tiny.IMAGE_PX + GAP_PX), LABEL_PX + GAP_PX
+        cell = sheet.crop((left, top, left + tiny.IMAGE_PX, top + tiny.IMAGE_PX))
+        assert cell.tobytes() == pixels(tmp_path / "one.png")
+
+
 def test_a_folder_gives_an_image_for_each_and_resumes(sample: Sample, image: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "prompts", tmp_path / "made"
     folder.mkdir()
