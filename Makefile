@@ -13,7 +13,7 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation evaluate test test-slow test-commands test-cluster bench bench-data lint format type lock demo-world clean
+.PHONY: help venv train ablation evaluate test test-slow test-commands test-cluster bench bench-data docs lint format type lock demo-world clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench: $(READY) ## compare our speed with the public script and diffusers; half 
 bench-data: $(READY) ## compare the speed of the data pipeline with a plain dataset; minutes on an idle machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)
 
+docs: $(READY) ## build the documentation into site/ and check its links; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -84,8 +87,8 @@ type: $(READY) ## check types
 	$(BIN)/mypy
 
 lock: $(READY) ## compile requirements.txt from pyproject.toml for all platforms and Python versions
-	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra demo --extra dev --extra slurm --output-file requirements.txt \
-		--universal --python-version 3.11 --no-header --annotation-style line $(ARGS)
+	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra demo --extra dev --extra docs --extra slurm \
+		--output-file requirements.txt --universal --python-version 3.11 --no-header --annotation-style line $(ARGS)
 
 demo-world: $(READY) ## rebuild the data and models of the demo world; hours on a CPU, resumable
 	$(BIN)/python demo/make_data.py

@@ -65,7 +65,7 @@ def other_no_image(head: TokenHead, layout: str, branches: str = UNET) -> str | 
     return (
         f'{layout} takes {NO_IMAGE[theirs]} for "no image", this adapter {NO_IMAGE[head.no_image]} '
         f"(tokens.no_image={head.no_image}): under guidance its images differ. They agree in diffusers with "
-        "ip_adapter_image_embeds=[torch.stack([negative, positive])], see docs/training.md#files"
+        "ip_adapter_image_embeds=[torch.stack([negative, positive])], see docs/diffusers.md"
     )
 
 

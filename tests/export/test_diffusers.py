@@ -222,7 +222,7 @@ def image_parts(model: IPAdapterModel) -> dict[str, Any]:
 @pytest.mark.parametrize(("head", "no_image"), [("fine_grained", "zeros"), ("global", "blank")])
 @torch.no_grad()
 def test_another_no_image_agrees_with_its_negative_given(head: str, no_image: str, tmp_path: Path) -> None:
-    """The calls of docs/training.md; with what diffusers takes by itself the pictures differ."""
+    """The calls of docs/diffusers.md; with what diffusers takes by itself the pictures differ."""
     pair = load_pair("sd15", head, tmp_path, no_image=no_image)
     pair.stock.register_modules(**image_parts(pair.ours))
     reference = tiny.make_pictures(1, tiny.REFERENCE_PX)

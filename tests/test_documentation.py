@@ -1,0 +1,143 @@
+"""Every command, option and example of README and docs fits the code; `documented.py` tells how they are found."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import documented
+import pytest
+import yaml
+from documented import NEEDS, PAGES, ROOT, RUN
+
+from ipa.tools.card import ENCODERS
+
+OPTION = re.compile(r"[+~]?([a-z]\w*(?:[./]\w+)*)=")
+OF_TORCH = {"mode"}  # torch.compile's
+MESSAGES = ROOT / "docs/troubleshooting.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_examples_of_a_page_fit(page: str) -> None:
+    wrong = [f"{each}\n  {why}" for each in documented.commands(page) if (why := documented.complaint(each.words))]
+    for block in documented.blocks(page):
+        assert block.marks <= NEEDS | {RUN}, f"{page}:{block.line}: a mark is one of {RUN}, {', '.join(sorted(NEEDS))}"
+        if block.language == "python" and (why := documented.complaint_of_python(block)):
+            wrong.append(f"{page}:{block.line}: {why}")
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_cannot_run_here_are_marked(page: str) -> None:
+    wrong = [f"{each}: mark it {missing}" for each in documented.commands(page) if (missing := unmarked(each))]
+
+    assert wrong == []
+
+
+def unmarked(command: documented.Command) -> str:
+    needs = documented.needs_of(command.words)
+    return ", ".join(sorted(needs - command.marks))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_and_commands_in_the_text_exist(page: str) -> None:
+    wrong = []
+    for mention in documented.mentions(page):
+        words = tuple(word.strip("'") for word in re.split(r" (?=[^ ]*=)", mention))
+        if re.match(r"(python (train|evaluate)\.py|python -m ipa\.|make |ipa-)", mention):
+            why = documented.complaint((*mention.replace("'", "").split(),))
+            wrong += [] if why is None or why.startswith("please give") else [f"{mention}: {why}"]
+        elif OPTION.match(words[0]):
+            names = [match[1] for word in words if (match := OPTION.match(word))]
+            wrong += [name for name in names if name not in documented.options() | OF_TORCH]
+
+    assert wrong == []
+
+
+def test_commands_of_the_makefile_fit() -> None:
+    for target in ("train", "ablation", "evaluate"):
+        found = documented.makes(target)
+        assert found
+        assert [why for words in found if (why := documented.complaint(words))] == []
+
+
+def test_a_mistyped_option_is_found() -> None:
+    for words, message in {
+        ("python", "train.py", "optimizer.lrr=1"): "optimizer.lr=1",
+        ("python", "train.py", "-m", "seed=1,2", "experimnt=simple_global"): "experiment=simple_global",
+        ("python", "train.py", "global_batch_size=0"): "global_batch_size=0",
+        ("python", "-m", "ipa.tools.sample", "adapter=x", "scal=1"): "scale=",
+        ("ipa-sample", "adapter=x", "scale=-1"): "scale",
+        ("torchrun", "--nnodes=2", "train.py", "recipe=sd16"): "sd16",
+        ("make", "trian"): "trian",
+        ("python", "benchmarks/step.py", "--ech"): "--ech",
+        ("pip", "install", "-e", ".[slrm]"): "slrm",
+        ("nosuch",): "nosuch",
+    }.items():
+        assert message in str(documented.complaint(words))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_recipes_and_experiments_of_a_page_compose(page: str, tmp_path: Path) -> None:
+    """YAML blocks that begin with the name of their file; all of a page are in one folder."""
+    files = {}
+    for block in documented.blocks(page):
+        if block.language == "yaml" and (named := re.match(r"# mine/(\S+\.yaml)", block.text)):
+            files[named[1]] = tmp_path / named[1]
+            files[named[1]].parent.mkdir(parents=True, exist_ok=True)
+            files[named[1]].write_text(block.text)
+            assert yaml.safe_load(block.text)
+    for name in files:
+        group, choice = Path(name).parent, Path(name).stem
+        added = [f"+{group}@data.known.{choice}={choice}", "recipe=sd15"] if str(group) == "source" else []
+        words = ("python", "train.py", "--config-dir", str(tmp_path), *(added or [f"{group}={choice}"]))
+        assert documented.complaint(words) is None
+
+
+def test_the_share_of_commands_that_run_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = Counter(
+        "run by the tests"
+        if RUN in each.marks
+        else "need " + ", ".join(sorted(each.marks))
+        if each.marks
+        else "composed"
+        for page in PAGES
+        for each in documented.commands(page)
+    )
+    total = sum(kinds.values())
+    with capsys.disabled():
+        print(f"\ncommands of README and docs: {total}, all composed or parsed")
+        print(
+            "".join(f"  {number:4} ({number / total:4.0%})  {kind}\n" for kind, number in kinds.most_common()), end=""
+        )
+
+    assert kinds["run by the tests"] >= 20
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / "docs/comfyui").glob("*.json")), ids=lambda path: path.stem)
+def test_workflows_of_comfyui_are_whole(workflow: Path) -> None:
+    """Links lead to outputs that are there; files and nodes have the names of the page and the model card."""
+    outputs = {"CheckpointLoaderSimple": 3, "SaveImage": 0, "LoadImage": 2}
+    nodes = json.loads(workflow.read_text())
+    page = (ROOT / "docs/comfyui.md").read_text()
+    for node in nodes.values():
+        for value in node["inputs"].values():
+            if isinstance(value, list):
+                assert value[1] < outputs.get(nodes[value[0]]["class_type"], 1)
+    encoders = {name.strip("`") for _, name in ENCODERS.values()}
+    used = {node["class_type"]: node["inputs"] for node in nodes.values()}
+
+    assert used["CLIPVisionLoader"]["clip_name"] in encoders
+    assert {"IPAdapterModelLoader", "IPAdapterAdvanced", "CLIPVisionLoader"} <= set(used)
+    assert all(f"`{name}`" in page for name in ("IPAdapterModelLoader", "IPAdapterAdvanced", "CLIPVisionLoader"))
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """`make docs` checks it too, but a test is nearer."""
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nhooks:")[0]
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"ablation_notes.md"}
+
+    assert [page for page in sorted(pages) if f": {page}" not in navigation] == []
