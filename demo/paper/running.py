@@ -83,9 +83,11 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int, title: str) -> None:
     order = sorted(waiting, key=lambda job: -job.seconds)  # the longest first, so that all end together
     running: list[Running] = []
     ended = 0.0
-    total = round(sum(job.seconds for job in waiting))
     bar = tqdm(
-        total=total, desc=title, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        total=round(sum(job.seconds for job in waiting)),
+        desc=title,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
+        mininterval=1 if sys.stderr.isatty() else 60,
     )
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
