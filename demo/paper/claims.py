@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from demo.paper.measuring import Ask, Measured
+from demo.paper.plan import STYLES
 from ipa.metrics.bootstrap import confidence_interval
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds", "contradicted", "undecided"
@@ -31,6 +32,7 @@ METRICS = {
     "edges": "edge overlap with the prompt",
     "text": "text followed ↑",
     "control": "edges of the control ↑",
+    **{f"drawn_{style}": f"{style} style" for style in STYLES},
 }
 LOWER_IS_BETTER = ("border",)
 

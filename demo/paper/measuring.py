@@ -30,7 +30,7 @@ from ipa.sampling import SamplingOptions
 from ipa.tools.options import option, run_tool
 from ipa.types import to_uint8
 
-VERSION = 1  # of the metrics here: another number measures everything again
+VERSION = 2  # of the metrics here: another number measures everything again
 
 
 @dataclass(frozen=True)

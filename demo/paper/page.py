@@ -122,7 +122,13 @@ def render(template: str, figures: Mapping[str, Any], out: Path) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"interval": interval, "mean": mean, "signed": signed, "fact": fact}
+    environment.filters |= {
+        "interval": interval,
+        "mean": mean,
+        "signed": signed,
+        "fact": fact,
+        "other_count": other_count,
+    }
     embed = lambda file: data_uri(out / file)  # noqa: E731
     return environment.get_template(template).render(
         **figures, METRICS=METRICS, embed=embed, css=Markup(CSS.read_text())
@@ -143,6 +149,15 @@ def interval(found: Mapping[str, Any] | None, metric: str) -> str:
     if found is None or found["low"] is None:
         return ""
     return f"[{found['low']:.{digits(metric)}f}, {found['high']:.{digits(metric)}f}]"
+
+
+def count(row: Mapping[str, Any]) -> int:
+    return next((found["images"] for found in row["cells"].values() if found is not None), 0)
+
+
+def other_count(row: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    """`` (n = 3)`` for a row with another number of images than the first."""
+    return "" if count(row) == count(section["rows"][0]) else f" (n = {count(row)})"
 
 
 def signed(found: Mapping[str, Any], metric: str) -> str:

@@ -26,6 +26,7 @@ BASE, JUDGE, ENCODER, TRAIN, HELDOUT = (
     f"demo/{name}" for name in ("base", "judge", "encoder", "data/train", "data/heldout")
 )
 CONTROL = "demo/control"
+PAGE = "docs/paper"
 UNSEEN = ("demo/data/unseen", "demo/build/data/unseen")
 PAIRS = {
     "style pairs": "demo/adapters/style_pairs.safetensors",
@@ -109,7 +110,8 @@ class Settings:
             raise UserError(f"own={cfg.own}: no such folder; give one with your images")
         if not seeds or len(set(seeds)) < len(seeds):
             raise UserError(f"seeds={list(seeds)}: give one or several different seeds, such as [1,2,3]")
-        places = {"work": Path(cfg.work), "out": Path(cfg.out)}
+        is_whole = not cfg.quick and cfg.sections is None and cfg.own is None
+        places = {"work": Path(cfg.work), "out": Path(cfg.out or (PAGE if is_whole else f"{cfg.work}/page"))}
         return cls(**given, **shared, **places, seeds=seeds, guidance=guidance, quick=bool(cfg.quick), own=cfg.own)
 
     def described(self) -> dict[str, Any]:
@@ -207,12 +209,11 @@ def train_system(name: str, settings: Settings) -> Job:
 
 def train_base(style: str, settings: Settings) -> Job:
     """demo/base fine-tuned on one drawing style, a custom base that no adapter sees in training."""
-    key = short_hash(style, settings.base_minutes, hash_of(BASE, TRAIN))
-    folder = settings.work / "bases" / f"{style}-{key}"
+    folder = settings.work / "bases" / f"{style}-{short_hash(settings.base_minutes, hash_of(BASE, TRAIN))}"
     shared = ("--start", BASE, "--build", str(folder))
-    minutes = ("--style", style, "--minutes", f"{settings.base_minutes:g}", "--lr", "3e-4")
+    training = ("--style", style, "--minutes", f"{settings.base_minutes:g}", "--lr", "3e-4", "--horizon", "100")
     commands = (
-        ("python", "demo/make_base.py", "unet", *shared, *minutes),
+        ("python", "demo/make_base.py", "unet", *shared, *training),
         ("python", "demo/make_base.py", "export", *shared, "--out", f"{folder}/base"),
     )
     seconds = 2 * START_S + 60 * settings.base_minutes

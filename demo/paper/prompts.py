@@ -3,6 +3,7 @@
 clip_i, clip_t      cosine with the image prompt, with its caption
 retrieval           1 if the nearest image prompt is the image's own
 style, background   1 if the drawing style, the nearest of the twelve backgrounds, is the image prompt's
+drawn_STYLE         1 if the drawing style is this one
 border              distance of the border colours (ΔE)
 edges               overlap of the edges with the image prompt's: the structure that leaks
 text                1 if the text's caption is among the nearest five of all texts
@@ -22,7 +23,7 @@ from measure import heldout_pixels, nearest_colour, one_per_concept, tell_styles
 from torch import Tensor
 from world import compose, draw_backgrounds, read_world
 
-from demo.paper.plan import HELDOUT, JUDGE, TRAIN, UNSEEN
+from demo.paper.plan import HELDOUT, JUDGE, STYLES, TRAIN, UNSEEN
 from ipa.data.images.transforms import cover, read_picture
 from ipa.evaluation.methods.method import Prompt
 from ipa.metrics.border import border_distance
@@ -79,9 +80,17 @@ class Prompts:
         if self.styles:
             told = tell_styles(judge, pixels, self.captions, sorted(set(self.styles)))
             found["style"] = torch.tensor([float(a == b) for a, b in zip(told, self.styles, strict=True)])
+        for style in STYLES:
+            found[f"drawn_{style}"] = told_as(judge, pixels, texts or self.captions, style)
         if texts is not None:
             found["text"] = (caption_ranks(image_BE, judge.embed_texts(list(texts))) < TOP).float()
         return found
+
+
+def told_as(judge: Any, pixels: Tensor, captions: Sequence[str], style: str) -> Tensor:
+    """1 where an image is in this drawing style of all; ``captions`` say what it shows, "" where that is not known."""
+    told = tell_styles(judge, pixels, list(captions) or [""] * len(pixels), list(STYLES))
+    return torch.tensor([float(each == style) for each in told])
 
 
 @functools.cache

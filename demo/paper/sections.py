@@ -184,34 +184,29 @@ def reuse(settings: Settings) -> Section:
     own = {"own base, λ = 1": group(settings, "global")}
     with_image = {f"{style} base, λ = 1": group(settings, "global", base=style) for style in STYLES}
     without = {f"{style} base, λ = 0": group(settings, "global", base=style, scale=0.0) for style in STYLES}
-    tests = [
-        Comparison(
-            f"{style} base: higher CLIP-I with the image prompt",
-            f"{style} base, λ = 1",
-            f"{style} base, λ = 0",
-            "clip_i",
-        )
-        for style in STYLES
-    ]
-    tests += [
-        Comparison(
-            f"{style} base: at least 0.9 times the CLIP-I on its own base",
-            f"{style} base, λ = 1",
-            "own base, λ = 1",
-            "clip_i",
-            0.9,
-        )
-        for style in STYLES
-    ]
+    texts = {
+        f"{name or 'own'} base, a text alone": group(settings, "global", base=name, scale=0.0, text="other")
+        for name in ("", *STYLES)
+    }
+    tests = []
+    for style in STYLES:
+        text, prompted, alone = (f"{style} base, {what}" for what in ("a text alone", "λ = 1", "λ = 0"))
+        drawn = f"{style} base: is custom, drawing {style} style more often than the own base"
+        tests += [
+            Comparison(drawn, text, "own base, a text alone", f"drawn_{style}"),
+            Comparison(f"{style} base: higher CLIP-I with the image prompt", prompted, alone, "clip_i"),
+            Comparison(f"{style} base: CLIP-I of the own base is kept", prompted, "own base, λ = 1", "clip_i", 0.9),
+        ]
     return Section(
         7,
         "One adapter works on custom bases that it never saw",
         "The adapter of SD 1.5 works on community models without further training (Figure 4).",
-        "Three copies of the base, each fine-tuned on the images of one drawing style. Empty text.",
-        own | with_image | without,
-        ("clip_i", "retrieval", "style", "border"),
+        "Three copies of the base, each fine-tuned on the images of one drawing style. Empty text, except where texts "
+        "alone show what the bases draw.",
+        own | with_image | without | texts,
+        ("clip_i", "retrieval", "style", "border", *(f"drawn_{style}" for style in STYLES)),
         tests,
-        strip=["own base, λ = 1", *with_image, *without],
+        strip=[*own, *with_image, *without, *texts],
     )
 
 
