@@ -13,7 +13,7 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation evaluate test test-slow test-commands test-cluster bench bench-data docs lint format type lock demo-world clean
+.PHONY: help venv train ablation paper evaluate test test-slow test-commands test-cluster bench bench-data docs lint format type lock demo-world clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ ablation: $(READY) ## train and compare all variants with three seeds (docs/abla
 	$(BIN)/python train.py -m experiment=$(VARIANTS) seed=1,2,3 name=ablation hydra.launcher.jobs=2 $(ARGS)
 	$(BIN)/python -m ipa.tools.ablation sweep=runs/ablation out=docs/ablation.md notes=docs/ablation_notes.md \
 		adapters=demo/adapters
+
+paper: $(READY) ## measure every claim of the paper and write docs/paper/; about an hour on two cores; resumable
+	$(BIN)/python -m demo.paper $(ARGS)
 
 evaluate: $(READY) ## compare adapters and the base in the demo world and write a report; minutes
 	$(BIN)/python evaluate.py -m adapter=$(ADAPTERS) $(ARGS)

@@ -326,7 +326,7 @@ def train_unet(options: argparse.Namespace) -> None:
         {"params": parts["unet"].parameters()},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
+    average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / options.horizon))
     state = load_state(folder / "unet.pt", parts=parts, optimizer=optimizer, average=average)
     step, clock = state["step"], Clock(options.minutes, state["spent_s"])
     progress = Progress(folder / "unet.csv", clock)
@@ -456,6 +456,7 @@ def main() -> None:
         metavar=("THING", "STYLE", "BACKGROUND"),
         help=f"how often the UNet's captions name each, in [0, 1] (default {SAID})",
     )
+    parser.add_argument("--horizon", type=float, default=2000, help="steps that the UNet's moving average covers")
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")

@@ -272,6 +272,17 @@ def nearest_colour(pixels_B3HW: Tensor) -> Tensor:
     return torch.cdist(border_lab(pixels_B3HW, BorderColour().width), colours).argmin(1)
 
 
+def tell_styles(judge: ClipScorer, pixels_B3HW: Tensor, captions: list[str], styles: list[str]) -> list[str]:
+    """The drawing style of each picture, zero-shot: which of "CAPTION STYLE style" the judge finds nearest.
+
+    ``captions`` are those of the image prompts.
+    """
+    images_BE = judge.embed_images(pixels_B3HW)
+    texts_SBE = [judge.embed_texts([describe(caption, style) for caption in captions]) for style in styles]
+    cosines_BS = torch.stack([(images_BE * texts_BE).sum(1) for texts_BE in texts_SBE], 1)
+    return [styles[number] for number in cosines_BS.argmax(1)]
+
+
 def one_caption_per_concept() -> list[str]:
     world = read_world(HERE / "data" / "train")
     return [world.captions[i] for i in one_per_concept(world)[:COUNT]]

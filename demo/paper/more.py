@@ -1,0 +1,145 @@
+"""Sections 9 to 11: other ways to prompt with an image, the drops, and what the paper does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from demo.paper.claims import Comparison, Group, Section, Threshold
+from demo.paper.measuring import Ask
+from demo.paper.plan import CONTROL, PAIRS, STYLES, Settings
+from demo.paper.prompts import unseen_folder
+from demo.paper.sections import group
+
+# title → (name here, λ together with a text; 1 where the system has none)
+SYSTEMS = {
+    "IP-Adapter, global": ("global", 0.5),
+    "IP-Adapter, fine-grained": ("fine", 0.5),
+    "fine-tuned UNet, image in place of the text (SD Image Variations)": ("variations", 1.0),
+    "fine-tuned UNet, noised embedding beside the text (SD unCLIP)": ("unclip", 1.0),
+    "global ControlNet (Shuffle)": ("shuffle", 0.5),
+    "style adapter (T2I-Adapter)": ("style", 0.5),
+    "reference-only": ("reference", 1.0),
+}
+KEPT, HALF = 0.9, 0.5
+
+
+def system_asks(name: str, scale: float, settings: Settings) -> dict[str, Group]:
+    """Suffix of the row → ask, all with the first seed."""
+    seed = settings.seeds[0]
+    system = f"{name}-{seed}" if name in ("global", "fine") else name
+    rows = {
+        "": Ask(system, seed=seed),
+        ", custom base": Ask(system, base=STYLES[0], seed=seed),
+        ", text": Ask(system, scale=scale, text="other", seed=seed),
+    }
+    if Path(CONTROL).is_dir():
+        rows[", edges"] = Ask(system, control=True, seed=seed)
+    return {suffix: (ask,) for suffix, ask in rows.items()}
+
+
+def systems(settings: Settings) -> Section:
+    rows = {
+        f"{title}{suffix}": asks
+        for title, (name, scale) in SYSTEMS.items()
+        for suffix, asks in system_asks(name, scale, settings).items()
+    }
+    ours, *others = SYSTEMS
+    custom = {
+        title: [Comparison("at least 0.9 times its own CLIP-I", f"{title}, custom base", title, "clip_i", KEPT)]
+        for title in SYSTEMS
+    }
+    edges = {
+        title: [
+            Comparison("the edges are followed", f"{title}, edges", title, "control"),
+            Threshold("the image's background in half of the images", f"{title}, edges", "background", HALF),
+        ]
+        for title in SYSTEMS
+        if f"{title}, edges" in rows
+    }
+    texts = {
+        title: [
+            Threshold("the text is followed in half of the images", f"{title}, text", "text", HALF),
+            Threshold("the image's background in half of the images", f"{title}, text", "background", HALF),
+        ]
+        for title in SYSTEMS
+    }
+    return Section(
+        9,
+        "Above other adapters, near fine-tuned models",
+        "Table 1: IP-Adapter 0.828 in CLIP-I and 0.588 in CLIP-T; Uni-ControlNet 0.736, 0.506; T2I style 0.648, 0.485; "
+        "ControlNet Shuffle 0.616, 0.421; SD Image Variations 0.760, 0.548; SD unCLIP 0.810, 0.584.",
+        "All trained from the demo base on the same samples for the same number of steps (reference-only trains "
+        "nothing). Empty text, λ = 1. The marks are tests: ✓ all of them hold, × one is contradicted, ? undecided. "
+        "On a custom base, fine-tuned UNets have the difference to their base added to its weights. With a text of "
+        "another concept, λ is 0.5 where the system has one.",
+        rows,
+        ("clip_t", "clip_i", "retrieval", "background"),
+        [Comparison(f"IP-Adapter, global above {title}: CLIP-I", ours, title, "clip_i") for title in others[1:]],
+        strip=list(SYSTEMS),
+        ticks={"reusable on a custom base": custom, "with structure control": edges, "with a text": texts},
+        listed=list(SYSTEMS),
+    )
+
+
+def drops(settings: Settings) -> Section:
+    names = {
+        "no drops": "drops_none",
+        "text dropped in 40 %": "drops_text",
+        "image dropped in 5 %": "drops_image",
+        "text in 40 %, image in 5 %, both in 5 %": "global",
+    }
+    *others, whole = names
+    alone = {title: group(settings, name) for title, name in names.items()}
+    both = {
+        f"{title}; λ = 0.5 and a text": group(settings, name, scale=0.5, text="other") for title, name in names.items()
+    }
+    return Section(
+        10,
+        "Dropping text and image in training",
+        "Both are dropped at random (5 % each, and both) for classifier-free guidance (section 3.2.3).",
+        f"Guidance {settings.guidance:g}, whose negative part is the empty text without an image. First the image "
+        "alone (λ = 1), then λ = 0.5 with the caption of another concept. The recipe drops the text more often than "
+        "the paper, since this few steps otherwise rarely train on the image alone.",
+        alone | both,
+        ("clip_i", "retrieval", "style", "border", "text"),
+        [Comparison(f"all drops above {title}: CLIP-I of the image alone", whole, title, "clip_i") for title in others],
+        strip=list(alone),
+    )
+
+
+def beyond(settings: Settings) -> Section:
+    main = f"global-{settings.seeds[0]}"
+    rows: dict[str, Group] = {"λ = 1": group(settings, "global")}
+    tests = []
+    missing = []
+    if unseen_folder() is None:
+        missing.append("an unseen drawing style: this demo world has no images of one (demo/make_data.py)")
+    else:
+        unseen, alone = "unseen style, λ = 1", "unseen style, λ = 0"
+        rows[unseen] = group(settings, "global", prompts="unseen")
+        rows[alone] = group(settings, "global", prompts="unseen", scale=0.0)
+        tests.append(Comparison("image prompts in an unseen style: higher CLIP-I", unseen, alone, "clip_i"))
+    if settings.own is None:
+        missing.append("your own images: give own=FOLDER")
+    else:
+        rows["your images, λ = 1"] = (Ask(main, prompts="own", seed=settings.seeds[0]),)
+        rows["your images, λ = 0.5 and a text"] = (
+            Ask(main, prompts="own", scale=0.5, text="other", seed=settings.seeds[0]),
+        )
+    for title, path in PAIRS.items():
+        if not Path(path).is_file():
+            missing.append(f"{title}: there is no {path}")
+            continue
+        rows[f"trained on {title}, λ = 1"] = (Ask(path, seed=settings.seeds[0]),)
+        rows[f"trained on {title}, λ = 1 and a text"] = (Ask(path, text="other", seed=settings.seeds[0]),)
+    rows["λ = 1 and a text"] = group(settings, "global", text="other")
+    return Section(
+        11,
+        "Beyond the paper",
+        "",
+        "".join(f"Not measured: {each}. " for each in missing),
+        rows,
+        ("clip_i", "clip_t", "retrieval", "style", "background", "text"),
+        tests,
+        strip=list(rows),
+    )

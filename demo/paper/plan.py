@@ -1,0 +1,234 @@
+"""What is trained, and how: each job is a list of commands that resume, in a folder named after all that they read.
+
+A job whose settings or inputs changed has another folder, so finished work is never mistaken for other work.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.paper import ROOT
+from ipa.errors import UserError
+from ipa.files import hash_file, read_json
+from ipa.ranges import number, whole
+
+BATCH = 16
+BASE, JUDGE, ENCODER, TRAIN, HELDOUT = (
+    f"demo/{name}" for name in ("base", "judge", "encoder", "data/train", "data/heldout")
+)
+CONTROL = "demo/control"
+PAGE = "docs/paper"
+UNSEEN = ("demo/data/unseen", "demo/build/data/unseen")
+PAIRS = {
+    "style pairs": "demo/adapters/style_pairs.safetensors",
+    "concept pairs": "demo/adapters/concept_pairs.safetensors",
+}
+# custom bases: demo/base fine-tuned on one drawing style
+STYLES = ("noto", "fluent", "twemoji")
+POINTS = 6  # checkpoints of a training
+# rough seconds of one thread, for the time that is left
+SAMPLE_S, SYSTEM_SAMPLE_S, DENOISING_S, START_S = 0.02, 0.035, 0.008, 12.0
+
+FEW = "+data.filters.few.key=json.key"
+NUMBERS = (100, 300)  # of training images; the first of the first shard
+
+
+def few(count: int) -> tuple[str, ...]:
+    return ("data.train=demo/data/train/00000.tar", FEW, f"+data.filters.few.max={count - 1}")
+
+
+def drops(text: float, image: float, both: float) -> tuple[str, ...]:
+    return (f"data.drops.text={text}", f"data.drops.image={image}", f"data.drops.both={both}")
+
+
+def adapters() -> dict[str, tuple[str, ...]]:
+    """Name → options of train.py."""
+    decoupled, fine = "experiment=decoupled_global", "experiment=decoupled_fine_grained"
+    return {
+        "global": (decoupled,),
+        "fine": (fine,),
+        "simple": ("experiment=simple_global",),
+        "simple_fine": ("experiment=simple_fine_grained",),
+        "simple_wide": ("experiment=simple_global", f"tokens.num_tokens={wide_tokens()}"),
+        **{f"global_{count}": (decoupled, *few(count)) for count in NUMBERS},
+        **{f"fine_{count}": (fine, *few(count)) for count in NUMBERS},
+        "drops_none": (decoupled, *drops(0, 0, 0)),
+        "drops_text": (decoupled, *drops(0.4, 0, 0)),
+        "drops_image": (decoupled, *drops(0, 0.05, 0)),
+    }
+
+
+@functools.cache
+def wide_tokens() -> int:
+    """Tokens of a simple adapter that trains as many parameters as the decoupled one with four tokens."""
+    from ipa.encoders import read_widths
+    from ipa.families.stable_diffusion import StableDiffusion
+
+    base, encoder = StableDiffusion.read_widths(BASE), read_widths(f"local-dir:{ENCODER}")
+    of_token = (encoder.pooled + 1) * base.context
+    return round((4 * of_token + 2 * base.context * sum(base.hosts)) / of_token)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command, with ``full`` or ``small`` filled in."""
+
+    steps: int
+    seeds: tuple[int, ...]
+    items: int
+    num_steps: int
+    base_minutes: float
+    guidance: float
+    shown: int
+    jobs: int
+    quick: bool
+    own: str | None
+    work: Path
+    out: Path
+
+    @classmethod
+    def of(cls, cfg: Any) -> Settings:
+        """Raises UserError for a value out of range."""
+        chosen = cfg.small if cfg.quick else cfg.full
+        given = {name: default if cfg[name] is None else cfg[name] for name, default in chosen.items()}
+        for name in ("steps", "items", "num_steps"):
+            given[name] = read(name, given[name], whole(1))
+        given["base_minutes"] = read("base_minutes", given["base_minutes"], number(above=0))
+        seeds = tuple(read("seeds", seed, whole(0, 999)) for seed in given.pop("seeds"))
+        shared = {name: read(name, cfg[name], whole(1)) for name in ("shown", "jobs")}
+        guidance = read("guidance", cfg.guidance, number(1, 1000))
+        if cfg.own is not None and not Path(cfg.own).is_dir():
+            raise UserError(f"own={cfg.own}: no such folder; give one with your images")
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError(f"seeds={list(seeds)}: give one or several different seeds, such as [1,2,3]")
+        is_whole = not cfg.quick and cfg.sections is None and cfg.own is None
+        places = {"work": Path(cfg.work), "out": Path(cfg.out or (PAGE if is_whole else f"{cfg.work}/page"))}
+        return cls(**given, **shared, **places, seeds=seeds, guidance=guidance, quick=bool(cfg.quick), own=cfg.own)
+
+    def described(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def read(name: str, value: Any, known: Any) -> Any:
+    try:
+        return known.read(value)
+    except ValueError:
+        raise UserError(f"{name}={value}: give {known}") from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Commands to run one after the other. ``result`` is there when they have ended; ``seconds`` is an estimate."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    folder: Path
+    result: Path
+    seconds: float
+    progress: Callable[[], float] = lambda: 0.0  # the share that is done
+
+    def is_done(self) -> bool:
+        return self.result.exists()
+
+    def shown(self) -> list[str]:
+        """As one types them."""
+        return [shlex.join(command) for command in self.commands]
+
+
+@functools.cache
+def hash_of(*paths: str) -> str:
+    """Of files, and of all files in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        root = Path(path)
+        for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if file.is_file():
+                digest.update(f"{file.relative_to(root)} {hash_file(file)} ".encode())
+    return digest.hexdigest()
+
+
+def short_hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def train_adapter(name: str, seed: int, settings: Settings) -> Job:
+    every = max(1, settings.steps // POINTS)
+    options = (
+        *adapters()[name],
+        f"seed={seed}",
+        f"trainer.max_steps={settings.steps}",
+        f"schedule.num_warmup_steps={settings.steps // 20}",
+        f"preview.every_n_steps={every}",
+        f"checkpoint.keep_last={POINTS + 1}",
+        "preview.num_prompts=0",
+        "preview.num_scored=0",
+        "judge=null",
+        "scoring=null",
+        "~logger.wandb",
+    )
+    key = short_hash(options, hash_of(BASE, ENCODER, TRAIN))
+    folder = settings.work / "trainings" / f"{name}-{seed}-{key}"
+    seconds = START_S + settings.steps * BATCH * SAMPLE_S
+
+    def progress() -> float:
+        try:
+            last = (folder / "log.csv").read_text().splitlines()[-1]
+            return min(1.0, int(last.split(",")[0]) / settings.steps)
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+    command = ("python", "train.py", *options, f"hydra.run.dir={folder}")
+    return Job(f"{name}, seed {seed}", (command,), folder, folder / "summary.json", seconds, progress)
+
+
+def train_system(name: str, settings: Settings) -> Job:
+    """One of the systems of section 9, with the first seed: the samples of the adapters of this seed."""
+    options = (f"steps={settings.steps}", f"seed={settings.seeds[0]}")
+    key = short_hash(name, options, hash_of(BASE, "demo/image_encoder", TRAIN))
+    folder = settings.work / "systems" / f"{name}-{key}"
+    command = ("python", "-m", "demo.paper.train_system", name, *options, f"out={folder}")
+    seconds = START_S + settings.steps * BATCH * SYSTEM_SAMPLE_S
+
+    def progress() -> float:
+        try:
+            return read_json(folder / "progress.json")["step"] / settings.steps
+        except (OSError, UserError, LookupError):
+            return 0.0
+
+    return Job(name, (command,), folder, folder / "system.safetensors", seconds, progress)
+
+
+def train_base(style: str, settings: Settings) -> Job:
+    """demo/base fine-tuned on one drawing style, a custom base that no adapter sees in training."""
+    folder = settings.work / "bases" / f"{style}-{short_hash(settings.base_minutes, hash_of(BASE, TRAIN))}"
+    shared = ("--start", BASE, "--build", str(folder))
+    training = ("--style", style, "--minutes", f"{settings.base_minutes:g}", "--lr", "3e-4", "--horizon", "100")
+    commands = (
+        ("python", "demo/make_base.py", "unet", *shared, *training),
+        ("python", "demo/make_base.py", "export", *shared, "--out", f"{folder}/base"),
+    )
+    seconds = 2 * START_S + 60 * settings.base_minutes
+    return Job(f"custom base {style}", commands, folder, folder / "base", seconds)
+
+
+def executable(command: Sequence[str]) -> list[str]:
+    return [sys.executable if word == "python" else word for word in command]
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def as_data(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is after writing and reading JSON."""
+    return json.loads(json.dumps(value, default=str))

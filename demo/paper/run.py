@@ -1,0 +1,188 @@
+"""The command's work: plan, train, measure, write. What is finished is kept, so it continues where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from demo.paper.claims import Read, Section, crossings, find
+from demo.paper.frozen import find_frozen
+from demo.paper.measuring import Ask, Task, key_of, read_measured
+from demo.paper.page import write_page
+from demo.paper.plan import (
+    BASE,
+    CONTROL,
+    DENOISING_S,
+    ENCODER,
+    HELDOUT,
+    JUDGE,
+    START_S,
+    TRAIN,
+    Job,
+    Settings,
+    adapters,
+    commit,
+    hash_of,
+    train_adapter,
+    train_base,
+    train_system,
+)
+from demo.paper.prompts import read_prompts, unseen_folder
+from demo.paper.running import run_jobs
+from demo.paper.sections import sections_of
+from ipa.errors import UserError
+from ipa.files import write_json
+from ipa.types import to_uint8
+
+FROZEN, FINE_GRAINED = 1, 4  # the sections with figures of their own
+
+
+def make_page(cfg: DictConfig) -> None:
+    """Raises UserError."""
+    started = time.perf_counter()
+    settings = Settings.of(cfg)
+    sections = chosen(sections_of(settings), cfg.sections)
+    plan = Plan(settings)
+    asks = list(dict.fromkeys(ask for section in sections for ask in section.asks()))
+    run_jobs(plan.jobs(asks), settings.jobs, "training")
+    run_jobs(plan.measurements(asks), settings.jobs, "measuring")
+    read = cache(partial(read_measured, plan.folder))
+    figures = {
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "settings": settings.described(),
+        "sections": [figures_of(section, plan, read) for section in sections],
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+    }
+    page = write_page(settings.out, figures, sections, read, partial(first_prompts, settings))
+    print(f"wrote {page}, page.html and figures.json; this call took {figures['minutes']} minutes")
+
+
+def figures_of(section: Section, plan: Plan, read: Read) -> dict[str, Any]:
+    content = find(section, read)
+    if section.number == FROZEN:
+        content |= find_frozen(plan.adapter(section), plan.settings)
+    if section.number == FINE_GRAINED:
+        content["crossing"] = crossings(content["charts"][0]["lines"])
+    return {**content, "commands": plan.commands(section)}
+
+
+def first_prompts(settings: Settings, kind: str) -> Tensor:
+    """In uint8."""
+    return to_uint8(read_prompts(kind, settings.items, settings.own).pixels_B3HW[: settings.shown])
+
+
+def chosen(sections: Sequence[Section], numbers: Any) -> list[Section]:
+    if numbers is None:
+        return list(sections)
+    wanted = [numbers] if isinstance(numbers, int | str) else list(numbers)
+    known = {section.number: section for section in sections}
+    if unknown := [number for number in wanted if number not in known]:
+        raise UserError(f"sections={wanted}: there is no section {unknown[0]}; give some of {list(known)}")
+    return [known[number] for number in sorted(set(wanted))]
+
+
+@dataclass(frozen=True)
+class Measurement(Job):
+    """A process that measures some of the tasks."""
+
+    tasks: Sequence[Task] = ()
+
+    def share_done(self) -> float:
+        return sum(task.is_done(self.result.parent) for task in self.tasks) / len(self.tasks)
+
+    def is_done(self) -> bool:
+        return self.share_done() == 1
+
+
+class Plan:
+    """Which jobs the asks need, and where their results are."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.folder = settings, settings.work / "measured"
+
+    def job(self, system: str) -> Job | None:
+        """None for a system that is not trained here."""
+        name, _, rest = system.partition("-")
+        if name in adapters():
+            return train_adapter(name, int(rest.partition("@")[0]), self.settings)
+        return None if system == "reference" or Path(system).suffix else train_system(system, self.settings)
+
+    def needed(self, ask: Ask) -> list[Job]:
+        jobs = [self.job(ask.system), train_base(ask.base, self.settings) if ask.base else None]
+        return [job for job in jobs if job is not None]
+
+    def jobs(self, asks: Iterable[Ask]) -> list[Job]:
+        every = {job.folder: job for ask in asks for job in self.needed(ask)}
+        return list(every.values())
+
+    def file(self, system: str) -> Path | None:
+        job = self.job(system)
+        if job is None:
+            return Path(system) if Path(system).suffix else None
+        _, at, step = system.partition("@")
+        if at:
+            return job.folder / "checkpoints" / f"step_{int(step):08d}.ckpt"
+        return job.folder / ("adapter.safetensors" if job.result.name == "summary.json" else "system.safetensors")
+
+    def task(self, ask: Ask) -> Task:
+        file = self.file(ask.system)
+        base = str(train_base(ask.base, self.settings).result) if ask.base else BASE
+        inputs = [base, ENCODER, JUDGE, HELDOUT, TRAIN, *([CONTROL] if ask.control else [])]
+        inputs += [] if file is None else [str(file)]
+        inputs += [str(unseen_folder())] if ask.prompts == "unseen" else []
+        inputs += [str(self.settings.own)] if ask.prompts == "own" else []
+        key = key_of(ask, self.sampling(), self.settings.items, self.settings.shown, [hash_of(each) for each in inputs])
+        return Task(ask, None if file is None else str(file), base, key)
+
+    def sampling(self) -> dict[str, Any]:
+        return {"num_steps": self.settings.num_steps, "guidance": self.settings.guidance}
+
+    def measurements(self, asks: Iterable[Ask]) -> list[Job]:
+        """One job for each process, each with whole groups of a system and a base, about as many asks."""
+        tasks = [task for task in map(self.task, asks) if not task.is_done(self.folder)]
+        groups: dict[tuple[str, str], list[Task]] = {}
+        for task in tasks:
+            groups.setdefault((task.ask.system, task.base), []).append(task)
+        parts: list[list[Task]] = [[] for _ in range(min(self.settings.jobs, len(groups)))]
+        for each in sorted(groups.values(), key=len, reverse=True):
+            min(parts, key=len).extend(each)
+        content = {
+            "parts": [[asdict(task) for task in part] for part in parts],
+            "sampling": self.sampling(),
+            "count": self.settings.items,
+            "shown": self.settings.shown,
+            "own": self.settings.own,
+        }
+        path = self.folder / "asks.json"
+        if parts:
+            write_json(path, content)
+        return [self.measurement(path, number, part) for number, part in enumerate(parts)]
+
+    def measurement(self, path: Path, number: int, part: Sequence[Task]) -> Job:
+        command = ("python", "-m", "demo.paper.measuring", str(path), f"part={number}")
+        images = len(part) * self.settings.items
+        seconds = START_S + images * self.settings.num_steps * DENOISING_S
+        return Measurement(
+            f"{images} images", (command,), self.folder / "logs" / str(number), path, seconds, tasks=part
+        )
+
+    def adapter(self, section: Section) -> Path:
+        """The file of its first row."""
+        file = self.file(section.asks()[0].system)
+        assert file is not None
+        return file
+
+    def commands(self, section: Section) -> list[str]:
+        """The trainings in the order of the rows, then the measurement."""
+        lines = [] if section.skipped else [line for job in self.jobs(section.asks()) for line in job.shown()]
+        quick = " quick=true" if self.settings.quick else ""
+        return [*lines, f"python -m demo.paper sections=[{section.number}]{quick}"]
