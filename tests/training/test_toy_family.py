@@ -76,7 +76,7 @@ def test_guidance_in_two_calls_gives_each_its_own_tokens_at_every_step() -> None
 
 def test_a_fresh_adapter_and_scale_zero_leave_the_base_as_it_is() -> None:
     model = make_toy()
-    noisy, t_B = torch.randn(2, 16, 16), torch.tensor([0.3, 0.9])
+    noisy, t_B = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9])
     text, features = (
         model.family.encode_text(["a", "b"]),
         model.encode_reference(tiny.make_pictures(2, tiny.REFERENCE_PX)),
