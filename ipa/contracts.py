@@ -86,6 +86,7 @@ class Family(nn.Module, ABC):
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
+    scalings: ClassVar[tuple[str, ...]] = ("V only",)  # of `ipa.presets.SCALINGS`, those that its branches know
     supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
     branches: str = ""  # name of its branches' published layout (`ipa.export.branches`); none: only ipa reads its files

@@ -198,6 +198,9 @@ class Prompter:
         scales = torch.tensor([each.scale for each in references]).view(-1, 1, 1).to(model.device)
         scale = first.scale if len({each.scale for each in references}) == 1 else scales
         mask_BHW = torch.cat(masks) if masks else None
+        if first.embeds_scaling not in self.family.scalings:
+            known = ", ".join(self.family.scalings)
+            raise UserError(f"embeds_scaling={first.embeds_scaling}: branches of {self.family.title} know {known}")
         plain = ImageCondition(images, negative, scale, None, mask_BHW, first.over_time(), scaling=first.embeds_scaling)
         if first.blocks is None:
             return [plain]

@@ -20,6 +20,7 @@ from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hos
 from ipa.families.pipeline_family import PipelineFamily, load_folder
 from ipa.families.sources import is_single_file
 from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
+from ipa.presets import SCALINGS
 from ipa.types import BaseWidths, Corrupted, TextCondition
 from ipa.weights import read_dtype
 
@@ -32,6 +33,7 @@ class LatentDiffusion(PipelineFamily):
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     supports_min_snr = True
     supports_absence = True
+    scalings = SCALINGS
 
     unet: Any
 
