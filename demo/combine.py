@@ -224,7 +224,11 @@ def measure_control(options: argparse.Namespace) -> None:
     print("\nagainst the image prompt:")
     rows_of(options, cases, looks, look_measures(of_looks))
     columns = [controls, looks, *(kept(options, name, make) for name, make in cases.items())]
-    save([[column[i] for column in columns] for i in EXAMPLES], ["edges", "look", *cases], "control.png")
+    save(
+        [[column[i] for column in columns] for i in EXAMPLES],
+        ["edges", "image prompt", "edges alone", "prompt alone", "both"],
+        "control.png",
+    )
 
 
 def look_measures(styles: Sequence[str]) -> list[Measure]:
@@ -276,7 +280,7 @@ def measure_mask(options: argparse.Namespace) -> None:
     columns = [pictures, *(as_pictures(pixels) for pixels in made.values())]
     save(
         [[column[i] for column in columns] for i in EXAMPLES],
-        ["image prompt", "text alone", *list(made)[1:]],
+        ["image prompt", "text alone", "mask", "keep_outside"],
         "mask.png",
     )
 
