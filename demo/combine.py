@@ -224,7 +224,11 @@ def measure_control(options: argparse.Namespace) -> None:
     print("\nagainst the image prompt:")
     rows_of(options, cases, looks, look_measures(of_looks))
     columns = [controls, looks, *(kept(options, name, make) for name, make in cases.items())]
-    save([[column[i] for column in columns] for i in EXAMPLES], ["edges", "look", *cases], "control.png")
+    save(
+        [[column[i] for column in columns] for i in EXAMPLES],
+        ["edges", "image prompt", "edges alone", "prompt alone", "both"],
+        "control.png",
+    )
 
 
 def look_measures(styles: Sequence[str]) -> list[Measure]:
@@ -248,30 +252,37 @@ def edge_picture(picture: Image.Image) -> Image.Image:
 
 
 def measure_mask(options: argparse.Namespace) -> None:
-    """Half of the image is masked: mean change against the base's image inside, outside, and away from the border."""
+    """The left half is masked: mean change against the base's image inside and outside."""
     prompter = Prompter.load(options.adapter)
     (pictures, _), texts = heldout(), one_caption_per_concept()
     mask = Image.new("L", (SIZE_PX, SIZE_PX))
     mask.paste(255, (0, 0, SIZE_PX // 2, SIZE_PX))
 
-    def make(region: Image.Image | None, scale: float) -> list[Image.Image]:
+    def make(scale: float, **more: Any) -> list[Image.Image]:
         items = [
-            Item([Reference(picture, scale, mask=region)], text, seed=seed)
+            Item([Reference(picture, scale, mask=mask)], text, seed=seed)
             for seed, (picture, text) in enumerate(zip(pictures, texts, strict=True))
         ]
-        return prompter.generate(items, **options.sampling)
+        return prompter.generate(items, **more, **options.sampling)
 
-    base = torch.stack(pixels_of(kept(options, "base", lambda: make(None, 0.0))))
-    masked = torch.stack(pixels_of(kept(options, "left half", lambda: make(mask, options.scale))))
-    change_BW = (masked - base).abs().mean((1, 2))  # of each column
-    inside = change_BW[:, : SIZE_PX // 2].mean(1)
-    print("\n| part of the image | change, as a share of that inside (%) |\n| --- | --- |")
-    for name, first in (("outside", 0), ("8 px and more from the border", 8), ("16 px and more", 16)):
-        outside = change_BW[:, SIZE_PX // 2 + first :].mean(1)
-        share = ratio_interval(outside, inside)
-        print(f"| {name} | {shown(share, 1)} |")
-    examples = [[pictures[i], *(as_pictures(each[i : i + 1])[0] for each in (base, masked))] for i in EXAMPLES]
-    save(examples, ["image prompt", "text alone", "in the left half"], "mask.png")
+    cases = {
+        "base": lambda: make(0.0),
+        "mask": lambda: make(options.scale),
+        "mask and keep_outside": lambda: make(options.scale, keep_outside=True),
+    }
+    made = {name: torch.stack(pixels_of(kept(options, name, make_it))) for name, make_it in cases.items()}
+    print("\n| change outside, in % of that inside | anywhere | 8 px and more from the border |\n| --- | --- | --- |")
+    for name, pixels in list(made.items())[1:]:
+        change_BW = (pixels - made["base"]).abs().mean((1, 2))  # of each column
+        inside, half = change_BW[:, : SIZE_PX // 2].mean(1), SIZE_PX // 2
+        shares = [ratio_interval(change_BW[:, half + first :].mean(1), inside) for first in (0, 8)]
+        print(f"| {name} | {' | '.join(shown(share, 1) for share in shares)} |")
+    columns = [pictures, *(as_pictures(pixels) for pixels in made.values())]
+    save(
+        [[column[i] for column in columns] for i in EXAMPLES],
+        ["image prompt", "text alone", "mask", "keep_outside"],
+        "mask.png",
+    )
 
 
 def ratio_interval(over_B: Tensor, under_B: Tensor, resamples: int = 1000) -> Interval:

@@ -16,6 +16,7 @@ with λ_i of the block and the time, and mask m_i. Images of one prompt share on
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,8 @@ from typing import Any, Self
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from ipa.contracts import Family
 from ipa.errors import UserError
@@ -43,14 +46,16 @@ from ipa.references import (
     encode,
     images_to_references,
     read_mask,
+    regions,
 )
-from ipa.sampling import SamplingOptions, recorded_options, run_pipeline
+from ipa.sampling import SamplingOptions, latent_shape, recorded_options, run_pipeline
 from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
 
 log = logging.getLogger(__name__)
 
 # options of ``generate``
-SAMPLING = ("num_steps", "guidance", "guidance_rescale", "batch_size")
+SAMPLING = ("num_steps", "guidance", "guidance_rescale", "batch_size", "keep_outside")
+AFTER_STEP = "callback_on_step_end"  # diffusers calls it with the pipeline, step, time and state
 
 
 @dataclass
@@ -113,6 +118,7 @@ class Prompter:
         height: int | None = None,
         pipeline: Any = None,
         arguments: Mapping[str, Any] | None = None,
+        keep_outside: bool = False,
         **options: Any,
     ) -> list[Image.Image]:
         """One image per item, each from its own seed. Neighbours of one form make a batch together.
@@ -121,6 +127,9 @@ class Prompter:
         ones of its call (``image``, ``strength``, ``controlnet_conditioning_scale``). ``options`` are ``num_steps``,
         ``guidance``, ``guidance_rescale`` and ``batch_size`` of `ipa.sampling.SamplingOptions`; the others are those
         that the adapter was trained with.
+
+        With ``keep_outside`` an item's image stays the base's outside the masks of its prompts, in twice the time:
+        after every step the latents there are those without the prompts (Avrahami et al. 2022, blended diffusion).
         """
         sampling = SamplingOptions(**{**self.defaults, **options})
         edge = sampling.image_size_px or self.family.image_size_px
@@ -128,8 +137,38 @@ class Prompter:
         pipe = pipeline or self.pipeline()
         made: list[Image.Image] = []
         for batch in batches([item.tiled(size) for item in items], sampling.batch_size):
-            made += self.run(batch, size, sampling, pipe, arguments or {})
+            call = size, sampling, pipe, arguments or {}
+            blended = self.keep_outside(batch, *call) if keep_outside else {}
+            made += self.run(batch, *call[:3], {**call[3], **blended})
         return made
+
+    def keep_outside(
+        self,
+        items: Sequence[Item],
+        size: tuple[int, int],
+        sampling: SamplingOptions,
+        pipeline: Any,
+        arguments: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The argument of a pipeline that keeps the base's latents outside the items' masks."""
+        if AFTER_STEP not in inspect.signature(pipeline.__call__).parameters:
+            raise UserError(f"keep_outside: {type(pipeline).__name__} lets nobody change its latents ({AFTER_STEP})")
+        steps: list[Tensor] = []
+
+        def record(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
+            steps.append(state["latents"])
+            return state
+
+        plain = [replace(each, references=()) for each in items]
+        self.run(plain, size, sampling, pipeline, {**arguments, AFTER_STEP: record})
+        shape = latent_shape(self.family, size)
+        inside_B1hw = adaptive_max_pool2d(regions(items, size), shape[1:]).to(steps[0].device) > 0
+
+        def blend(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
+            own, base = (self.family.unpack(each, shape) for each in (state["latents"], steps[step]))
+            return {**state, "latents": self.family.pack(torch.where(inside_B1hw, own, base))}
+
+        return {AFTER_STEP: blend}
 
     def run(
         self,

@@ -254,3 +254,13 @@ def read_mask(mask: Picture, size: tuple[int, int]) -> Tensor:
     if abs(picture.width * height - picture.height * width) > max(width, height):
         raise UserError(f"mask of {picture.width} × {picture.height} px: the images have {width} × {height}")
     return IPAdapterMaskProcessor().preprocess([picture.convert("L")], height=height, width=width)[0]
+
+
+def regions(items: Sequence[Item], size: tuple[int, int]) -> Tensor:
+    """Where the prompts of each item act, region_B1HW in {0, 1}: everywhere if one of them has no mask."""
+    everywhere = torch.ones(1, size[1], size[0])
+    found = []
+    for item in items:
+        masks = [everywhere if each.mask is None else read_mask(each.mask, size) for each in item.references]
+        found.append(torch.stack(masks).amax(0) if masks else 0 * everywhere)
+    return torch.stack(found)

@@ -163,6 +163,37 @@ def test_masks_are_those_of_diffusers_and_limit_their_images(prompter: Prompter,
     assert differ(ours, prompter(references[:1], "cat", seed=3, **OPTIONS)[0])
 
 
+def test_outside_the_masks_the_latents_are_the_bases(prompter: Prompter) -> None:
+    """And inside they are not those of the mask alone, since they see another surrounding."""
+    items = [Item([Reference(CAT, mask=half(left))], "cat", seed=3) for left in (True, False)]
+    items += [Item([Reference(DOG, mask=half(True)), Reference(CAT, mask=half(False))], "cat", seed=4)]
+    pipeline = prompter.pipeline()
+    base = latents_of(prompter, [Item([], each.text, seed=each.seed) for each in items], pipeline)
+    kept = latents_of(prompter, items, pipeline, keep_outside=True)
+    masked = latents_of(prompter, items, pipeline)
+
+    assert torch.equal(kept[0][..., 4:], base[0][..., 4:]) and torch.equal(kept[1][..., :4], base[1][..., :4])
+    assert not torch.equal(masked[0][..., 4:], base[0][..., 4:])
+    assert not torch.allclose(kept[0][..., :4], base[0][..., :4], atol=1e-3)
+    torch.testing.assert_close(kept[2], masked[2])
+    control = T2IAdapter(channels=[8, 16, 32], num_res_blocks=1, downscale_factor=2)
+    other = prompter.pipeline(StableDiffusionAdapterPipeline, adapter=control)
+    with pytest.raises(UserError, match="keep_outside: StableDiffusionAdapterPipeline"):
+        prompter(CAT, mask=half(True), pipeline=other, keep_outside=True, **OPTIONS)
+
+
+def latents_of(prompter: Prompter, items: list[Item], pipeline: Any, **options: Any) -> Tensor:
+    """The final ones, as the decoder gets them."""
+    found: list[Tensor] = []
+    decode = prompter.family.decode_latents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompter.family, "decode_latents", lambda latents: found.append(latents) or decode(latents))
+        prompter.generate(items[:2], pipeline=pipeline, **options, **OPTIONS)
+        first = found[-1]
+        prompter.generate(items[2:], pipeline=pipeline, **options, **OPTIONS)
+    return torch.cat([first, found[-1]])
+
+
 def test_several_adapters_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
     pipeline = stock(files)
     pipeline.set_ip_adapter_scale([0.7, 0.5])

@@ -30,7 +30,7 @@ from ipa.ranges import MAX_EDGE_PX, TRAINING_STEPS
 from ipa.tools.options import option, run_tool
 from ipa.tools.pictures import FORMATS, check_format, grid, read_settings, write_picture
 
-SAMPLING = ("num_steps", "guidance", "guidance_rescale")
+SAMPLING = ("num_steps", "guidance", "guidance_rescale", "keep_outside")
 REFERENCE = (
     *("start", "end", "combine", "mask"),
     *("embeds_scaling", "subtract_text", "subtract_strength", "tiles"),
@@ -53,6 +53,7 @@ class Options:
     )
     end: float = option(1.0, "to here", at_least=0, at_most=1)
     mask: str | None = option(None, "picture that is white where the image prompt acts")
+    keep_outside: bool = option(False, "keep the image without the prompt outside the masks, in twice the time")
     combine: str = option("concat", "several images: concat, add, average, norm average, subtract, max, min")
     negative: list[str] = option([], "image prompt of guidance's negative part, as many as image=")
     embeds_scaling: str = option("V only", "where λ enters: behind the softmax, or inside it", one_of=SCALINGS)
