@@ -109,6 +109,11 @@ class Family(nn.Module, ABC):
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
         """The widths of what ``from_pretrained`` would load, without reading weights."""
 
+    @classmethod
+    def read_size_multiple_px(cls, path: str, config: str | None = None, **options: Any) -> int:
+        """``size_multiple_px`` from configuration alone; 1 where it is not known before loading."""
+        return 1
+
     @property
     @abstractmethod
     def device(self) -> Any: ...

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ipa import objective
@@ -141,13 +142,12 @@ class FlowFamily(PipelineFamily):
     def read_image_size_px(cls, path: str, config: str | None = None, **options: Any) -> int:
         """The image size that the base was trained for, from its configuration."""
         cls.check(path, **options)
-        return read_config(cls.vae_class(), path, "base.path", subfolder="vae")["sample_size"]
+        return read_config(AutoencoderKL, path, "base.path", subfolder="vae")["sample_size"]
 
-    @staticmethod
-    def vae_class() -> Any:
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL
+    @classmethod
+    def read_size_multiple_px(cls, path: str, config: str | None = None, **options: Any) -> int:
+        vae = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
+        return cls.patch * 2 ** (len(vae["block_out_channels"]) - 1)
 
     @property
     def image_size_px(self) -> int:
