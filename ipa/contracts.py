@@ -218,6 +218,11 @@ class Family(nn.Module, ABC):
     def blocks(self) -> list[str]:
         """Names of the blocks that have hosts, in the order in which the denoiser runs them."""
 
+    @classmethod
+    def read_blocks(cls, path: str) -> list[str]:
+        """``blocks`` of what ``from_pretrained`` would load, from its configuration."""
+        raise UserError(f"base={path}: {cls.title} does not tell its blocks before it is loaded")
+
     @property
     def widths(self) -> BaseWidths:
         return BaseWidths(self.context_width, [host.width for host in self.hosts()], self.text_width, self.branches)

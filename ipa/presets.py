@@ -74,8 +74,14 @@ PRECISE: dict[int, dict[str, tuple[dict[int, float], dict[int, float]]]] = {
 }
 
 
+def curves_of(blocks: Sequence[str]) -> list[str]:
+    """Those that these blocks have: only UNets have an input, a middle and an output."""
+    is_unet = any(name.startswith("mid") for name in blocks)
+    return [name for name in CURVES if is_unet or not name.startswith(("weak", "strong"))]
+
+
 def preset_names(blocks: Sequence[str]) -> list[str]:
-    return [*CURVES, *PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]
+    return [*curves_of(blocks), *PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]
 
 
 def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> BlockWeights:
@@ -84,7 +90,7 @@ def read_blocks(given: str | Mapping[str, float], blocks: Sequence[str]) -> Bloc
         return BlockWeights(read_mapping(given, blocks), {})
     if not isinstance(given, str):
         raise UserError(f"blocks={given}: give a preset's name, or a mapping of blocks to numbers")
-    if given in CURVES:
+    if given in curves_of(blocks):
         numbered = enumerate(blocks)
         return BlockWeights({name: CURVES[given](t, len(blocks), name.partition("_")[0]) for t, name in numbered}, {})
     shown, pushed = PRECISE.get(len(blocks), {}).get(given, ({}, {}))

@@ -24,10 +24,9 @@ class Options:
 
 
 def describe_blocks(options: Any) -> None:
-    from ipa.families.cross_attention import blocks_of
-    from ipa.families.unet_layout import read_unet
+    from ipa.families import family_of
 
-    blocks = blocks_of(read_unet(options.base, "base"))
+    blocks = family_of(options.base, key="base").read_blocks(options.base)
     for number, name in enumerate(blocks):
         print(f"{number:3} {name}")
     for preset in preset_names(blocks):

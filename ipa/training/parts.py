@@ -54,7 +54,7 @@ def check_size(cfg: DictConfig) -> None:
 
 
 def kind_of(cfg: DictConfig) -> type[AdapterKind]:
-    return get_class(cfg.adapter.make._target_)  # type: ignore[return-value]
+    return get_class(cfg.adapter.make._target_)
 
 
 def make_head_of(cfg: DictConfig, encoder: EncoderWidths, base: BaseWidths, device: str = "meta") -> TokenHead:

@@ -89,6 +89,8 @@ def test_folders_are_recognised_and_loaded_again(folders: dict[str, str]) -> Non
         assert loaded.widths == made.widths == cls.read_widths(path, **options)
         assert cls.read_image_size_px(path) == loaded.image_size_px == tiny.IMAGE_PX
         assert loaded.fingerprints() == made.fingerprints()
+        assert loaded.blocks() == cls.read_blocks(path)[: len(loaded.blocks())]
+        assert cls.read_size_multiple_px(path) == loaded.size_multiple_px
         noisy, time_B, text = torch.randn(1, 4, 8, 8), torch.tensor([0.5]), made.encode_text(["cat"])
         torch.testing.assert_close(loaded.denoise(noisy, time_B, text), made.denoise(noisy, time_B, text))
         for other in set(classes.values()) - {cls}:
