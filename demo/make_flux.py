@@ -59,7 +59,7 @@ TEXT_WIDTH = 128
 WIDTH, HEADS = 192, 6
 # of T5's learning rate to the transformer's
 TEXT_LR = 2.0
-MINUTES = 600
+STEPS = 30_000
 PREVIEW_MINUTES = 30
 PREVIEW = ("red apple", "cat", "hatching chick", "skateboard noto style", "house on blue background", "tree", "dog", "")
 
@@ -167,11 +167,11 @@ def train(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.9995))
     state = load_state(build / "flux.pt", parts=parts, optimizer=optimizer, average=average)
-    step, clock = state["step"], Clock(options.minutes, state["spent_s"])
+    step, clock = state["step"], Clock(options.steps / 60, state["spent_s"])  # of the progress bar: a second per step
     progress, previewed = Progress(build / "flux.csv", clock), clock.spent_s
     generator = torch.Generator().manual_seed(step)
-    while clock.share < 1:
-        set_learning_rate(optimizer, options.lr, step, clock.share)
+    while step < options.steps:
+        set_learning_rate(optimizer, options.lr, step, step / options.steps)
         loss = loss_of(base, world, encode, options.batch, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
@@ -180,7 +180,7 @@ def train(options: argparse.Namespace) -> None:
         average.update_parameters(parts)
         step += 1
         progress.log(step, loss=loss)
-        if clock.time_to_save() or clock.share >= 1:
+        if clock.time_to_save() or step == options.steps:
             save_state(build / "flux.pt", step, clock, parts=parts, optimizer=optimizer, average=average)
         if clock.spent_s - previewed > 60 * PREVIEW_MINUTES:
             previewed = clock.spent_s
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=HERE / "base_flux", help="folder of the export, file of the preview"
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of training, over all calls")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training, over all calls")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=8e-4)
     options = parser.parse_args()

@@ -112,6 +112,11 @@ class Family(nn.Module, ABC):
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
         """The widths of what ``from_pretrained`` would load, without reading weights."""
 
+    @classmethod
+    def read_size_multiple_px(cls, path: str, config: str | None = None, **options: Any) -> int:
+        """``size_multiple_px`` from configuration alone; 1 where it is not known before loading."""
+        return 1
+
     @property
     @abstractmethod
     def device(self) -> Any: ...
@@ -215,6 +220,11 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[str]:
         """Names of the blocks that have hosts, in the order in which the denoiser runs them."""
+
+    @classmethod
+    def read_blocks(cls, path: str) -> list[str]:
+        """``blocks`` of what ``from_pretrained`` would load, from its configuration."""
+        raise UserError(f"base={path}: {cls.title} does not tell its blocks before it is loaded")
 
     @property
     def widths(self) -> BaseWidths:

@@ -101,8 +101,15 @@ def own_presets(base: str) -> dict[str, Mapping[str, float]]:
     return {str(name): each for name, each in found.items()}
 
 
+def curves_of(blocks: Sequence[str]) -> list[str]:
+    """Those that these blocks have: only UNets have an input, a middle and an output."""
+    is_unet = any(name.startswith("mid") for name in blocks)
+    return [name for name in CURVES if is_unet or not name.startswith(("weak", "strong"))]
+
+
 def preset_names(blocks: Sequence[str], own: Iterable[str] = ()) -> list[str]:
-    return list(dict.fromkeys([*own, *CURVES, *PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]))
+    named = [*PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]
+    return list(dict.fromkeys([*own, *curves_of(blocks), *named]))
 
 
 def read_blocks(
@@ -118,7 +125,7 @@ def read_blocks(
         return BlockWeights(read_mapping(given, blocks), {})
     if not isinstance(given, str):
         raise UserError(f"blocks={given}: give a preset's name, or a mapping of blocks to numbers")
-    if given in CURVES:
+    if given in curves_of(blocks):
         numbered = enumerate(blocks)
         return BlockWeights({name: CURVES[given](t, len(blocks), name.partition("_")[0]) for t, name in numbered}, {})
     shown, pushed = PRECISE.get(len(blocks), {}).get(given, ({}, {}))

@@ -14,7 +14,7 @@ diffusers. Letters here: W width of the queries and of e; the rest as in ``ipa.t
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,8 @@ class TimePerceiverLayer(PerceiverLayer):
         self.append(nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)))
 
     def forward(self, states_BPW: Tensor, queries_BTW: Tensor, time_BW: Tensor) -> Tensor:  # type: ignore[override]
-        attention, feed_forward, modulation = self
+        parts: list[Any] = list(self)
+        attention, feed_forward, modulation = parts
         shift, scale, shift_ff, scale_ff = modulation(time_BW)[:, None].chunk(4, dim=-1)
         modulated_BTW = attention.norm2(queries_BTW) * (1 + scale) + shift
         queries_BTW = queries_BTW + attention.attend(attention.norm1(states_BPW), modulated_BTW)

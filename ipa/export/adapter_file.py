@@ -40,11 +40,11 @@ BASES = {
 }
 FEATURES = {"pooled": "pooled embedding", "patches": "patch features"}
 LAYERS = {"pooled": "projected", "patches": "penultimate"}
-# what the file is, a pattern for one of its names, and a name that it does not have
-FOREIGN = (
-    ("an IP-Adapter FaceID Plus", r"image_proj\.perceiver_resampler\..*", ""),
-    ("an IP-Adapter FaceID", r"image_proj\.norm\.weight", "image_proj.proj.weight"),
-    ("a base model", r"model\.diffusion_model\..*|down_blocks\..*", ""),
+# what the file is, a pattern for one of its names, and names that it does not have
+FOREIGN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("an IP-Adapter FaceID Plus", r"image_proj\.perceiver_resampler\..*", ()),
+    ("an IP-Adapter FaceID", r"image_proj\.norm\.weight", ("image_proj.proj.weight", "ip_adapter.0.to_k_ip.weight")),
+    ("a base model", r"model\.diffusion_model\..*|down_blocks\..*", ()),
 )
 
 
@@ -118,7 +118,7 @@ class AdapterFile:
 def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: str = "this file") -> AdapterFile:
     """Recognise head, kind and sizes; raises UserError for what ipa does not read, with the reason, and for gaps."""
     metadata = metadata or {}
-    if branches_in(shapes, metadata):
+    if branches_in(shapes, metadata) and metadata.get("head") not in HEADS:
         refuse_foreign(shapes, source)
     try:
         file = read_sizes(shapes, metadata)
@@ -139,7 +139,7 @@ def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: 
 
 def refuse_foreign(shapes: Shapes, source: str) -> None:
     for what, pattern, absent in FOREIGN:
-        if absent not in shapes and any(re.fullmatch(pattern, name) for name in shapes):
+        if not any(name in shapes for name in absent) and any(re.fullmatch(pattern, name) for name in shapes):
             raise UserError(
                 f"{source} is {what}, which ipa does not read. It reads IP-Adapters (global, plus and full) for "
                 f"{SD15}, 2.x and XL, FLUX.1 and Stable Diffusion 3."

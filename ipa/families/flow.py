@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ipa import objective
@@ -129,25 +132,32 @@ class FlowFamily(PipelineFamily):
     @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
         cls.check(path, **options)
-        with torch.device("meta"):
-            transformer = cls.transformer_class.from_config(read_transformer_config(cls.transformer_class, path))
-        return cls.widths_of(transformer, **options)
+        return cls.widths_of(read_transformer(cls.transformer_class, path), **options)
 
     @classmethod
+    @abstractmethod
     def widths_of(cls, transformer: Any, **options: Any) -> BaseWidths:
-        raise NotImplementedError
+        """The widths of a transformer with the constructor's ``options``."""
+
+    @classmethod
+    @abstractmethod
+    def hosts_of(cls, transformer: Any) -> list[Any]:
+        """The hosts of a transformer with the usual options."""
+
+    @classmethod
+    def read_blocks(cls, path: str) -> list[str]:
+        return blocks_of(cls.hosts_of(read_transformer(cls.transformer_class, path, "base")))
 
     @classmethod
     def read_image_size_px(cls, path: str, config: str | None = None, **options: Any) -> int:
         """The image size that the base was trained for, from its configuration."""
         cls.check(path, **options)
-        return read_config(cls.vae_class(), path, "base.path", subfolder="vae")["sample_size"]
+        return read_config(AutoencoderKL, path, "base.path", subfolder="vae")["sample_size"]
 
-    @staticmethod
-    def vae_class() -> Any:
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL
+    @classmethod
+    def read_size_multiple_px(cls, path: str, config: str | None = None, **options: Any) -> int:
+        vae = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
+        return cls.patch * 2 ** (len(vae["block_out_channels"]) - 1)
 
     @property
     def image_size_px(self) -> int:
@@ -162,8 +172,7 @@ class FlowFamily(PipelineFamily):
         return self.transformer.config.joint_attention_dim
 
     def blocks(self) -> list[str]:
-        hosts: list[Host] = self.hosts()
-        return list(dict.fromkeys(host.block for host in hosts))
+        return blocks_of(self.hosts())
 
     def compile_blocks(self) -> None:
         for stack in ("transformer_blocks", "single_transformer_blocks"):
@@ -195,6 +204,17 @@ class FlowFamily(PipelineFamily):
 def read_transformer_config(transformer_class: Any, path: str, key: str = "base.path") -> dict[str, Any]:
     check_pipeline_folder(path, key)
     return read_config(transformer_class, path, key, subfolder="transformer")
+
+
+def read_transformer(transformer_class: Any, path: str, key: str = "base.path") -> Any:
+    """The transformer of a folder or hub id on the meta device, without weights."""
+    config = read_transformer_config(transformer_class, path, key)
+    with torch.device("meta"):
+        return transformer_class.from_config(config)
+
+
+def blocks_of(hosts: Sequence[Host]) -> list[str]:
+    return list(dict.fromkeys(host.block for host in hosts))
 
 
 def require(value: Tensor | None, what: str) -> Tensor:

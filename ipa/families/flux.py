@@ -39,8 +39,8 @@ class Flux(FlowFamily):
     guidance = 1.0
     time_factor = 1.0
     guidance_option = "true_cfg_scale"
-    pipeline_class = FluxPipeline
-    transformer_class = FluxTransformer2DModel
+    pipeline_class: ClassVar[Any] = FluxPipeline
+    transformer_class: ClassVar[Any] = FluxTransformer2DModel
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None}
     needs: ClassVar = {
         "text_encoder": "its CLIP text encoder",
@@ -50,6 +50,8 @@ class Flux(FlowFamily):
     }
     clip_parts: ClassVar[tuple[str, str] | None] = ("text_encoder", "tokenizer")
     t5_parts: ClassVar[tuple[str, str]] = ("text_encoder_2", "tokenizer_2")
+
+    text_encoder: Any
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class Flux(FlowFamily):
         context = transformer.config.joint_attention_dim
         found = find_hosts(transformer, hosts)
         return BaseWidths(context, [host.width for host in found], context, cls.layout_of(hosts))
+
+    @classmethod
+    def hosts_of(cls, transformer: Any) -> list[Any]:
+        return find_hosts(transformer, "all")
 
     @property
     def context_width(self) -> int:
@@ -144,7 +150,8 @@ class Flux(FlowFamily):
             txt_ids=tokens_BNK.new_zeros(states_BLD.shape[1], 3),
             **self.conditions(text, tokens_BNK),
         ).sample
-        return self.unpack(velocity, tuple(noisy.shape[1:]))
+        _, channels, height, width = noisy.shape
+        return self.unpack(velocity, (channels, height, width))
 
     def conditions(self, text: TextCondition, tokens_BNK: Tensor) -> dict[str, Any]:
         """What the transformer reads besides the text's states."""

@@ -83,10 +83,10 @@ class FluxProcessor(BranchProcessor):
         if not self.acting():
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         projected = project(attn, hidden_states, encoder_hidden_states)
-        rotated = rotate(projected, image_rotary_emb)
-        attended_BNC = attend(*rotated, attention_mask)
+        query, key, value = rotate(projected, image_rotary_emb)
+        attended_BNC = attend(query, key, value, attention_mask)
         text_length = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        return self.finish(attn, projected[0], rotated[0], attended_BNC, text_length)
+        return self.finish(attn, projected[0], query, attended_BNC, text_length)
 
     def finish(
         self, attn: FluxAttention, query_BNMd: Tensor, rotated_BNMd: Tensor, attended_BNC: Tensor, text_length: int
@@ -155,10 +155,10 @@ def project(attn: FluxAttention, image: Tensor, text: Tensor | None) -> list[Ten
 
 def rotate(projected: list[Tensor], rotary: Any) -> list[Tensor]:
     """Q and K with the rotary embedding."""
-    query, key, value = projected
     if rotary is None:
         return projected
-    return [apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1), value]
+    rotated: list[Any] = [apply_rotary_emb(states, rotary, sequence_dim=1) for states in projected[:2]]
+    return [*rotated, projected[2]]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
 from ipa.families.pipeline_family import PipelineFamily, load_folder
 from ipa.families.sources import is_single_file
-from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
+from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size, read_unet
 from ipa.presets import SCALINGS
 from ipa.types import BaseWidths, Corrupted, TextCondition
 from ipa.weights import read_dtype
@@ -131,6 +131,10 @@ class LatentDiffusion(PipelineFamily):
 
     def blocks(self) -> list[str]:
         return blocks_of(self.unet)
+
+    @classmethod
+    def read_blocks(cls, path: str) -> list[str]:
+        return blocks_of(read_unet(path, "base"))
 
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None

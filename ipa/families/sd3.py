@@ -77,6 +77,10 @@ class StableDiffusion3(FlowFamily):
         hosts = [host.width for host in find_hosts(transformer, time_width or TIME_WIDTH)]
         return BaseWidths(transformer.inner_dim, hosts, transformer.config.joint_attention_dim, cls.branches)
 
+    @classmethod
+    def hosts_of(cls, transformer: Any) -> list[Any]:
+        return find_hosts(transformer, TIME_WIDTH)
+
     @property
     def context_width(self) -> int:
         return self.transformer.inner_dim

@@ -134,7 +134,8 @@ def attend(attn: Attention, image: Projected, text_BLC: Tensor | None) -> Tensor
         added = [split_heads(layer(text_BLC), attn.heads) for layer in layers]
         added = [states if norm is None else norm(states) for norm, states in zip(norms, added, strict=True)]
         own = [torch.cat(pair, dim=2) for pair in zip(own, added, strict=True)]
-    return join_heads(F.scaled_dot_product_attention(*own))
+    query, key, value = own
+    return join_heads(F.scaled_dot_product_attention(query, key, value))
 
 
 class SD3Host(AttentionHost):

@@ -48,10 +48,9 @@ def blocks(options: Any) -> Path | None:
 
 
 def describe_blocks(base: str) -> None:
-    from ipa.families.cross_attention import blocks_of
-    from ipa.families.unet_layout import read_unet
+    from ipa.families import family_of
 
-    blocks, own = blocks_of(read_unet(base, "base")), own_presets(base)
+    blocks, own = family_of(base, key="base").read_blocks(base), own_presets(base)
     for number, name in enumerate(blocks):
         print(f"{number:3} {name}")
     for preset in preset_names(blocks, own):

@@ -34,6 +34,7 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     run's checkpoint that the run begins with.
     """
     base: BaseWidths = read_widths(cfg.base)
+    check_size(cfg)
     encoder: EncoderWidths = read_widths(cfg.encoder)
     head, kind = make_head_of(cfg, encoder, base), kind_of(cfg).name
     layout: str = cfg.callbacks.export.layout
@@ -49,8 +50,15 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
             check_same_sizes(make_head(file), file.kind, head, kind, f"{option}={donor}")
 
 
+def check_size(cfg: DictConfig) -> None:
+    """Refuse an image size that the base cannot take, as far as its configuration tells; raises UserError."""
+    multiple = read_from(cfg.base, "read_size_multiple_px")
+    if cfg.image_size_px and cfg.image_size_px % multiple:
+        raise UserError(f"image_size_px={cfg.image_size_px}: the base {cfg.base.path} takes multiples of {multiple} px")
+
+
 def kind_of(cfg: DictConfig) -> type[AdapterKind]:
-    return get_class(cfg.adapter.make._target_)  # type: ignore[return-value]
+    return get_class(cfg.adapter.make._target_)
 
 
 def make_head_of(cfg: DictConfig, encoder: EncoderWidths, base: BaseWidths, device: str = "meta") -> TokenHead:
@@ -94,7 +102,11 @@ def check_average(cfg: DictConfig, checkpoint: Path) -> None:
 
 def read_widths(part: DictConfig) -> Any:
     """The widths of a part as its class reads them, without loading it."""
-    return instantiate({**part, "_target_": part._target_.replace("from_pretrained", "read_widths")})
+    return read_from(part, "read_widths")
+
+
+def read_from(part: DictConfig, method: str) -> Any:
+    return instantiate({**part, "_target_": part._target_.replace("from_pretrained", method)})
 
 
 def name_of(encoder: DictConfig) -> str:

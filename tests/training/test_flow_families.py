@@ -1,0 +1,167 @@
+"""Transformers go through the whole house at tiny size: training, exact resume, previews, files, caches, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pytest
+import tiny
+import tiny_flow
+import torch
+from conftest import QUIET, ROOT, Run, World, checkpoint, column
+from hydra.errors import InstantiationException
+from PIL import Image
+
+from ipa.errors import UserError
+from ipa.export.loading import load_model
+from ipa.export.reading import read_adapter
+from ipa.prompter import Prompter
+from ipa.references import Item, Reference
+from ipa.sampling import recorded_options
+from ipa.tools.precompute.run import precompute
+from ipa.training.warmup import ScaleWarmup
+
+SLOW = ("chroma", "instantx", "schnell")
+FOUR = ("tokens.num_tokens=4",)
+CASES = {
+    "flux": ("base=flux_dev", "tokens.no_image=black"),
+    "schnell": ("base=flux_schnell", "experiment=simple_global"),
+    "chroma": ("base=chroma", "tokens.no_image=black"),
+    "sd35_medium": ("base=sd35_medium", "experiment=decoupled_time_aware", *FOUR, "scale_warmup_steps=3"),
+    "instantx": ("base=flux_dev", "base.hosts=all", "experiment=decoupled_mlp", *FOUR, "adapter.layout=ipa"),
+}
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+
+
+@pytest.fixture(scope="module")
+def overrides_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """Overrides that put a family into the tiny world."""
+    place = tmp_path_factory.mktemp("bases")
+
+    @cache
+    def folder(name: str) -> str:
+        return tiny_flow.save(tiny_flow.MAKERS[name](), place / name)
+
+    def overrides(name: str) -> list[str]:
+        base = folder("flux" if name == "instantx" else name)
+        return [*CASES[name], f"base.path={base}", "base.dtype=float32", "optimizer.lr=0.01", "data.background=null"]
+
+    return overrides
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
+    name: str, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    overrides = overrides_of(name)
+    whole = train_in(tmp_path / "whole", *overrides)
+    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
+    resumed = train_in(tmp_path / "parts", *overrides)
+    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
+
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert column(whole, "train/loss") == column(resumed, "train/loss")
+    assert sorted(path.name for path in (whole / "previews").iterdir()) == ["step_000002.png", "step_000004.png"]
+    for source in (whole / "adapter.safetensors", whole):  # the folder's is its last checkpoint
+        model = load_model(source)
+        for key, value in model.trainable.state_dict().items():
+            stored = one[f"trainable.{key}"]
+            assert torch.equal(value, stored if source is whole else stored.half().float())
+    metadata = read_adapter(whole / "adapter.safetensors").metadata
+    assert metadata["timesteps"] == ("logit_normal" if name.startswith("sd3") else "uniform")
+
+
+@pytest.fixture(scope="module")
+def trained(train_in: Run, overrides_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    place = tmp_path_factory.mktemp("trained")
+    return cache(lambda name: train_in(place / name, *QUIET, *overrides_of(name), "trainer.max_steps=1"))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd35_medium"])
+def test_a_batch_with_its_own_references_λ_per_block_and_two_images(
+    name: str, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What the stock pipelines mix or refuse."""
+    prompter = Prompter.load(trained(name) / "adapter.safetensors", device="cpu")
+    tiny.shake(prompter.models[0])
+    for colour in ("red", "blue"):
+        Image.new("RGB", (24, 24), colour).save(tmp_path / f"{colour}.png")
+    red, blue = (str(tmp_path / f"{colour}.png") for colour in ("red", "blue"))
+    items = [Item([Reference(path)], "cat", seed=1) for path in (red, blue)]
+    both = prompter.generate(items, num_steps=1)
+    alone = prompter.generate(items[1:], num_steps=1)
+    one, other, same = (torch.from_numpy(np.array(image)).float() for image in (*both, *alone))
+
+    assert (one - other).abs().max() > 1 and (other - same).abs().max() <= 1
+    blocks = prompter.family.blocks()
+    made = [
+        prompter([red, blue], "cat", seed=1, num_steps=1, blocks=weights)[0]
+        for weights in ({blocks[0]: 1.0}, {blocks[1]: 1.0}, "ease in")
+    ]
+    assert made[0].tobytes() != made[1].tobytes() != made[2].tobytes()
+
+
+CACHED = ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chroma", "sd35_medium"))]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_training_from_a_cache_is_training_online(
+    name: str, world: World, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """The same losses within the rounding of half precision."""
+    overrides = [*QUIET, *overrides_of(name)]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        own = [f"out={tmp_path / 'cache'}", "device=cpu", "num_workers=0"]
+        given = [each for each in overrides if not each.startswith(("scale_warmup", "image_prompt", "scoring"))]
+        precompute(hydra.compose("precompute", [*world.overrides(), *given, *own]))
+    online = train_in(tmp_path / "online", *overrides)
+    cached = train_in(tmp_path / "cached", *overrides, "data=cache", f"data.train={tmp_path / 'cache'}")
+    one, other = (list(map(float, column(folder, "train/loss").values())) for folder in (online, cached))
+
+    assert one == pytest.approx(other, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["image_size_px=18"], r"image_size_px=18: the base .* multiples of 4 px"),
+        (["tokens.num_tokens=8"], r"diffusers assumes tokens\.num_tokens=4, it is 8.*adapter\.layout=ipa"),
+        (["experiment=decoupled_fine_grained"], "no other program knows this head for FLUX"),
+        (["base.hosts=all"], "no other program knows this head for FLUX.1, all blocks"),
+        (["base=chroma"], "is a FLUX.1 pipeline: use base=flux_dev"),
+        (["base.times.timesteps=odd"], r"base\.times\.timesteps=odd"),
+    ],
+)
+def test_bad_options_are_refused_before_weights_are_read(
+    given: list[str],
+    message: str,
+    train_in: Run,
+    overrides_of: Callable[[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ipa.training.run.build_model", lambda cfg: pytest.fail("weights were read"))
+    with pytest.raises((UserError, InstantiationException), match=message):
+        train_in(tmp_path / "run", *QUIET, *overrides_of("flux"), *given)
+
+
+def test_warm_up_of_λ_follows_the_step() -> None:
+    from types import SimpleNamespace
+
+    module = SimpleNamespace(model=SimpleNamespace(train_scale=None))
+    for num_steps, step, expected in ((4, 0, 0.0), (4, 1, 0.25), (4, 9, 1.0), (0, 0, 1.0)):
+        trainer: Any = SimpleNamespace(global_step=step)
+        ScaleWarmup(num_steps).on_train_batch_start(trainer, module, None, 0)
+        assert module.model.train_scale == expected
+
+
+def test_how_the_training_sampled_is_recorded(trained: Callable[[str], Path]) -> None:
+    metadata = read_adapter(trained("flux") / "adapter.safetensors").metadata
+
+    assert (metadata["train_guidance"], metadata["hosts"], metadata["branches"]) == ("1", "double", "flux")
+    assert recorded_options(metadata)["guidance"] == 3.0
