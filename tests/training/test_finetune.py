@@ -16,10 +16,10 @@ from ipa.errors import UserError
 from ipa.export.loading import load_model
 from ipa.files import read_json
 from ipa.training.heldout import HeldOutGap, end_here
-from ipa.training.monitors import compare_images
+from ipa.training.monitors import ImagePromptGuard, compare_images
 
 BEST = "adapter_best.safetensors"
-WATCHED = (*FEW, "experiment=finetune", "image_prompt_check.every_n_steps=1", "heldout_check.every_n_steps=2")
+WATCHED = ("experiment=finetune", "image_prompt_check.every_n_steps=1", "heldout_check.every_n_steps=2", *FEW)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_it_resumes_to_the_bit(train_in: Run, tmp_path: Path, donor: str, watche
 
 def test_it_stops_when_the_gap_no_longer_grows_and_stays_stopped(train_in: Run, tmp_path: Path, donor: str) -> None:
     """Weights that do not move have the same gap each time, so the first is the best."""
-    options = (*WATCHED, donor, "lr_factor=1e-30", "optimizer.weight_decay=0", "trainer.max_steps=9")
+    options: tuple[str, ...] = (*WATCHED, donor, "lr_factor=1e-30", "optimizer.weight_decay=0", "trainer.max_steps=9")
     options += ("heldout_check.every_n_steps=1", "heldout_check.patience=2", "preview.every_n_steps=0")
     run = train_in(tmp_path / "x", *options)
     summary = read_json(run / "summary.json")
@@ -129,15 +129,18 @@ def test_it_stops_when_the_gap_no_longer_grows_and_stays_stopped(train_in: Run, 
     assert (run / "log.csv").read_bytes() == before
 
 
-def test_the_alarm_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    watcher = HeldOutGap(tmp_path / BEST, every_n_steps=1)
+def test_the_alarm_warns_once_and_not_for_the_scatter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watcher, sure, scattered, early = HeldOutGap(tmp_path / BEST), *(ImagePromptGuard(1, patience=4) for _ in range(3))
+    sure.gaps.extend([0.20, 0.21, 0.19, 0.20])
+    scattered.gaps.extend([0.6, -0.4, 0.7, -0.1])
+    early.gaps.extend([0.2, 0.2, 0.2])
     with caplog.at_level(logging.WARNING, logger="ipa.training.heldout"):
-        watcher.warn(0.2, 0.11, 10)
-        watcher.warn(-0.1, -0.01, 10)
+        for guard, gap in ((sure, 0.11), (scattered, 0.09), (early, 0.09)):
+            watcher.judge(guard, gap, 10)
         assert not caplog.messages
-        watcher.warn(0.2, 0.09, 20)
+        watcher.judge(sure, 0.09, 20)
         watcher.load_state_dict(watcher.state_dict())
-        watcher.warn(0.2, 0.01, 30)
+        watcher.judge(sure, 0.01, 30)
 
     (message,) = caplog.messages
     assert message.startswith("step 20: the adapter overfits") and "20.00 %" in message and "9.00 %" in message
@@ -146,8 +149,6 @@ def test_the_alarm_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_it_needs_held_out_samples(train_in: Run, tmp_path: Path, donor: str) -> None:
     with pytest.raises(UserError, match=r"give data\.val=SHARDS"):
         train_in(tmp_path / "x", *WATCHED, donor, "data.val=null")
-    with pytest.raises(UserError, match=r"heldout_check\.patience=3 needs heldout_check\.every_n_steps"):
-        HeldOutGap(tmp_path / BEST, patience=3)
 
 
 def test_the_last_step_can_be_moved_in_lightnings_trainer() -> None:
