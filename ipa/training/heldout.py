@@ -26,8 +26,8 @@ class HeldOutGap(TrainingCallback):
     neighbours', always at the same noise and times: `image_prompt/heldout_gap`. The weights with the largest gap are
     kept in ``path``. After ``patience`` measurements without a larger one the run ends; null never ends it.
     `image_prompt/overfit` is the mean gap of the last training samples (`ImagePromptGuard`) minus the held-out one. It
-    warns once when the held-out gap is surely below ``alarm`` times that of the training samples. Null for
-    ``every_n_steps`` turns all of it off. All ranks measure the same samples.
+    warns once when the held-out gap is below ``alarm`` times that of the training samples, and two standard errors
+    below it. Null for ``every_n_steps`` turns all of it off. All ranks measure the same samples.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class HeldOutGap(TrainingCallback):
         return (total_other - total_own) / total_own
 
     def judge(self, guard: ImagePromptGuard, heldout: float, step: int) -> None:
-        """Warn once, if it is not by the scatter of the training samples' gaps."""
+        """Warn once, if the training samples' gap is much larger, and not by its scatter."""
         training, error = guard.mean_gap()
-        surely = guard.has_patience_ended and self.alarm * (training - NUM_STANDARD_ERRORS * error) > heldout
-        if self.best["warned"] or not surely:
+        is_sure = guard.has_patience_ended and training - NUM_STANDARD_ERRORS * error > heldout
+        if self.best["warned"] or not (is_sure and self.alarm * training > heldout):
             return
         self.best["warned"] = True
         log.warning(
