@@ -13,7 +13,7 @@ from ipa.errors import UserError
 from ipa.training.callbacks import ExportAdapter
 from ipa.training.hooks import TrainingCallback, is_due
 from ipa.training.loggers import log_now
-from ipa.training.monitors import ImagePromptGuard, compare_images
+from ipa.training.monitors import NUM_STANDARD_ERRORS, ImagePromptGuard, compare_images
 from ipa.types import Batch
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ class HeldOutGap(TrainingCallback):
     neighbours', always at the same noise and times: `image_prompt/heldout_gap`. The weights with the largest gap are
     kept in ``path``. After ``patience`` measurements without a larger one the run ends; null never ends it.
     `image_prompt/overfit` is the mean gap of the last training samples (`ImagePromptGuard`) minus the held-out one. It
-    warns once when the held-out gap is below ``alarm`` times that of the training samples. Null for ``every_n_steps``
-    turns all of it off. All ranks measure the same samples.
+    warns once when the held-out gap is below ``alarm`` times that of the training samples, and two standard errors
+    below it. Null for ``every_n_steps`` turns all of it off. All ranks measure the same samples.
     """
 
     def __init__(
@@ -39,8 +39,6 @@ class HeldOutGap(TrainingCallback):
         alarm: float = 0.5,
         dtype: str = "float16",
     ) -> None:
-        if patience is not None and every_n_steps is None:
-            raise UserError(f"heldout_check.patience={patience} needs heldout_check.every_n_steps")
         self.export = ExportAdapter(path, 0, dtype=dtype)
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.patience, self.alarm = patience, alarm
@@ -75,10 +73,10 @@ class HeldOutGap(TrainingCallback):
         if self.every_n_steps is None or not is_due(trainer, batch_idx, self.every_n_steps):
             return
         gap = self.measure(trainer, pl_module)
-        values = {"heldout_gap": gap}
-        if (training := self.training_gap(trainer)) is not None:
-            values["overfit"] = training - gap
-            self.warn(training, gap, trainer.global_step)
+        values, guard = {"heldout_gap": gap}, guard_of(trainer)
+        if guard is not None and guard.gaps:
+            values["overfit"] = guard.mean_gap()[0] - gap
+            self.judge(guard, gap, trainer.global_step)
         log_now(trainer, {f"image_prompt/{name}": value for name, value in values.items()})
         self.keep(gap, trainer, pl_module)
 
@@ -90,14 +88,11 @@ class HeldOutGap(TrainingCallback):
                 total_own, total_other = total_own + own * len(batch), total_other + other * len(batch)
         return (total_other - total_own) / total_own
 
-    def training_gap(self, trainer: L.Trainer) -> float | None:
-        """The mean of the last measurements on training samples; None before the first."""
-        guards = [each for each in trainer.callbacks if isinstance(each, ImagePromptGuard)]  # type: ignore[attr-defined]
-        gaps = [gap for guard in guards for gap in guard.gaps]
-        return sum(gaps) / len(gaps) if gaps else None
-
-    def warn(self, training: float, heldout: float, step: int) -> None:
-        if self.best["warned"] or not heldout < self.alarm * training:
+    def judge(self, guard: ImagePromptGuard, heldout: float, step: int) -> None:
+        """Warn once, if the training samples' gap is much larger, and not by its scatter."""
+        training, error = guard.mean_gap()
+        is_sure = guard.has_patience_ended and training - NUM_STANDARD_ERRORS * error > heldout
+        if self.best["warned"] or not (is_sure and self.alarm * training > heldout):
             return
         self.best["warned"] = True
         log.warning(
@@ -124,6 +119,11 @@ class HeldOutGap(TrainingCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best |= state_dict
+
+
+def guard_of(trainer: L.Trainer) -> ImagePromptGuard | None:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, ImagePromptGuard)), None)
 
 
 def end_here(trainer: Any) -> None:

@@ -147,10 +147,9 @@ class ImagePromptGuard(TrainingCallback):
 
     def judge(self, gap: float, step: int) -> None:
         self.gaps.append(gap)
-        if self.has_warned or len(self.gaps) < (self.gaps.maxlen or 0):
+        if self.has_warned or not self.has_patience_ended:
             return
-        gaps = torch.tensor(self.gaps, dtype=torch.float64)
-        mean, error = float(gaps.mean()), float(gaps.std()) / math.sqrt(len(gaps))
+        mean, error = self.mean_gap()
         if not mean > NUM_STANDARD_ERRORS * error:
             self.has_warned = True
             log.warning(
@@ -159,6 +158,15 @@ class ImagePromptGuard(TrainingCallback):
                 "the encoder distinguishes your images.",
                 *(step, 100 * mean, 100 * error),
             )
+
+    @property
+    def has_patience_ended(self) -> bool:
+        return len(self.gaps) == self.gaps.maxlen
+
+    def mean_gap(self) -> tuple[float, float]:
+        """The mean of the last gaps, and its standard error."""
+        gaps = torch.tensor(self.gaps, dtype=torch.float64)
+        return float(gaps.mean()), float(gaps.std()) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return {"gaps": list(self.gaps), "told": self.has_warned, "attention": self.attention}
