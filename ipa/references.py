@@ -92,7 +92,8 @@ class Reference:
         blocks = tuple(self.blocks.items()) if hasattr(self.blocks, "items") else self.blocks
         negatives = None if self.negative is None else len(as_list(self.negative))
         when = (self.start, self.end, self.curve)
-        return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, self.combine
+        none = self.scale == 0  # for all of a batch or for no item: a simple adapter has no tokens then
+        return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, self.combine, none
 
     def over_time(self) -> Callable[[float], float] | None:
         if (self.start, self.end, self.curve) == (0.0, 1.0, None):
