@@ -59,6 +59,7 @@ test-commands: $(READY) ## test complete commands and several ranks; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/training/test_secrets.py \
 		tests/training/test_console.py tests/training/test_failures.py tests/training/test_shared_previews.py $(ARGS)
 	PATH="$$PATH:$(CURDIR)/$(BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_wheel.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/tools/test_app_browser.py $(ARGS)
 
 # Real daemons, and nodes made of network namespaces; skipped without slurm-wlm and munge, or without root.
 test-cluster: $(READY) ## test with a real Slurm and two nodes on this machine; minutes; needs root, slurm-wlm and munge
@@ -90,7 +91,7 @@ type: $(READY) ## check types
 	$(BIN)/mypy
 
 lock: $(READY) ## compile requirements.txt from pyproject.toml for all platforms and Python versions
-	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra demo --extra dev --extra docs --extra slurm \
+	PATH="$$PATH:$(BIN)" uv pip compile pyproject.toml --extra app --extra demo --extra dev --extra docs --extra slurm \
 		--output-file requirements.txt --universal --python-version 3.11 --no-header --annotation-style line $(ARGS)
 
 demo-world: $(READY) ## rebuild the data and models of the demo world; hours on a CPU, resumable

@@ -109,7 +109,8 @@ class Reference:
         blocks = tuple(self.blocks.items()) if hasattr(self.blocks, "items") else self.blocks
         negatives = None if self.negative is None else len(as_list(self.negative))
         when = (self.start, self.end, self.curve)
-        how = (self.combine, self.embeds_scaling, self.subtract_text, self.subtract_strength)
+        none = self.scale == 0  # for all of a batch or for no item: a simple adapter has no tokens then
+        how = (self.combine, self.embeds_scaling, self.subtract_text, self.subtract_strength, none)
         return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, how
 
     def tiled(self, size: tuple[int, int]) -> list[Reference]:
@@ -120,7 +121,8 @@ class Reference:
         found = []
         for tile, box in tiles_of(open_image(as_list(self.images)[0], "image")):
             mask = Image.new("L", size)
-            mask.paste(255, (*(round(part * edge) for part, edge in zip(box, size * 2, strict=True)),))
+            left, top, right, bottom = (round(part * edge) for part, edge in zip(box, size * 2, strict=True))
+            mask.paste(255, (left, top, right, bottom))
             region = mask if own is None else ImageChops.multiply(mask, own)
             found.append(replace(self, images=tile, mask=region, tiles=False))
         return found

@@ -309,10 +309,11 @@ def test_heads_and_kinds_are_sampled_from_either_format_with_a_given_base_and_en
     # the tiny encoder has fewer patches than the 257 of the published one
     metadata = with_metadata(tensors, {"kind": kind} | ({"num_tokens": "10"} if head == "full" else {}))
     save_adapter(tmp_path / f"a{extension}", tensors, metadata)
-    for name, scale in (("with", 0.5), ("alone", 0)):
+    for name, scale in (("with", 0.5), ("alone", 0), ("grid", [0, 0.5])):
         out = tmp_path / f"{name}.png"
         sample(adapter=tmp_path / f"a{extension}", base=base_folder, encoder=clip_name, out=out, scale=scale)
 
+    assert Image.open(tmp_path / "grid.png").width > 2 * tiny.IMAGE_PX
     assert pixels(tmp_path / "with.png") != pixels(tmp_path / "alone.png")
 
 

@@ -1,0 +1,188 @@
+"""The components of the page, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ipa.references import COMBINE
+from ipa.tools.app.uploads import MAX_IMAGES, MAX_STEPS
+
+HERE = Path(__file__).parent
+CANVAS_PX = 512  # the longer side of what is painted on
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the loaded model has, and how it samples unless it is told otherwise."""
+
+    adapters: list[tuple[str, str]]  # label, file
+    presets: Sequence[str]
+    edge_px: int
+    multiple_px: int
+    num_steps: int
+    guidance: float
+    guidance_rescale: float
+    has_control: bool
+
+
+@dataclass(frozen=True)
+class Outputs:
+    generate: gr.Button
+    cancel: gr.Button
+    status: gr.HTML
+    picture: gr.Image
+    show: gr.Button
+    command: gr.Code
+    python: gr.Code
+    files: gr.File
+
+
+def make_inputs(offer: Offer) -> dict[str, Any]:
+    """By the names of the command's options, but for ``scales`` and ``count``, which stand for lists."""
+    found: dict[str, Any] = {
+        "image": gr.Gallery(
+            label="Pictures",
+            type="filepath",
+            interactive=True,
+            columns=4,
+            height=220,
+            object_fit="contain",
+            fit_columns=False,
+            file_types=["image"],
+            sources=["upload", "clipboard"],
+            elem_id="pictures",
+            buttons=[],
+        ),
+        "text": gr.Textbox(label="Text", placeholder="empty: the picture alone decides", elem_id="text"),
+        "negative_text": gr.Textbox(label="Negative text", placeholder="what should not be there", elem_id="negative"),
+        "scale": gr.Slider(0, 2, 1, step=0.05, label="λ, the weight of the picture", elem_id="scale"),
+    }
+    with gr.Accordion("Where and when the picture acts", open=False):
+        found |= make_place(offer)
+    with gr.Accordion("Side by side", open=False):
+        found |= make_comparison(offer)
+    with gr.Accordion("Size, steps, guidance", open=False):
+        found |= make_sampling(offer)
+    with gr.Accordion("Start image and control", open=False):
+        found |= make_control(offer.has_control)
+    return found
+
+
+def make_place(offer: Offer) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "blocks": gr.Dropdown(
+            list(offer.presets),
+            label="Preset of λ per block (several: side by side)",
+            multiselect=True,
+            elem_id="blocks",
+        )
+    }
+    with gr.Row():
+        found["start"] = gr.Slider(0, 1, 0, step=0.05, label="From (0: noise)", min_width=120, elem_id="start")
+        found["end"] = gr.Slider(0, 1, 1, step=0.05, label="To (1: image)", min_width=120, elem_id="end")
+    found["combine"] = gr.Dropdown(
+        list(COMBINE), value="concat", label="Several pictures are combined by", elem_id="combine"
+    )
+    found["mask"] = gr.HTML(
+        "",
+        html_template=(HERE / "mask.html").read_text(),
+        js_on_load=(HERE / "mask.js").read_text(),
+        **canvas(offer.edge_px, offer.edge_px),
+        container=True,
+        elem_id="mask",
+    )
+    return found
+
+
+def make_comparison(offer: Offer) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "scales": gr.Textbox(label="Several λ", placeholder="0, 0.5, 1", elem_id="scales"),
+        "adapter": gr.Dropdown(
+            offer.adapters,
+            value=[offer.adapters[0][1]],
+            label="Adapter (several: side by side)",
+            multiselect=True,
+            visible=len(offer.adapters) > 1,
+            elem_id="adapter",
+        ),
+    }
+    with gr.Row():
+        found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
+        found["count"] = gr.Number(
+            1, label="Seeds in a row", precision=0, minimum=1, maximum=MAX_IMAGES, min_width=120, elem_id="count"
+        )
+    return found
+
+
+def make_sampling(offer: Offer) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with gr.Row():
+        for name in ("width", "height"):
+            found[name] = gr.Number(
+                offer.edge_px,
+                label=f"{name.capitalize()} (px)",
+                precision=0,
+                step=offer.multiple_px,
+                min_width=120,
+                elem_id=name,
+            )
+    with gr.Row():
+        found["num_steps"] = gr.Number(
+            offer.num_steps, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=120, elem_id="steps"
+        )
+        found["guidance"] = gr.Number(
+            offer.guidance, label="Guidance (1: none)", minimum=0, step=0.5, min_width=120, elem_id="guidance"
+        )
+    found["guidance_rescale"] = gr.Slider(
+        0, 1, offer.guidance_rescale, step=0.05, label="Less contrast of guidance (φ)", elem_id="rescale"
+    )
+    return found
+
+
+def make_picture(label: str, name: str, visible: bool = True) -> gr.Image:
+    """An upload, handed out as its path: gradio itself would open it, with limits and messages of its own."""
+    found = gr.Image(label=label, type="filepath", sources=["upload"], height=180, visible=visible, elem_id=name)
+    found.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    return found
+
+
+def make_control(has_control: bool) -> dict[str, Any]:
+    return {
+        "start_image": make_picture("Start image", "start_image"),
+        "strength": gr.Slider(0, 1, 0.8, step=0.05, label="How much of it is made anew", elem_id="strength"),
+        "control": make_picture("Control image, such as edges", "control", has_control),
+        "control_weight": gr.Slider(
+            0, 2, 1, step=0.05, label="Weight of the control", visible=has_control, elem_id="control_weight"
+        ),
+    }
+
+
+def make_outputs() -> Outputs:
+    with gr.Row():
+        generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+        cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
+    status = gr.HTML("", elem_id="status")
+    picture = gr.Image(
+        label="Image", type="filepath", interactive=False, buttons=["download", "fullscreen"], elem_id="picture"
+    )
+    show = gr.Button("Show these settings as a command and as Python", size="sm", elem_id="show")
+    code: dict[str, Any] = {"visible": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}
+    command = gr.Code(label="Command", language="shell", elem_id="command", **code)
+    python = gr.Code(label="Python", language="python", elem_id="python", **code)
+    files = gr.File(
+        label="Files that they name", file_count="multiple", visible=False, interactive=False, elem_id="files"
+    )
+    return Outputs(generate, cancel, status, picture, show, command, python, files)
+
+
+def canvas(width: int, height: int) -> dict[str, Any]:
+    """Of these proportions."""
+    longer = max(width, height)
+    return {
+        f"canvas_{name}": max(1, edge * CANVAS_PX // longer) for name, edge in (("width", width), ("height", height))
+    }

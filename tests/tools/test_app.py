@@ -1,0 +1,323 @@
+"""`python -m ipa.tools.app` without a browser: settings, uploads, the queue, who may use the page."""
+
+import asyncio
+import base64
+import io
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from PIL import Image
+
+from ipa.errors import UserError
+from ipa.prompter import Prompter
+from ipa.tools import sample as sample_tool
+from ipa.tools.app.__main__ import Options, check_password
+from ipa.tools.app.jobs import MAX_JOBS, Cancelled, Job, Queue
+from ipa.tools.app.settings import as_command, as_python, read_page
+from ipa.tools.app.uploads import Files, check_picture, check_pictures
+from ipa.tools.options import read_options
+from ipa.tools.sample import items_of, make, pipeline_of, settings_of
+
+FIXED = {"adapter": ["a.safetensors", "b.safetensors"], "control_model": None, "base": None, "dtype": "float32"}
+PAGE: dict[str, Any] = {
+    "image": ["cat.png"],
+    "text": "on a beach",
+    "negative_text": "",
+    "scale": 0.5,
+    "scales": "",
+    "blocks": [],
+    "start": 0,
+    "end": 1,
+    "combine": "concat",
+    "mask": None,
+    "adapter": ["a.safetensors"],
+    "seed": 3,
+    "count": 1,
+    "width": tiny.IMAGE_PX,
+    "height": tiny.IMAGE_PX,
+    "num_steps": 2,
+    "guidance": 2.0,
+    "guidance_rescale": 0,
+    "start_image": None,
+    "strength": 0.5,
+    "control": None,
+    "control_weight": 1,
+}
+
+
+def read(**changed: Any) -> dict[str, Any]:
+    return read_page(PAGE | changed, FIXED, tiny.IMAGE_PX)
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"text": 'it\'s [red, blue]: "x" # 100 % \\ {a: 1} null', "negative_text": "[]"},
+        {"text": "null", "negative_text": "1e3"},
+        {"text": "two\nlines\tand ${oc.env:HOME} 🙂 東京"},
+        {"text": "a=b", "image": ["one.png", "two.jpg"], "combine": "norm average"},
+        {"scales": "0, 0.5 1", "blocks": ["ease in", "linear"], "adapter": FIXED["adapter"], "count": 2},
+        {"blocks": ["weak middle"], "start": 0.1, "end": 0.7, "mask": "mask.png", "width": 2 * tiny.IMAGE_PX},
+        {"start_image": "photo.png", "strength": 0.25},
+    ],
+    ids=str,
+)
+def test_settings_are_those_of_the_copied_command(changed: dict[str, Any]) -> None:
+    settings = read(**changed)
+    shell = ["bash", "-c", f"printf '%s\\0' {as_command(settings)}"]
+    *words, rest = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")
+    arguments = words[3:]
+
+    assert words[:3] == ["python", "-m", "ipa.tools.sample"] and rest == ""
+    assert settings_of(read_options(arguments, sample_tool.Options)) == settings
+    assert settings["text"] == [changed.get("text", PAGE["text"])]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"image": []}, "give a picture"),
+        ({"scale": float("nan")}, "scale=.*NaN"),
+        ({"scale": -1}, "scale=-1"),
+        ({"scales": "0, many"}, "0, many"),
+        ({"count": 25}, "25 images"),
+        ({"scales": "0 1 2", "count": 9}, "27 images"),
+        ({"seed": None}, "give a seed"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_steps": 1000}, "steps: at most"),
+        ({"width": 100 * tiny.IMAGE_PX}, "width and height: at most"),
+        ({"text": "x" * 3000}, "letters"),
+        ({"text": "${broken"}, "text="),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_named(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        read(**changed)
+
+
+def test_python_makes_the_images_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompter = Prompter([tiny.shake(tiny.make_model())], {"guidance": 2.0, "batch_size": 8})
+    prompter.models[0].adapter.install()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Prompter, "load", lambda *_, **__: prompter)
+    for name, colour in (("cat.png", "teal"), ("photo.png", "red")):
+        Image.new("RGB", (30, 20), colour).save(name)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"scales": "0 0.5 1", "blocks": ["ease in", "linear"], "count": 2},
+        {"start_image": "photo.png", "end": 0.6, "num_steps": 4},
+    ]
+    for way in ways:
+        settings = read(**way)
+        found: dict[str, Any] = {}
+        exec(as_python(settings), found)
+        made = prompter.generate(
+            items_of(settings),
+            num_steps=settings["num_steps"],
+            guidance=2.0,
+            guidance_rescale=0.0,
+            **call(prompter, settings),
+        )
+        assert len(found["images"]) == len(made) > 0
+        for one, other in zip(found["images"], made, strict=True):
+            assert one.width == tiny.IMAGE_PX and max(differences(one, other)) <= 1
+
+
+def call(prompter: Prompter, settings: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(("pipeline", "arguments"), pipeline_of(prompter, settings), strict=True))
+
+
+def differences(one: Image.Image, other: Image.Image) -> list[int]:
+    return [abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)]
+
+
+# uploads
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GOOD = png(Image.effect_noise((40, 30), 80))
+BAD = {
+    "notes.png": (b"dear diary", "notes.png cannot be read as a picture: its format is not known"),
+    "page.jpg": (b"<!doctype html><html>", "page.jpg cannot be read as a picture: it is a web page"),
+    "huge.png": (bytes(50_000_000), "huge.png is larger than 20 MB"),
+    "bomb.png": (png(Image.new("1", (30_000, 30_000))), "bomb.png has more than 50 million pixels"),
+    "large.png": (png(Image.new("1", (8_000, 8_000))), "large.png has more than 50 million pixels"),
+    "half.png": (GOOD[: len(GOOD) // 2], "half.png is damaged"),
+    "empty.png": (b"", "empty.png cannot be read as a picture: it is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_picture_gets_one_clear_message(name: str, tmp_path: Path) -> None:
+    content, words = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.png").write_bytes(GOOD)
+    with pytest.raises(UserError, match=f"^{words}"):
+        check_picture(tmp_path / name)
+
+    good, complaints = check_pictures([tmp_path / "good.png", tmp_path / name])
+    assert good == [tmp_path / "good.png"] and len(complaints) == 1
+
+
+def test_pictures_of_one_name_get_names_of_their_own(tmp_path: Path) -> None:
+    for folder in ("one", "two", "job"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "im age.png").write_bytes(GOOD)
+    files = Files(tmp_path / "job")
+    names = [files.add(str(tmp_path / folder / "im age.png")) for folder in ("one", "two")]
+
+    assert names == files.made == ["im_age.png", "im_age-2.png"]
+    assert (tmp_path / "job" / "im_age-2.png").read_bytes() == GOOD
+
+
+def test_a_painted_mask_is_white_where_it_is_painted(tmp_path: Path) -> None:
+    canvas = Image.new("RGBA", (512, 256))
+    empty = "data:image/png;base64," + base64.b64encode(png(canvas)).decode()
+    canvas.paste("orange", (0, 0, 256, 256))
+    half = "data:image/png;base64," + base64.b64encode(png(canvas)).decode()
+    files = Files(tmp_path)
+
+    assert files.add_mask(None, (64, 32)) is files.add_mask(empty, (64, 32)) is None
+    assert files.add_mask(half, (64, 32)) == "mask.png"
+    mask = Image.open(tmp_path / "mask.png")
+    assert mask.size == (64, 32) and [mask.getpixel((x, 16)) for x in (0, 30, 33, 63)] == [255, 255, 0, 0]
+    for broken in ("data:image/png;base64,AAAA", "nonsense", "data:image/png;base64,?"):
+        with pytest.raises(UserError, match="the mask cannot be read"):
+            files.add_mask(broken, (64, 32))
+
+
+# the queue
+
+
+@pytest.fixture
+def queue() -> Any:
+    queue = Queue()
+    yield queue
+    queue.close()
+
+
+def test_a_cancelled_job_stops_between_two_steps(queue: Queue, tmp_path: Path) -> None:
+    prompter = Prompter([tiny.shake(tiny.make_model())], {"guidance": 2.0, "batch_size": 8})
+    prompter.models[0].adapter.install()
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "cat.png")
+    settings = read(image=[str(tmp_path / "cat.png")], num_steps=100)
+    steps = []
+
+    def work(job: Job) -> Any:
+        pipeline, arguments = pipeline_of(prompter, settings)
+        pipeline.progress_bar = job.progress_bar
+        job.update = lambda n=1: (steps.append(n), job.stop.set() if len(steps) == 3 else None, Job.update(job, n))  # type: ignore[method-assign]
+        return make(prompter, settings, pipeline, arguments)
+
+    job = queue.submit("me", 1, work)
+    with pytest.raises(Cancelled):
+        job.future.result(60)
+    assert len(steps) == 3 and job.num_steps == 100 and 0 < job.fraction < 0.1
+    queue.submit("me", 1, lambda job: None).future.result(60)
+    assert queue.jobs == {}
+
+
+def test_jobs_wait_for_each_other_and_can_go_while_they_wait(queue: Queue) -> None:
+    release, order = threading.Event(), []
+
+    def work(name: str) -> Callable[[Job], None]:
+        return lambda job: (order.append(name), release.wait(60))[0]
+
+    jobs = {name: queue.submit(name, 1, work(name)) for name in ("a", "b", "c")}
+    assert [queue.ahead(name) for name in jobs] == [0, 1, 2]
+    assert queue.describe("c", jobs["c"]) == "Waiting: 2 jobs are before yours"
+    with pytest.raises(UserError, match="not ready yet"):
+        queue.submit("b", 1, work("b"))
+    queue.cancel("b")
+    assert jobs["b"].future.cancelled() and queue.ahead("c") == 1
+    release.set()
+    jobs["c"].future.result(60)
+    assert order == ["a", "c"]
+
+
+def test_too_many_jobs_are_refused(queue: Queue) -> None:
+    release = threading.Event()
+    for number in range(MAX_JOBS):
+        queue.submit(str(number), 1, lambda job: release.wait(60))
+    with pytest.raises(UserError, match="people are waiting already"):
+        queue.submit("one more", 1, lambda job: None)
+    release.set()
+
+
+def test_a_user_who_goes_away_cancels_the_job(queue: Queue) -> None:
+    def work(job: Job) -> None:
+        job.progress_bar(total=10**6)
+        while True:
+            job.stop.wait(0.01)
+            job.update()
+
+    async def watch_a_little() -> list[tuple[float, str]]:
+        watching, seen = queue.watch("me", job), []
+        async for each in watching:
+            seen.append(each)
+            if job.step > 2:
+                break
+        await watching.aclose()
+        return seen
+
+    job = queue.submit("me", 2, work)
+    seen = asyncio.run(watch_a_little())
+    with pytest.raises(Cancelled):
+        job.future.result(60)
+    assert "of 1000000, part 1 of 2, about" in seen[-1][1]
+
+
+# who may use the page
+
+
+@pytest.mark.parametrize(
+    ("host", "password", "words"),
+    [
+        ("0.0.0.0", None, r"host=0.0.0.0: others can reach this page, so give password="),
+        ("::", "", "others can reach"),
+        ("workstation", None, "others can reach"),
+        ("127.0.0.1", "short", "password=…: give at least 8"),
+    ],
+)
+def test_a_page_for_others_needs_a_password(host: str, password: str | None, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        check_password(host, password)
+    assert "short" not in str(caught.value)
+    for fine in ("127.0.0.1", "localhost", "::1"):
+        check_password(fine, None)
+    check_password("0.0.0.0", "long enough")
+
+
+def test_a_password_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", "from the environment")
+
+    assert read_options(["adapter=a", "password=${oc.env:SOME_PASSWORD}"], Options).password == "from the environment"
+
+
+def test_without_gradio_it_is_said_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "gradio.py").write_text("raise ImportError('no gradio')")
+    command = [sys.executable, "-m", "ipa.tools.app", "adapter=a"]
+    root = str(Path(__file__).resolve().parents[2])
+    ended = subprocess.run(
+        command, env={"PYTHONPATH": f"{tmp_path}:{root}"}, capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 1 and "pip install 'gradio>=6'" in ended.stderr and "Traceback" not in ended.stderr
