@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from ipa.errors import UserError
+from ipa.ranges import check
 
 VERSION_BASE = "1.3"
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError)  # raised for a wrong command line
@@ -54,7 +55,9 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
             fitting = []
             for single in _each_value(override) if args.multirun else [override]:
                 try:
-                    hydra.compose(config_name, [*accepted, single])
+                    cfg = hydra.compose(config_name, [*accepted, single])
+                    if args.multirun:  # a single run checks its values itself, in `ipa.cli`
+                        check(cfg)
                     fitting.append(single)
                 except REFUSED as error:
                     complaints.append(

@@ -52,6 +52,16 @@ class ImageEncoder(contracts.ImageEncoder):
         self.eval().requires_grad_(False)
         self.widths = self._measure(image_size_px)
 
+    @classmethod
+    @abstractmethod
+    def make_hollow(cls, *args: Any, **options: Any) -> Self:
+        """On the meta device, without weights; takes the arguments of ``from_pretrained`` and raises as it does."""
+
+    @classmethod
+    def read_widths(cls, *args: Any, **options: Any) -> EncoderWidths:
+        """Widths from the configuration alone; takes the arguments of ``from_pretrained`` and raises as it does."""
+        return cls.make_hollow(*args, **options).widths
+
     @abstractmethod
     def forward(self, normalized_B3HW: Tensor, uses: Uses) -> Tensor | None:
         """Features of normalised pixels: pooled_BE or patches_BPF, None if the network has none of these.
