@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ipa import contracts
 from ipa.contracts import Uses
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths, Features
 from ipa.weights import fingerprint
 
@@ -53,9 +53,9 @@ class ImageEncoder(contracts.ImageEncoder):
         self.widths = self._measure(image_size_px)
 
     @classmethod
-    @abstractmethod
     def make_hollow(cls, *args: Any, **options: Any) -> Self:
         """On the meta device, without weights; takes the arguments of ``from_pretrained`` and raises as it does."""
+        raise MissingWeights(f"{cls.__name__} cannot be described without its weights")
 
     @classmethod
     def read_widths(cls, *args: Any, **options: Any) -> EncoderWidths:
