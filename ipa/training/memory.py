@@ -96,7 +96,8 @@ def fill_all(tensors: dict[str, Any], device: str) -> None:
 
 def norm_as_on_cuda(norm: nn.LayerNorm | nn.GroupNorm, states: Tensor) -> Tensor:
     """In fp32 under autocast: CUDA's list of such operations has norms, the CPU's has not."""
-    weight, bias = norm.weight, norm.bias
+    parameters: tuple[Tensor, Tensor] = norm.weight, norm.bias
+    weight, bias = parameters
     if torch.is_autocast_enabled("cpu"):
         states, weight, bias = states.float(), weight.float(), bias.float()
     if isinstance(norm, nn.GroupNorm):
