@@ -58,7 +58,8 @@ test-slow: $(READY) ## run the slow tests
 test-commands: $(READY) ## test complete commands and several ranks; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/training/test_secrets.py \
 		tests/training/test_console.py tests/training/test_failures.py tests/training/test_shared_previews.py $(ARGS)
-	PATH="$$PATH:$(CURDIR)/$(BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_wheel.py $(ARGS)
+	PATH="$$PATH:$(CURDIR)/$(BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_wheel.py \
+		tests/test_documented_commands.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/tools/test_app_browser.py $(ARGS)
 
 # Real daemons, and nodes made of network namespaces; skipped without slurm-wlm and munge, or without root.

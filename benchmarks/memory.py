@@ -3,19 +3,14 @@
     python benchmarks/memory.py                   # SD 1.5 at 512 px and SDXL at 1024 px, minutes on one CPU core
     python benchmarks/memory.py --size sd15 --image-px 768
 
-On a GPU the peak is measured. Elsewhere it is estimated: the real step runs on fake tensors, which have shapes and
-storages and no content, and the bytes of all storages that are alive are added up, in blocks of 512 bytes as CUDA's
-allocator gives them. Norms compute in fp32 under autocast, as they do on CUDA and not on the CPU; attention is torch's
-flash kernel, which keeps no matrix of weights. The VAE is in bf16 like the rest, in which the recipe of SDXL differs.
-Left out are copies between contiguous norms and channels-last convolutions, the workspaces of cuDNN and cuBLAS and
-what the allocator cannot use for want of adjacency: a card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
+On a GPU the peak is measured. Elsewhere it is estimated (`ipa.training.memory` says how); the VAE is in bf16 like the
+rest, in which the recipe of SDXL differs. A card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,24 +19,16 @@ from typing import Any
 
 import models
 import torch
-import torch.nn.functional as F
 from measuring import save, table
 from step import OurStep, Setting, prepare
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-GIB = 1 << 30
-BLOCK = 512  # bytes
+from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, STEPS, estimate_peak, make_batch
+
 CARDS_GIB = (8, 12, 16, 24, 80)
-RESERVE_GIB, FRAGMENTED = 1.0, 0.05  # CUDA's context, a driver's desktop; share of what the allocator holds
 # whose peaks are found, and between and beyond which they grow with the batch: what is largest may change, as the VAE's
 # activations take over from the denoiser's
 BATCHES = (1, 4, 16)
-STEPS = 2  # the second has the optimizer's state from the start
 HALF = Setting(half=True)
 SETTINGS = {
     "online": HALF,
@@ -55,56 +42,12 @@ SETTINGS = {
 }
 
 
-class LiveMemory(TorchDispatchMode):
-    """Bytes of all storages that operations inside have made and that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = WeakIdKeyDictionary()
-
-    def hold(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage not in self.known:
-            size = -(-storage.nbytes() // BLOCK) * BLOCK
-            self.known[storage] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.release, size)
-        return tensor
-
-    def release(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tree_map_only(Tensor, self.hold, func(*args, **(kwargs or {})))
-
-
-def norm_as_on_cuda(norm: nn.LayerNorm | nn.GroupNorm, states: Tensor) -> Tensor:
-    """In fp32 under autocast: CUDA's list of such operations has norms, the CPU's has not."""
-    weight, bias = norm.weight, norm.bias
-    if torch.is_autocast_enabled("cpu"):
-        states, weight, bias = states.float(), weight.float(), bias.float()
-    if isinstance(norm, nn.GroupNorm):
-        return F.group_norm(states, norm.num_groups, weight, bias, norm.eps)
-    return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)
-
-
 def estimate(size: str, setting: Setting, batch: int, image_px: int, head: str = "global") -> int:
     """Peak bytes of a step, from fake tensors."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model = models.make_hollow(size, fake, head=head, prepare=lambda made: prepare(made, setting))
-    for norm in (each for each in model.modules() if type(each) in (nn.LayerNorm, nn.GroupNorm)):
-        norm.forward = partial(norm_as_on_cuda, norm)
-    with fake, LiveMemory() as live:
-        for tensor in (*model.parameters(), *model.buffers()):
-            live.hold(tensor)
-        step = OurStep(model, setting, average=False)
-        samples = models.make_batch(model, batch, image_px, setting.cached)
-        for _ in range(STEPS):
-            live.peak = live.now
-            step(samples)
-    return live.peak
+    with torch.device("meta"):
+        model = models.MAKERS[size](head)
+    make_step = partial(OurStep, setting=setting, average=False)
+    return estimate_peak(prepare(model, setting), make_step, batch, image_px, setting.cached)
 
 
 def measure(size: str, setting: Setting, batch: int, image_px: int, head: str = "global") -> int:
@@ -112,7 +55,7 @@ def measure(size: str, setting: Setting, batch: int, image_px: int, head: str = 
     with torch.device("cuda"):
         model = prepare(models.MAKERS[size](head).to("cuda"), setting)
     step = OurStep(model, setting, average=False)
-    samples = models.make_batch(model, batch, image_px, setting.cached)
+    samples = make_batch(model, batch, image_px, setting.cached)
     for _ in range(STEPS):
         torch.cuda.reset_peak_memory_stats()
         step(samples)

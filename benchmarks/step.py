@@ -28,6 +28,7 @@ from reference import ReferenceStep
 from ipa.model import IPAdapterModel
 from ipa.training.average import WeightAverage
 from ipa.training.flops import count_flops
+from ipa.training.memory import make_batch
 from ipa.types import Batch
 
 REFERENCES = {"reference, fp32": None, "reference, bf16 autocast": torch.bfloat16}
@@ -115,8 +116,8 @@ def own(model: IPAdapterModel) -> IPAdapterModel:
 def compare(size: str, batch: int, image_px: int, rounds: int, device: torch.device, compiles: bool) -> dict[str, Any]:
     """Both references, ours online and cached: seconds of every round, and the ratios to the faster reference."""
     model = make(size, device)
-    online = models.make_batch(model, batch, image_px, cached=False)
-    cached = models.make_batch(model, batch, image_px, cached=True)
+    online = make_batch(model, batch, image_px, cached=False)
+    cached = make_batch(model, batch, image_px, cached=True)
     flops = {"online": count(model, online), "cached": count(model, cached)}
     setting = SETTINGS[size]
     average = size == "demo"
@@ -160,7 +161,7 @@ def each(size: str, batch: int, image_px: int, rounds: int, device: torch.device
         ways = {}
         for which, setting in settings.items():
             step = OurStep(prepare(own(model), setting), setting, average=size == "demo")
-            ways[which] = partial(step, models.make_batch(model, batch, image_px, setting.cached))
+            ways[which] = partial(step, make_batch(model, batch, image_px, setting.cached))
         found[name] = times_faster(take_turns(ways, rounds, warm_up=3), "changed", than="plain")
         del ways, step
         gc.collect()

@@ -16,10 +16,13 @@ Imports only Hydra and the standard library, so that help and error messages app
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 import warnings
@@ -46,6 +49,7 @@ from ipa.slurm import SlurmLauncher
 CONF = (Path(__file__).parent / "conf").resolve()  # a link in a checkout, a copy in a wheel
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 HELP_WIDTH = 100
+SHOWING = ("--cfg", "-c", "--info", "-i", "dry_run")  # without training
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +108,9 @@ class _Command:
     def _check_sweep(self) -> None:
         """Check the overrides of a sweep before Hydra creates its folder."""
         if {"-m", "--multirun"} & set(sys.argv):
-            complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name)
+            if any(word.partition("=")[0] in SHOWING for word in sys.argv):
+                raise UserError("--cfg, --info and dry_run show one run: give one value for each option, and no -m")
+            complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name, check)
             if complaints:
                 raise UserError("\n\n".join(complaints))
 
@@ -234,7 +240,10 @@ def _run_folder(parent: str, name: Any, *, _root_: DictConfig) -> str:
     if OmegaConf.select(_root_, "paths.runs") is None:
         raise UserError("paths.runs=null: give a folder for the runs")
     key = (parent, repr(name))
-    if key not in _CHOSEN:
+    if key not in _CHOSEN and OmegaConf.select(_root_, "dry_run"):  # Hydra needs a folder, nobody else does
+        _CHOSEN[key] = tempfile.mkdtemp(prefix="ipa-dry-run-")
+        atexit.register(shutil.rmtree, _CHOSEN[key], ignore_errors=True)
+    elif key not in _CHOSEN:
         _CHOSEN[key] = str(run_folder(parent, name, _root_.hydra.overrides.task))
     return _CHOSEN[key]
 

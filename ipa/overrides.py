@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from ipa.errors import UserError
@@ -38,8 +38,12 @@ def check_expanded(arguments: Sequence[str]) -> None:
             )
 
 
-def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list[str]:
+def complaints_about(
+    argv: list[str], config_dir: str, config_name: str, check: Callable[[DictConfig], object] = lambda cfg: None
+) -> list[str]:
     """Hydra's message and the nearest names for every override that does not fit, and every such value of a sweep.
+
+    ``check`` raises UserError for values that compose and cannot be used.
 
     Hydra stops at the first wrong override, so this tries them one by one. Choices of groups come first, because they
     determine the keys.
@@ -54,7 +58,7 @@ def complaints_about(argv: list[str], config_dir: str, config_name: str) -> list
             fitting = []
             for single in _each_value(override) if args.multirun else [override]:
                 try:
-                    hydra.compose(config_name, [*accepted, single])
+                    check(hydra.compose(config_name, [*accepted, single]))
                     fitting.append(single)
                 except REFUSED as error:
                     complaints.append(

@@ -114,6 +114,7 @@ RANGES: Mapping[str, Range] = {
     "gradient_checkpointing": FLAG,
     "compile": FLAG,
     "profile": FLAG,
+    "dry_run": FLAG,
     "generate": FLAG,
     "base.channels_last": FLAG,
     "base.t5": FLAG,

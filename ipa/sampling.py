@@ -17,6 +17,7 @@ from torch import Tensor
 from ipa.contracts import Family
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
+from ipa.ranges import TRAINING_STEPS
 from ipa.types import Features, ImageCondition
 
 RECORDED = ("num_steps", "guidance", "guidance_rescale", "image_size_px")
@@ -29,7 +30,7 @@ class SamplingOptions:
     ``guidance_rescale`` φ in [0, 1] removes contrast that guidance adds,
     x = φ · x_cfg · std(x_pos) / std(x_cfg) + (1 − φ) · x_cfg (Lin et al. 2023, eq. 15 and 16, who take 0.7);
     for bases with zero terminal SNR, such as the demo's.
-    Raises UserError for any other φ.
+    Raises UserError for any other φ, and for a number of steps that no schedule has.
     """
 
     num_steps: int = 25
@@ -40,6 +41,8 @@ class SamplingOptions:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.num_steps <= TRAINING_STEPS:
+            raise UserError(f"num_steps={self.num_steps}: from 1 to {TRAINING_STEPS}, the steps of the noise schedule")
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale={self.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 

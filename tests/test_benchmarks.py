@@ -53,7 +53,7 @@ def test_the_reference_computes_our_loss() -> None:
     """For the same batch with drops; ours through the adapter, the reference through diffusers' processors."""
     model = tiny.shake(tiny.make_model())
     model.adapter.install()
-    batch = memory.models.make_batch(model, 8, tiny.IMAGE_PX, cached=False)
+    batch = memory.make_batch(model, 8, tiny.IMAGE_PX, cached=False)
     assert batch.draws.drop_image_B.any() or batch.draws.drop_text_B.any()
     ours = model.errors(batch).loss.detach()
     model.adapter.remove()
@@ -96,7 +96,7 @@ def test_estimated_memory_is_what_is_allocated(setting: memory.Setting, monkeypa
     """In fp32 on the CPU, where both can be measured; on tiny parts, blocks of 512 bytes make up some percent."""
     monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
     step = memory.OurStep(memory.prepare(tiny.make_model(), setting), setting, average=False)
-    batch = memory.models.make_batch(step.model, 16, tiny.IMAGE_PX, setting.cached)
+    batch = memory.make_batch(step.model, 16, tiny.IMAGE_PX, setting.cached)
     step(batch)
     estimated = memory.estimate("tiny", setting, batch=16, image_px=tiny.IMAGE_PX)
 

@@ -109,6 +109,8 @@ def test_misspelled_options_get_hydras_messages_and_the_nearest_names(train, her
         (["data.train=/bücher/{0..9}.tar"], """'data.train="/bücher/{0..9}.tar"'"""),
         (["-m", "data.train=/a(1)", "seed=1,2"], """'data.train="/a(1)"'"""),
         (["-m", "experiment=decoupled_global,decoupled_globl", "seed=1,2"], "experiment=decoupled_global"),
+        (["-m", "seed=-1,2"], "seed=-1: give an integer at least 0"),
+        (["-m", "seed=1,2", "--cfg", "job"], "--cfg, --info and dry_run show one run"),
     ],
     ids=" ".join,
 )

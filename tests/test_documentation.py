@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
@@ -82,10 +83,10 @@ def test_a_mistyped_option_is_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_recipes_and_experiments_of_a_page_compose(page: str, tmp_path: Path) -> None:
-    """YAML blocks that begin with the name of their file; all of a page are in one folder."""
+    """YAML blocks with the name of their file in a comment; all of a page are in one folder."""
     files = {}
     for block in documented.blocks(page):
-        if block.language == "yaml" and (named := re.match(r"# mine/(\S+\.yaml)", block.text)):
+        if block.language == "yaml" and (named := re.search(r"^# mine/(\S+\.yaml)", block.text, re.M)):
             files[named[1]] = tmp_path / named[1]
             files[named[1]].parent.mkdir(parents=True, exist_ok=True)
             files[named[1]].write_text(block.text)
@@ -141,3 +142,30 @@ def test_every_page_is_in_the_navigation() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"ablation_notes.md"}
 
     assert [page for page in sorted(pages) if f": {page}" not in navigation] == []
+
+
+def test_every_quoted_message_is_in_the_source() -> None:
+    """Its parts between … are in one text of the code, in this order."""
+    texts = messages_in_source()
+    quoted = re.findall(r"^\| `([^`]+)` \|", MESSAGES.read_text(), re.MULTILINE)
+    missing = []
+    for each in quoted:
+        pattern = ".*".join(re.escape(part.strip()) for part in each.split("…"))
+        if not any(re.search(pattern, text, re.DOTALL) for text in texts):
+            missing.append(each)
+
+    assert len(quoted) > 50
+    assert missing == []
+
+
+def messages_in_source() -> list[str]:
+    """All texts of ipa/, with … for what an f-string inserts."""
+    found = []
+    for path in (ROOT / "ipa").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[.\w]+", "…", node.value))  # what logging inserts
+    return found

@@ -264,6 +264,12 @@ def test_a_rescale_that_is_no_share_is_refused(share: float) -> None:
         SamplingOptions(guidance_rescale=share)
 
 
+@pytest.mark.parametrize("number", [0, -1, 1001])
+def test_only_numbers_of_steps_that_a_schedule_has(number: int) -> None:
+    with pytest.raises(ValueError, match=f"num_steps={number}: from 1 to 1000"):
+        SamplingOptions(num_steps=number)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:

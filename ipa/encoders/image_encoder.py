@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ipa import contracts
 from ipa.contracts import Uses
-from ipa.errors import UserError, brief
+from ipa.errors import MissingWeights, UserError, brief
 from ipa.types import EncoderWidths, Features
 from ipa.weights import fingerprint
 
@@ -51,6 +51,16 @@ class ImageEncoder(contracts.ImageEncoder):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
         self.widths = self._measure(image_size_px)
+
+    @classmethod
+    def make_hollow(cls, *args: Any, **options: Any) -> Self:
+        """On the meta device, without weights; takes the arguments of ``from_pretrained`` and raises as it does."""
+        raise MissingWeights(f"{cls.__name__} cannot be described without its weights")
+
+    @classmethod
+    def read_widths(cls, *args: Any, **options: Any) -> EncoderWidths:
+        """Widths from the configuration alone; takes the arguments of ``from_pretrained`` and raises as it does."""
+        return cls.make_hollow(*args, **options).widths
 
     @abstractmethod
     def forward(self, normalized_B3HW: Tensor, uses: Uses) -> Tensor | None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, square_edge
 from ipa.errors import MissingWeights, UserError, brief
-from ipa.types import EncoderWidths
 from ipa.weights import read_dtype
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -51,15 +50,14 @@ class OpenClipEncoder(ImageEncoder):
         return cls(load_tower(name, pretrained).to(torch_dtype), name, pretrained, layer)
 
     @classmethod
-    def read_widths(
+    def make_hollow(
         cls, name: str, pretrained: str | None = None, dtype: str = "float32", layer: int = PENULTIMATE
-    ) -> EncoderWidths:
-        """Widths from the configuration alone; takes the arguments of ``from_pretrained`` and raises as it does."""
-        read_dtype(dtype, "encoder.dtype")
-        config = read_config(name)
+    ) -> Self:
+        """On the meta device, from the configuration alone."""
+        torch_dtype, config = read_dtype(dtype, "encoder.dtype"), read_config(name)
         check_weights(name, pretrained)
         with torch.device("meta"):
-            return cls(make_tower(config), name, layer=layer).widths
+            return cls(make_tower(config).to(torch_dtype), name, pretrained, layer)
 
     def forward(self, normalized_B3HW: Tensor, uses: Uses) -> Tensor | None:
         if uses == "pooled":

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, square_edge
 from ipa.errors import MissingWeights, UserError, brief
-from ipa.types import EncoderWidths
 from ipa.weights import read_dtype
 
 CLIP = "clip_vision_model"
@@ -98,15 +97,15 @@ class VisionModelEncoder(ImageEncoder):
         return cls(visual.to(torch_dtype), folder.source, folder.read_json(PREPROCESSING), layer)
 
     @classmethod
-    def read_widths(
+    def make_hollow(
         cls, path: str, subfolder: str | None = None, dtype: str = "float32", layer: int = PENULTIMATE
-    ) -> EncoderWidths:
-        """Widths from the JSON files alone; takes the arguments of ``from_pretrained`` and raises as it does."""
-        read_dtype(dtype, "encoder.dtype")
-        folder = locate(path, subfolder)
+    ) -> Self:
+        """On the meta device, from the JSON files alone."""
+        torch_dtype, folder = read_dtype(dtype, "encoder.dtype"), locate(path, subfolder)
         config = read_config(folder)
         with torch.device("meta"):
-            return cls(network_class(config)(config), folder.source, folder.read_json(PREPROCESSING), layer).widths
+            visual = network_class(config)(config).to(torch_dtype)
+            return cls(visual, folder.source, folder.read_json(PREPROCESSING), layer)
 
     def forward(self, normalized_B3HW: Tensor, uses: Uses) -> Tensor | None:
         if uses == "patches":

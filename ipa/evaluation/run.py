@@ -44,6 +44,7 @@ NOT_IN_LABEL = {
 RESERVED_LABELS = ("references", "jobs", "wandb")  # other folders next to the systems'
 MAX_LABEL_BYTES = 200  # file systems allow 255
 MAX_PROMPTS_IN_MEMORY = 32
+ADAPTER = "adapter.safetensors"  # in a run's folder
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -51,6 +52,8 @@ def evaluate(cfg: DictConfig) -> None:
 
     Missing weights are not an error: the folder records what to download, and the report shows it.
     """
+    if cfg.adapter is not None and (file := Path(cfg.adapter) / ADAPTER).is_file():
+        cfg.adapter = str(file)  # of a run's folder
     label, out = cfg.label or label_of(cfg), Path(cfg.out)
     if problems := [*problems_in(cfg), *problems_in_label(label)]:
         raise UserError("\n".join(problems))
@@ -192,7 +195,7 @@ def label_of(cfg: DictConfig) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if key == "adapter":
             if cfg.method.get("adapter") == cfg.adapter:  # other systems do not read it
-                adapters.append(name_of_adapter(Path(value)))
+                adapters.append(name_of_adapter(Path(cfg.adapter)))
         elif key.partition(".")[0].partition("@")[0] not in NOT_IN_LABEL or key.startswith("method."):
             others.append(f"{key.rpartition('.')[2]}{value}")
     return "-".join([hydra.runtime.choices.method, *adapters, *others]).replace("/", "_")

@@ -33,6 +33,7 @@ from ipa.overrides import nearest
 from ipa.ranges import Range
 from ipa.secrets import hide
 
+MAX_LISTED = 10  # options in a message
 TYPES = {str: "a text"}
 LISTS: dict[Any, Any] = {list[str]: str, list[float]: float, list[int]: int}
 
@@ -91,13 +92,13 @@ def named(arguments: Sequence[str], names: Sequence[str], positional: Sequence[s
 
 def unknown(argument: str, name: str, names: Sequence[str], positional: Sequence[str]) -> str:
     """The message for an argument that sets no option; its ``name`` is empty if there are too many without a name."""
-    listed = ", ".join(f"{each}=" for each in names)
+    listed = ", ".join(f"{each}=" for each in names) if len(names) <= MAX_LISTED else "that --help lists"
     if positional and not name:
         places = " ".join(place.upper() for place in positional)
         return f"{argument!r} is one argument too many: after {places} come the options {listed}"
     near = nearest(name, names)
-    question = f" Did you mean {' or '.join(f'{each}=…' for each in near)}?" if near else ""
-    return f"{argument!r} is not one of the options {listed}.{question}"
+    question = f"Did you mean {' or '.join(f'{each}=…' for each in near)}? " if near else ""
+    return f"{question}{argument!r} is not one of the options {listed}"
 
 
 def parse(typed: str, hint: Any) -> Any:

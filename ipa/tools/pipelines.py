@@ -44,7 +44,7 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
     settings = OPTIONS | options
     pipeline, parts, arguments = with_control(prompter, settings)
     if settings["start_image"]:
-        check_strength(settings["strength"], settings["num_steps"] or prompter.defaults.get("num_steps", DEFAULT_STEPS))
+        check_strength(settings["strength"], steps_of(prompter, settings))
         kind: Any = diffusers.AutoPipelineForInpainting if settings["inpaint"] else diffusers.AutoPipelineForImage2Image
         pipeline = kind.from_pipe(pipeline, **parts)
         if parts:
@@ -59,9 +59,22 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
         scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
         if not all(hasattr(scheduler, name) for name in ("init_noise_sigma", "order", "scale_model_input")):
             raise UserError(f"scheduler={settings['scheduler']} is for other pipelines: give another one")
+        check_scheduler(scheduler, settings["scheduler"], steps_of(prompter, settings))
         pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, arguments
+
+
+def steps_of(prompter: Prompter, settings: dict[str, Any]) -> int:
+    return settings["num_steps"] or prompter.defaults.get("num_steps", DEFAULT_STEPS)
+
+
+def check_scheduler(scheduler: Any, name: str, num_steps: int) -> None:
+    """Raise UserError for so few steps that a scheduler cannot divide them, as of PNDM."""
+    try:
+        scheduler.set_timesteps(num_steps)
+    except Exception as error:  # each scheduler has its own
+        raise UserError(f"scheduler={name} cannot make num_steps={num_steps} ({brief(error)}): give more") from error
 
 
 def check_strength(strength: float, num_steps: int) -> None:

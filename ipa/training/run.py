@@ -32,6 +32,7 @@ from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, SameParts, Throughput
 from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, where_to_start
 from ipa.training.configuration import settle_configuration
+from ipa.training.dry_run import dry_run
 from ipa.training.failures import LOST_PIPE, explain_fit_failure
 from ipa.training.guards import FiniteGuard
 from ipa.training.heldout import HeldOutGap
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
 MALLOC_OPTIONS = {-3: 1 << 30, -1: 2_000_000_000, -2: 100_000_000}
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64")
 PAPER_BATCH = 64  # samples of a step (Ye et al. 2023, section 4.1)
 
 Scores = dict[str, dict[str, float]]
@@ -62,6 +64,9 @@ def train(cfg: DictConfig) -> None:
         logging.getLogger("ipa").setLevel(logging.ERROR)  # the first process logs for all
     folder = Path(cfg.paths.run)
     cfg.name = folder.name
+    if cfg.dry_run:
+        log.info("%s", dry_run(cfg))
+        return
     with Signals(cfg.stop.grace_s).listening() as signals, owning(folder):
         train_until_stopped(cfg, folder, signals)
 
@@ -210,6 +215,8 @@ def batch_size_per_process(cfg: DictConfig, trainer: L.Trainer) -> int:
 
 
 def check_devices(cfg: DictConfig) -> None:
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: give one of {', '.join(PRECISIONS)}")
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
         raise UserError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU: check that nvidia-smi lists one "

@@ -137,6 +137,9 @@ def test_an_adapter_that_was_trained_further_is_another(run: Run, adapter: Path,
     mine, few = tmp_path / "mine.safetensors", ("benchmark.limit=1", "num_seeds=1", "~metrics.clip")
     mine.write_bytes(adapter.read_bytes())
     run("label=x", f"adapter={mine}", *few)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter.safetensors").write_bytes(adapter.read_bytes())
+    run("label=y", f"adapter={tmp_path / 'run'}", *few)  # a run's folder
     model = tiny.shake(tiny.make_model(), seed=2)
     save_adapter(mine, to_published(model.trainable.state_dict()), load_adapter(mine)[1])
     with pytest.raises(UserError, match=r"other settings \(files: "):

@@ -71,7 +71,7 @@ def test_values_have_the_type_of_their_option_and_texts_stay_as_typed(
     [
         ([], "please give folder=… and out=… and names=…"),
         ([*GIVEN, "more"], "'more' is one argument too many: after FOLDER OUT"),
-        ([*GIVEN, "sise=3"], "'sise=3' is not one of the options folder=, out=.* Did you mean size=…"),
+        ([*GIVEN, "sise=3"], "Did you mean size=….* 'sise=3' is not one of the options folder=, out="),
         ([*GIVEN, "folder=out"], "folder is given twice, 'in' and 'out'"),
         ([*GIVEN, "size=big"], "size=big: give an integer at least 1, or null"),
         ([*GIVEN, "size=0"], "size=0: give an integer at least 1, or null"),

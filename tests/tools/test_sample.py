@@ -251,6 +251,8 @@ def test_other_pipelines_and_schedulers(sample: Sample, image: Path, base_folder
         sample(out=tmp_path / f"{number}.png", num_steps=4, **way)
 
     assert len({pixels(tmp_path / f"{number}.png") for number in range(len(ways))}) == len(ways)
+    with pytest.raises(SystemExit, match="scheduler=PNDMScheduler cannot make num_steps=1"):
+        sample(out=tmp_path / "x.png", num_steps=1, scheduler="PNDMScheduler")
 
 
 def test_another_model_is_no_control(refused: Sample, image: Path, base_folder: Path) -> None:
@@ -331,7 +333,7 @@ def test_a_file_without_metadata_needs_base_and_encoder(
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"imgae": "x.png"}, ["'imgae=x.png' is not one of the options", "Did you mean image=…"]),
+        ({"imgae": "x.png"}, ["Did you mean image=…? 'imgae=x.png' is not one of the options that --help lists"]),
         ({"adapter": None}, ["please give adapter=…"]),
         ({"image": None}, ["image=[]", "at least one image prompt"]),
         ({"scale": "much"}, ["scale=much", "a number"]),

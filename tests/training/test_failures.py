@@ -40,6 +40,8 @@ BEFORE_WEIGHTS = [
         marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
     ),
     (["trainer.devices=0"], ["trainer.devices=0"]),
+    (["trainer.precision=abc"], ["trainer.precision=abc: give one of 32-true, bf16-mixed"]),
+    (["data.schemes=5"], ["data.schemes=5: give a list of file"]),
     (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
     (["ema.decay=1"], ["ema.decay=1"]),
     (

@@ -49,7 +49,7 @@ def expand_shards(
     spec: str | Sequence[str], schemes: Sequence[str] = TRUSTED, option: str = "data.schemes"
 ) -> list[str]:
     """All shards of ``spec``, in its order; raises ``NoShards``. ``option`` is the name of ``schemes`` in messages."""
-    if isinstance(schemes, str) or any(scheme not in SCHEMES for scheme in schemes):
+    if isinstance(schemes, str) or not isinstance(schemes, Sequence) or any(each not in SCHEMES for each in schemes):
         raise NoShards(f"{option}={schemes}: give a list of {', '.join(SCHEMES)}")
     specs = [spec] if isinstance(spec, str) else spec
     if not isinstance(specs, Sequence) or not all(isinstance(entry, str) for entry in specs):

@@ -1,0 +1,247 @@
+"""``python train.py … dry_run=true``: what a training would be and take, without loading a weight.
+
+Sizes come from configuration files and, for the bases that the recipes name, from `ipa.families.hollow`; the memory of
+a step is estimated as `ipa.training.memory` says. What cannot be known here is reported, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from ipa.errors import MissingWeights, UserError
+from ipa.families.hollow import make_hollow
+from ipa.families.latent_diffusion import LatentDiffusion
+from ipa.families.sources import is_single_file
+from ipa.model import IPAdapterModel
+from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
+from ipa.types import Batch
+from ipa.weights import read_dtype
+
+CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
+FP32 = 4  # bytes; what the hub stores, and the trained weights, their average and their two moments
+LEAST_MEMORY = "gradient_checkpointing=true, or a smaller data.batch_size with more trainer.accumulate_grad_batches"
+
+
+def dry_run(cfg: DictConfig) -> str:
+    """The report, a line for each question; raises UserError for parts that cannot be trained together."""
+    lines: dict[str, str] = {}
+    samples = cfg.trainer.max_steps * global_batch(cfg)
+    lines["data"], number = describe_data(cfg)
+    passes = f", {samples / number:,.1f} passes over the data" if number else ""
+    lines["steps"] = f"{cfg.trainer.max_steps:,} of {global_batch(cfg):,} samples: {samples:,}{passes}"
+    try:
+        model = hollow_model(cfg)
+    except MissingWeights as error:
+        lines["not known"] = f"parameters, memory and disk, without the configuration of base and encoder: {error}"
+    else:
+        lines = describe_parts(cfg, model) | lines
+        lines["disk"] = describe_disk(cfg, model, number)
+        lines["download"] = describe_download(cfg, model)
+        lines["memory"] = describe_memory(cfg, model)
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items())
+
+
+def hollow_model(cfg: DictConfig) -> IPAdapterModel:
+    """All parts that are trained or run in a step, on the meta device, in their types."""
+    family_class: Any = get_class(cfg.base._target_.rpartition(".")[0])
+    if not issubclass(family_class, LatentDiffusion):
+        raise MissingWeights(f"dry_run estimates bases with a UNet, not {family_class.title}")
+    with torch.device("meta"):
+        family = make_hollow(family_class, cfg.base.path, cfg.base.config)
+        encoder = instantiate({**cfg.encoder, "_target_": with_method(cfg.encoder._target_, "make_hollow")})
+        head = instantiate(cfg.tokens)(encoder.widths, family.context_width)
+        dtype = read_dtype(cfg.base.dtype, "base.dtype")
+        family.to(dtype)
+        if cfg.base.vae_dtype:
+            nn.Module.to(family.vae, read_dtype(cfg.base.vae_dtype, "base.vae_dtype"))
+        if cfg.base.channels_last:
+            for part in (family.unet, family.vae):
+                part.to(memory_format=torch.channels_last)
+        adapter = instantiate(cfg.adapter.make)(family.hosts())
+        model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
+        model.trainable.float()
+    return model
+
+
+def with_method(target: str, method: str) -> str:
+    return f"{target.rpartition('.')[0]}.{method}"
+
+
+def global_batch(cfg: DictConfig) -> int:
+    if cfg.data.batch_size is None:
+        return cfg.global_batch_size
+    return cfg.data.batch_size * processes(cfg) * cfg.trainer.accumulate_grad_batches
+
+
+def processes(cfg: DictConfig) -> int:
+    """As the options say; "auto" is the GPUs of this machine, or one."""
+    devices = cfg.trainer.devices
+    per_node = devices if isinstance(devices, int) else max(1, torch.cuda.device_count())
+    return per_node * cfg.trainer.num_nodes
+
+
+def describe_parts(cfg: DictConfig, model: IPAdapterModel) -> dict[str, str]:
+    family: Any = model.family
+    head = count(model.head)
+    trained = count(model.trainable)
+    parts = [
+        f"{name} {in_millions(getattr(family, name))}"
+        for name in family.part_names
+        if isinstance(getattr(family, name), nn.Module)
+    ]
+    return {
+        "trained": f"{trained:,} parameters ({head:,} in the head, {trained - head:,} in the layers), "
+        f"{model.head.num_tokens} image tokens",
+        "base": f"{cfg.base.path}: {', '.join(parts)}; {cfg.base.dtype}",
+        "encoder": f"{cfg.encoder.get('name') or cfg.encoder.get('path')}: {in_millions(model.encoder)}; "
+        f"{cfg.encoder.dtype}, {model.encoder.image_size_px} px",
+        "image size": f"{image_size_px(cfg, model)} px",
+    }
+
+
+def image_size_px(cfg: DictConfig, model: IPAdapterModel) -> int:
+    return cfg.image_size_px or model.family.image_size_px
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def in_millions(module: nn.Module) -> str:
+    return f"{count(module) / 1e6:,.1f} M"
+
+
+def describe_data(cfg: DictConfig) -> tuple[str, int | None]:
+    """In words, and the number of samples if the statistics next to all shards tell it."""
+    try:
+        sources = instantiate(cfg.data).train_order.sources
+    except (UserError, InstantiationException) as error:
+        if not isinstance(reason := error.__cause__ or error, UserError):
+            raise
+        return f"unknown: {reason}", None
+    shards = [str(shard) for source in sources for shard in source.shards]
+    counts = [samples_in(Path(shard)) for shard in shards]
+    known = [number for number in counts if number is not None]
+    if len(known) < len(shards):
+        return f"{len(shards):,} shards; python -m ipa.tools.inspect counts the samples", None
+    return f"{sum(known):,} samples in {len(shards):,} shards", sum(known)
+
+
+def samples_in(shard: Path) -> int | None:
+    """What img2dataset and `ipa.tools.pack` wrote next to a shard."""
+    try:
+        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text())["successes"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def describe_disk(cfg: DictConfig, model: IPAdapterModel, samples: int | None) -> str:
+    trained = count(model.trainable)
+    copies = 3 + (cfg.ema.decay is not None)
+    checkpoint = trained * FP32 * copies
+    kept = cfg.checkpoint.keep_last + 1
+    text = f"{kept} checkpoints of {size(checkpoint)}, the adapter {size(2 * trained)}"
+    if samples and cfg.data._target_.endswith("ShardDataModule"):
+        text += f"; a feature cache of these samples would take {size(samples * cached_bytes(cfg, model))}"
+    return text
+
+
+def cached_bytes(cfg: DictConfig, model: IPAdapterModel) -> int:
+    """Of a cached sample: two moments of the latents, and an embedding in fp16 or the reference's pixels."""
+    latents = 2 * 2 * torch.Size(model.family.latent_shape(image_size_px(cfg, model))).numel()
+    widths = model.encoder.widths
+    return latents + (2 * widths.pooled if model.head.uses == "pooled" else 3 * widths.image_size_px**2)
+
+
+def describe_download(cfg: DictConfig, model: IPAdapterModel) -> str:
+    wanted = dict(downloads(cfg, model))
+    if not wanted:
+        return "nothing"
+    return f"about {size(sum(wanted.values()))}: " + ", ".join(f"{name} {size(each)}" for name, each in wanted.items())
+
+
+def downloads(cfg: DictConfig, model: IPAdapterModel) -> Iterator[tuple[str, int]]:
+    """Names and bytes of weights that are neither files here nor in the hub's cache, in fp32 as the hub has them."""
+    path = str(cfg.base.path)
+    if not (Path(path).exists() or is_single_file(path) or is_downloaded(path)):
+        yield path, FP32 * count(model.family)
+    for part in (cfg.encoder, cfg.judge):
+        name = part and (part.get("name") or part.get("path"))
+        if name and not name.startswith("local-dir:") and not Path(name).exists() and not has_weights(part):
+            yield name, FP32 * (clip_parameters(name) if part.get("name") else count(model.encoder))
+
+
+def has_weights(part: DictConfig) -> bool:
+    """Whether the weights of an image encoder or judge are a file, or in the hub's cache."""
+    import open_clip
+
+    if not part.get("name"):
+        return is_downloaded("/".join(str(part.path).split("/")[:2]))
+    tag = open_clip.get_pretrained_cfg(part.name, part.get("pretrained") or "") or {}
+    return Path(str(part.get("pretrained"))).is_file() or is_downloaded(str(tag.get("hf_hub", "")).rstrip("/"))
+
+
+def is_downloaded(repository: str) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return bool(repository) and (Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def clip_parameters(name: str) -> int:
+    """Of a whole CLIP, which open_clip downloads even for its image tower."""
+    import open_clip
+
+    config: Any = {key: value for key, value in open_clip.get_model_config(name).items() if key != "custom_text"}
+    with torch.device("meta"):
+        return count((open_clip.CustomTextCLIP if "hf_model_name" in config["text_cfg"] else open_clip.CLIP)(**config))
+
+
+def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
+    """Estimated for one process; the last line, since the estimate gives the model fake weights."""
+    batch = cfg.data.batch_size or -(-cfg.global_batch_size // (processes(cfg) * cfg.trainer.accumulate_grad_batches))
+    cached = cfg.data._target_.endswith("CachedDataModule")
+    average = FP32 * count(model.trainable) * (cfg.ema.decay is not None)
+    peak = average + estimate_peak(model, step_maker(cfg), batch, image_size_px(cfg, model), cached)
+    where = "in one process" if processes(cfg) == 1 else f"in each of {processes(cfg)} processes"
+    told = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
+    if cfg.trainer.accelerator == "cpu":
+        return told
+    card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
+    if card is None:
+        return f"{told}: no card has that much. Less with {LEAST_MEMORY}"
+    return f"{told}: a card of {card} GB. Less with {LEAST_MEMORY}"
+
+
+def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], object]]:
+    def make(model: IPAdapterModel) -> Callable[[Batch], object]:
+        if cfg.gradient_checkpointing:
+            model.checkpoint_gradients()
+        model.adapter.install()
+        optimizer = instantiate(cfg.optimizer)(list(model.trainable.parameters()))
+
+        def step(batch: Batch) -> None:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled="mixed" in str(cfg.trainer.precision)):
+                loss = model.errors(batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return make
+
+
+def size(number: float) -> str:
+    """Bytes in words."""
+    units = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
+    name = next((name for name, unit in units.items() if number >= unit), "KiB")
+    return f"{number / units[name]:,.1f} {name}"

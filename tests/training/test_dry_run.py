@@ -1,0 +1,92 @@
+"""``dry_run=true``: nothing is loaded, downloaded or left behind."""
+
+from pathlib import Path
+
+import documented
+import forked
+import pytest
+import torch
+
+from ipa.export.storage import load_adapter
+from ipa.families.hollow import PUBLISHED
+from ipa.training.dry_run import GIB, count, dry_run, hollow_model, size, step_maker
+from ipa.training.memory import estimate_peak
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def report(*overrides: str) -> dict[str, str]:
+    lines = dry_run(documented.composed("train", overrides)).splitlines()
+    return {line[:12].strip(): line[12:] for line in lines}
+
+
+def test_report_of_the_demo_world() -> None:
+    """Sizes are those of the committed files."""
+    found = report("experiment=decoupled_global")
+    tensors, _ = load_adapter(ROOT / "demo/adapters/decoupled_global.safetensors")
+    trained = sum(tensor.numel() for tensor in tensors.values())
+
+    assert found["trained"].startswith(f"{trained:,} parameters")
+    assert "1,080 samples in 4 shards" in found["data"]
+    assert found["steps"] == "1,200 of 16 samples: 19,200, 17.8 passes over the data"
+    assert found["download"] == "nothing"
+    assert "4.9 MiB" in found["disk"] and "MiB for a step of 16 samples in one process" in found["memory"]
+
+
+def test_command_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Also where little can be known: a fork, as this test uses, can compute no gradients for the memory."""
+    here, temporary = tmp_path / "here", tmp_path / "tmp"
+    here.mkdir()
+    temporary.mkdir()
+    options = ("recipe=sd15", "base.path=nobody/nothing", "data.train=/nowhere", "dry_run=true")
+    environment = {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    done = forked.run(ROOT / "train.py", *options, cwd=here, environment=environment)
+
+    assert done.returncode == 0, done.stderr
+    assert "not known" in done.stdout
+    assert not list(here.iterdir())
+    assert not list(temporary.glob("ipa*"))
+
+
+def test_what_cannot_be_known_is_told_with_its_reason() -> None:
+    found = report("recipe=sd15", "base.path=nobody/nothing", "data.train=/nowhere")
+
+    assert "nobody/nothing: neither the hub nor its cache has this" in found["not known"]
+    assert found["data"].startswith("unknown: no such shard: '/nowhere'")
+    assert found["steps"].startswith("1,000,000 of 64 samples")
+    assert "memory" not in found
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", (859_520_964, 83_653_863, 123_060_480)),
+        ("stabilityai/stable-diffusion-2-1", (865_910_724, 83_653_863, 340_387_840)),
+        ("stabilityai/stable-diffusion-xl-base-1.0", (2_567_463_684, 83_653_863, 123_060_480)),
+    ],
+)
+def test_known_bases_have_their_published_sizes(path: str, parameters: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        parts = PUBLISHED[path]()
+
+    assert tuple(count(parts[name]) for name in ("unet", "vae", "text_encoder")) == parameters
+
+
+@pytest.mark.slow
+def test_memory_of_the_large_recipes_is_that_of_the_table() -> None:
+    """docs/performance.md: SD 1.5 online, one sample 4.41 GiB, checkpointing 3.73."""
+    for options, gib in (((), 4.41), (("gradient_checkpointing=true",), 3.73)):
+        cfg = documented.composed("train", ("recipe=sd15", "data.train=/nowhere", *options))
+        model = hollow_model(cfg)
+
+        assert estimate_peak(model, step_maker(cfg), 1, 512) / GIB == pytest.approx(gib, rel=0.01)
+
+
+def test_sizes_in_words() -> None:
+    assert [size(number) for number in (512, 3 << 19, 5 << 30)] == ["0.5 KiB", "1.5 MiB", "5.0 GiB"]
