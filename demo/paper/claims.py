@@ -21,7 +21,7 @@ from demo.paper.plan import STYLES
 from ipa.metrics.bootstrap import confidence_interval
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds", "contradicted", "undecided"
-# metric → heading, decimals, and how the values are printed
+# metric → heading
 METRICS = {
     "clip_i": "CLIP-I ↑",
     "clip_t": "CLIP-T ↑",
