@@ -31,6 +31,7 @@ from demo.paper.plan import (
     adapters,
     commit,
     hash_of,
+    short_hash,
     train_adapter,
     train_base,
     train_system,
@@ -107,7 +108,9 @@ class Plan:
     """Which jobs the asks need, and where their results are."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.folder = settings, settings.work / "measured"
+        shared = (settings.steps, settings.items, settings.num_steps, settings.guidance, settings.base_minutes)
+        self.settings = settings
+        self.folder = settings.work / "measured" / short_hash(shared, settings.shown)  # a trial leaves the rest alone
 
     def job(self, system: str) -> Job | None:
         """None for a system that is not trained here."""
