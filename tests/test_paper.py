@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from hydra import compose, initialize_config_dir
 
 import ipa.cli  # noqa: F401  (registers what the configuration interpolates)
-from demo.paper import ROOT, train_system
+from demo.paper import ROOT, measuring, train_system
 from demo.paper.claims import (
     CONTRADICTED,
     HOLDS,
@@ -37,7 +38,9 @@ from demo.paper.sections import sections_of
 from ipa.errors import UserError
 from ipa.files import read_json
 from ipa.metrics.bootstrap import confidence_interval
+from ipa.sampling import SamplingOptions
 
+OTHER_SYSTEMS = ("variations", "shuffle", "style", "reference")
 SHOWN = [2, 4, 8, 9]  # with charts, marks, and a section that may be skipped
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?![\w.])")
 
@@ -261,13 +264,13 @@ def test_jobs_are_run_once_and_a_failure_names_its_command(tmp_path: Path) -> No
         run_jobs([bad, good], 2, "test")
 
 
-def options(name: str, out: Path, steps: int = 4) -> Any:
+def options_of(name: str, out: Path, steps: int = 4) -> Any:
     return train_system.Options(name, steps, 1, str(out))
 
 
 def test_systems_resume_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_system, "SAVE_EVERY", 2)
-    whole = train_system.train(options("shuffle", tmp_path / "whole"))
+    whole = train_system.train(options_of("shuffle", tmp_path / "whole"))
     make_step = train_system.Training.make_step
 
     def killed(self: Any, batch: Any) -> None:
@@ -278,14 +281,14 @@ def test_systems_resume_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patched:
         patched.setattr(train_system.Training, "make_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            train_system.train(options("shuffle", tmp_path / "cut"))
+            train_system.train(options_of("shuffle", tmp_path / "cut"))
     assert (tmp_path / "cut" / "checkpoint.pt").is_file()
-    assert train_system.train(options("shuffle", tmp_path / "cut")).read_bytes() == whole.read_bytes()
+    assert train_system.train(options_of("shuffle", tmp_path / "cut")).read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["variations", "unclip", "shuffle", "style", "reference"])
+@pytest.mark.parametrize("name", ["unclip", *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_SYSTEMS)])
 def test_systems_are_sampled_and_measured_once(name: str, tmp_path: Path) -> None:
-    file = None if name == "reference" else str(train_system.train(options(name, tmp_path, 2)))
+    file = None if name == "reference" else str(train_system.train(options_of(name, tmp_path, 2)))
     tasks = [Task(Ask(name, seed=seed), file, BASE, f"key{seed}") for seed in (1, 2)]
     sampling = {"num_steps": 2, "guidance": 3.0}
 
@@ -297,6 +300,25 @@ def test_systems_are_sampled_and_measured_once(name: str, tmp_path: Path) -> Non
     written = (tmp_path / "measured" / f"{tasks[0].ask.name}.json").stat().st_mtime_ns
     measure(tasks, sampling, 3, 2, None, tmp_path / "measured")
     assert (tmp_path / "measured" / f"{tasks[0].ask.name}.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", ["demo/adapters/decoupled_global.safetensors", "reference"])
+def test_structure_control_joins_any_system(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "CONTROL", str(tmp_path))
+    method = measuring.load_method(name, None if name == "reference" else name, BASE)
+    family = method.family if name == "reference" else method.model.family
+    control: Any = ControlNetModel.from_unet(family.unet)
+    prompts, options = read_prompts("heldout", 2), SamplingOptions(num_steps=2, guidance=3.0)
+    given = prompts.given(range(2), [""] * 2, 1)
+    alone = method.generate(given, options)
+
+    for is_trained in (False, True):
+        if is_trained:
+            torch.nn.init.normal_(control.controlnet_mid_block.weight)
+        control.save_pretrained(tmp_path)
+        with measuring.steering(method, prompts.control_pixels()):
+            assert torch.equal(method.generate(given, options), alone) != is_trained
+    assert torch.equal(method.generate(given, options), alone)
 
 
 def test_held_out_prompts_and_their_own_images_score_highest() -> None:

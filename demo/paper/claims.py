@@ -21,7 +21,7 @@ from demo.paper.plan import STYLES
 from ipa.metrics.bootstrap import confidence_interval
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds", "contradicted", "undecided"
-# metric → heading, decimals, and how the values are printed
+# metric → heading
 METRICS = {
     "clip_i": "CLIP-I ↑",
     "clip_t": "CLIP-T ↑",
@@ -129,10 +129,8 @@ def judged(test: Comparison | Threshold, rows: Mapping[str, Group], read: Read) 
         difference = [[x - test.least for x in read(ask).values[test.metric]] for ask in rows[test.row]]
         items = read(rows[test.row][0]).items
     else:
-        pairs = [
-            (read(one).values[test.metric], read(other).values[test.metric])
-            for one, other in zip(rows[test.above], repeated(rows[test.below], len(rows[test.above])), strict=True)
-        ]
+        asks = [(ask, partner(ask, rows[test.below])) for ask in rows[test.above]]
+        pairs = [(read(one).values[test.metric], read(other).values[test.metric]) for one, other in asks]
         sign = -1 if test.metric in LOWER_IS_BETTER else 1
         difference = [[sign * (x - test.factor * y) for x, y in zip(*pair, strict=True)] for pair in pairs]
         items = read(rows[test.above][0]).items
@@ -140,9 +138,9 @@ def judged(test: Comparison | Threshold, rows: Mapping[str, Group], read: Read) 
     return {**asdict(test), "difference": found, "verdict": verdict(found)}
 
 
-def repeated(group: Group, count: int) -> Group:
-    """A system without training has one ask, which is compared with each seed's."""
-    return group * count if len(group) == 1 else group
+def partner(ask: Ask, group: Group) -> Ask:
+    """The one of the same seed, or the only one."""
+    return next(other for other in group if other.seed == ask.seed or len(group) == 1)
 
 
 def verdict(difference: Mapping[str, Any]) -> str:

@@ -37,9 +37,8 @@ VERSION = 2  # of the metrics here: another number measures everything again
 class Ask:
     """What to draw: a ``system`` (``base`` for the base alone) on ``base``, with λ = ``scale``.
 
-    ``text`` is "", ``other`` (the caption of another concept) or ``own`` (that of the image prompt). ``control`` adds
-    the edges of another image prompt through demo/control. ``prompts`` is heldout, unseen or own. ``seed`` chooses the
-    noise.
+    ``text`` is "" or ``other``, the caption of another concept. ``control`` adds the edges of another image prompt
+    through demo/control. ``prompts`` is heldout, unseen or own. ``seed`` chooses the noise.
     """
 
     system: str
@@ -105,7 +104,7 @@ def measure(
 @torch.no_grad()
 def measure_one(method: Any, task: Task, prompts: Prompts, sampling: dict[str, Any], shown: int, folder: Path) -> None:
     ask = task.ask
-    texts = {"": [""] * len(prompts), "other": prompts.other_texts, "own": prompts.captions}[ask.text]
+    texts = {"": [""] * len(prompts), "other": prompts.other_texts}[ask.text]
     controls = prompts.control_pixels() if ask.control else None
     options = SamplingOptions(**sampling, scale=ask.scale)
     pieces = []

@@ -122,13 +122,7 @@ def render(template: str, figures: Mapping[str, Any], out: Path) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "interval": interval,
-        "mean": mean,
-        "signed": signed,
-        "fact": fact,
-        "other_count": other_count,
-    }
+    environment.filters |= {each.__name__: each for each in (interval, mean, signed, fact, other_count, first_figure)}
     embed = lambda file: data_uri(out / file)  # noqa: E731
     return environment.get_template(template).render(
         **figures, METRICS=METRICS, embed=embed, css=Markup(CSS.read_text())
@@ -149,6 +143,16 @@ def interval(found: Mapping[str, Any] | None, metric: str) -> str:
     if found is None or found["low"] is None:
         return ""
     return f"[{found['low']:.{digits(metric)}f}, {found['high']:.{digits(metric)}f}]"
+
+
+def first_figure(section: Mapping[str, Any]) -> str:
+    """For the table of all claims."""
+    if section.get("facts"):
+        return f"{section['facts'][0]['fact']}: {fact(section['facts'][0]['value'])}"
+    if not section.get("tests"):
+        return ""
+    test = section["tests"][0]
+    return f"{test['claim']}: {signed(test['difference'], test['metric'])}"
 
 
 def count(row: Mapping[str, Any]) -> int:

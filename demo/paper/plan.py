@@ -34,7 +34,8 @@ PAIRS = {
 }
 # custom bases: demo/base fine-tuned on one drawing style
 STYLES = ("noto", "fluent", "twemoji")
-POINTS = 6  # checkpoints of a training
+POINTS = 6  # checkpoints of a training, of which this one keeps all:
+CURVE = "global"
 # rough seconds of one thread, for the time that is left
 SAMPLE_S, SYSTEM_SAMPLE_S, DENOISING_S, START_S = 0.02, 0.035, 0.008, 12.0
 
@@ -168,7 +169,7 @@ def train_adapter(name: str, seed: int, settings: Settings) -> Job:
         f"trainer.max_steps={settings.steps}",
         f"schedule.num_warmup_steps={settings.steps // 20}",
         f"preview.every_n_steps={every}",
-        f"checkpoint.keep_last={POINTS + 1}",
+        f"checkpoint.keep_last={POINTS + 1 if name == CURVE else 1}",
         "preview.num_prompts=0",
         "preview.num_scored=0",
         "judge=null",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from demo.paper.plan import (
     adapters,
     commit,
     hash_of,
+    short_hash,
     train_adapter,
     train_base,
     train_system,
@@ -50,7 +53,8 @@ def make_page(cfg: DictConfig) -> None:
     started = time.perf_counter()
     settings = Settings.of(cfg)
     sections = chosen(sections_of(settings), cfg.sections)
-    plan = Plan(settings)
+    given = [each for each in HydraConfig.get().overrides.task if not each.startswith("sections=")]
+    plan = Plan(settings, given)
     asks = list(dict.fromkeys(ask for section in sections for ask in section.asks()))
     run_jobs(plan.jobs(asks), settings.jobs, "training")
     run_jobs(plan.measurements(asks), settings.jobs, "measuring")
@@ -106,8 +110,10 @@ class Measurement(Job):
 class Plan:
     """Which jobs the asks need, and where their results are."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.folder = settings, settings.work / "measured"
+    def __init__(self, settings: Settings, given: Sequence[str] = ()) -> None:
+        shared = (settings.steps, settings.items, settings.num_steps, settings.guidance, settings.base_minutes)
+        self.settings, self.given = settings, given  # the options on the command line, except sections
+        self.folder = settings.work / "measured" / short_hash(shared, settings.shown)  # a trial leaves the rest alone
 
     def job(self, system: str) -> Job | None:
         """None for a system that is not trained here."""
@@ -184,5 +190,4 @@ class Plan:
     def commands(self, section: Section) -> list[str]:
         """The trainings in the order of the rows, then the measurement."""
         lines = [] if section.skipped else [line for job in self.jobs(section.asks()) for line in job.shown()]
-        quick = " quick=true" if self.settings.quick else ""
-        return [*lines, f"python -m demo.paper sections=[{section.number}]{quick}"]
+        return [*lines, shlex.join(["python", "-m", "demo.paper", f"sections=[{section.number}]", *self.given])]

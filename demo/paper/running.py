@@ -71,6 +71,8 @@ def die_with_parent() -> None:
 
 
 def begin(job: Job) -> Running:
+    for command in job.shown():
+        tqdm.write(command, file=sys.stderr)
     job.folder.mkdir(parents=True, exist_ok=True)
     return Running(job, (job.folder / "console.log").open("ab"), list(job.commands))
 
