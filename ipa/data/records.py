@@ -20,7 +20,8 @@ class Record:
 
     ``captions`` are given with their probabilities, which sum to 1. ``references`` are other pictures of the same
     subject; without any the picture is its own reference. ``rejects`` are unusable neighbours, so that each is counted
-    once. ``broken`` is why the picture could not be decoded, once that was tried.
+    once. ``broken`` is why the picture could not be decoded, once that was tried. ``source`` is set by the order;
+    ``span`` is where the sample begins and ends in its shard, in bytes.
     """
 
     key: str
@@ -32,6 +33,8 @@ class Record:
     measured: Size | None = None
     rejects: list[Rejected] = field(default_factory=list)
     broken: Rejected | None = None
+    source: str = ""
+    span: tuple[int, int] = (0, 0)
 
     @property
     def size(self) -> Size | None:
@@ -53,6 +56,14 @@ class Source(ABC):
     @abstractmethod
     def read(self, shard: str) -> Iterator[Record | Rejected]:
         """The samples of one of the shards, in file order."""
+
+    @abstractmethod
+    def read_at(self, shard: str, index: int, data: bytes) -> Record:
+        """One sample from the bytes of its ``span``; raises ``Rejected``."""
+
+    @abstractmethod
+    def layout_fingerprint(self) -> str:
+        """Covers what decides which samples of a shard are used, and what they hold."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
 NOT_UTF8 = "caption is not UTF-8"
 NO_REFERENCE = "no reference"
+BROKEN_PARTNER = "broken partner"  # the sample whose image is the reference of a pair
 BROKEN_METADATA = "broken metadata"
 DUPLICATE_KEY = "duplicate key"
 UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ipa.data.addresses import digest
 from ipa.data.cache.format import WrongCache
 from ipa.data.cache.preparation import CachedPreparation
 from ipa.data.cache.source import CacheSource
@@ -18,8 +19,10 @@ from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets, FixedBuckets
 from ipa.data.images.transforms import Background
 from ipa.data.order.sequence import Order
+from ipa.data.pairs.options import Pairs
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import Layout
+from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 
 # entries of the header that may differ between the caches of one training
@@ -44,16 +47,23 @@ class CachedDataModule(StreamDataModule):
         augment: Augmentation | None = None,
         buckets: Any = None,
         background: Background | None = None,
+        reference_background: Background | None = None,
+        pairs: Mapping[str, Any] | None = None,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        refuse_random(crop, augment, background)
+        refuse_random(crop, augment, background, reference_background=reference_background)
         sources = open_caches(train, caches or {}, schemes)
         self.header, self.bucket_sizes = sources[0].header, buckets
-        super().__init__(Order(sources, seed, window), val, schemes=schemes, background=background, **options)
+        super().__init__(
+            Order(sources, seed, window), val, schemes=schemes, background=background, pairs=pairs, **options
+        )
         self.require("choices", {"crop": crop, "reference_fit": self.reference_fit})
+        self.require("choices", {"pairs.strip": strip_choice(Pairs.of(pairs).strip)})
+        if reference_background is not None:
+            self.require("choices", {"reference_background": only_colour(reference_background)})
         if background is not None:
             self.require("choices", {"background": only_colour(background)})
 
@@ -68,7 +78,7 @@ class CachedDataModule(StreamDataModule):
             self.train_order.buckets = FixedBuckets(tuple((width, height) for width, height in buckets))
 
     def train_preparation(self) -> CachedPreparation:
-        return CachedPreparation(self.images.drops, self.header.sizes)
+        return CachedPreparation(self.images.drops, self.header.sizes, self.partners)
 
     def check_model(self, model: Any) -> None:
         """Raise ``WrongCache`` unless the frozen parts are those that the cache was made with."""
@@ -124,7 +134,8 @@ def open_caches(
 def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
     """The options that a cache of a source freezes; raises UserError for random ones."""
     images = data.images
-    refuse_random(images.crop, images.augment, images.background, layout.references)
+    behind = images.reference_background
+    refuse_random(images.crop, images.augment, images.background, layout.references, behind)
     return {
         "crop": images.crop,
         "reference_fit": images.reference_fit,
@@ -136,11 +147,17 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
         "reference": list(layout.references),
         "filters": repr(layout.filters),
         **({"image": list(layout.images)} if layout.images else {}),
+        **({"pairs.strip": strip_choice(layout.strip)} if layout.strip.parts else {}),
+        **({"reference_background": only_colour(behind)} if behind else {}),
     }
 
 
 def refuse_random(
-    crop: str, augment: Augmentation | None, background: Background | None, references: Sequence[str] = ()
+    crop: str,
+    augment: Augmentation | None,
+    background: Background | None,
+    references: Sequence[str] = (),
+    reference_background: Background | None = None,
 ) -> None:
     """Raise UserError naming the options that are random in each pass, which a cache cannot be."""
     asked = [f"data.crop={crop} (use center)"] if crop == "random" else []
@@ -148,6 +165,8 @@ def refuse_random(
         asked.append(f"data.augment={augment} (use null)")
     if background is not None and only_colour(background) is None:
         asked.append(f"data.background, white={background.white:g} and {len(background.colours)} colours (use null)")
+    if reference_background is not None and only_colour(reference_background) is None:
+        asked.append("data.reference_background of several colours (give one)")
     if len(references) > 1:
         asked.append(f"data.reference=[{', '.join(references)}], one of them at random (give one)")
     if asked:
@@ -160,6 +179,13 @@ def only_colour(background: Background) -> str | None:
         return "white"
     colours = set(background.colours)
     return colours.pop() if background.white == 0 and len(colours) == 1 else None
+
+
+def strip_choice(strip: Strip) -> str | None:
+    """The captions in a cache were stripped when it was made."""
+    if not strip.parts:
+        return None
+    return f"{len(strip.terms)} terms and {len(strip.names)} entries, {digest(*strip.parts):016x}"
 
 
 def bucket_list(buckets: Buckets | None) -> list[list[int]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, to_size, unpack
+from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
 from ipa.data.rejects import Rejected
 from ipa.types import Batch, Features, Position, Posterior
 
+REFERENCE = ("pooled_E", "reference_3HW")
 OTHER_BUCKET = "cached for another aspect-ratio bucket"
 
 
@@ -34,10 +36,11 @@ class CachedSample:
 
 @dataclass(frozen=True)
 class CachedPreparation:
-    """``sizes`` are the header's, which every sample must have; None accepts any."""
+    """``sizes`` are the header's, which every sample must have; None accepts any. ``partners`` lend the reference."""
 
     drops: DropRates = field(default_factory=DropRates)
     sizes: Mapping[str, Any] | None = None
+    partners: Partners | None = None
 
     @property
     def sample_bytes(self) -> int:
@@ -61,6 +64,8 @@ class CachedPreparation:
         if not rows or any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
             raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
         self.check(arrays, made_for)
+        if self.partners is not None and (lender := self.partners.lend(record, address)) is not record:
+            arrays |= lent_arrays(lender, arrays.keys(), self.partners)
         text = address.choose("caption", record.captions)
         chosen = [known for known, _ in record.captions].index(text)
         return CachedSample(arrays, text, {name: array[chosen] for name, array in rows.items()}, record, address)
@@ -101,6 +106,17 @@ class CachedPreparation:
             text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
             size_B6=stacked["size_6"].long(),
         )
+
+
+def lent_arrays(lender: Record, needed: Iterable[str], partners: Partners) -> dict[str, NDArray[Any]]:
+    """What the cache keeps of the partner's reference; raises ``BrokenPartner``."""
+    try:
+        about, arrays = unpack(lender.picture)
+        found = {name: arrays[name] for name in REFERENCE if name in needed}
+    except (Rejected, KeyError) as error:
+        raise BrokenPartner.of(Rejected(BROKEN_MEMBER, str(error)), lender) from None
+    partners.check(lender.shard, about.get("index") == lender.index)
+    return found
 
 
 def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.opening import Size
-from ipa.data.images.transforms import Background, cover, cut_corner, fit_named, fit_reference, open_picture
+from ipa.data.images.transforms import Background, Opened, cover, cut_corner, fit_named, fit_reference, open_picture
+from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, make_batch
 from ipa.data.rejects import Rejected
 from ipa.errors import UserError
@@ -42,7 +43,8 @@ class ImagePreparation:
 
     Pictures of more than ``max_pixels`` are rejected before they are decoded; ``headroom`` is that of ``open_picture``.
     ``crop`` is the target's. The reference is cropped independently, in the way that its encoder expects
-    (``reference_fit``); ``augment`` changes only the reference.
+    (``reference_fit``); ``augment`` and ``reference_background`` (None is the target's) change only the reference.
+    ``partners`` lend it.
     """
 
     image_size_px: int = 0
@@ -55,6 +57,8 @@ class ImagePreparation:
     crop: str = "center"
     reference_fit: str = "crop"
     augment: Augmentation = field(default_factory=Augmentation)
+    reference_background: Background | None = None
+    partners: Partners | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -70,21 +74,25 @@ class ImagePreparation:
         """Raises ``Rejected`` if a picture cannot be used; a second try on the same record costs nothing."""
         if record.broken:
             raise record.broken
+        lender = record if self.partners is None else self.partners.lend(record, address)
         try:
-            return self.decode(record, address, target or (self.image_size_px, self.image_size_px))
+            return self.decode(record, lender, address, target or (self.image_size_px, self.image_size_px))
+        except BrokenPartner:
+            raise
         except Rejected as reject:
             record.broken, record.picture, record.references = reject.at(record.key, record.shard), b"", ()
             raise record.broken from None
 
-    def decode(self, record: Record, address: Address, target: Size) -> Sample:
-        """Target and reference; if a record has references of its own, one is chosen at random."""
+    def decode(self, record: Record, lender: Record, address: Address, target: Size) -> Sample:
+        """The record's target and the lender's reference, mostly the same record."""
         colour, need = self.background.colour(address), self.augment.need(self.reference_size_px)
-        needs = [target] if record.references else [target, need]
+        shared = lender is record and not record.references and self.reference_background is None
+        needs = [target, need] if shared else [target]
         picture = open_picture(record.picture, colour, self.max_pixels, needs, self.headroom).shrunk(target)
-        shown = picture
-        if record.references:
-            chosen = record.references[int(address.uniform("reference") * len(record.references))]
-            shown = open_picture(chosen, colour, self.max_pixels, [need], self.headroom)
+        try:
+            shown = picture if shared else self.open_reference(lender, address, need, colour)
+        except Rejected as reject:
+            raise (reject if lender is record else BrokenPartner.of(reject, lender)) from None
         place = self.place(address)
         reference_3HW = fit_reference(
             self.augment.crop(shown, need, address), self.reference_size_px, self.reference_fit
@@ -97,6 +105,15 @@ class ImagePreparation:
             record,
             address,
         )
+
+    def open_reference(self, lender: Record, address: Address, need: Size, colour: str) -> Opened:
+        """If a record has references of its own, one is chosen at random. ``colour`` is behind the target."""
+        chosen = lender.picture
+        if lender.references:
+            chosen = lender.references[int(address.uniform("reference") * len(lender.references))]
+        if self.reference_background is not None:
+            colour = self.reference_background.colour(address, "reference background")
+        return open_picture(chosen, colour, self.max_pixels, [need], self.headroom)
 
     def place(self, address: Address) -> tuple[float, float]:
         """Position of the target's crop, as fractions of the margin, across and down."""
