@@ -58,10 +58,6 @@ class Source(ABC):
         """The samples of one of the shards, in file order."""
 
     @abstractmethod
-    def read_at(self, shard: str, index: int, data: bytes) -> Record:
-        """One sample from the bytes of its ``span``; raises ``Rejected``."""
-
-    @abstractmethod
     def layout_fingerprint(self) -> str:
         """Covers what decides which samples of a shard are used, and what they hold."""
 

@@ -86,10 +86,6 @@ class CacheSource(Source):
             return
         yield from map(Rejected, (Counter(closing_entries["rejects"]) - seen).elements())
 
-    def read_at(self, shard: str, index: int, data: bytes) -> Record:
-        """From the content of a member alone, as ``Record.span`` says; it is parsed where it is used."""
-        return Record("", shard_name(shard), index, data, ())
-
     def layout_fingerprint(self) -> str:
         return f"{digest(self.header.written().decode()):016x}"
 

@@ -17,6 +17,7 @@ binary searches, whatever the size of the group.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from bisect import bisect_left, bisect_right
@@ -30,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ipa.data.addresses import digest
 from ipa.errors import UserError
 from ipa.files import write_atomically
 
@@ -109,7 +109,8 @@ class Index:
 
 
 def key_hash(key: str) -> int:
-    return digest("key", key)
+    hashed = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") or 1  # 0 is a row without a sample
 
 
 def write_index(path: Path, about: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:

@@ -58,40 +58,54 @@ class Partners:
     def shards(self) -> Mapping[tuple[str, str], tuple[Source, str]]:
         return {(source.name, shard_name(path)): (source, path) for source in self.sources for path in source.shards}
 
-    def lend(self, record: Record, address: Address) -> Record:
-        """The record whose reference the sample shows, itself for a self-pair; raises ``BrokenPartner``.
+    def choose(self, record: Record, address: Address) -> Place | None:
+        """Where the partner is; None for a self-pair.
 
         ``address`` is that of a broken sample where the record replaces it, so another record makes another choice.
         """
         number = digest("partner", *vars(address).values(), record.source, record.shard, record.index)
         if number % HALF < self.self_share * HALF:
-            return record
+            return None
         row = self.index.row(record.source, record.shard, record.index, record.key)
         partner = self.index.partner(row, number // HALF)
-        return record if partner == row else self.read(self.index.place(partner))
+        return None if partner == row else self.index.place(partner)
+
+    def lend(self, record: Record, address: Address) -> Record:
+        """The record whose reference the sample shows, itself for a self-pair; raises ``BrokenPartner``."""
+        place = self.choose(record, address)
+        return record if place is None else self.read(place)
 
     def read(self, place: Place) -> Record:
-        """Raises ``WrongIndex`` if another sample is there than when the index was made."""
+        """Of pictures. Raises ``WrongIndex`` if another sample is there than when the index was made."""
         source, path = self.shards[place.source, place.shard]
+        assert isinstance(source, ShardSource)
         try:
-            if not place.length:
-                raise Rejected("its picture could not be decoded")
-            data = os.pread(opened(path).number, place.length, place.offset)
-            self.check(path, len(data) == place.length)
-            record = source.read_at(path, place.number, data)
+            record = source.read_at(path, place.number, self.part(place, 0, place.length))
+        except BREAKS:
+            raise self.changed(place) from None
+        except BrokenPartner:
+            raise
         except Rejected as reject:
             raise BrokenPartner.of(reject, place) from None
-        except OSError as error:
-            raise BrokenPartner.of(Rejected(f"{path}: {error}"), place) from None
-        except BREAKS:
-            self.check(path, False)
-        self.check(path, not record.key or key_hash(record.key) == place.key)  # features have no key in them
+        if key_hash(record.key) != place.key:
+            raise self.changed(place)
         return record
 
-    def check(self, shard: str, same: bool) -> None:
-        """Raises ``WrongIndex`` unless the sample found is the one that the index has."""
-        if not same:
-            raise WrongIndex(f"{shard} has changed since {self.path} was made: {REMAKE}")
+    def part(self, place: Place, begin: int, length: int) -> bytes:
+        """``length`` bytes of a sample from its byte ``begin`` on."""
+        _, path = self.shards[place.source, place.shard]
+        if not place.length:
+            raise BrokenPartner.of(Rejected("its picture could not be decoded"), place)
+        try:
+            data = os.pread(opened(path).number, length, place.offset + begin)
+        except OSError as error:
+            raise BrokenPartner.of(Rejected(f"{path}: {error}"), place) from None
+        if len(data) < length:
+            raise self.changed(place)
+        return data
+
+    def changed(self, place: Place) -> WrongIndex:
+        return WrongIndex(f"{place.shard} has changed since {self.path} was made: {REMAKE}")
 
     def fingerprint(self) -> str:
         return f"{digest(self.index.fingerprint(), repr(self.self_share)):016x}"

@@ -118,6 +118,7 @@ class ShardSource(Source):
         return read_shard(shard, self.layout)
 
     def read_at(self, shard: str, index: int, data: bytes) -> Record:
+        """One sample from the bytes of its ``span``; raises ``Rejected``, or one of ``BREAKS`` for other bytes."""
         files = Files(shard, walk(Forward(io.BytesIO(data + END_OF_ARCHIVE))))
         for members in group_by_keys(files, files.split, handler=files.skip_double):
             return self.layout.record(members.pop("__key__"), shard_name(shard), index, members)
