@@ -145,14 +145,19 @@ def test_mistakes_are_named(overrides, complaint: str, parts, features: Path, tm
 
 
 def test_inspect_shows_the_pairs_and_what_was_taken_out_of_the_captions(
-    parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    parts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level("INFO", "ipa")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own = ["data.num_workers=0", "data.pairs.by=style", "samples=null", "pictures=5", f"out={tmp_path / 'sheet.png'}"]
     inspect(compose("inspect", *parts, *own))
     said = capsys.readouterr().out
 
-    assert "pairs by style: 36 of 36 samples have a partner here; 4 groups" in said
+    assert "pairs by style: 36 of 36 samples have a partner here; 4 groups" in caplog.text
     assert "data.pairs.strip changed " in said and "of 36 captions; 0 are empty now" in said
     assert re.search(r"removed: style\d \(\d+\), style\d \(\d+\)\n", said)
     assert re.search(r"'thing \d+, style1, style2' → 'thing \d+, style\d'\n", said)

@@ -1,4 +1,4 @@
-"""What ``data.pairs`` does to the data: who finds a partner, and what is taken out of the captions."""
+"""What ``data.pairs.strip`` takes out of the captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any
 
 from ipa.data.datamodule import ShardDataModule
-from ipa.data.pairs.report import in_words
 from ipa.data.records import Record
 from ipa.data.shards.fields import Fields
 from ipa.data.shards.source import read_shard
@@ -53,10 +52,6 @@ class CountingStrip(Strip):
         after, terms = super().apply(text, fields)
         self.stripped.add(text, after, terms)
         return after, terms
-
-
-def describe_pairs(data: ShardDataModule) -> list[str]:
-    return in_words(data.partners.index.about) if data.partners else []
 
 
 def describe_stripped(data: ShardDataModule, samples: int | None) -> list[str]:
