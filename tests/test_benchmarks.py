@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import curve
 import loop
 import memory
+import pairs
 import sample
 import step
 from reference import ReferenceStep
@@ -140,3 +141,12 @@ def test_curves_are_compared_after_smoothing() -> None:
 
     assert found["mean"] == pytest.approx(0) and found["largest"] == pytest.approx(0.01 / curve.WINDOW)
     assert curve.distance([0.6] * 60, plain)["rms"] == pytest.approx(0.1)
+
+
+def test_the_benchmark_of_pairs_runs_on_a_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "LOOKUPS", 10)
+    monkeypatch.setattr(pairs, "CACHED", 2)
+    found = pairs.measure(tmp_path, 2, 2000)
+
+    assert found["report"]["samples"] == 2000 and len(found["memory_mb"]) == pairs.ROUNDS + 1
+    assert "The index of 2,000 samples in 2 shards took" in pairs.in_markdown(found)

@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": ("benchmark=demo", "benchmark=coco2017", "benchmark=folder"),
     "precompute": ("recipe=demo",),
     "inspect": ("recipe=demo",),
+    "pair": ("recipe=demo",),
 }
 EXEMPT = ("filters.",)  # ipa/data/shards/filters.py
 ODD = [-1, 0, 0.5, 10**30, 1e30, float("nan"), float("inf"), None, "text", True]

@@ -29,6 +29,8 @@ from ipa.data.images.references import References
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import AuditStream, TrainStream, ValStream
+from ipa.data.pairs.options import Pairs
+from ipa.data.pairs.partners import open_partners
 from ipa.data.records import Preparation
 from ipa.data.rejects import Examples, add_examples, describe_rejects, in_detail
 from ipa.data.shards.names import TRUSTED
@@ -69,9 +71,9 @@ class StreamDataModule(LightningDataModule):
 
     ``captions``, ``image``, ``reference``, ``reference_mask`` and ``schemes`` belong to the validation shards ``val``.
     ``batch_size`` is per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training
-    order is made for; null values are those of the run that begins. ``images`` are options of ``ImagePreparation``;
-    ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal. ``rejects`` counts what
-    ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
+    order is made for; null values are those of the run that begins. ``pairs`` are options of ``Pairs``, ``images``
+    those of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal.
+    ``rejects`` counts what ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
     """
 
     def __init__(
@@ -89,9 +91,11 @@ class StreamDataModule(LightningDataModule):
         val_limit: int | None = None,
         num_workers: int = 2,
         lanes: Mapping[str, int | None] | None = None,
+        pairs: Mapping[str, Any] | None = None,
         **images: Any,
     ) -> None:
         super().__init__()
+        self.partners = open_partners(Pairs.of(pairs), train_order.sources)
         self.train_order, self.val_order = train_order, None
         if val is not None:
             layout = {"captions": captions, "image": image, "reference": reference, "reference_mask": reference_mask}
@@ -130,11 +134,12 @@ class StreamDataModule(LightningDataModule):
     def train_preparation(self) -> Preparation:
         if not self.images.image_size_px:
             raise UserError("the datamodule does not know its sizes yet: call fit_to(...) before making a loader")
-        return self.images
+        return replace(self.images, partners=self.partners)
 
     def val_preparation(self) -> Preparation:
         """The same draws each time, nothing dropped, nothing random, one reference each."""
-        return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation(), references=References())
+        plain: dict[str, Any] = {"drops": NO_DROPS, "crop": "center", "augment": Augmentation()}
+        return replace(self.images, **plain, references=References(), reference_background=None)
 
     def train_dataloader(self) -> TrainLoader:
         lanes = self.settle_lanes()
@@ -261,7 +266,8 @@ class StreamDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """With aspect-ratio buckets the order within a window also depends on the samples per step."""
         step_samples = self.batch_size * self.share().world if self.train_order.buckets else 0
-        return f"{self.train_order.fingerprint()}-{step_samples}"
+        pairs = f"-{self.partners.fingerprint()}" if self.partners else ""
+        return f"{self.train_order.fingerprint()}-{step_samples}{pairs}"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume at the saved position, with the lanes that the run began with.
@@ -312,8 +318,9 @@ class ShardDataModule(StreamDataModule):
     ) -> None:
         layout: dict[str, Any] = {"captions": captions, "image": image, "reference": reference}
         layout["reference_mask"] = reference_mask
+        strip = Pairs.of(options.get("pairs")).strip
         shards = choose_sources(train, sources, known or {}, filters=filters, loss_mask=loss_mask, **layout)
-        read = [ShardSource.of(name, **values, schemes=schemes) for name, values in shards.items()]
+        read = [ShardSource.of(name, **values, strip=strip, schemes=schemes) for name, values in shards.items()]
         super().__init__(Order(read, seed, window), val, schemes=schemes, **layout, **options)
         self.bucket_sizes = buckets
         check_members(read, self.images.references.most)

@@ -28,7 +28,8 @@ class Record:
     ``captions`` are given with their probabilities, which sum to 1. ``references`` are other pictures of the same
     subject; without any the picture is its own reference. ``reference_masks`` has a mask for each, or one for the
     picture, where the source has masks. ``rejects`` are unusable neighbours, so that each is counted
-    once. ``broken`` is why the picture could not be decoded, once that was tried.
+    once. ``broken`` is why the picture could not be decoded, once that was tried. ``source`` is set by the order;
+    ``span`` is where the sample begins and ends in its shard, in bytes.
     """
 
     key: str
@@ -42,6 +43,8 @@ class Record:
     broken: Rejected | None = None
     loss_mask: Mask | None = None
     reference_masks: tuple[Mask, ...] = ()
+    source: str = ""
+    span: tuple[int, int] = (0, 0)
 
     @property
     def size(self) -> Size | None:
@@ -63,6 +66,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, shard: str) -> Iterator[Record | Rejected]:
         """The samples of one of the shards, in file order."""
+
+    @abstractmethod
+    def layout_fingerprint(self) -> str:
+        """Covers what decides which samples of a shard are used, and what they hold."""
 
     @abstractmethod
     def fingerprint(self) -> str:

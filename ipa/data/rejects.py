@@ -19,6 +19,7 @@ NOT_UTF8 = "caption is not UTF-8"
 NO_REFERENCE = "no reference"
 NO_MASK = "no mask"
 WRONG_MASK = "mask of another size"
+BROKEN_PARTNER = "broken partner"  # the sample whose image is the reference of a pair
 BROKEN_METADATA = "broken metadata"
 DUPLICATE_KEY = "duplicate key"
 UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name

@@ -46,6 +46,7 @@ SOME_EXPERIMENTS = [
 QUIET = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=0")
 FEW = ("scoring=null", "preview.num_prompts=1", "preview.num_scored=2")
 SIX = ("trainer.max_steps=6", "image_prompt_check.every_n_steps=2", *FEW)
+PAIRS = ("data.pairs.by=style", "data.pairs.self=0.25")
 # everything that a step can have at once; six steps of it are two passes over the data
 EVERYTHING = (
     "trainer.max_steps=6",
@@ -74,7 +75,9 @@ def picture(seed: int, transparent: bool = False) -> bytes:
 
 def sample(number: int) -> Members:
     key = f"{number:09d}"
-    return [(f"{key}.txt", f"thing {number}".encode()), (f"{key}.png", picture(number, transparent=number % 3 == 0))]
+    content = {"json": b'{"style": "style%d"}' % (number % 4), "txt": f"thing {number}".encode()}
+    content["png"] = picture(number, transparent=number % 3 == 0)
+    return [(f"{key}.{extension}", data) for extension, data in content.items()]
 
 
 def write_shard(path: Path, members: Members) -> Path:

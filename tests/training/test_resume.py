@@ -13,6 +13,7 @@ from conftest import (
     EVERYTHING,
     EXPERIMENTS,
     FEW,
+    PAIRS,
     SIX,
     Run,
     World,
@@ -94,6 +95,23 @@ def test_every_variant_resumes_with_everything_that_a_step_can_have(
     assert_same_run(folder, variant(experiment))
     assert len({*column(folder, "train/lr").values()}) > 4  # up, then down
     assert "average.count" in trained(folder)
+
+
+def test_a_run_with_pairs_resumes_with_another_number_of_workers(
+    train_in: Run, tmp_path: Path, six: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole, stop = train_in(tmp_path / "whole", *SIX, *PAIRS), stopping(3, tmp_path / "stop")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train_in(tmp_path / "parts", *SIX, *PAIRS, *stop)
+    shutil.rmtree(tmp_path / "cache")  # the index is made again
+
+    train_in(tmp_path / "parts", *SIX, *PAIRS, *stop, "data.num_workers=2")
+
+    assert_same_run(tmp_path / "parts", whole)
+    assert column(whole, "train/loss") != column(six, "train/loss")
+    with pytest.raises(UserError, match=r"data\.pairs\.by: saved style, given null"):
+        train_in(tmp_path / "parts", *SIX, "trainer.max_steps=8")
 
 
 def settle(train_in: Run, folder: Path, *overrides: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import conftest
 import pytest
-from conftest import EVERYTHING, EXPERIMENTS, ROOT, Command, Run, World, checkpoint, column, compose, rows
+from conftest import EVERYTHING, EXPERIMENTS, PAIRS, ROOT, Command, Run, World, checkpoint, column, compose, rows
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -240,10 +240,11 @@ def test_both_ways_to_start_processes(start: Command, world: World, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "overrides"), [(4, ()), (10, PAIRS)], ids=["", "pairs"])
+def test_kills_at_any_moment_change_nothing(kills: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
     """Of a rank or within a checkpoint, with data workers; `tests/training/torture.py` takes any number."""
-    command = [sys.executable, str(ROOT / "tests/training/torture.py"), "--kills=4", f"--folder={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "tests/training/torture.py"), f"--kills={kills}", f"--folder={tmp_path}"]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True)
 
     assert done.returncode == 0 and "the same bit for bit" in done.stdout, done.stdout + done.stderr
 

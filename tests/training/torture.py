@@ -1,6 +1,7 @@
 """Kill -9 of a random rank at random moments under torchrun, which starts the group anew; nothing may be lost.
 
     python tests/training/torture.py --kills 30
+    python tests/training/torture.py --kills 10 data.pairs.by=style      # also with other options of train.py
 
 Two ranks with two data workers each train in a tiny world. Every second kill waits for a checkpoint that is being
 written. When the kills are over the run comes to its end, and the adapter, the checkpoint and the losses in the log
@@ -44,7 +45,8 @@ def overrides(world: list[str], runs: Path, name: str) -> list[str]:
 def torchrun(options: list[str], restarts: int, output: Path) -> subprocess.Popen[bytes]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2", str(ROOT / "train.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}", "XDG_CACHE_HOME": str(output.parent / "cache")}
+    environment = {**os.environ, **own}
     return subprocess.Popen(command, stdout=output.open("ab"), stderr=subprocess.STDOUT, env=environment)
 
 
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 20))
     parser.add_argument("--folder", type=Path, help="where the two runs are kept; a temporary one without it")
+    parser.add_argument("overrides", nargs="*", help="options of train.py")
     asked = parser.parse_args()
     import tiny
     from conftest import make_world
@@ -155,7 +158,7 @@ def main() -> None:
         tiny.make_pipeline(tiny.make_family("v_prediction", zero_snr=True)).save_pretrained(folder / "base")
         world = make_world(folder / "world", str(folder / "base"), tiny.save_clip(folder / "clip"))
         start = time.monotonic()
-        group = torture(folder, world.overrides(), asked.kills, asked.seed)
+        group = torture(folder, [*world.overrides(), *asked.overrides], asked.kills, asked.seed)
         found = differences(folder / "decoupled_global/whole", folder / "decoupled_global/tortured")
         per_rank = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(group.of_rank))
         print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ipa.data.addresses import digest
 from ipa.data.cache.format import WrongCache
 from ipa.data.cache.preparation import CachedPreparation
 from ipa.data.cache.source import CacheSource
@@ -19,8 +20,10 @@ from ipa.data.images.buckets import Buckets, FixedBuckets
 from ipa.data.images.references import References
 from ipa.data.images.transforms import Background
 from ipa.data.order.sequence import Order
+from ipa.data.pairs.options import Pairs
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import Layout, read_masks
+from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 
 # entries of the header that may differ between the caches of one training
@@ -49,19 +52,24 @@ class CachedDataModule(StreamDataModule):
         loss_mask: str | None = None,
         reference_mask: str | None = None,
         references: References | None = None,
+        reference_background: Background | None = None,
+        pairs: Mapping[str, Any] | None = None,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        refuse_random(crop, augment, background, number=references)
+        refuse_random(crop, augment, background, number=references, reference_background=reference_background)
         sources = open_caches(train, caches or {}, schemes)
         self.header, self.bucket_sizes = sources[0].header, buckets
-        options |= {"schemes": schemes, "background": background, "reference_mask": reference_mask}
+        options |= {"schemes": schemes, "background": background, "reference_mask": reference_mask, "pairs": pairs}
         super().__init__(Order(sources, seed, window), val, **options)
         masks = frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
         self.require("choices", {name: masks.get(name) for name in ("loss_mask", "reference_mask")})
         self.require("choices", {"crop": crop, "reference_fit": self.reference_fit})
+        self.require("choices", {"pairs.strip": strip_choice(Pairs.of(pairs).strip)})
+        if reference_background is not None:
+            self.require("choices", {"reference_background": only_colour(reference_background)})
         if background is not None:
             self.require("choices", {"background": only_colour(background)})
 
@@ -76,7 +84,7 @@ class CachedDataModule(StreamDataModule):
             self.train_order.buckets = FixedBuckets(tuple((width, height) for width, height in buckets))
 
     def train_preparation(self) -> CachedPreparation:
-        return CachedPreparation(self.images.drops, self.header.sizes)
+        return CachedPreparation(self.images.drops, self.header.sizes, self.partners)
 
     def check_model(self, model: Any) -> None:
         """Raise ``WrongCache`` unless the frozen parts are those that the cache was made with."""
@@ -132,7 +140,8 @@ def open_caches(
 def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
     """The options that a cache of a source freezes; raises UserError for random ones."""
     images = data.images
-    refuse_random(images.crop, images.augment, images.background, layout.references, images.references)
+    behind = images.reference_background
+    refuse_random(images.crop, images.augment, images.background, layout.references, images.references, behind)
     return {
         "crop": images.crop,
         "reference_fit": images.reference_fit,
@@ -144,6 +153,8 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
         "reference": list(layout.references),
         "filters": repr(layout.filters),
         **({"image": list(layout.images)} if layout.images else {}),
+        **({"pairs.strip": strip_choice(layout.strip)} if layout.strip.parts else {}),
+        **({"reference_background": only_colour(behind)} if behind else {}),
         **frozen_masks(layout.loss_mask, layout.reference_masks),
     }
 
@@ -162,6 +173,7 @@ def refuse_random(
     background: Background | None,
     references: Sequence[str] = (),
     number: References | None = None,
+    reference_background: Background | None = None,
 ) -> None:
     """Raise UserError naming the options that are random in each pass, which a cache cannot be."""
     asked = [f"data.crop={crop} (use center)"] if crop == "random" else []
@@ -169,6 +181,8 @@ def refuse_random(
         asked.append(f"data.augment={augment} (use null)")
     if background is not None and only_colour(background) is None:
         asked.append(f"data.background, white={background.white:g} and {len(background.colours)} colours (use null)")
+    if reference_background is not None and only_colour(reference_background) is None:
+        asked.append("data.reference_background of several colours (give one)")
     if len(references) > 1:
         asked.append(f"data.reference=[{', '.join(references)}], one of them at random (give one)")
     if number is not None and number.most > 1:
@@ -183,6 +197,13 @@ def only_colour(background: Background) -> str | None:
         return "white"
     colours = set(background.colours)
     return colours.pop() if background.white == 0 and len(colours) == 1 else None
+
+
+def strip_choice(strip: Strip) -> str | None:
+    """The captions in a cache were stripped when it was made."""
+    if not strip.parts:
+        return None
+    return f"{len(strip.terms)} terms and {len(strip.names)} entries, {digest(*strip.parts):016x}"
 
 
 def bucket_list(buckets: Buckets | None) -> list[list[int]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
-from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, TEXT, to_size, unpack
+from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, STORED, TEXT, to_size, unpack
 from ipa.data.images.masks import stack_masks
+from ipa.data.pairs.index import Place
+from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
 from ipa.data.rejects import Rejected
 from ipa.types import Batch, Features, Position, Posterior
 
+REFERENCE = ("pooled_E", "reference_3HW")
+HEAD_BYTES = 2048  # most headers of samples are shorter
 OTHER_BUCKET = "cached for another aspect-ratio bucket"
 
 
@@ -35,10 +40,11 @@ class CachedSample:
 
 @dataclass(frozen=True)
 class CachedPreparation:
-    """``sizes`` are the header's, which every sample must have; None accepts any."""
+    """``sizes`` are the header's, which every sample must have; None accepts any. ``partners`` lend the reference."""
 
     drops: DropRates = field(default_factory=DropRates)
     sizes: Mapping[str, Any] | None = None
+    partners: Partners | None = None
 
     @property
     def sample_bytes(self) -> int:
@@ -62,6 +68,8 @@ class CachedPreparation:
         if not rows or any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
             raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
         self.check(arrays, made_for)
+        if self.partners is not None and (place := self.partners.choose(record, address)):
+            arrays |= lent_arrays(place, arrays, self.partners)
         text = address.choose("caption", record.captions)
         chosen = [known for known, _ in record.captions].index(text)
         return CachedSample(arrays, text, {name: array[chosen] for name, array in rows.items()}, record, address)
@@ -109,6 +117,30 @@ class CachedPreparation:
 
 def to_mask(array: NDArray[Any] | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(array.copy())
+
+
+def lent_arrays(place: Place, own: Mapping[str, NDArray[Any]], partners: Partners) -> dict[str, NDArray[Any]]:
+    """What the cache keeps of the partner's reference, and nothing else of it; raises ``BrokenPartner``."""
+    head = partners.part(place, 0, min(HEAD_BYTES, place.length))
+    if (begin := 8 + int.from_bytes(head[:8], "little")) > len(head):
+        head = partners.part(place, 0, min(begin, place.length))
+    if b'\\"index\\":%d,' % place.number not in head[:begin]:
+        raise partners.changed(place)
+    try:
+        entries = json.loads(head[8:begin])
+        where = {name: read_entry(entries[name], own[name]) for name in REFERENCE if name in own}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenPartner.of(Rejected(BROKEN_MEMBER, repr(error)), place) from None
+    read = {name: partners.part(place, begin + start, length) for name, (start, length) in where.items()}
+    return {name: np.frombuffer(data, own[name].dtype).reshape(own[name].shape) for name, data in read.items()}
+
+
+def read_entry(entry: Mapping[str, Any], like: NDArray[Any]) -> tuple[int, int]:
+    """Begin and length of an array; raises ValueError unless it has the shape and type of another sample's."""
+    start, end = entry["data_offsets"]
+    if tuple(entry["shape"]) != like.shape or STORED[entry["dtype"]] != like.dtype or end - start != like.nbytes:
+        raise ValueError(f"{entry} is not like {like.dtype} {like.shape}")
+    return start, like.nbytes
 
 
 def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from ipa.data.records import Record, Source
 from ipa.data.rejects import BROKEN_TAR, Rejected
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.source import read_weight
-from ipa.data.shards.tar import Member, read_members
+from ipa.data.shards.tar import BLOCK_BYTES, Member, read_members
 from ipa.errors import UserError
 
 
@@ -69,7 +69,7 @@ class CacheSource(Source):
                 if member.reason == BROKEN_TAR:
                     return
             elif not begun:
-                check_same(Header.read(*member, shard), self.header, shard)
+                check_same(Header.read(member.name, member.content, shard), self.header, shard)
                 begun = True
             elif member.name == CLOSING:
                 closing_entries = read_closing(member)
@@ -77,12 +77,17 @@ class CacheSource(Source):
                 key, extension = base_plus_ext(member.name)
                 found = read_record(key or "", extension or "", member.content, name)
                 samples += extension == SAMPLE
+                if isinstance(found, Record):
+                    found.span = content_span(member)
                 seen.update([found.broken.reason] if isinstance(found, Record) and found.broken else [])
                 yield found
         if closing_entries.get("samples") != samples:
             yield Rejected(BROKEN_TAR, f"{shard}: it has no {CLOSING} that fits, so it is incomplete")
             return
         yield from map(Rejected, (Counter(closing_entries["rejects"]) - seen).elements())
+
+    def layout_fingerprint(self) -> str:
+        return f"{digest(self.header.written().decode()):016x}"
 
     def fingerprint(self) -> str:
         return f"{digest(self.header.written().decode(), *map(shard_name, self.shards)):016x}"
@@ -94,7 +99,7 @@ def read_header(shard: str) -> Header:
         first = next(members, Member("", b""))
     if isinstance(first, Rejected):
         raise WrongCache(first.detail if first.reason == BROKEN_TAR else f"{shard}: {first.detail}")
-    return Header.read(*first, shard)
+    return Header.read(first.name, first.content, shard)
 
 
 def check_same(found: Header, expected: Header, shard: str) -> None:
@@ -118,6 +123,12 @@ def read_record(key: str, extension: str, content: bytes, shard: str) -> Record 
         return Record(key, shard, number(about["index"]), content, captions, measured=to_size(about["size"]))
     except (Rejected, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Rejected(BROKEN_MEMBER, f"{key}: {error}")
+
+
+def content_span(member: Member) -> tuple[int, int]:
+    """Where the content of a member is in its archive."""
+    begin = member.span[1] - -(-len(member.content) // BLOCK_BYTES) * BLOCK_BYTES
+    return begin, begin + len(member.content)
 
 
 def read_closing(member: Member) -> dict[str, Any]:

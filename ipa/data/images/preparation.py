@@ -23,6 +23,7 @@ from ipa.data.images.transforms import (
     fit_reference,
     open_picture,
 )
+from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Mask, Record, make_batch
 from ipa.data.rejects import Rejected
 from ipa.errors import UserError
@@ -54,7 +55,8 @@ class ImagePreparation:
 
     Pictures of more than ``max_pixels`` are rejected before they are decoded; ``headroom`` is that of ``open_picture``.
     ``crop`` is the target's. The reference is cropped independently, in the way that its encoder expects
-    (``reference_fit``); ``augment`` changes only the reference. ``references`` says how many there are.
+    (``reference_fit``); ``augment`` and ``reference_background`` (None is the target's) change only the reference.
+    ``references`` says how many there are, ``partners`` lend them.
     """
 
     image_size_px: int = 0
@@ -68,6 +70,8 @@ class ImagePreparation:
     reference_fit: str = "crop"
     augment: Augmentation = field(default_factory=Augmentation)
     references: References = field(default_factory=References)
+    reference_background: Background | None = None
+    partners: Partners | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -84,23 +88,28 @@ class ImagePreparation:
         """Raises ``Rejected`` if a picture cannot be used; a second try on the same record costs nothing."""
         if record.broken:
             raise record.broken
+        lender = record if self.partners is None else self.partners.lend(record, address)
         try:
-            return self.decode(record, address, target or (self.image_size_px, self.image_size_px))
+            return self.decode(record, lender, address, target or (self.image_size_px, self.image_size_px))
+        except BrokenPartner:
+            raise
         except Rejected as reject:
             record.broken, record.picture, record.references = reject.at(record.key, record.shard), b"", ()
             record.loss_mask, record.reference_masks = None, ()
             raise record.broken from None
 
-    def decode(self, record: Record, address: Address, target: Size) -> Sample:
-        """Target and references; if a record has references of its own, some are chosen at random."""
+    def decode(self, record: Record, lender: Record, address: Address, target: Size) -> Sample:
+        """The record's target and the lender's references, mostly of the same record."""
         colour, need = self.background.colour(address), self.augment.need(self.reference_size_px)
-        needs = [target] if record.references else [target, need]
+        shared = lender is record and not record.references and self.reference_background is None
+        needs = [target, need] if shared else [target]
         picture = open_picture(record.picture, colour, self.max_pixels, needs, self.headroom).shrunk(target)
+        try:
+            shown = self.shown(lender, picture if shared else None, colour, need, address)
+            first, *more = (self.reference(each, need, numbered(address, n)) for n, each in enumerate(shown))
+        except Rejected as reject:
+            raise (reject if lender is record else BrokenPartner.of(reject, lender)) from None
         place = self.place(address)
-        first, *more = (
-            self.reference(shown, need, numbered(address, n))
-            for n, shown in enumerate(self.shown(record, picture, colour, need, address))
-        )
         return Sample(
             cover(picture, target, place),
             first,
@@ -112,13 +121,18 @@ class ImagePreparation:
             self.loss_mask(record.loss_mask, picture.size, target, place),
         )
 
-    def shown(self, record: Record, picture: Opened, colour: str, need: Size, address: Address) -> Iterator[Opened]:
-        """The opened pictures that the references are made from."""
-        masks: Sequence[Mask | None] = record.reference_masks or [None] * max(1, len(record.references))
-        if not record.references:
+    def shown(
+        self, lender: Record, picture: Opened | None, colour: str, need: Size, address: Address
+    ) -> Iterator[Opened]:
+        """The opened pictures that the references are made from: ``picture``, or some of the lender's at random."""
+        masks: Sequence[Mask | None] = lender.reference_masks or [None] * max(1, len(lender.references))
+        if picture is not None:
             yield self.masked(picture, masks[0])
             return
-        for chosen, mask in self.references.choose(list(zip(record.references, masks, strict=True)), address):
+        if self.reference_background is not None:
+            colour = self.reference_background.colour(address, "reference background")
+        offered = list(zip(lender.references or (lender.picture,), masks, strict=True))
+        for chosen, mask in self.references.choose(offered, address):
             yield self.masked(open_picture(chosen, colour, self.max_pixels, [need], self.headroom), mask)
 
     def masked(self, picture: Opened, mask: Mask | None) -> Opened:

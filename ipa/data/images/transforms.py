@@ -57,10 +57,10 @@ class Background:
             raise UserError(f"data.background.colours={self.colours}: give a list of '#rrggbb' or names") from error
         object.__setattr__(self, "colours", tuple(self.colours))  # not a view into a whole configuration
 
-    def colour(self, address: Address) -> str:
-        if self.white == 1 or address.uniform("background") < self.white:
+    def colour(self, address: Address, draw: str = "background") -> str:
+        if self.white == 1 or address.uniform(draw) < self.white:
             return "white"
-        return self.colours[int(address.uniform("background colour") * len(self.colours))]
+        return self.colours[int(address.uniform(f"{draw} colour") * len(self.colours))]
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class Order:
             if loud and isinstance(found, Rejected) and found.reason == BROKEN_TAR and found.detail not in self.logged:
                 self.logged.add(found.detail)
                 log.warning("%s, the rest of it is skipped: %s", found.reason, found.detail)
+            if isinstance(found, Record):
+                found.source = source.name
             yield found
 
     def target(self, record: Record) -> Size | None:

@@ -8,6 +8,8 @@ The values are those of a file in conf/source. WebDataset's ``group_by_keys`` gr
 
 from __future__ import annotations
 
+import io
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,12 +33,14 @@ from ipa.data.rejects import (
 from ipa.data.shards.fields import ALPHA, Captions, Fields, is_extension, is_weight
 from ipa.data.shards.filters import Filter, as_list, read_filters
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
-from ipa.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, read_members
+from ipa.data.shards.strip import Strip
+from ipa.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, Forward, Member, read_members, walk
 from ipa.errors import UserError
 
 OPTIONS = ("shards", "weight", "captions", "image", "reference", "filters", "loss_mask", "reference_mask")
 MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES  # all members of a sample, with their headers
 INCOMPLETE = (NO_PICTURE, NO_CAPTION, NO_REFERENCE, NO_MASK)
+END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,17 @@ class Layout:
 
     ``images`` are the extensions that the picture may have, the preferred one first; by default ``files.PICTURES``.
     ``loss_mask`` is the picture's, ``reference_masks`` has one for each reference, or one for the picture: members'
-    extensions, or ``fields.ALPHA``.
+    extensions, or ``fields.ALPHA``. ``strip`` changes captions after the filters saw them.
     """
 
     captions: Captions = field(default_factory=Captions)
     references: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
-    # not in repr, so the fingerprints of older runs stay
+    # not in the repr, so the fingerprints of older runs stay
     images: tuple[str, ...] = field(default=(), repr=False)
     loss_mask: str = field(default="", repr=False)
     reference_masks: tuple[str, ...] = field(default=(), repr=False)
+    strip: Strip = field(default_factory=Strip, repr=False)
 
     def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record:
         """Members: extension → content. The first fault of picture, caption, reference and filters is raised."""
@@ -70,6 +75,7 @@ class Layout:
         reference_masks = tuple(fields.mask(name, each) for name, each in shown)
         for each in self.filters:
             each.check(fields, captions[0][0])
+        captions = self.strip.captions(captions, fields)
         found = Record(key, shard, index, picture, captions, references, fields.known_size)
         found.loss_mask, found.reference_masks = loss_mask, reference_masks
         return found
@@ -100,6 +106,7 @@ class ShardSource(Source):
         filters: Mapping[str, Any] | None = None,
         loss_mask: str | None = None,
         reference_mask: str | Sequence[str] | None = None,
+        strip: Strip | None = None,
         option: str = "data",
         schemes: Sequence[str] = TRUSTED,
         **unknown: Any,
@@ -117,6 +124,7 @@ class ShardSource(Source):
             read_extensions(image, f"{option}.image"),
             "".join(read_masks(loss_mask, 1, f"{option}.loss_mask")),
             read_masks(reference_mask, max(1, len(as_list(reference or ()))), f"{option}.reference_mask"),
+            strip or Strip(),
         )
         found = expand_shards(shards, schemes, f"{option.partition('.')[0]}.schemes")
         return cls(name, found, read_weight(weight, f"{option}.weight"), layout)
@@ -124,15 +132,30 @@ class ShardSource(Source):
     def read(self, shard: str) -> Iterator[Record | Rejected]:
         return read_shard(shard, self.layout)
 
+    def read_at(self, shard: str, index: int, data: bytes) -> Record:
+        """One sample from the bytes of its ``span``; raises ``Rejected``, or one of ``BREAKS`` for other bytes."""
+        files = Files(shard, walk(Forward(io.BytesIO(data + END_OF_ARCHIVE))))
+        for members in group_by_keys(files, files.split, handler=files.skip_double):
+            return self.layout.record(members.pop("__key__"), shard_name(shard), index, members)
+        raise Rejected(NO_KEY)
+
+    def layout_fingerprint(self) -> str:
+        return f"{digest(*self.layout_parts):016x}"
+
+    @property
+    def layout_parts(self) -> tuple[str, ...]:
+        """Without ``strip``, which changes no choice of samples."""
+        layout = self.layout
+        masks = [f"loss {layout.loss_mask}"] * bool(layout.loss_mask)
+        masks += [f"reference {name}" for name in layout.reference_masks]
+        return repr(layout), *layout.images, *masks
+
     def fingerprint(self) -> str:
         return self.identity
 
     @cached_property
     def identity(self) -> str:
-        layout = self.layout
-        masks = [f"loss {layout.loss_mask}"] * bool(layout.loss_mask)
-        masks += [f"reference {name}" for name in layout.reference_masks]
-        return f"{digest(repr(layout), *layout.images, *masks, *map(shard_name, self.shards)):016x}"
+        return f"{digest(*self.layout_parts, *self.layout.strip.parts, *map(shard_name, self.shards)):016x}"
 
 
 def read_extensions(given: Any, option: str) -> tuple[str, ...]:
@@ -175,6 +198,9 @@ def read_shard(shard: str, layout: Layout) -> Iterator[Record | Rejected]:
         if files.doubled and key not in seen:
             yield Rejected(DUPLICATE_KEY, "the first one is used", key, name)
         held = layout.try_record(key, name, index, members)
+        span = files.spans.popleft()
+        if isinstance(held, Record):
+            held.span = span
         if key in seen:
             held = None if key in incomplete else Rejected(DUPLICATE_KEY, "the first one is used", key, name)
         elif isinstance(held, Rejected) and held.reason in INCOMPLETE:
@@ -189,10 +215,16 @@ def read_shard(shard: str, layout: Layout) -> Iterator[Record | Rejected]:
 
 
 class Files:
-    """The members of a shard as ``group_by_keys`` takes them; rejected ones are set aside, so they split no sample."""
+    """The members of a shard as ``group_by_keys`` takes them; rejected ones are set aside, so they split no sample.
 
-    def __init__(self, shard: str) -> None:
+    ``spans`` are those of the samples, one for each that ``group_by_keys`` has not given yet.
+    """
+
+    def __init__(self, shard: str, members: Iterator[Member | Rejected] | None = None) -> None:
         self.shard = shard
+        self.members = read_members(shard) if members is None else members
+        self.spans: deque[tuple[int, int]] = deque()
+        self.span_key: str | None = None
         self.rejects: list[Rejected] = []
         self.broken: Rejected | None = None
         self.doubled = False
@@ -200,11 +232,11 @@ class Files:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         last_key, size_bytes = "", 0
-        for member in read_members(self.shard):
+        for member in self.members:
             if isinstance(member, Rejected):
                 self.set_aside(member)
                 continue
-            name, content = member
+            name, content, span = member
             key, _ = self.parts = base_plus_ext(name)
             if key is None or key.endswith("/"):
                 self.set_aside_without_key(name)
@@ -214,7 +246,15 @@ class Files:
             if size_bytes > MAX_SAMPLE_BYTES:
                 self.set_aside(Rejected(TOO_LARGE, f"{name}: {key} has over {MAX_SAMPLE_BYTES:,} bytes in all"))
             else:
+                self.extend_span(key, span)
                 yield {"fname": name, "data": content, "__url__": self.shard}
+
+    def extend_span(self, key: str, span: tuple[int, int]) -> None:
+        if key == self.span_key:
+            self.spans[-1] = (self.spans[-1][0], span[1])
+        else:
+            self.spans.append(span)
+        self.span_key = key
 
     def set_aside_without_key(self, name: str) -> None:
         """Not what macOS adds to archives, which is no loss."""

@@ -34,8 +34,11 @@ OTHER_COMPRESSIONS = (b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class Member(NamedTuple):
+    """``span`` is where its first header begins and where the next member's does, in bytes of the archive."""
+
     name: str
     content: bytes
+    span: tuple[int, int] = (0, 0)
 
 
 def read_members(shard: str) -> Iterator[Member | Rejected]:
@@ -123,7 +126,7 @@ def walk(file: Forward) -> Iterator[Member | Rejected]:
             content = file.read(info.size)
             if len(content) < info.size:
                 raise cut_off(file)
-            yield Member(info.name, content)
+            yield Member(info.name, content, (info.offset, archive.offset))
         skip_to(archive.offset, file)
 
 

@@ -21,6 +21,7 @@ from ipa.data.rejects import Examples, Rejected, add_examples, describe_rejects
 from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.tools.inspect.contact_sheet import draw_cell, tile
+from ipa.tools.inspect.stripped import describe_stripped
 from ipa.training.parts import read_widths
 from ipa.types import Batch
 
@@ -73,6 +74,8 @@ def inspect(cfg: DictConfig) -> None:
         raise UserError("there is no good sample in these shards; the log above says what was rejected, and why")
     print(describe(findings, data.num_workers))
     print(describe_speed(data))
+    for line in describe_stripped(data, cfg.samples):
+        print(line)
     sheet = tile([draw_cell(batch, row) for batch, row in first_rows(data, cfg.pictures)])
     write_atomically(Path(cfg.out), lambda temporary: sheet.save(temporary, format="PNG"), OTHER_FILE)
     print(f"wrote {cfg.out}")

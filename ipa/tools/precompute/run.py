@@ -20,6 +20,7 @@ from ipa.data.cache.datamodule import frozen_choices
 from ipa.data.cache.format import DTYPES, Header
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
+from ipa.data.pairs.options import UNPAIRED
 from ipa.data.records import Record
 from ipa.data.rejects import describe_rejects
 from ipa.data.shards.names import is_remote, some
@@ -159,7 +160,8 @@ def check_options(cfg: DictConfig) -> None:
 
 def open_data(cfg: DictConfig) -> ShardDataModule:
     """Raises UserError for data without pictures, or with random choices that a cache cannot hold."""
-    data = instantiate(cfg.data)
+    # which samples are paired is decided in training
+    data = instantiate(cfg.data, pairs=UNPAIRED)
     if not isinstance(data, ShardDataModule):
         raise UserError("data=cache is what this command writes: give data=shards, or another that reads pictures")
     sources: Any = data.train_order.sources
