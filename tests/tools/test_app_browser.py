@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = [ROOT / f"demo/adapters/{name}_global.safetensors" for name in ("decoupled", "simple")]
 PASSWORD = "a password of the tests"
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 120_000
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
 
@@ -159,7 +159,7 @@ class User:
     def generate(self) -> Image.Image:
         """The next image; fails for a message in place of it."""
         self.start()
-        self.wait_for("Step|Reading|Waiting|Cancelled")
+        self.page.wait_for_function("document.querySelector('#generate').disabled")
         self.page.wait_for_function("!document.querySelector('#generate').disabled")
         assert "Ready" in self.status(), self.status()
         return self.image()

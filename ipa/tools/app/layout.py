@@ -168,7 +168,12 @@ def make_outputs() -> Outputs:
         cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
     status = gr.HTML("", elem_id="status")
     picture = gr.Image(
-        label="Image", type="filepath", interactive=False, buttons=["download", "fullscreen"], elem_id="picture"
+        label="Image",
+        show_label=False,
+        type="filepath",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id="picture",
     )
     show = gr.Button("Show these settings as a command and as Python", size="sm", elem_id="show")
     code: dict[str, Any] = {"visible": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}
