@@ -130,6 +130,8 @@ def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds:
     known = inspect.signature(pipeline.__call__).parameters
     noise = family.pack(draw_noise(latent_shape(family, size), seeds)).to(family.device, family.dtype)
     drawn = {"latents": noise, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    if "strength" in known and hasattr(pipeline, "_pack_latents"):  # FLUX' start from given latents, not from the image
+        del drawn["latents"]
     return {name: value for name, value in drawn.items() if name in known}
 
 
