@@ -144,7 +144,7 @@ def rows_of(
     for name, make in cases.items():
         made = pixels_of(kept(options, name, make))
         found[name] = measured(made, prompts, pixels_of(kept(options, base, cases[base])) if base else made, measures)
-    print(f"\n{as_table(found, measures)}", flush=True)
+    print(f"\n{as_table(found, measures, 'λ in' if base else '')}", flush=True)
     return found
 
 
@@ -331,7 +331,8 @@ def measure_concept(options: argparse.Namespace) -> None:
     ]
     rows_of(options, cases, [picture] * COUNT, measures)
     columns = [[picture] * COUNT, *(kept(options, name, make) for name, make in cases.items())]
-    save([[column[i] for column in columns] for i in range(4)], ["picture", *cases], "concept.png")
+    titles = ["picture", "text", "prompt", "embedding", "LoRA", "prompt + emb.", "prompt + LoRA", "all three"]
+    save([[column[i] for column in columns] for i in range(4)], titles, "concept.png")
 
 
 class Named(ItemMetric):

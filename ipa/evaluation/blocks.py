@@ -108,9 +108,9 @@ def values(measure: Measure, made: Sequence[Tensor], references: Sequence[Tensor
     return metric.per_item()[measure.name]
 
 
-def as_table(rows: Mapping[str, Row], measures: Sequence[Measure]) -> str:
+def as_table(rows: Mapping[str, Row], measures: Sequence[Measure], first: str = "λ in") -> str:
     """Markdown; each value with half the width of its 95 % interval."""
-    lines = [["λ in", *(each.title for each in measures)], ["---"] * (1 + len(measures))]
+    lines = [[first, *(each.title for each in measures)], ["---"] * (1 + len(measures))]
     for name, row in rows.items():
         lines.append([name, *(shown(row[each.title], each.digits) for each in measures)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
