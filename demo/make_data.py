@@ -23,6 +23,7 @@ import random
 import re
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ STYLES = {
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
+NEW_STYLE = {"fxemoji": "@iconify-json/fxemoji@1.2.2"}  # of demo/make_style.py, which nothing here has seen
 NAMES = "emojibase-data@17.0.0"
 
 # the plain backgrounds that only an image prompt can name
@@ -71,10 +73,10 @@ class Concept:
     svgs: dict[str, str]
 
 
-def unpack_sources(folder: Path) -> None:
+def unpack_sources(folder: Path, packages: Iterable[str] = (*STYLES.values(), NAMES)) -> None:
     """Fetch the pinned npm packages into ``folder`` (a subfolder each), skipping those that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for package in (*STYLES.values(), NAMES):
+    for package in packages:
         target = folder / package_folder(package)
         if target.exists():
             continue
@@ -174,7 +176,7 @@ def draw_sample(job: tuple[Concept, str, str | None, int]) -> tuple[bytes, dict]
         picture = on_background(picture, BACKGROUNDS[background])
     metadata = {
         "caption": concept.caption,
-        "url": f"{STYLES[style]}#{concept.hexcode}",
+        "url": f"{(STYLES | NEW_STYLE)[style]}#{concept.hexcode}",
         "status": "success",
         "width": size_px,
         "height": size_px,

@@ -49,7 +49,8 @@ class Host(Protocol):
         """Return a new trainable branch with this host's initialisation (for UNets: copies of the layer's K and V).
 
         The host calls the branch with (query, tokens_BTD, time embedding or None, scale, once), where ``once`` is
-        `ImagePrompt.once`, which keeps what depends on the tokens alone.
+        `ImagePrompt.once`, which keeps what depends on the tokens alone. A family that ``supports_absence`` also gives
+        it `ImagePrompt.present_BT`.
         """
         ...
 
@@ -84,6 +85,7 @@ class Family(nn.Module, ABC):
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
+    supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
 
     def train(self, mode: bool = True) -> Self:

@@ -21,7 +21,18 @@ from ipa import objective
 from ipa.contracts import AdapterKind, DenoiserCall, Family, ImageEncoder, TokenHead
 from ipa.data.images.transforms import fit_named
 from ipa.errors import UserError
-from ipa.types import Batch, Features, ImageCondition, ImagePrompt, Posterior, TextCondition, TextInputs, to_unit_range
+from ipa.types import (
+    Batch,
+    Corrupted,
+    Features,
+    ImageCondition,
+    ImagePrompt,
+    Posterior,
+    TextCondition,
+    TextInputs,
+    Watch,
+    to_unit_range,
+)
 from ipa.weights import hash_weights
 
 MAX_COMPILED_SHAPES = 64  # of a block's inputs: widths × resolutions × aspect ratios
@@ -46,7 +57,7 @@ class IPAdapterModel(nn.Module):
     ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and parameter count use it.
     ``min_snr_gamma`` weighs the loss over time (see `ipa.objective`), None does not. ``reference_fit`` says how
     references are cropped to the encoder's square (see ``transforms.FITS``); it is recorded in the metadata.
-    Raises UserError for parts that do not work together.
+    ``masked_loss`` is for batches that have a mask. Raises UserError for parts that do not work together.
     """
 
     def __init__(
@@ -57,15 +68,18 @@ class IPAdapterModel(nn.Module):
         adapter: AdapterKind,
         min_snr_gamma: float | None = None,
         reference_fit: str = "crop",
+        masked_loss: objective.MaskedLoss = objective.MaskedLoss(),  # noqa: B008 (it is frozen)
     ) -> None:
         super().__init__()
         check_combination(family, head, adapter, min_snr_gamma)
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
+        self.masked_loss = masked_loss
         self.is_compiled = False
         self.recomputes = True  # blocks in the backward pass, after checkpoint_gradients
         # names the parts of a step, for a profiler or a timer
         self.part: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
+        self.watch: Watch | None = None  # of the attention in the hosts, in training and ``predict``
         self._blank: Features | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
@@ -109,6 +123,14 @@ class IPAdapterModel(nn.Module):
     def eagerly(self) -> AbstractContextManager[Any]:
         """While inside, blocks run uncompiled: sampling has other shapes than training, and no gradients."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
+    def freeze(self, part: str) -> None:
+        """Keep ``head`` or ``branches`` as they are: a part of the adapter's files still, but not trained."""
+        {"head": self.head, "branches": self.adapter}[part].requires_grad_(False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of ``trainable`` that are not frozen."""
+        return [parameter for parameter in self.trainable.parameters() if parameter.requires_grad]
 
     def count_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.trainable.parameters())
@@ -154,13 +176,18 @@ class IPAdapterModel(nn.Module):
 
     @contextmanager
     def prompted(
-        self, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor
+        self,
+        text: TextCondition,
+        tokens_BTD: Tensor | None,
+        scale: float | Tensor,
+        present_BT: Tensor | None = None,
     ) -> Iterator[TextCondition]:
         """While inside, the denoiser sees the image tokens with weight λ = ``scale``; yields the text to give it."""
         if tokens_BTD is None:
             yield text
             return
-        with self.adapter.condition(text, ImagePrompt(tokens_BTD, as_weight(scale))) as conditioned:
+        prompt = ImagePrompt(tokens_BTD, as_weight(scale), present_BT=present_BT, watch=self.watch)
+        with self.adapter.condition(text, prompt) as conditioned:
             yield conditioned
 
     @contextmanager
@@ -198,9 +225,15 @@ class IPAdapterModel(nn.Module):
         return extended, None if negative is None else self.adapter.extend(negative, prompts.at(None, "negative"))
 
     def predict(
-        self, noisy: Tensor, t_B: Tensor, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor
+        self,
+        noisy: Tensor,
+        t_B: Tensor,
+        text: TextCondition,
+        tokens_BTD: Tensor | None,
+        scale: float | Tensor,
+        present_BT: Tensor | None = None,
     ) -> Tensor:
-        with self.prompted(text, tokens_BTD, scale) as conditioned:
+        with self.prompted(text, tokens_BTD, scale, present_BT) as conditioned:
             return self.family.denoise(noisy, t_B, conditioned)
 
     def errors(self, batch: Batch) -> Errors:
@@ -209,12 +242,23 @@ class IPAdapterModel(nn.Module):
         with self.part("VAE"):
             x0_BCHW = self.posterior_of(batch).sample(draws.posterior_noise_BCHW)
         corrupted = self.family.corrupt(x0_BCHW, draws.noise_BCHW, draws.time_B, self.min_snr_gamma)
-        tokens_BTD = self._training_tokens(batch, corrupted.time_B)
+        tokens_BTD, present_BT = self._training_tokens(batch, corrupted.time_B)
         with self.part("text encoder"):
             text = self.text_of(batch)
         with self.part("denoiser"):
-            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, scale=1.0)
-        return Errors(objective.squared_error(prediction, corrupted.target), corrupted.weight_B, draws.time_B)
+            prediction = self.predict(corrupted.noisy, corrupted.time_B, text, tokens_BTD, 1.0, present_BT)
+        if batch.loss_mask_B1HW is None:
+            error_B = objective.squared_error(prediction, corrupted.target)
+        else:
+            inside = self.family.pack((batch.loss_mask_B1HW.float() / 255).expand_as(x0_BCHW))
+            base = self._base_prediction(corrupted, text) if self.masked_loss.prior else None
+            error_B = self.masked_loss.error(inside, prediction, corrupted.target, base)
+        return Errors(error_B, corrupted.weight_B, draws.time_B)
+
+    @torch.no_grad()
+    def _base_prediction(self, corrupted: Corrupted, text: TextCondition) -> Tensor:
+        with self.part("denoiser"):
+            return self.predict(corrupted.noisy, corrupted.time_B, text, None, 0.0)
 
     def posterior_of(self, batch: Batch) -> Posterior:
         """The target's, from the cache or from the VAE."""
@@ -236,15 +280,22 @@ class IPAdapterModel(nn.Module):
         kept = drop_rows(inputs, self.family.prepare_text([""]), batch.draws.drop_text_B, self.device)
         return self.family.encode_text_inputs(kept, batch.size_B6)
 
-    def _training_tokens(self, batch: Batch, time_B: Tensor) -> Tensor:
+    def _training_tokens(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens, and which are present (None: all); where the image is dropped, "no image" is there once."""
+        more = batch.more
         with self.part("image encoder"):
             features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B
+            further = None if more is None else self.encode_reference(more.reference_R3HW)
         with self.part("image tokens"):
             kept = Features(
                 replace(features.pooled_BE, drop_B, empty.pooled_BE),
                 replace(features.patches_BPF, drop_B, empty.patches_BPF),
             )
-            return self.image_tokens(kept, t_B=time_B)
+            tokens_BTD = self.image_tokens(kept, t_B=time_B)
+            if more is None or further is None:
+                return tokens_BTD, None
+            tokens_RTD = self.image_tokens(further, t_B=time_B[more.row_R])
+            return more.after(tokens_BTD, tokens_RTD, ~drop_B[more.row_R])
 
 
 class GuidedPrompts:

@@ -18,6 +18,8 @@ Min-SNR-γ (Hang et al. 2023) weighs the error of x_0 by min(SNR, γ), SNR = α_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -80,9 +82,29 @@ def loss_weight(
     return weights[prediction_type].float()
 
 
-def squared_error(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error of each sample, in fp32: error_B."""
-    return (prediction_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)
+def squared_error(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_BCHW: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, in fp32, each cell times its weight: error_B."""
+    error_BCHW = (prediction_BCHW.float() - target_BCHW.float()).square()
+    return (error_BCHW if weight_BCHW is None else weight_BCHW * error_BCHW).flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class MaskedLoss:
+    """What a loss mask m in [0, 1] (1: inside) does: cells outside count ``outside`` as much as those inside,
+
+        L = mean[(m + w (1 − m)) (prediction − target)² + p (1 − m) (prediction − base)²],    w = ``outside``
+
+    and with p = ``prior`` above 0 they are also drawn to the base's own prediction, without the image.
+    """
+
+    outside: float = 0.0
+    prior: float = 0.0
+
+    def error(self, inside: Tensor, prediction: Tensor, target: Tensor, base: Tensor | None = None) -> Tensor:
+        """error_B for the mask ``inside``, of the prediction's shape, without the prior term if ``base`` is None."""
+        outside = 1 - inside
+        error_B = squared_error(prediction, target, inside + self.outside * outside)
+        return error_B if base is None else error_B + self.prior * squared_error(prediction, base, outside)
 
 
 def replace_rows(states: Tensor, drop_B: Tensor, replacement: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shape letters, used as suffixes of tensor names everywhere:
     C  latent channels          H W  height and width (pixels or latent cells, as the name says)
     L  text tokens              T  image tokens
     D  width of the context that cross-attention reads
-    P  patches, class token included
+    P  patches, class token included           R  further references of all samples of a batch
     E  width of the pooled image embedding          F  width of a patch feature
 
 Pixels are uint8 when they leave a data worker and float in [-1, 1] everywhere inside the model. Guidance scales are
@@ -21,9 +21,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Made = TypeVar("Made")
+Watch = Callable[[str, Tensor, Tensor], None]  # gets a host's name, its text attention, and λ times the image's
 TextInputs = dict[str, Tensor]  # see `ipa.contracts.Family.prepare_text`
 
 
@@ -106,6 +108,31 @@ class Draws:
         return Draws(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
+@dataclass
+class MoreReferences:
+    """The references of a batch's samples beyond the first that each has, one after another, uint8 as those.
+
+    ``row_R`` is the sample that each belongs to, ``slot_R`` its number among the sample's own, from 0 to ``slots`` - 1.
+    Slots without a reference are absent: nothing attends to them.
+    """
+
+    reference_R3HW: Tensor
+    row_R: Tensor
+    slot_R: Tensor
+    slots: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MoreReferences:
+        return MoreReferences(function(self.reference_R3HW), function(self.row_R), function(self.slot_R), self.slots)
+
+    def after(self, first_BTD: Tensor, tokens_RTD: Tensor, present_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the first references and of these, padded: B × ((1 + slots) T) × D, and which are present."""
+        (batch, length, width), at = first_BTD.shape, (self.row_R, self.slot_R)
+        others_BSTD = first_BTD.new_zeros(batch, self.slots, length, width).index_put(at, tokens_RTD.to(first_BTD))
+        absent_BS = torch.zeros(batch, self.slots, dtype=torch.bool, device=first_BTD.device)
+        present_BN = F.pad(absent_BS.index_put(at, present_R), (1, 0), value=True)
+        return torch.cat([first_BTD, others_BSTD.flatten(1, 2)], 1), present_BN.repeat_interleave(length, 1)
+
+
 class SourcePlace(NamedTuple):
     """A place in a source's endless order as one lane reads it, told by the window of records that is open there.
 
@@ -144,7 +171,8 @@ class Batch:
     ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A cache has
     in their place what frozen parts made of them, in fp16: ``posterior`` for the target, and for the reference the
     ``features`` that a head reads, or the reference still. ``text_inputs`` is the result of the family's
-    ``prepare_text``, where a cache has it.
+    ``prepare_text``, where a cache has it. ``more`` has further references, where a sample may have several.
+    ``loss_mask_B1HW`` says how much of each latent cell is inside the loss mask, 255 is all of it.
     ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
     the way to this batch, ``reject_examples`` has the place and the fault of the first. ``position`` is where training
@@ -158,6 +186,8 @@ class Batch:
     posterior: Posterior | None = None
     features: Features | None = None
     text_inputs: TextInputs | None = None
+    more: MoreReferences | None = None
+    loss_mask_B1HW: Tensor | None = None
     size_B6: Tensor | None = None
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
@@ -174,11 +204,12 @@ class Batch:
         return replace(self, draws=replace(self.draws, drop_text_B=keep, drop_image_B=keep))
 
     def with_neighbours_image(self) -> Batch:
-        """The same batch with each sample prompted by the picture of the one before it."""
+        """The same batch with each sample prompted by the picture, or pictures, of the one before it."""
         before = [(row or len(self)) - 1 for row in range(len(self))]  # roll() refuses half precision under autocast
         moved: dict[str, Any] = {
             "reference_B3HW": None if self.reference_B3HW is None else self.reference_B3HW[before],
             "features": None if self.features is None else self.features.map(lambda x: x[before]),
+            "more": self.more and replace(self.more, row_R=(self.more.row_R + 1) % len(self)),
         }
         return replace(self, **moved)
 
@@ -188,7 +219,7 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 mapped[name] = function(value)
-            elif isinstance(value, Draws | Posterior | Features):
+            elif isinstance(value, Draws | Posterior | Features | MoreReferences):
                 mapped[name] = value.map(function)
         if self.text_inputs is not None:
             mapped["text_inputs"] = {name: function(tensor) for name, tensor in self.text_inputs.items()}
@@ -229,8 +260,9 @@ class ImagePrompt:
     the prompt lives, so neither tokens nor branches may change between calls without gradients that see one prompt.
 
     ``hosts`` maps names of hosts to a factor of λ, hosts without one are left alone; None is 1 everywhere. ``mask_BHW``
-    in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. The results of the prompts ``also``
-    given are added to this one's.
+    in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. ``present_BT`` is False for tokens that
+    pad the batch, to which nothing attends; None are all there. ``watch`` is called in every host that can be watched.
+    The results of the prompts ``also`` given are added to this one's.
     """
 
     tokens_BTD: Tensor
@@ -238,6 +270,8 @@ class ImagePrompt:
     hosts: Mapping[str, float] | None = None
     mask_BHW: Tensor | None = None
     also: tuple[ImagePrompt, ...] = ()
+    present_BT: Tensor | None = None
+    watch: Watch | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:

@@ -229,12 +229,17 @@ def test_variants_are_as_large_as_published(recipe: str, experiment: str) -> Non
     assert sum(p.numel() for p in fitted_head(cfg, recipe).parameters()) + branches == PARAMETERS[recipe, experiment]
 
 
+def kind_and_tokens(experiment: str) -> tuple[str, str]:
+    found = overridden_groups("experiment", experiment)
+    return found["kind"], found["tokens"]
+
+
 @pytest.mark.parametrize("recipe", WORLDS)
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_heads_have_the_published_sizes(recipe: str, experiment: str) -> None:
     cfg = training(recipe, experiment)
     head = fitted_head(cfg, recipe)
-    kind, _, name = experiment.partition("_")
+    kind, name = kind_and_tokens(experiment)
 
     assert (head.context_width, head.num_tokens) == (WORLDS[recipe][1], {"global": 4, "fine_grained": 16}[name])
     assert head.no_image == {"global": "zeros", "fine_grained": "blank"}[name]
@@ -251,8 +256,9 @@ def test_heads_of_the_demo_world_can_be_written_for_diffusers() -> None:
         cfg = training("demo", experiment)
         with torch.device("meta"):
             head = instantiate(cfg.tokens)(EncoderWidths(192, 192, 65, 64), 128)
-        check_layout(head, experiment.partition("_")[0], cfg.adapter.layout)
-        assert cfg.adapter.layout == ("diffusers" if experiment.startswith("decoupled") else "ipa")
+        kind, _ = kind_and_tokens(experiment)
+        check_layout(head, kind, cfg.adapter.layout)
+        assert cfg.adapter.layout == ("diffusers" if kind == "decoupled" else "ipa")
 
 
 @pytest.mark.parametrize(("recipe", "size_px"), [("sd15", 512), ("sd21", 768), ("sdxl", 512), ("sdxl_bigg", 512)])

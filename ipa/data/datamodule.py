@@ -25,6 +25,7 @@ from ipa.data.addresses import NO_DROPS
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets
 from ipa.data.images.preparation import ImagePreparation
+from ipa.data.images.references import References
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import AuditStream, TrainStream, ValStream
@@ -68,9 +69,9 @@ class TrainLoader(DataLoader[Batch]):
 class StreamDataModule(LightningDataModule):
     """Orders of samples → loaders, and the position that training has reached.
 
-    ``captions``, ``image``, ``reference`` and ``schemes`` belong to the validation shards ``val``. ``batch_size`` is
-    per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training order is made for;
-    null values are those of the run that begins. ``pairs`` are options of ``Pairs``, ``images``
+    ``captions``, ``image``, ``reference``, ``reference_mask`` and ``schemes`` belong to the validation shards ``val``.
+    ``batch_size`` is per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training
+    order is made for; null values are those of the run that begins. ``pairs`` are options of ``Pairs``, ``images``
     those of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal.
     ``rejects`` counts what ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
     """
@@ -83,6 +84,7 @@ class StreamDataModule(LightningDataModule):
         captions: Any = "txt",
         image: Any = None,
         reference: Any = None,
+        reference_mask: Any = None,
         schemes: Sequence[str] = TRUSTED,
         batch_size: int = 8,
         val_batch_size: int | None = None,
@@ -96,8 +98,8 @@ class StreamDataModule(LightningDataModule):
         self.partners = open_partners(Pairs.of(pairs), train_order.sources)
         self.train_order, self.val_order = train_order, None
         if val is not None:
-            layout = {"captions": captions, "image": image, "reference": reference, "schemes": schemes}
-            self.val_order = Order([ShardSource.of("val", shards=val, **layout)], train_order.seed)
+            layout = {"captions": captions, "image": image, "reference": reference, "reference_mask": reference_mask}
+            self.val_order = Order([ShardSource.of("val", shards=val, schemes=schemes, **layout)], train_order.seed)
         self.images = ImagePreparation(**{name: value for name, value in images.items() if value is not None})
         self.batch_size, self.val_batch_size, self.val_limit = batch_size, val_batch_size or batch_size, val_limit
         self.num_workers, self.grace_s = num_workers, 25.0
@@ -135,8 +137,9 @@ class StreamDataModule(LightningDataModule):
         return replace(self.images, partners=self.partners)
 
     def val_preparation(self) -> Preparation:
-        """The same draws each time, nothing dropped, nothing random."""
-        return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation(), reference_background=None)
+        """The same draws each time, nothing dropped, nothing random, one reference each: the sample's own."""
+        own: dict[str, Any] = {"references": References(), "reference_background": None}
+        return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation(), **own)
 
     def train_dataloader(self) -> TrainLoader:
         lanes = self.settle_lanes()
@@ -289,8 +292,9 @@ class StreamDataModule(LightningDataModule):
 class ShardDataModule(StreamDataModule):
     """WebDataset shards in img2dataset's layout → ``Batch``; raises ``NoShards`` at once if they do not exist.
 
-    Either ``train`` names shards, read as ``captions``, ``image``, ``filters`` and ``reference`` say, or ``sources``
-    names entries of ``known``, each with values for ``ShardSource.of``. ``options`` are those of ``StreamDataModule``.
+    Either ``train`` names shards, read as ``captions``, ``image``, ``filters``, ``reference`` and the masks say, or
+    ``sources`` names entries of ``known``, each with values for ``ShardSource.of``. ``options`` are those of
+    ``StreamDataModule``.
     """
 
     def __init__(
@@ -304,6 +308,8 @@ class ShardDataModule(StreamDataModule):
         filters: Mapping[str, Any] | None = None,
         image: Any = None,
         reference: Any = None,
+        reference_mask: Any = None,
+        loss_mask: Any = None,
         buckets: Any = None,
         window: int = 2048,
         seed: int = 0,
@@ -311,16 +317,32 @@ class ShardDataModule(StreamDataModule):
         **options: Any,
     ) -> None:
         layout: dict[str, Any] = {"captions": captions, "image": image, "reference": reference}
+        layout["reference_mask"] = reference_mask
         strip = Pairs.of(options.get("pairs")).strip
-        shards = choose_sources(train, sources, known or {}, filters=filters, **layout)
+        shards = choose_sources(train, sources, known or {}, filters=filters, loss_mask=loss_mask, **layout)
         read = [ShardSource.of(name, **values, strip=strip, schemes=schemes) for name, values in shards.items()]
         super().__init__(Order(read, seed, window), val, schemes=schemes, **layout, **options)
         self.bucket_sizes = buckets
+        check_members(read, self.images.references.most)
 
     def fit_to(self, *, image_size_px: int, **sizes: Any) -> None:
         super().fit_to(image_size_px=image_size_px, **sizes)
         if self.bucket_sizes is not None:
             self.train_order.buckets = Buckets.of(self.bucket_sizes, image_size_px)
+
+
+def check_members(sources: Sequence[ShardSource], most: int) -> None:
+    """Raise UserError if no sample can have as many references; log where it may have more."""
+    for source in sources:
+        members = source.layout.references
+        if most > max(1, len(members)):
+            raise UserError(
+                f"data.references.chances: up to {most} references, but {source.name} has only "
+                f"{', '.join(members) or 'the picture itself'}. Name {most} members in data.reference, or give fewer "
+                "chances"
+            )
+        if 1 < most < len(members):
+            log.info("%s: up to %d of the references %s, others in each pass", source.name, most, ", ".join(members))
 
 
 def choose_sources(

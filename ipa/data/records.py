@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ipa.data.addresses import Address
 from ipa.data.images.opening import Size, picture_size
@@ -14,14 +14,22 @@ from ipa.data.rejects import Rejected, count_reasons, examples_of
 from ipa.types import Batch, Draws, Position
 
 
+class Mask(NamedTuple):
+    """A picture that is white inside; with ``is_alpha`` it is the opacity of this one."""
+
+    data: bytes
+    is_alpha: bool
+
+
 @dataclass
 class Record:
     """A sample as stored in its shard; ``index`` counts all samples of the shard, good and bad, from 0.
 
     ``captions`` are given with their probabilities, which sum to 1. ``references`` are other pictures of the same
-    subject; without any the picture is its own reference. ``rejects`` are unusable neighbours, so that each is counted
-    once. ``broken`` is why the picture could not be decoded, once that was tried. ``source`` is set by the order;
-    ``span`` is where the sample begins and ends in its shard, in bytes.
+    subject; without any the picture is its own reference. ``reference_masks`` has a mask for each, or one for the
+    picture, where the source has masks. ``rejects`` are unusable neighbours, so that each is counted once. ``broken``
+    is why the picture could not be decoded, once that was tried. ``source`` is set by the order; ``span`` is where the
+    sample begins and ends in its shard, in bytes.
     """
 
     key: str
@@ -35,6 +43,8 @@ class Record:
     broken: Rejected | None = None
     source: str = ""
     span: tuple[int, int] = (0, 0)
+    loss_mask: Mask | None = None
+    reference_masks: tuple[Mask, ...] = ()
 
     @property
     def size(self) -> Size | None:

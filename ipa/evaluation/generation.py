@@ -84,7 +84,10 @@ def manifest(
     return {
         "label": label,
         "benchmark": identity(benchmark),
-        "method": {name: getattr(method, name) for name in ("name", "source", "trained", "uses_text")},
+        "method": {
+            **{name: getattr(method, name) for name in ("name", "source", "trained", "uses_text")},
+            **method.recorded,
+        },
         "sampling": recorded(sampling),
         **settings,
         "batch_size": sampling.batch_size,

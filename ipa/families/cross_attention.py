@@ -44,12 +44,22 @@ class CrossAttentionBranch(nn.Module):
             self.to_v_ip.weight.copy_(attention.to_v.weight)
 
     def forward(
-        self, query_BMQd: Tensor, tokens_BTD: Tensor, time: Tensor | None, scale: Tensor, once: Once = every_time
+        self,
+        query_BMQd: Tensor,
+        tokens_BTD: Tensor,
+        time: Tensor | None,
+        scale: Tensor,
+        once: Once = every_time,
+        present_BT: Tensor | None = None,
     ) -> Tensor:
-        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family."""
+        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family.
+
+        Tokens that are not present have logits of −∞.
+        """
         dtype = query_BMQd.dtype
         key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
-        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd)
+        mask_B11T = None if present_BT is None else present_BT[:, None, None]
+        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd, attn_mask=mask_B11T)
         return scale.to(attended.dtype) * join_heads(attended)
 
     def project(self, tokens_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -122,12 +132,15 @@ class BranchProcessor:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **unused)
         assert encoder_hidden_states is not None, "a cross-attention layer was called without text"
         query_BMQd = split_heads(attn.to_q(hidden_states), attn.heads)
-        attended = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
+        attended = text = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         for branch, prompt in prompts:
             scale = prompt.scale_at(self.host)
             if prompt.mask_BHW is not None:
                 scale = scale.to(attended) * mask_of(prompt, len(attended), attended.shape[1]).to(attended)
-            attended = attended + branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once)
+            image = branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once, prompt.present_BT)
+            attended = attended + image
+            if prompt.watch is not None:
+                prompt.watch(self.host, text, image)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states

@@ -38,6 +38,7 @@ class LatentDiffusion(Family):
     absent: ClassVar[dict[str, Any]]
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     supports_min_snr = True
+    supports_absence = True
 
     vae: Any
     unet: Any

@@ -38,7 +38,7 @@ MAY_CHANGE = (
     *("trainer.accumulate_grad_batches", "gradient_checkpointing", "compile", "data.num_workers", "data.schemes"),
     *("data.val", "data.val_batch_size"),
     *("name", "group", "paths", "resume", "stop", "guard", "profile", "logger", "licence", "next_command"),
-    *("callbacks", "checkpoint", "preview", "sampling", "scoring", "judge", "image_prompt_check"),
+    *("callbacks", "checkpoint", "preview", "sampling", "scoring", "judge", "image_prompt_check", "heldout_check"),
 )
 # these name a place: what is there must be the same, see `ipa.training.callbacks.SameParts`
 PLACES = (

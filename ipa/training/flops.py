@@ -24,7 +24,7 @@ def count_flops(model: IPAdapterModel, batch: Batch) -> int | None:
     gradient checkpointing computes it twice. Fake tensors carry shapes only, so this takes neither time nor memory of
     the device. The adapter must be installed. None with sharded weights (FSDP), which are gathered as they are used.
     """
-    weights = [weight for weight in model.trainable.parameters() if weight.requires_grad]
+    weights = model.trained()
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
         return None
     model.no_image(1)  # the model keeps it, so it must be a real tensor

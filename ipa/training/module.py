@@ -71,7 +71,7 @@ class AdapterTraining(L.LightningModule):
         return ends_step and (self.global_step + 1) % trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.model.trainable.parameters())
+        optimizer = self.make_optimizer(self.model.trained())
         if self.make_schedule is None:
             return optimizer
         schedule = {"scheduler": self.make_schedule(optimizer=optimizer), "interval": "step"}

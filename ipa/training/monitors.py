@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -70,6 +73,37 @@ class StepSize(TrainingCallback):
             pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
 
 
+class AttentionRatios:
+    """‖λ · image attention‖ / ‖text attention‖ of every layer: which carry the image, and whether it drowns the text.
+
+    Squares are summed on the device. Give ``add`` to `IPAdapterModel.watch` around some calls of the denoiser.
+    """
+
+    def __init__(self) -> None:
+        self.squares: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, host: str, text: Tensor, image: Tensor) -> None:
+        squares_2 = torch.stack([each.float().square().sum() for each in (image, text)])
+        self.squares[host] = self.squares[host] + squares_2 if host in self.squares else squares_2
+
+    def take(self, groups: Mapping[str, str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Ratios of the layers, and of the groups that ``groups`` puts them in, over all ranks; all ranks call this."""
+        if not self.squares:
+            return {}, {}
+        sums = sum_over_ranks(torch.stack([*self.squares.values()])).tolist()
+        layers = dict(zip(self.squares, sums, strict=True))
+        blocks: dict[str, list[float]] = {}
+        for name, squares in layers.items():
+            blocks[groups[name]] = [a + b for a, b in zip(blocks.get(groups[name], [0, 0]), squares, strict=True)]
+        return as_ratios(layers), as_ratios(blocks)
+
+
+def as_ratios(squares: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Ratios of the norms, given the squares of image and text; 0 without any text attention."""
+    return {name: math.sqrt(image / text) if text else 0.0 for name, (image, text) in squares.items()}
+
+
 class ImagePromptGuard(TrainingCallback):
     """Warns early if the image prompt is ignored: compares the error with the right image and with another one.
 
@@ -77,6 +111,9 @@ class ImagePromptGuard(TrainingCallback):
     with their neighbour's, at the same noise and times. `image_prompt/gap` is (other − own) / own; near zero the
     adapter ignores its image, whatever the loss does. It warns once, if the mean of the last ``patience`` gaps is not
     two standard errors above zero.
+
+    `image_attention/LAYER` is the layer's ratio with the samples' own references, see ``AttentionRatios``; the ratios
+    of the blocks are recorded in the adapter file.
     """
 
     def __init__(self, every_n_steps: int, patience: int = 10) -> None:
@@ -85,23 +122,34 @@ class ImagePromptGuard(TrainingCallback):
         self.every_n_steps = every_n_steps
         self.gaps: deque[float] = deque(maxlen=patience)
         self.has_warned = False
+        self.attention: dict[str, float] = {}  # of each block, when it was last measured
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.record(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not is_due(trainer, batch_idx, self.every_n_steps) or len(batch) < 2:
             return
-        model: IPAdapterModel = pl_module.model
+        model, ratios = pl_module.model, AttentionRatios()
         with trainer.precision_plugin.forward_context(), model.eagerly():
-            own, other = compare_images(model, batch)
+            own, other = compare_images(model, batch, ratios)
         values = {"own": own, "other": other, "gap": (other - own) / own}
+        layers, self.attention = ratios.take({host.name: host.block for host in model.family.hosts()})
         log_now(trainer, {f"image_prompt/{name}": value for name, value in values.items()})
+        log_now(trainer, {f"image_attention/{name}": value for name, value in layers.items()})
+        self.record(pl_module)
         self.judge(values["gap"], trainer.global_step)
+
+    def record(self, pl_module: Any) -> None:
+        if self.attention:
+            written = {name: round(value, 4) for name, value in self.attention.items()}
+            pl_module.metadata["image_attention"] = json.dumps(written)
 
     def judge(self, gap: float, step: int) -> None:
         self.gaps.append(gap)
-        if self.has_warned or len(self.gaps) < (self.gaps.maxlen or 0):
+        if self.has_warned or not self.has_patience_ended:
             return
-        gaps = torch.tensor(self.gaps, dtype=torch.float64)
-        mean, error = float(gaps.mean()), float(gaps.std()) / math.sqrt(len(gaps))
+        mean, error = self.mean_gap()
         if not mean > NUM_STANDARD_ERRORS * error:
             self.has_warned = True
             log.warning(
@@ -111,17 +159,35 @@ class ImagePromptGuard(TrainingCallback):
                 *(step, 100 * mean, 100 * error),
             )
 
+    @property
+    def has_patience_ended(self) -> bool:
+        return len(self.gaps) == self.gaps.maxlen
+
+    def mean_gap(self) -> tuple[float, float]:
+        """The mean of the last gaps, and its standard error."""
+        gaps = torch.tensor(self.gaps, dtype=torch.float64)
+        return float(gaps.mean()), float(gaps.std()) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+
     def state_dict(self) -> dict[str, Any]:
-        return {"gaps": list(self.gaps), "told": self.has_warned}
+        return {"gaps": list(self.gaps), "told": self.has_warned, "attention": self.attention}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.gaps.extend(state_dict["gaps"])
         self.has_warned = state_dict["told"]
+        self.attention = dict(state_dict.get("attention", {}))
 
 
 @torch.no_grad()
-def compare_images(model: IPAdapterModel, batch: Batch) -> tuple[float, float]:
-    """Mean error over all ranks with the samples' own references and with their neighbours', nothing dropped."""
-    own = batch.keep_all()
-    means = torch.stack([model.errors(each).error_B.mean() for each in (own, own.with_neighbours_image())])
-    return tuple(mean_over_ranks(means).tolist())
+def compare_images(model: IPAdapterModel, batch: Batch, ratios: AttentionRatios | None = None) -> tuple[float, float]:
+    """Mean error over all ranks with the samples' own references and with their neighbours', of whole images.
+
+    Nothing is dropped, and a loss mask does not count. ``ratios`` are of the own ones.
+    """
+    own = replace(batch.keep_all(), loss_mask_B1HW=None)
+    model.watch = None if ratios is None else ratios.add
+    try:
+        errors = [model.errors(own).error_B.mean()]
+    finally:
+        model.watch = None
+    errors.append(model.errors(own.with_neighbours_image()).error_B.mean())
+    return tuple(mean_over_ranks(torch.stack(errors)).tolist())

@@ -16,9 +16,12 @@ from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
 from ipa.export.published import check_fits
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
+from ipa.objective import MaskedLoss
 from ipa.training.checkpointing import load
 from ipa.training.module import AVERAGE
 from ipa.types import BaseWidths, EncoderWidths
+
+REQUIRED = "required"  # adapter.init_from of experiments that begin with an adapter
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +41,37 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     check_layout(head, kind, layout, get_class(cfg.base._target_.rpartition(".")[0]).name)  # type: ignore[attr-defined]
     if warning := other_no_image(head, layout):
         log.warning("%s", warning)
+    check_training(cfg, kind, donor)
     if donor:
         option = "adapter.init_from" if donor == cfg.adapter.init_from else "resume"
         file = read_adapter(Path(donor)).file
         check_fits(file, base, encoder, source=str(donor), base=cfg.base.path, encoder=name_of(cfg.encoder))
         with torch.device("meta"):
             check_same_sizes(make_head(file), file.kind, head, kind, f"{option}={donor}")
+
+
+def check_training(cfg: DictConfig, kind: str, donor: str | Path | None) -> None:
+    """What the parts cannot do in training; raises UserError."""
+    if donor == REQUIRED:
+        raise UserError(
+            "this experiment starts from an adapter: give adapter.init_from=FILE, a published adapter or one of a run, "
+            "and tokens= and kind= as it has them"
+        )
+    freeze, chances = cfg.adapter.get("freeze"), cfg.data.references.chances
+    if freeze is not None and (freeze not in ("head", "branches") or kind == "simple"):
+        others = "it has nothing but a head" if kind == "simple" else "head, branches, or null to train both"
+        raise UserError(f"adapter.freeze={freeze}, of a {kind} adapter: {others}")
+    supported: bool = get_class(cfg.base._target_.rpartition(".")[0]).supports_absence  # type: ignore[attr-defined]
+    if sum(chance > 0 for chance in chances[1:]) and (kind == "simple" or not supported):
+        what = (
+            "a simple adapter's tokens are a part of the text"
+            if kind == "simple"
+            else f"so far not with {cfg.base._target_}"
+        )
+        raise UserError(
+            f"data.references.chances={list(chances)}: several references need branches that leave out absent ones, "
+            f"and {what}. Give [1]"
+        )
 
 
 def check_average(cfg: DictConfig, checkpoint: Path) -> None:
@@ -74,7 +102,10 @@ def build_model(cfg: DictConfig) -> IPAdapterModel:
     family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
     head = instantiate(cfg.tokens)(encoder.widths, family.context_width)
     adapter = instantiate(cfg.adapter.make)(family.hosts())
-    model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
+    masked_loss = MaskedLoss(cfg.loss_mask_outside, cfg.loss_mask_prior)
+    model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit, masked_loss)
+    if cfg.adapter.freeze is not None:
+        model.freeze(cfg.adapter.freeze)
     if cfg.gradient_checkpointing:
         model.checkpoint_gradients()
     if cfg.compile:

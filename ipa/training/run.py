@@ -34,9 +34,11 @@ from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, wher
 from ipa.training.configuration import settle_configuration
 from ipa.training.failures import LOST_PIPE, explain_fit_failure
 from ipa.training.guards import FiniteGuard
+from ipa.training.heldout import HeldOutGap
 from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
+from ipa.training.monitors import ImagePromptGuard
 from ipa.training.owner import owning
 from ipa.training.parts import build_model, check_average, check_parts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
@@ -71,7 +73,8 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
     cfg, moved = settle_configuration(cfg, folder, resumes)
     if resumes and (summary := finished_summary(folder, cfg.trainer.max_steps)):
         log.info(
-            "%s is finished; a larger trainer.max_steps= resumes it, another name= starts anew. Its result:\n\n%s",
+            "%s is finished; a larger trainer.max_steps= resumes it unless it stopped early, another name= starts "
+            "anew. Its result:\n\n%s",
             *(folder, summary),
         )
         return
@@ -90,7 +93,7 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
         same.frozen = module.model.frozen_hash()
     for logger in trainer.loggers:
         log_configuration(logger, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-    log.info("training %s parameters in %s", f"{module.model.count_trainable():,}", folder)
+    log.info("training %s parameters in %s", f"{count_trained(module.model):,}", folder)
     fit(cfg, trainer, module, datamodule, start)
     if stop.end is not None:
         raise stop.end
@@ -110,7 +113,8 @@ def finished_summary(folder: Path, max_steps: int) -> str | None:
         return None
     try:
         summary = read_json(path)
-        return describe(summary) if summary["steps"] >= max_steps else None
+        is_finished = summary["steps"] >= max_steps or summary.get("stopped early")
+        return describe(summary) if is_finished else None
     except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         log.warning("%s is damaged (%s), so it is made again", path, brief(error))
         return None
@@ -176,7 +180,7 @@ def own_metadata(cfg: DictConfig) -> dict[str, str]:
 
 def scaled_optimizer(cfg: DictConfig, step_samples: int) -> DictConfig:
     """The optimizer's configuration with the learning rate for this many samples per step."""
-    factor = learning_rate_factor(cfg.scale_lr, step_samples)
+    factor = learning_rate_factor(cfg.scale_lr, step_samples) * cfg.lr_factor
     optimizer: Any = OmegaConf.merge(cfg.optimizer, {"lr": cfg.optimizer.lr * factor})
     if factor != 1:
         log.info("learning rate %g: optimizer.lr times %g, for %d samples per step", optimizer.lr, factor, step_samples)
@@ -270,7 +274,7 @@ def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[s
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     speeds = [c.mean_samples_per_s for c in found(callbacks, Throughput)]
     return {
-        "parameters trained": model.count_trainable(),
+        "parameters trained": count_trained(model),
         "steps": trainer.global_step,
         "samples per second": next((round(speed, 1) for speed in speeds if math.isfinite(speed)), None),
         "samples rejected": next((sum(c.rejects.values()) for c in found(callbacks, DataPosition)), None),
@@ -278,8 +282,23 @@ def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[s
         "steps skipped": next((c.skipped for c in found(callbacks, FiniteGuard) if c.skips), None),
         "best checkpoint": next((str(c.best_path) for c in found(callbacks, Checkpoints) if c.best_path), None),
         "last preview": next((str(c.last) for c in found(callbacks, Previews) if c.last), None),
+        "image attention": next((c.attention for c in found(callbacks, ImagePromptGuard) if c.attention), None),
+        **describe_heldout(found(callbacks, HeldOutGap)),
         "adapter": str(folder / "adapter.safetensors"),
     }
+
+
+def describe_heldout(watchers: Sequence[HeldOutGap]) -> dict[str, Any]:
+    """Where the gap of held-out samples was largest, if it was measured."""
+    watched = next((each for each in watchers if each.best["gap"] is not None), None)
+    if watched is None:
+        return {}
+    best = f"{watched.path}, step {watched.best['step']}, held-out gap {watched.best['gap']:.4f}"
+    return {"stopped early": watched.has_stopped or None, "best adapter": best}
+
+
+def count_trained(model: IPAdapterModel) -> int:
+    return sum(parameter.numel() for parameter in model.trained())
 
 
 def found(callbacks: Sequence[L.Callback], kind: type[T]) -> list[T]:
@@ -310,4 +329,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def in_words(value: Any) -> str:
-    return ", ".join(f"{name} ({number})" for name, number in value.items()) if isinstance(value, dict) else str(value)
+    """A mapping as its entries, numbers rounded."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} ({round(number, 3)})" for name, number in value.items())

@@ -10,6 +10,7 @@ import pytest
 from report_folder import scored, write_demo, write_items, write_json, write_run, write_skipped
 
 from ipa.errors import UserError
+from ipa.evaluation.report.bars import find_bars
 from ipa.evaluation.report.curves import Chart, describe, draw, find_charts, line_style
 from ipa.evaluation.report.files import write_report
 from ipa.evaluation.report.page import make_page
@@ -200,3 +201,20 @@ def test_a_missing_or_broken_image_leaves_a_gap(tmp_path: Path) -> None:
     (tmp_path / "style" / "pictures" / "item0_0.png").unlink()
 
     assert page_of(tmp_path, rows=6, best=0).count("no image") == 2
+
+
+def test_bars_show_the_attention_to_the_image_of_each_adapter_once(tmp_path: Path) -> None:
+    write_items(tmp_path, ["a"])
+    ratios = {"down_blocks.0": 0.25, "$mid$": 1.5, "broken": None}
+    for label, found in {"one-scale0": ratios, "one-scale1": ratios, "other": {"mid": 0.1}, "none": None}.items():
+        write_run(tmp_path, label, method={"image_attention": found} if found else {})
+    bars = find_bars(read_evaluation(tmp_path))
+
+    assert [(system.label, words) for system, _, words in bars] == [
+        ("one-scale0", "down_blocks.0 0.25, $mid$ 1.50"),
+        ("other", "mid 0.10"),
+    ]
+    drawn = base64.b64decode(bars[0][1].removeprefix("data:image/svg+xml;base64,")).decode()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    page = write_report(tmp_path, Shown()).read_text()
+    assert 'id="image-attention"' in page and "down_blocks.0 0.25" in page

@@ -12,6 +12,7 @@ import signal
 import tarfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -296,9 +297,48 @@ def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_pa
     with pytest.raises(InstantiationException) as refused_in_training:
         instantiate(cfg.data)
 
+    with pytest.raises(InstantiationException, match=r"data\.references\.chances=\[1, 2\].*one reference each"):
+        instantiate(compose("train", *parts, "data=cache", f"data.train={made}", "data.references.chances=[1,2]").data)
     for message in (str(refused.value), str(refused_in_training.value.__cause__)):
         assert all(re.search(complaint, message) for complaint in RANDOM.values())
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
+    shard, draw = tmp_path / "masked" / "0.tar", random.Random(0)
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        for i in range(6):
+            mask = Image.frombytes("L", (4, 4), draw.randbytes(16)).resize((24, 20))
+            for name, data in ((f"{i}.txt", b"a"), (f"{i}.png", picture(draw, (24, 20))), (f"{i}.mask.png", png(mask))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    masks = [*parts, f"data.train={shard.parent}", "data.loss_mask=mask.png", "data.reference_mask=mask.png"]
+    made = run(tmp_path / "out", *masks)
+    online = [*masks, "data.num_workers=0", "++data.window=8", "loss_mask_outside=0.1"]
+    cached = [*online, "data=cache", f"data.train={made}", "data.lanes.ranks=1", "data.lanes.workers=1"]
+    online_cfg, cached_cfg = compose("train", *online, "data.background=null"), compose("train", *cached)
+    model = tiny.shake(build_model(online_cfg))
+    model.adapter.install()
+    (pictures,), (features,) = (train_batches(cfg, model, 1) for cfg in (online_cfg, cached_cfg))
+    assert torch.equal(pictures.loss_mask_B1HW, features.loss_mask_B1HW) and pictures.loss_mask_B1HW.float().std() > 10
+    with torch.no_grad():
+        expected = model.errors(pictures).error_B
+        assert model.errors(replace(pictures, loss_mask_B1HW=None)).error_B.min() > 1.2 * expected.min()
+        torch.testing.assert_close(model.errors(features).error_B, expected, rtol=2e-3, atol=0)
+    for other, name in (
+        ("data.loss_mask=null", "loss_mask mask.png, not None"),
+        ("data.reference_mask=alpha", "reference"),
+    ):
+        with pytest.raises((WrongCache, InstantiationException), match=name):
+            instantiate(compose("train", *cached, other).data)
+
+
+def png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
 
 
 def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ipa.model import Errors, IPAdapterModel
 from ipa.training.module import AdapterTraining
-from ipa.training.monitors import ImagePromptGuard, StepSize, TimestepBuckets, compare_images
+from ipa.training.monitors import AttentionRatios, ImagePromptGuard, StepSize, TimestepBuckets, compare_images
 from ipa.types import Batch
 
 
@@ -146,7 +146,7 @@ def test_what_was_measured_and_told_survives_a_round_trip(caplog: pytest.LogCapt
     third.load_state_dict(second.state_dict())
     for _ in range(5):
         third.judge(0.0, 50)
-    assert len(caplog.messages) == 1 and third.state_dict() == {"gaps": [0.0] * 4, "told": True}
+    assert len(caplog.messages) == 1 and third.state_dict() == {"gaps": [0.0] * 4, "told": True, "attention": {}}
 
 
 def test_one_measurement_has_no_scatter_to_judge_by() -> None:
@@ -202,6 +202,12 @@ def test_a_trainer_logs_all_of_it(tmp_path: Path) -> None:
     own, other = own_other
     assert values(rows, "image_prompt/own") == twice(own) and values(rows, "image_prompt/other") == twice(other)
     assert values(rows, "image_prompt/gap") == pytest.approx([(other - own) / own] * 2, abs=1e-5)
+    ratios = AttentionRatios()
+    compare_images(model, batch_of(), ratios)
+    layers, blocks = ratios.take({host.name: host.block for host in model.family.hosts()})
+    for name, ratio in layers.items():
+        assert values(rows, f"image_attention/{name}") == twice(ratio)
+    assert monitors[2].attention == pytest.approx(blocks, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -224,3 +230,40 @@ def test_a_training_that_uses_the_image_is_not_warned(tmp_path: Path, caplog: py
 
     assert min(values(rows, "image_prompt/gap")) > 0.05
     assert not [message for message in caplog.messages if "prompt" in message]
+
+
+def test_ratios_are_those_of_the_norms_and_grow_with_the_scale(model: IPAdapterModel) -> None:
+    model.adapter.install()
+    inputs, seen = tiny.make_inputs(model), dict[str, tuple[Tensor, Tensor]]()
+    first, doubled, off = (AttentionRatios() for _ in range(3))
+
+    def watch(host: str, text: Tensor, image: Tensor) -> None:
+        seen[host] = (text, image)
+        first.add(host, text, image)
+
+    groups = {host.name: host.block for host in model.family.hosts()}
+    with torch.no_grad():
+        for add, scale in ((watch, 1.0), (doubled.add, 2.0), (off.add, 0.0)):
+            model.watch = add
+            model.predict(*inputs, scale=scale)
+        model.watch = None
+    layers, blocks = first.take(groups)
+
+    assert layers.keys() == groups.keys() and blocks.keys() == {*groups.values()}
+    for host, (text, image) in seen.items():
+        assert layers[host] == pytest.approx(float(image.norm() / text.norm()), rel=1e-5)
+    entry = next(iter(seen))  # whose queries do not depend on the scale
+    assert doubled.take(groups)[0][entry] == pytest.approx(2 * layers[entry], rel=1e-5)
+    assert set(off.take(groups)[0].values()) == {0.0}
+    inside = [pair for host, pair in seen.items() if groups[host] == groups[entry]]
+    text, image = (torch.cat([pair[i].flatten() for pair in inside]).norm() for i in (0, 1))
+    assert blocks[groups[entry]] == pytest.approx(float(image / text), rel=1e-5)
+
+
+def test_a_simple_adapter_has_no_ratios_of_its_layers() -> None:
+    model = tiny.make_model(kind="simple")
+    model.adapter.install()
+    ratios = AttentionRatios()
+    compare_images(model, batch_of(), ratios)
+
+    assert ratios.take({}) == ({}, {}) and model.watch is None

@@ -17,11 +17,12 @@ from ipa.data.cache.source import CacheSource
 from ipa.data.datamodule import ShardDataModule, Shards, StreamDataModule
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets, FixedBuckets
+from ipa.data.images.references import References
 from ipa.data.images.transforms import Background
 from ipa.data.order.sequence import Order
 from ipa.data.pairs.options import Pairs
 from ipa.data.shards.names import TRUSTED
-from ipa.data.shards.source import Layout
+from ipa.data.shards.source import Layout, read_masks
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 
@@ -33,8 +34,9 @@ class CachedDataModule(StreamDataModule):
     """Feature shards → ``Batch``; raises ``NoShards`` or ``WrongCache`` at once if they do not exist or are no cache.
 
     Either ``train`` names shards, or ``caches`` has several sources by name, each with ``shards`` and ``weight``. The
-    cache fixes how pictures are cropped: ``crop``, ``reference_fit``, ``buckets`` and ``background`` must be the same,
-    the last two only if they are given. ``options`` are those of ``StreamDataModule``; validation reads pictures.
+    cache fixes how pictures are cropped: ``crop``, ``reference_fit``, masks, ``buckets`` and ``background`` must be the
+    same, the last two only if they are given, and each sample has one reference. ``options`` are those of
+    ``StreamDataModule``; validation reads pictures.
     """
 
     def __init__(
@@ -49,17 +51,21 @@ class CachedDataModule(StreamDataModule):
         background: Background | None = None,
         reference_background: Background | None = None,
         pairs: Mapping[str, Any] | None = None,
+        loss_mask: str | None = None,
+        reference_mask: str | None = None,
+        references: References | None = None,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        refuse_random(crop, augment, background, reference_background=reference_background)
+        refuse_random(crop, augment, background, (), references, reference_background)
         sources = open_caches(train, caches or {}, schemes)
         self.header, self.bucket_sizes = sources[0].header, buckets
-        super().__init__(
-            Order(sources, seed, window), val, schemes=schemes, background=background, pairs=pairs, **options
-        )
+        options |= {"schemes": schemes, "background": background, "reference_mask": reference_mask, "pairs": pairs}
+        super().__init__(Order(sources, seed, window), val, **options)
+        masks = frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
+        self.require("choices", {name: masks.get(name) for name in ("loss_mask", "reference_mask")})
         self.require("choices", {"crop": crop, "reference_fit": self.reference_fit})
         self.require("choices", {"pairs.strip": strip_choice(Pairs.of(pairs).strip)})
         if reference_background is not None:
@@ -135,7 +141,7 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
     """The options that a cache of a source freezes; raises UserError for random ones."""
     images = data.images
     behind = images.reference_background
-    refuse_random(images.crop, images.augment, images.background, layout.references, behind)
+    refuse_random(images.crop, images.augment, images.background, layout.references, images.references, behind)
     return {
         "crop": images.crop,
         "reference_fit": images.reference_fit,
@@ -149,6 +155,15 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
         **({"image": list(layout.images)} if layout.images else {}),
         **({"pairs.strip": strip_choice(layout.strip)} if layout.strip.parts else {}),
         **({"reference_background": only_colour(behind)} if behind else {}),
+        **frozen_masks(layout.loss_mask, layout.reference_masks),
+    }
+
+
+def frozen_masks(loss_mask: str, reference_masks: Sequence[str]) -> dict[str, Any]:
+    """Nothing without masks, as in caches that were made before there were any."""
+    return {
+        **({"loss_mask": loss_mask} if loss_mask else {}),
+        **({"reference_mask": list(reference_masks)} if reference_masks else {}),
     }
 
 
@@ -157,6 +172,7 @@ def refuse_random(
     augment: Augmentation | None,
     background: Background | None,
     references: Sequence[str] = (),
+    number: References | None = None,
     reference_background: Background | None = None,
 ) -> None:
     """Raise UserError naming the options that are random in each pass, which a cache cannot be."""
@@ -169,6 +185,8 @@ def refuse_random(
         asked.append("data.reference_background of several colours (give one)")
     if len(references) > 1:
         asked.append(f"data.reference=[{', '.join(references)}], one of them at random (give one)")
+    if number is not None and number.most > 1:
+        asked.append(f"data.references.chances={list(number.chances)} (a cache has one reference each: use [1])")
     if asked:
         raise UserError(f"a cache holds each picture once, so nothing in it can be random: {'; '.join(asked)}")
 

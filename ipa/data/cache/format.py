@@ -39,6 +39,7 @@ DTYPES = {
     "logvar_CHW": torch.float16,
     "pooled_E": torch.float16,
     "reference_3HW": torch.uint8,
+    "mask_1HW": torch.uint8,  # the loss mask, of the latents' size
     "size_6": torch.int32,  # as in ``TextCondition``
 }
 TEXT = "text."  # begins the names of what ``Family.prepare_text`` gives: a row for each caption

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, STORED, TEXT, to_size, unpack
+from ipa.data.images.masks import stack_masks
 from ipa.data.pairs.index import Place
 from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
@@ -90,6 +91,7 @@ class CachedPreparation:
             return True
         edge, kept, latent = self.sizes["reference_size_px"], self.sizes["kept"], tuple(self.sizes["latent_shape"])
         latents = shapes["mean_CHW"] == latent if target is None else shapes["mean_CHW"][:1] == latent[:1]
+        latents = latents and shapes.get("mask_1HW", (1, *shapes["mean_CHW"][1:])) == (1, *shapes["mean_CHW"][1:])
         reference = shapes.get("reference_3HW") == (3, edge, edge) if "reference" in kept else True
         return latents and reference and ("pooled" not in kept or "pooled_E" in shapes)
 
@@ -97,7 +99,8 @@ class CachedPreparation:
         self, samples: Sequence[CachedSample], rejects: Sequence[Rejected], position: Position | None = None
     ) -> Batch:
         """Stack samples of one size, and make their draws."""
-        stacked = stack([sample.arrays for sample in samples])
+        masks = stack_masks([to_mask(sample.arrays.get("mask_1HW")) for sample in samples])
+        stacked = stack([{name: x for name, x in sample.arrays.items() if name != "mask_1HW"} for sample in samples])
         pooled_BE = stacked.get("pooled_E")
         channels, height, width = samples[0].arrays["mean_CHW"].shape
         draws = draw([sample.address for sample in samples], (channels, height, width), self.drops)
@@ -108,6 +111,7 @@ class CachedPreparation:
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
             text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
             size_B6=stacked["size_6"].long(),
+            loss_mask_B1HW=masks,
         )
 
 
@@ -133,6 +137,10 @@ def read_entry(entry: Mapping[str, Any], like: NDArray[Any]) -> tuple[int, int]:
     if tuple(entry["shape"]) != like.shape or STORED[entry["dtype"]] != like.dtype or end - start != like.nbytes:
         raise ValueError(f"{entry} is not like {like.dtype} {like.shape}")
     return start, like.nbytes
+
+
+def to_mask(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array.copy())
 
 
 def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
+from ipa.data.images.masks import cover_mask, masked, open_mask, stack_masks
 from ipa.data.images.opening import Size
-from ipa.data.images.transforms import Background, Opened, cover, cut_corner, fit_named, fit_reference, open_picture
+from ipa.data.images.references import References
+from ipa.data.images.transforms import (
+    PAD_COLOUR,
+    Background,
+    Opened,
+    cover,
+    cut_corner,
+    fit_named,
+    fit_reference,
+    open_picture,
+)
 from ipa.data.pairs.partners import BrokenPartner, Partners
-from ipa.data.records import Record, make_batch
+from ipa.data.records import Mask, Record, make_batch
 from ipa.data.rejects import Rejected
 from ipa.errors import UserError
 from ipa.types import Batch, Position
@@ -26,7 +37,7 @@ CROPS = ("center", "random")
 class Sample:
     """A decoded record. ``address`` is where its draws are made: its own, unless it replaces a broken sample.
 
-    ``size_6`` describes the target's crop, as in ``TextCondition``.
+    ``size_6`` describes the target's crop, as in ``TextCondition``; the loss mask has a value for each latent cell.
     """
 
     image_3HW: Tensor
@@ -35,6 +46,8 @@ class Sample:
     text: str
     record: Record
     address: Address
+    more_references: Sequence[Tensor] = ()
+    loss_mask_1HW: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class ImagePreparation:
     Pictures of more than ``max_pixels`` are rejected before they are decoded; ``headroom`` is that of ``open_picture``.
     ``crop`` is the target's. The reference is cropped independently, in the way that its encoder expects
     (``reference_fit``); ``augment`` and ``reference_background`` (None is the target's) change only the reference.
-    ``partners`` lend it.
+    ``references`` says how many there are, ``partners`` lend them.
     """
 
     image_size_px: int = 0
@@ -57,6 +70,7 @@ class ImagePreparation:
     crop: str = "center"
     reference_fit: str = "crop"
     augment: Augmentation = field(default_factory=Augmentation)
+    references: References = field(default_factory=References)
     reference_background: Background | None = None
     partners: Partners | None = None
 
@@ -67,8 +81,9 @@ class ImagePreparation:
 
     @property
     def sample_bytes(self) -> int:
-        """Pixels of target and reference, and two draws of noise."""
-        return 3 * (self.image_size_px**2 + self.reference_size_px**2) + 8 * math.prod(self.latent_shape)
+        """Pixels of target and references, and two draws of noise."""
+        references = self.references.most * self.reference_size_px**2
+        return 3 * (self.image_size_px**2 + references) + 8 * math.prod(self.latent_shape)
 
     def sample(self, record: Record, address: Address, target: Size | None = None) -> Sample:
         """Raises ``Rejected`` if a picture cannot be used; a second try on the same record costs nothing."""
@@ -81,39 +96,60 @@ class ImagePreparation:
             raise
         except Rejected as reject:
             record.broken, record.picture, record.references = reject.at(record.key, record.shard), b"", ()
+            record.loss_mask, record.reference_masks = None, ()
             raise record.broken from None
 
     def decode(self, record: Record, lender: Record, address: Address, target: Size) -> Sample:
-        """The record's target and the lender's reference, mostly the same record."""
+        """The record's target and the lender's references, mostly the same record; some of several are chosen."""
         colour, need = self.background.colour(address), self.augment.need(self.reference_size_px)
         shared = lender is record and not record.references and self.reference_background is None
         needs = [target, need] if shared else [target]
         picture = open_picture(record.picture, colour, self.max_pixels, needs, self.headroom).shrunk(target)
         try:
-            shown = picture if shared else self.open_reference(lender, address, need, colour)
+            shown = list(self.shown(lender, picture if shared else None, colour, need, address))
         except Rejected as reject:
             raise (reject if lender is record else BrokenPartner.of(reject, lender)) from None
         place = self.place(address)
-        reference_3HW = fit_reference(
-            self.augment.crop(shown, need, address), self.reference_size_px, self.reference_fit
-        )
+        first, *more = (self.reference(each, need, numbered(address, n)) for n, each in enumerate(shown))
         return Sample(
             cover(picture, target, place),
-            self.augment.change(reference_3HW, address),
+            first,
             size_condition(picture.size, target, place),
             address.choose("caption", record.captions),
             record,
             address,
+            more,
+            self.loss_mask(record.loss_mask, picture.size, target, place),
         )
 
-    def open_reference(self, lender: Record, address: Address, need: Size, colour: str) -> Opened:
-        """If a record has references of its own, one is chosen at random. ``colour`` is behind the target."""
-        chosen = lender.picture
-        if lender.references:
-            chosen = lender.references[int(address.uniform("reference") * len(lender.references))]
-        if self.reference_background is not None:
-            colour = self.reference_background.colour(address, "reference background")
-        return open_picture(chosen, colour, self.max_pixels, [need], self.headroom)
+    def shown(
+        self, lender: Record, picture: Opened | None, colour: str, need: Size, address: Address
+    ) -> Iterator[Opened]:
+        """The opened pictures that the references are made from; ``picture`` is the lender's, if it is open."""
+        own = self.reference_background
+        behind = None if own is None else own.colour(address, "reference background")
+        offered = lender.references or (lender.picture,)
+        masks: Sequence[Mask | None] = lender.reference_masks or [None] * len(offered)
+        if picture is not None:
+            yield self.masked(picture, masks[0], behind)
+            return
+        for chosen, mask in self.references.choose(list(zip(offered, masks, strict=True)), address):
+            opened = open_picture(chosen, behind or colour, self.max_pixels, [need], self.headroom)
+            yield self.masked(opened, mask, behind)
+
+    def masked(self, picture: Opened, mask: Mask | None, colour: str | None) -> Opened:
+        if mask is None:
+            return picture
+        return masked(picture, open_mask(mask, picture.size, self.max_pixels), colour or PAD_COLOUR)
+
+    def reference(self, shown: Opened, need: Size, address: Address) -> Tensor:
+        cropped = self.augment.crop(shown, need, address)
+        return self.augment.change(fit_reference(cropped, self.reference_size_px, self.reference_fit), address)
+
+    def loss_mask(self, mask: Mask | None, size: Size, target: Size, place: tuple[float, float]) -> Tensor | None:
+        if mask is None:
+            return None
+        return cover_mask(open_mask(mask, size, self.max_pixels), target, place, self.cells_of(target))
 
     def place(self, address: Address) -> tuple[float, float]:
         """Position of the target's crop, as fractions of the margin, across and down."""
@@ -128,14 +164,21 @@ class ImagePreparation:
             "reference_B3HW": torch.stack([sample.reference_3HW for sample in samples]),
             "size_B6": torch.stack([sample.size_6 for sample in samples]),
         }
-        draws = draw([sample.address for sample in samples], self.latents_of(tensors["image_B3HW"]), self.drops)
-        return make_batch(samples, draws, rejects, position, **tensors)
+        width, height = self.cells_of(tensors["image_B3HW"].shape[:1:-1])
+        draws = draw([sample.address for sample in samples], (self.latent_shape[0], height, width), self.drops)
+        more = self.references.stack([[sample.reference_3HW, *sample.more_references] for sample in samples])
+        masks = stack_masks([sample.loss_mask_1HW for sample in samples])
+        return make_batch(samples, draws, rejects, position, **tensors, more=more, loss_mask_B1HW=masks)
 
-    def latents_of(self, image_B3HW: Tensor) -> tuple[int, int, int]:
-        """C, H, W of the latents: those of the square, in proportion."""
-        channels, height, width = self.latent_shape
-        rows, columns = image_B3HW.shape[-2:]
-        return channels, height * rows // self.image_size_px, width * columns // self.image_size_px
+    def cells_of(self, target: Sequence[int]) -> Size:
+        """Width and height of the latents of an image: those of the square, in proportion."""
+        _, height, width = self.latent_shape
+        return width * target[0] // self.image_size_px, height * target[1] // self.image_size_px
+
+
+def numbered(address: Address, reference: int) -> Address:
+    """Where a reference's own draws are made: the first's at the sample's address."""
+    return replace(address, source=f"{address.source}, reference {reference}") if reference else address
 
 
 def size_condition(size: Size, target: Size, place: tuple[float, float]) -> Tensor:

@@ -199,12 +199,20 @@ def cover(picture: Opened, size: Size, place: tuple[float, float] = (0.5, 0.5)) 
 
 def cut_part(picture: Opened, whole: Size, corner: tuple[int, int], size: Size) -> Tensor:
     """``cover`` for long pictures: computes the crop only. PIL does it, which is slower per pixel."""
-    scales = [old / new for old, new in zip(picture.span, whole, strict=True)]
+    pixels = Image.fromarray(picture.pixels_3HW.permute(1, 2, 0).numpy())
+    box = crop_box(picture.span, whole, corner, size)
+    return to_tensor(pixels.resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def crop_box(
+    span: tuple[float, float], whole: Size, corner: tuple[int, int], size: Size
+) -> tuple[float, float, float, float]:
+    """The crop's corners before its picture, which filled ``span``, was resized to ``whole``."""
+    scales = [old / new for old, new in zip(span, whole, strict=True)]
     near = [start * scale for start, scale in zip(corner, scales, strict=True)]
     # rounding may put the far corner just outside, which PIL refuses
-    far = [min(old, n + s * scale) for old, n, s, scale in zip(picture.span, near, size, scales, strict=True)]
-    pixels = Image.fromarray(picture.pixels_3HW.permute(1, 2, 0).numpy())
-    return to_tensor(pixels.resize(size, Image.Resampling.BICUBIC, box=(near[0], near[1], far[0], far[1])))
+    far = [min(old, n + s * scale) for old, n, s, scale in zip(span, near, size, scales, strict=True)]
+    return near[0], near[1], far[0], far[1]
 
 
 def pad_square(picture: Opened, size_px: int) -> Tensor:

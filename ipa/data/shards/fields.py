@@ -18,10 +18,12 @@ from functools import cached_property
 from typing import Any
 
 from ipa.data.images.opening import Size, picture_size
+from ipa.data.records import Mask
 from ipa.data.rejects import (
     BROKEN_METADATA,
     EMPTY_CAPTION,
     NO_CAPTION,
+    NO_MASK,
     NO_PICTURE,
     NOT_UTF8,
     TOO_LARGE,
@@ -32,6 +34,7 @@ from ipa.files import PICTURE_EXTENSIONS, PICTURES
 
 METADATA = "json"
 ENTRY = f"{METADATA}."  # begins the key of an entry of the metadata: json.NAME
+ALPHA = "alpha"  # a picture's own opacity, in place of the extension of a mask
 MAX_TEXT_BYTES, MAX_METADATA_BYTES = 1 << 20, 1 << 24
 MAX_NAMES_SHOWN = 8
 CHOICES = ("first", "random", "weight")
@@ -55,6 +58,14 @@ class Fields:
             if extension in self.members and extension not in self.references:
                 return self.members[extension]
         raise Rejected(NO_PICTURE, self.what_there_is)
+
+    def mask(self, name: str, picture: bytes) -> Mask:
+        """The mask of a picture of this sample: its opacity if ``name`` is ``ALPHA``, else a member."""
+        if name == ALPHA:
+            return Mask(picture, is_alpha=True)
+        if name not in self.members:
+            raise Rejected(NO_MASK, f"{name} is missing: {self.what_there_is}")
+        return Mask(self.members[name], is_alpha=False)
 
     @property
     def what_there_is(self) -> str:

@@ -24,21 +24,22 @@ from ipa.data.rejects import (
     DUPLICATE_KEY,
     NO_CAPTION,
     NO_KEY,
+    NO_MASK,
     NO_PICTURE,
     NO_REFERENCE,
     TOO_LARGE,
     Rejected,
 )
-from ipa.data.shards.fields import Captions, Fields, is_extension, is_weight
+from ipa.data.shards.fields import ALPHA, Captions, Fields, is_extension, is_weight
 from ipa.data.shards.filters import Filter, as_list, read_filters
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.strip import Strip
 from ipa.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, Forward, Member, read_members, walk
 from ipa.errors import UserError
 
-OPTIONS = ("shards", "weight", "captions", "image", "reference", "filters")
+OPTIONS = ("shards", "weight", "captions", "image", "reference", "filters", "loss_mask", "reference_mask")
 MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES  # all members of a sample, with their headers
-INCOMPLETE = (NO_PICTURE, NO_CAPTION, NO_REFERENCE)
+INCOMPLETE = (NO_PICTURE, NO_CAPTION, NO_REFERENCE, NO_MASK)
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 
 
@@ -47,27 +48,37 @@ class Layout:
     """Which member or entry of the metadata is the caption, which members are references, what is filtered.
 
     ``images`` are the extensions that the picture may have, the preferred one first; by default ``files.PICTURES``.
-    ``strip`` changes captions after the filters saw them.
+    ``loss_mask`` is the picture's, ``reference_masks`` has one for each reference, or one for the picture: members'
+    extensions, or ``fields.ALPHA``. ``strip`` changes captions after the filters saw them.
     """
 
     captions: Captions = field(default_factory=Captions)
     references: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
-    # not in the repr, so the fingerprints of older runs stay
+    # not in repr, so the fingerprints of older runs stay
     images: tuple[str, ...] = field(default=(), repr=False)
+    loss_mask: str = field(default="", repr=False)
+    reference_masks: tuple[str, ...] = field(default=(), repr=False)
     strip: Strip = field(default_factory=Strip, repr=False)
 
     def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record:
         """Members: extension → content. The first fault of picture, caption, reference and filters is raised."""
         fields = Fields(members, self.references, self.images)
         picture, captions = fields.picture, self.captions.read(fields)
-        references = tuple(members[name] for name in self.references if name in members)
+        present = [n for n, name in enumerate(self.references) if name in members]
+        references = tuple(members[self.references[n]] for n in present)
         if self.references and not references:
             raise Rejected(NO_REFERENCE, f"none of {', '.join(self.references)}")
+        loss_mask = fields.mask(self.loss_mask, picture) if self.loss_mask else None
+        masks = self.reference_masks and [self.reference_masks[n] for n in present or [0]]
+        shown = zip(masks, references or (picture,), strict=True) if masks else ()
+        reference_masks = tuple(fields.mask(name, each) for name, each in shown)
         for each in self.filters:
             each.check(fields, captions[0][0])
         captions = self.strip.captions(captions, fields)
-        return Record(key, shard, index, picture, captions, references, fields.known_size)
+        found = Record(key, shard, index, picture, captions, references, fields.known_size)
+        found.loss_mask, found.reference_masks = loss_mask, reference_masks
+        return found
 
     def try_record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record | Rejected:
         try:
@@ -93,12 +104,14 @@ class ShardSource(Source):
         image: str | Sequence[str] | None = None,
         reference: str | Sequence[str] | None = None,
         filters: Mapping[str, Any] | None = None,
+        loss_mask: str | None = None,
+        reference_mask: str | Sequence[str] | None = None,
         strip: Strip | None = None,
         option: str = "data",
         schemes: Sequence[str] = TRUSTED,
         **unknown: Any,
     ) -> ShardSource:
-        """From YAML: see ``expand_shards``, ``captions`` and ``filters``; ``image`` and ``reference`` are extensions.
+        """From YAML: see ``expand_shards``, ``captions`` and ``filters``; the others are extensions of members.
 
         Raises UserError, whose messages name what is below ``option``. No shard is opened.
         """
@@ -109,6 +122,8 @@ class ShardSource(Source):
             read_extensions(reference, f"{option}.reference"),
             read_filters(filters, f"{option}.filters"),
             read_extensions(image, f"{option}.image"),
+            "".join(read_masks(loss_mask, 1, f"{option}.loss_mask")),
+            read_masks(reference_mask, max(1, len(as_list(reference or ()))), f"{option}.reference_mask"),
             strip or Strip(),
         )
         found = expand_shards(shards, schemes, f"{option.partition('.')[0]}.schemes")
@@ -130,7 +145,9 @@ class ShardSource(Source):
     @property
     def layout_parts(self) -> tuple[str, ...]:
         """Without ``strip``, which changes no choice of samples."""
-        return repr(self.layout), *self.layout.images
+        masks = [f"loss {self.layout.loss_mask}"] * bool(self.layout.loss_mask)
+        masks += [f"reference {name}" for name in self.layout.reference_masks]
+        return repr(self.layout), *self.layout.images, *masks
 
     def fingerprint(self) -> str:
         return self.identity
@@ -147,6 +164,15 @@ def read_extensions(given: Any, option: str) -> tuple[str, ...]:
             f"{option}={given}: give the extension of a member (ref.jpg of 0001.ref.jpg), or a list of them"
         )
     return tuple(name.lower() for name in names)
+
+
+def read_masks(given: Any, number: int, option: str) -> tuple[str, ...]:
+    """None at all, or one for each of a ``number`` of pictures; one for all if it is ``ALPHA``."""
+    names = read_extensions(given, option)
+    names = names * number if names == (ALPHA,) else names
+    if names and len(names) != number:
+        raise UserError(f"{option}={given}: give {ALPHA}, or the extensions of {number} members, one for each picture")
+    return names
 
 
 def read_weight(weight: Any, option: str) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from ipa.errors import MissingWeights
 from ipa.evaluation.methods.method import Method, Prompt
 from ipa.evaluation.methods.weights import options_renamed
 from ipa.export.loading import load_model
+from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
 from ipa.types import Features
@@ -43,7 +45,9 @@ class IPAdapterMethod(Method):
 
         Raises MissingWeights, and UserError for parts that do not fit.
         """
-        return cls(load(adapter, dtype=dtype, **parts), str(adapter))
+        method = cls(load(adapter, dtype=dtype, **parts), str(adapter))
+        method.recorded = read_attention(read_adapter(Path(str(adapter))).metadata)
+        return method
 
     @property
     def trained(self) -> int:
@@ -58,6 +62,16 @@ class IPAdapterMethod(Method):
         size_px, fit = self.model.encoder.image_size_px, self.model.reference_fit
         references_B3HW = torch.stack([prompt.cut(size_px, fit) for prompt in prompts])
         return self.model.encode_reference(references_B3HW.to(self.model.device))
+
+
+def read_attention(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the training measured last, if it did: ‖λ · image attention‖ / ‖text attention‖ by block."""
+    try:
+        found = json.loads(metadata.get("image_attention", "{}"))
+        blocks = {str(block): float(ratio) for block, ratio in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+    return {"image_attention": blocks} if blocks else {}
 
 
 def load(adapter: str | None, **options: Any) -> IPAdapterModel:

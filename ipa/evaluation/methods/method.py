@@ -9,7 +9,7 @@ Letters: B images; C, H, W of pixels or latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,13 +39,14 @@ class Method(nn.Module, ABC):
     """A frozen system: its parts are in eval mode and need no gradients.
 
     ``uses_text`` says whether the prompt's text has any effect, ``rescales_guidance`` whether the system's pipeline has
-    ``guidance_rescale``, and ``source`` which weights were loaded. Each image's noise comes from its own seed, drawn
-    on the CPU, so that it starts from the same noise on every device.
+    ``guidance_rescale``, ``source`` which weights were loaded, and ``recorded`` what else the manifest has of them.
+    Each image's noise comes from its own seed, drawn on the CPU, so that it starts from the same noise on every device.
     """
 
     name: ClassVar[str]
     uses_text: ClassVar[bool]
     rescales_guidance: ClassVar[bool] = False
+    recorded: Mapping[str, Any] = {}
 
     def __init__(self, source: str, **parts: nn.Module) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from ipa.evaluation.report.bars import find_bars
 from ipa.evaluation.report.curves import describe, draw, find_charts, line_style
 from ipa.evaluation.report.names import heading, kind_of
 from ipa.evaluation.report.pictures import CLIP_I, Shown, choose_items, choose_system, extremes, thumbnail_uri
@@ -34,6 +35,7 @@ def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
         table,
         charts=[(chart, draw(chart), describe(chart)) for chart in find_charts(evaluation)],
         line_style=line_style,
+        bars=find_bars(evaluation),
         grid=list(fitting(make_grid(evaluation, shown), max_bytes, thumbnail)),
         cards=cards,
         card_system=system,

@@ -31,7 +31,10 @@ OTHER_FILE = "choose another file with out=FILE"
 
 @dataclass
 class Findings:
-    """What was seen: original sizes (height, width), how many are upscaled, caption lengths in characters, rejects."""
+    """What was seen: original sizes (height, width), how many are upscaled, caption lengths in characters, rejects.
+
+    ``references`` counts samples by their number of references.
+    """
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
@@ -39,6 +42,7 @@ class Findings:
     rejects: Counter[str] = field(default_factory=Counter)
     reject_examples: Examples = field(default_factory=dict)
     buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
+    references: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def add(self, batch: Batch) -> None:
@@ -47,6 +51,8 @@ class Findings:
             self.sizes.append((height, width))
             self.upscaled += height < target_height or width < target_width
             self.buckets[target_width, target_height] += 1
+        further = Counter([] if batch.more is None else batch.more.row_R.tolist())
+        self.references.update(1 + further[row] for row in range(len(batch)))
         self.captions += map(len, batch.text)
         self.rejects.update(batch.rejects)
         add_examples(self.reject_examples, batch.reject_examples)
@@ -106,6 +112,9 @@ def describe(findings: Findings, workers: int) -> str:
         quantiles("caption (characters)", findings.captions),
         f"{good / findings.seconds:,.0f} samples/s with {workers} workers, startup included",
     ]
+    if len(findings.references) > 1:
+        numbers = ", ".join(f"{number}: {count:,}" for number, count in sorted(findings.references.items()))
+        lines.append(f"samples by number of references: {numbers}")
     if len(findings.buckets) > 1:
         most = ", ".join(f"{w} × {h}: {count:,}" for (w, h), count in findings.buckets.most_common(12))
         lines.append(f"buckets (width × height): {most}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ipa.data.addresses import Address
+from ipa.data.images.masks import stack_masks
 from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected
@@ -39,6 +40,7 @@ class Decoded:
     image_B3HW: Tensor | None = None
     reference_B3HW: Tensor | None = None
     size_B6: Tensor | None = None
+    loss_mask_B1HW: Tensor | None = None
 
     def pin_memory(self) -> Decoded:
         pinned: dict[str, Any] = {name: x.pin_memory() for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -56,6 +58,7 @@ class Decoding(Dataset[Decoded]):
         decoded = Decoded(replace(task, records=[], addresses=[]))
         for record, address in zip(task.records, task.addresses, strict=True):
             light = replace(record, picture=b"", references=(), measured=record.size, rejects=[])
+            light.loss_mask, light.reference_masks = None, ()
             try:
                 samples.append(self.preparation.sample(record, address, task.target))
                 decoded.good.append(light)
@@ -65,4 +68,5 @@ class Decoding(Dataset[Decoded]):
             decoded.image_B3HW = torch.stack([sample.image_3HW for sample in samples])
             decoded.reference_B3HW = torch.stack([sample.reference_3HW for sample in samples])
             decoded.size_B6 = torch.stack([sample.size_6 for sample in samples])
+            decoded.loss_mask_B1HW = stack_masks([sample.loss_mask_1HW for sample in samples])
         return decoded

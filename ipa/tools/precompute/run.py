@@ -117,6 +117,8 @@ class FrozenParts:
             found["pooled_E"] = self.encoder.encode(self.pixels(decoded.reference_B3HW), "pooled").pooled_BE
         if "reference" in self.kept:
             found["reference_3HW"] = decoded.reference_B3HW
+        if decoded.loss_mask_B1HW is not None:
+            found["mask_1HW"] = decoded.loss_mask_B1HW
         return {name: tensor.to(DTYPES[name]) for name, tensor in found.items()}
 
     def pixels(self, image_B3HW: Tensor) -> Tensor:

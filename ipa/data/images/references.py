@@ -1,0 +1,67 @@
+"""How many references a sample has, and which: one to N, of the pictures that a record offers.
+
+references = References(chances=(0.5, 0.3, 0.2))        # one, two or three
+references.number(address)                              # how many a source should offer this sample
+references.choose(record.references, address)           # at most that many of them, in random order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ipa.data.addresses import Address
+from ipa.errors import UserError
+from ipa.types import MoreReferences
+
+Picture = TypeVar("Picture")
+
+
+@dataclass(frozen=True)
+class References:
+    """``chances`` are those of one reference, of two, of three …, in any unit."""
+
+    chances: Sequence[float] = (1.0,)
+
+    def __post_init__(self) -> None:
+        numbers = all(isinstance(each, int | float) and 0 <= each < float("inf") for each in self.chances)
+        if not numbers or not sum(self.chances) > 0:
+            raise UserError(
+                f"data.references.chances={list(self.chances)}: give the chances of one reference, of two and so on, "
+                "as in [0.5,0.3,0.2]"
+            )
+        object.__setattr__(self, "chances", tuple(self.chances))  # not a view into a whole configuration
+
+    @property
+    def most(self) -> int:
+        """N, to which batches are padded."""
+        return max(n for n, chance in enumerate(self.chances, 1) if chance)
+
+    def number(self, address: Address) -> int:
+        """How many references this sample has, if there are as many."""
+        if self.most == 1:
+            return 1
+        total = sum(self.chances)
+        return address.choose("number of references", [(n, each / total) for n, each in enumerate(self.chances, 1)])
+
+    def choose(self, offered: Sequence[Picture], address: Address) -> list[Picture]:
+        """Different ones of those on offer, all if there are fewer; the first does not depend on the chances."""
+        first = int(address.uniform("reference") * len(offered))
+        number = self.number(address)
+        if number == 1:
+            return [offered[first]]
+        others = [each for i, each in enumerate(offered) if i != first]
+        order = torch.randperm(len(others), generator=address.generator("further references")).tolist()
+        return [offered[first], *(others[i] for i in order[: number - 1])]
+
+    def stack(self, references: Sequence[Sequence[Tensor]]) -> MoreReferences | None:
+        """The references of each sample in a batch beyond its first, uint8 pixels_3HW; None if no sample has any."""
+        rows = [(row, slot, each) for row, of_row in enumerate(references) for slot, each in enumerate(of_row[1:])]
+        if not rows:
+            return None
+        row_R, slot_R, pixels = zip(*rows, strict=True)
+        return MoreReferences(torch.stack(pixels), torch.tensor(row_R), torch.tensor(slot_R), self.most - 1)

@@ -1,0 +1,91 @@
+"""The masked loss against the plain one and against a step written out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_model import gradients
+from torch import Tensor
+
+from ipa.model import IPAdapterModel
+from ipa.objective import MaskedLoss
+from ipa.types import Batch
+
+CELLS = tiny.IMAGE_PX // 2
+
+
+def installed(masked_loss: MaskedLoss, double: bool = False) -> IPAdapterModel:
+    model = tiny.shake(tiny.make_model())
+    model.adapter.install()
+    model.masked_loss = masked_loss
+    return model.double() if double else model
+
+
+def half_mask() -> Tensor:
+    """uint8 mask_B1HW of make_batch: the left half is inside, with a soft border."""
+    mask = torch.zeros(3, 1, CELLS, CELLS, dtype=torch.uint8)
+    mask[..., : CELLS // 2] = 255
+    mask[..., CELLS // 2] = 100
+    return mask
+
+
+def with_mask(mask: Tensor) -> Batch:
+    return replace(tiny.make_batch(), loss_mask_B1HW=mask)
+
+
+@pytest.mark.parametrize("masked_loss", [MaskedLoss(), MaskedLoss(0.3), MaskedLoss(outside=1.0)])
+def test_a_mask_of_ones_gives_the_plain_gradient_to_the_bit(masked_loss: MaskedLoss) -> None:
+    model = installed(masked_loss)
+    plain = gradients(model.errors(tiny.make_batch()).loss, model)
+    whole = gradients(model.errors(with_mask(torch.full_like(half_mask(), 255))).loss, model)
+
+    assert all(torch.equal(whole[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.7])
+@pytest.mark.parametrize("outside", [0.0, 0.2])
+def test_the_step_is_that_written_out(outside: float, prior: float) -> None:
+    model, batch = installed(MaskedLoss(outside, prior), double=True), with_mask(half_mask())
+    draws, text = batch.draws, model.family.encode_text(batch.text)
+    x0 = model.posterior_of(batch).sample(draws.posterior_noise_BCHW)
+    corrupted = model.family.corrupt(x0, draws.noise_BCHW, draws.time_B)
+    tokens = model.image_tokens(model.encode_reference(batch.reference_B3HW))
+    prediction = model.predict(corrupted.noisy, corrupted.time_B, text, tokens, 1.0)
+    base = model.family.denoise(corrupted.noisy, corrupted.time_B, text)
+    inside = half_mask().double() / 255
+    error = (inside + outside * (1 - inside)) * (prediction - draws.noise_BCHW) ** 2
+    expected = (error + prior * (1 - inside) * (prediction - base) ** 2).mean()
+    loss = model.errors(batch).loss
+
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-6, atol=0)
+    found, wanted = gradients(loss, model), gradients(expected, model)
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() < 1e-6 * wanted[name].norm(), name
+
+
+def test_the_error_outside_does_not_enter() -> None:
+    prediction, target = torch.randn(2, 1, 4, CELLS, CELLS).unbind()
+    inside = (half_mask()[:1] // 255).float().expand_as(prediction)
+    other = prediction + (1 - inside) * 100
+    plain = MaskedLoss().error(inside, prediction, target)
+
+    assert torch.equal(MaskedLoss().error(inside, other, target), plain)
+    assert MaskedLoss(0.1).error(inside, other, target) > plain
+    torch.testing.assert_close(plain, (prediction - target)[inside.bool()].square().sum()[None] / prediction.numel())
+
+
+def test_the_prior_holds_only_the_outside_and_gives_the_base_no_gradient() -> None:
+    model = installed(MaskedLoss(prior=1.0))
+    nothing, everything = torch.zeros_like(half_mask()), torch.full_like(half_mask(), 255)
+    held = model.errors(with_mask(nothing)).error_B
+    with torch.no_grad():
+        for branch in model.adapter.branches:
+            branch.to_v_ip.weight.zero_()
+        silent = model.errors(with_mask(nothing)).error_B
+        plain = model.errors(tiny.make_batch()).error_B
+        assert torch.equal(model.errors(with_mask(everything)).error_B, plain)
+
+    assert held.min() > 0 and silent.abs().max() < 1e-12

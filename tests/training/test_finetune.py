@@ -1,0 +1,158 @@
+"""Fine-tuning: what it starts from and keeps, when held-out samples end it, and what they warn of."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import FEW, QUIET, Run, assert_same_run, checkpoint, column, saved_configuration
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+
+from ipa.errors import UserError
+from ipa.export.loading import load_model
+from ipa.files import read_json
+from ipa.training.heldout import HeldOutGap, end_here
+from ipa.training.monitors import ImagePromptGuard, compare_images
+
+BEST = "adapter_best.safetensors"
+WATCHED = ("experiment=finetune", "image_prompt_check.every_n_steps=1", "heldout_check.every_n_steps=2", *FEW)
+
+
+@pytest.fixture(scope="module")
+def donor(finished: Path) -> str:
+    return f"adapter.init_from={finished / 'adapter.safetensors'}"
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, train_in: Run, donor: str) -> Path:
+    """Six steps without a stop; only to be read."""
+    return train_in(tmp_path_factory.mktemp("runs") / "watched", *WATCHED, donor, "trainer.max_steps=6")
+
+
+def test_it_needs_an_adapter_to_start_from(train_in: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"starts from an adapter: give adapter\.init_from=FILE"):
+        train_in(tmp_path / "x", "experiment=finetune")
+
+
+def test_the_rate_is_a_tenth_of_the_recipes(watched: Path) -> None:
+    assert [float(lr) for lr in column(watched, "train/lr").values()] == pytest.approx([1e-4] * 6)
+
+
+@pytest.mark.parametrize("frozen", ["head", "branches"])
+def test_what_is_frozen_stays_and_is_in_the_files(frozen: str, train_in: Run, tmp_path: Path, donor: str) -> None:
+    run = train_in(
+        tmp_path / "x",
+        "experiment=finetune",
+        donor,
+        f"adapter.freeze={frozen}",
+        *QUIET,
+        "heldout_check.every_n_steps=null",
+        "trainer.max_steps=2",
+    )
+    before, after = (load_file(path) for path in (donor.partition("=")[2], run / "adapter.safetensors"))
+    prefix = {"head": "image_proj.", "branches": "ip_adapter."}[frozen]
+
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith(prefix), name
+    saved = checkpoint(run)
+    trained = [name for name in saved["state_dict"] if name.startswith("trainable.") and prefix not in name]
+    assert len(saved["optimizer_states"][0]["state"]) == len(trained)
+    assert 0 < read_json(run / "summary.json")["parameters trained"] < sum(map(torch.numel, before.values()))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("adapter.freeze=encoder",), r"adapter\.freeze=encoder, of a decoupled adapter: head, branches, or null"),
+        (("adapter.freeze=head", "experiment=simple_global"), "of a simple adapter: it has nothing but a head"),
+        (
+            ("data.references.chances=[1,1]", "experiment=simple_global", "++data.reference=[a.jpg,b.jpg]"),
+            r"data\.references\.chances=\[1, 1\].*a simple adapter",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_are_read(
+    options: tuple[str, ...], complaint: str, train_in: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        train_in(tmp_path / "x", *options, "base.path=demo/base")
+
+
+def test_the_gap_is_that_of_the_held_out_samples_with_the_weights_of_the_file(watched: Path) -> None:
+    gaps = {step: float(gap) for step, gap in column(watched, "image_prompt/heldout_gap").items()}
+    assert list(gaps) == [2, 4, 6]
+    step = max(gaps, key=lambda each: gaps[each])
+    assert load_file(watched / BEST).keys() == load_file(watched / "adapter.safetensors").keys()
+    data = instantiate(saved_configuration(watched).data)
+    data.fit_to(image_size_px=16, reference_size_px=24, latent_shape=(4, 8, 8))
+    model = load_model(watched / BEST)
+    pairs = [(*compare_images(model, batch), len(batch)) for batch in data.val_dataloader()]
+    own, other = (sum(pair[i] * pair[2] for pair in pairs) for i in (0, 1))
+
+    assert (other - own) / own == pytest.approx(gaps[step], rel=0.02)
+    assert f"step {step}" in read_json(watched / "summary.json")["best adapter"]
+
+
+def test_overfit_is_the_difference_to_the_gap_of_training_samples(watched: Path) -> None:
+    training = [float(gap) for gap in column(watched, "image_prompt/gap").values()]
+    heldout, overfit = (column(watched, f"image_prompt/{name}") for name in ("heldout_gap", "overfit"))
+
+    for step in (2, 4, 6):
+        assert float(overfit[step]) == pytest.approx(sum(training[:step]) / step - float(heldout[step]), abs=1e-6)
+
+
+def test_it_resumes_to_the_bit(train_in: Run, tmp_path: Path, donor: str, watched: Path) -> None:
+    half = train_in(tmp_path / "half", *WATCHED, donor, "trainer.max_steps=4")
+    train_in(half, *WATCHED, donor, "trainer.max_steps=6")
+
+    assert_same_run(half, watched)
+    for name in ("image_prompt/heldout_gap", "image_prompt/overfit"):
+        assert column(half, name) == column(watched, name)
+
+
+def test_it_stops_when_the_gap_no_longer_grows_and_stays_stopped(train_in: Run, tmp_path: Path, donor: str) -> None:
+    """Weights that do not move have the same gap each time, so the first is the best."""
+    options: tuple[str, ...] = (*WATCHED, donor, "lr_factor=1e-30", "optimizer.weight_decay=0", "trainer.max_steps=9")
+    options += ("heldout_check.every_n_steps=1", "heldout_check.patience=2", "preview.every_n_steps=0")
+    run = train_in(tmp_path / "x", *options)
+    summary = read_json(run / "summary.json")
+
+    assert summary["steps"] == checkpoint(run)["global_step"] == 3 and summary["stopped early"]
+    assert (run / "adapter.safetensors").exists() and (run / "previews" / "step_000003.png").exists()
+    before = (run / "log.csv").read_bytes()
+    train_in(run, *options)
+    assert (run / "log.csv").read_bytes() == before
+
+
+def test_the_alarm_warns_once_and_not_for_the_scatter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watcher, sure, scattered, early = HeldOutGap(tmp_path / BEST), *(ImagePromptGuard(1, patience=4) for _ in range(3))
+    sure.gaps.extend([0.20, 0.21, 0.19, 0.20])
+    scattered.gaps.extend([0.6, -0.4, 0.7, -0.1])
+    early.gaps.extend([0.2, 0.2, 0.2])
+    with caplog.at_level(logging.WARNING, logger="ipa.training.heldout"):
+        for guard, gap in ((sure, 0.11), (scattered, 0.09), (early, 0.09)):
+            watcher.judge(guard, gap, 10)
+        assert not caplog.messages
+        watcher.judge(sure, 0.09, 20)
+        watcher.load_state_dict(watcher.state_dict())
+        watcher.judge(sure, 0.01, 30)
+
+    (message,) = caplog.messages
+    assert message.startswith("step 20: the adapter overfits") and "20.00 %" in message and "9.00 %" in message
+
+
+def test_it_needs_held_out_samples(train_in: Run, tmp_path: Path, donor: str) -> None:
+    with pytest.raises(UserError, match=r"give data\.val=SHARDS"):
+        train_in(tmp_path / "x", *WATCHED, donor, "data.val=null")
+
+
+def test_the_last_step_can_be_moved_in_lightnings_trainer() -> None:
+    trainer = L.Trainer(max_steps=5, logger=False, enable_checkpointing=False, accelerator="cpu")
+    end_here(trainer)
+
+    assert trainer.max_steps == trainer.global_step == 0
