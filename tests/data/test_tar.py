@@ -57,7 +57,8 @@ def ours(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
     """What is found and not rejected, and whether it ends in a break."""
     found: list[tuple[str, bytes]] = []
     try:
-        found += (member for member in walk(uncompressed(Forward(io.BytesIO(data)))) if isinstance(member, Member))
+        members = walk(uncompressed(Forward(io.BytesIO(data))))
+        found += ((member.name, member.content) for member in members if isinstance(member, Member))
     except BREAKS:
         return found, True
     return found, False
