@@ -137,9 +137,9 @@ class StreamDataModule(LightningDataModule):
         return replace(self.images, partners=self.partners)
 
     def val_preparation(self) -> Preparation:
-        """The same draws each time, nothing dropped, nothing random, one reference each."""
-        plain: dict[str, Any] = {"drops": NO_DROPS, "crop": "center", "augment": Augmentation()}
-        return replace(self.images, **plain, references=References(), reference_background=None)
+        """The same draws each time, nothing dropped, nothing random, one reference each: the sample's own."""
+        own: dict[str, Any] = {"references": References(), "reference_background": None}
+        return replace(self.images, drops=NO_DROPS, crop="center", augment=Augmentation(), **own)
 
     def train_dataloader(self) -> TrainLoader:
         lanes = self.settle_lanes()

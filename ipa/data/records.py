@@ -27,9 +27,9 @@ class Record:
 
     ``captions`` are given with their probabilities, which sum to 1. ``references`` are other pictures of the same
     subject; without any the picture is its own reference. ``reference_masks`` has a mask for each, or one for the
-    picture, where the source has masks. ``rejects`` are unusable neighbours, so that each is counted
-    once. ``broken`` is why the picture could not be decoded, once that was tried. ``source`` is set by the order;
-    ``span`` is where the sample begins and ends in its shard, in bytes.
+    picture, where the source has masks. ``rejects`` are unusable neighbours, so that each is counted once. ``broken``
+    is why the picture could not be decoded, once that was tried. ``source`` is set by the order; ``span`` is where the
+    sample begins and ends in its shard, in bytes.
     """
 
     key: str
@@ -41,10 +41,10 @@ class Record:
     measured: Size | None = None
     rejects: list[Rejected] = field(default_factory=list)
     broken: Rejected | None = None
-    loss_mask: Mask | None = None
-    reference_masks: tuple[Mask, ...] = ()
     source: str = ""
     span: tuple[int, int] = (0, 0)
+    loss_mask: Mask | None = None
+    reference_masks: tuple[Mask, ...] = ()
 
     @property
     def size(self) -> Size | None:

@@ -49,17 +49,17 @@ class CachedDataModule(StreamDataModule):
         augment: Augmentation | None = None,
         buckets: Any = None,
         background: Background | None = None,
+        reference_background: Background | None = None,
+        pairs: Mapping[str, Any] | None = None,
         loss_mask: str | None = None,
         reference_mask: str | None = None,
         references: References | None = None,
-        reference_background: Background | None = None,
-        pairs: Mapping[str, Any] | None = None,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        refuse_random(crop, augment, background, number=references, reference_background=reference_background)
+        refuse_random(crop, augment, background, (), references, reference_background)
         sources = open_caches(train, caches or {}, schemes)
         self.header, self.bucket_sizes = sources[0].header, buckets
         options |= {"schemes": schemes, "background": background, "reference_mask": reference_mask, "pairs": pairs}

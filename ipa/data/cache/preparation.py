@@ -115,10 +115,6 @@ class CachedPreparation:
         )
 
 
-def to_mask(array: NDArray[Any] | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array.copy())
-
-
 def lent_arrays(place: Place, own: Mapping[str, NDArray[Any]], partners: Partners) -> dict[str, NDArray[Any]]:
     """What the cache keeps of the partner's reference, and nothing else of it; raises ``BrokenPartner``."""
     head = partners.part(place, 0, min(HEAD_BYTES, place.length))
@@ -141,6 +137,10 @@ def read_entry(entry: Mapping[str, Any], like: NDArray[Any]) -> tuple[int, int]:
     if tuple(entry["shape"]) != like.shape or STORED[entry["dtype"]] != like.dtype or end - start != like.nbytes:
         raise ValueError(f"{entry} is not like {like.dtype} {like.shape}")
     return start, like.nbytes
+
+
+def to_mask(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array.copy())
 
 
 def stack(rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from ipa.data.images.masks import cover_mask, masked, open_mask, stack_masks
 from ipa.data.images.opening import Size
 from ipa.data.images.references import References
 from ipa.data.images.transforms import (
+    PAD_COLOUR,
     Background,
     Opened,
     cover,
@@ -99,17 +100,17 @@ class ImagePreparation:
             raise record.broken from None
 
     def decode(self, record: Record, lender: Record, address: Address, target: Size) -> Sample:
-        """The record's target and the lender's references, mostly of the same record."""
+        """The record's target and the lender's references, mostly the same record; some of several are chosen."""
         colour, need = self.background.colour(address), self.augment.need(self.reference_size_px)
         shared = lender is record and not record.references and self.reference_background is None
         needs = [target, need] if shared else [target]
         picture = open_picture(record.picture, colour, self.max_pixels, needs, self.headroom).shrunk(target)
         try:
-            shown = self.shown(lender, picture if shared else None, colour, need, address)
-            first, *more = (self.reference(each, need, numbered(address, n)) for n, each in enumerate(shown))
+            shown = list(self.shown(lender, picture if shared else None, colour, need, address))
         except Rejected as reject:
             raise (reject if lender is record else BrokenPartner.of(reject, lender)) from None
         place = self.place(address)
+        first, *more = (self.reference(each, need, numbered(address, n)) for n, each in enumerate(shown))
         return Sample(
             cover(picture, target, place),
             first,
@@ -124,19 +125,22 @@ class ImagePreparation:
     def shown(
         self, lender: Record, picture: Opened | None, colour: str, need: Size, address: Address
     ) -> Iterator[Opened]:
-        """The opened pictures that the references are made from: ``picture``, or some of the lender's at random."""
-        masks: Sequence[Mask | None] = lender.reference_masks or [None] * max(1, len(lender.references))
+        """The opened pictures that the references are made from; ``picture`` is the lender's, if it is open."""
+        own = self.reference_background
+        behind = None if own is None else own.colour(address, "reference background")
+        offered = lender.references or (lender.picture,)
+        masks: Sequence[Mask | None] = lender.reference_masks or [None] * len(offered)
         if picture is not None:
-            yield self.masked(picture, masks[0])
+            yield self.masked(picture, masks[0], behind)
             return
-        if self.reference_background is not None:
-            colour = self.reference_background.colour(address, "reference background")
-        offered = list(zip(lender.references or (lender.picture,), masks, strict=True))
-        for chosen, mask in self.references.choose(offered, address):
-            yield self.masked(open_picture(chosen, colour, self.max_pixels, [need], self.headroom), mask)
+        for chosen, mask in self.references.choose(list(zip(offered, masks, strict=True)), address):
+            opened = open_picture(chosen, behind or colour, self.max_pixels, [need], self.headroom)
+            yield self.masked(opened, mask, behind)
 
-    def masked(self, picture: Opened, mask: Mask | None) -> Opened:
-        return picture if mask is None else masked(picture, open_mask(mask, picture.size, self.max_pixels))
+    def masked(self, picture: Opened, mask: Mask | None, colour: str | None) -> Opened:
+        if mask is None:
+            return picture
+        return masked(picture, open_mask(mask, picture.size, self.max_pixels), colour or PAD_COLOUR)
 
     def reference(self, shown: Opened, need: Size, address: Address) -> Tensor:
         cropped = self.augment.crop(shown, need, address)

@@ -55,7 +55,7 @@ class Layout:
     captions: Captions = field(default_factory=Captions)
     references: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
-    # not in the repr, so the fingerprints of older runs stay
+    # not in repr, so the fingerprints of older runs stay
     images: tuple[str, ...] = field(default=(), repr=False)
     loss_mask: str = field(default="", repr=False)
     reference_masks: tuple[str, ...] = field(default=(), repr=False)
@@ -145,10 +145,9 @@ class ShardSource(Source):
     @property
     def layout_parts(self) -> tuple[str, ...]:
         """Without ``strip``, which changes no choice of samples."""
-        layout = self.layout
-        masks = [f"loss {layout.loss_mask}"] * bool(layout.loss_mask)
-        masks += [f"reference {name}" for name in layout.reference_masks]
-        return repr(layout), *layout.images, *masks
+        masks = [f"loss {self.layout.loss_mask}"] * bool(self.layout.loss_mask)
+        masks += [f"reference {name}" for name in self.layout.reference_masks]
+        return repr(self.layout), *self.layout.images, *masks
 
     def fingerprint(self) -> str:
         return self.identity
