@@ -172,13 +172,19 @@ def check_seekable(shards: Sequence[str]) -> None:
 
 
 def build_index(
-    jobs: Sequence[Job], pairs: Pairs, path: Path, workers: int, count: Callable[[int], object] = lambda shards: None
+    jobs: Sequence[Job],
+    pairs: Pairs,
+    path: Path,
+    workers: int,
+    count: Callable[[int], object] = lambda shards: None,
+    parts_in: Path | None = None,
 ) -> dict[str, Any]:
     """Write the index and return its metadata; ``count`` is called with the number of finished shards of each call.
 
+    The shards' parts are kept in ``parts_in``, by default next to the index, from where a second call takes them.
     Raises UserError for an entry that no sample has, and if no sample has a partner.
     """
-    folder = path.with_name(f".{path.name}.parts")
+    folder = parts_in or path.with_name(f".{path.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(job.part(folder, pairs.columns) for job in jobs)
     make = partial(make_part, folder=folder, columns=pairs.columns)
@@ -197,7 +203,7 @@ def build_index(
         write_index(path, about, arrays)
         return about
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def assemble(

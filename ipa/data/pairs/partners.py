@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -162,8 +163,9 @@ def automatic_index(pairs: Pairs, sources: Sequence[Source]) -> Path:
     layouts = [part for source in sources for part in (source.name, source.layout_fingerprint())]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipa" / "pairs"
     path = cache / f"{digest(str(pairs), *layouts, *parts):016x}.safetensors"
-    if not path.exists():
-        build_index(list_jobs(sources), pairs, path, workers=1)
+    if not path.exists():  # ranks and the jobs of a sweep may each make it at the same time
+        with tempfile.TemporaryDirectory() as parts:
+            build_index(list_jobs(sources), pairs, path, workers=1, parts_in=Path(parts))
     return path
 
 
