@@ -21,7 +21,7 @@ from ipa.data.addresses import Address
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.transforms import Background
 from ipa.data.order.lanes import Share
-from ipa.data.pairs import partners
+from ipa.data.pairs import building, partners
 from ipa.data.pairs.building import build_index, list_jobs
 from ipa.data.pairs.index import Index, WrongIndex, open_index
 from ipa.data.pairs.options import Pairs
@@ -247,6 +247,18 @@ def test_processes_and_a_kill_change_no_byte(shards: list[str], tmp_path: Path) 
     build_index(jobs, pairs, tmp_path / "three", 1, lambda n: monkey.append(part.stat().st_mtime_ns))
     assert monkey[0] == made and not (tmp_path / ".three.parts").exists()
     assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes()
+
+
+def test_another_process_may_make_the_index_meanwhile(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assemble = building.assemble
+
+    def after_another(*parts: Any) -> Any:
+        monkeypatch.setattr(building, "assemble", assemble)
+        make(shards, STYLE_PAIRS)
+        return assemble(*parts)
+
+    monkeypatch.setattr(building, "assemble", after_another)
+    assert take(make(shards, STYLE_PAIRS), 1) == take(make(shards, STYLE_PAIRS), 1)
 
 
 def test_data_may_move_with_their_index(shards: list[str], tmp_path: Path) -> None:
