@@ -87,6 +87,7 @@ def run(command: documented.Command, place: Path) -> None:
     words = [in_place(word, place) for word in documented.as_python(command.words)]
     script, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     short = () if {"--help", "--cfg"} & set(arguments) else SHORT.get(script, ())
+    short += ("sampling.scale=0,1",) if "sweep=scale" in arguments else ()
     given = [first(word) if "-m" in arguments else word for word in arguments]
     done = forked.run(file_of(script), *given, *short, cwd=place, environment=ENVIRONMENT)
 

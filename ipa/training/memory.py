@@ -64,7 +64,8 @@ def estimate_peak(
 ) -> int:
     """Peak bytes of a step with ``batch`` samples; ``model`` is on the meta device, and gets fake weights here."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    fill(model, fake)
+    with fake:
+        model.to_empty(device="cpu")  # fake weights take no memory
     norms: Any = [each for each in model.modules() if type(each) in (nn.LayerNorm, nn.GroupNorm)]
     for norm in norms:
         norm.forward = partial(norm_as_on_cuda, norm)
@@ -77,21 +78,6 @@ def estimate_peak(
             live.peak = live.now
             step(samples)
     return live.peak
-
-
-def fill(model: nn.Module, fake: FakeTensorMode, device: str = "cpu") -> None:
-    """Give a model on the meta device weights that take no memory, as if on ``device``."""
-    with fake:
-        for module in model.modules():
-            fill_all(module._parameters, device)
-            fill_all(module._buffers, device)
-
-
-def fill_all(tensors: dict[str, Any], device: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            empty = torch.empty_like(tensor, device=device)
-            tensors[name] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def norm_as_on_cuda(norm: nn.LayerNorm | nn.GroupNorm, states: Tensor) -> Tensor:
