@@ -116,15 +116,15 @@ class VisionModelEncoder(ImageEncoder):
     @torch.no_grad()
     def embed_text(self, text: str) -> Tensor:
         """As the contract, for the folder of a whole CLIP; it is loaded again for its text tower, which is not kept."""
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import AutoTokenizer, CLIPModel
 
         folder = locate(self.source)
         if (folder.read_json("config.json") or {}).get("model_type") != "clip":
             return super().embed_text(text)
         where: Any = {"subfolder": folder.subfolder}
-        tower = CLIPTextModelWithProjection.from_pretrained(folder.root, dtype="float32", weights_only=True, **where)
+        clip = CLIPModel.from_pretrained(folder.root, dtype="float32", weights_only=True, **where).eval()
         tokens = AutoTokenizer.from_pretrained(folder.root, **where)([text], truncation=True, return_tensors="pt")
-        return tower.eval()(**tokens).text_embeds.to(self.mean.device)
+        return clip.text_projection(clip.text_model(**tokens).pooler_output).to(self.mean.device)
 
 
 def read_size(preprocessing: Mapping[str, Any]) -> int | list[int] | None:

@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 from ipa.data.images.transforms import Opened, fit_reference
 from ipa.encoders.open_clip import OpenClipEncoder
@@ -50,6 +51,19 @@ def test_clip_gives_the_features_of_open_clip_with_the_same_weights(sources, ima
     assert_same(ours.encode(image, uses), theirs.encode(image, uses))
     assert_same(ours.blank(2, uses), theirs.blank(2, uses))
     assert_same(whole.encode(image, uses), ours.encode(image, uses))
+
+
+def test_a_whole_clip_embeds_texts_with_its_own_tower(sources: dict[str, str], tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(sources["whole_clip"], tmp_path / "whole"))
+    tiny.make_tokenizer().save_pretrained(whole)
+    clip, tokens = CLIPModel.from_pretrained(whole), tiny.make_tokenizer()(["a cat"], return_tensors="pt")
+    with torch.no_grad():
+        states = clip.text_model(**tokens).pooler_output
+        expected = clip.text_projection(states)
+
+    torch.testing.assert_close(VisionModelEncoder.from_pretrained(str(whole)).embed_text("a cat"), expected)
+    with pytest.raises(UserError, match="has no text tower"):
+        VisionModelEncoder.from_pretrained(sources["dinov2"]).embed_text("a cat")
 
 
 @pytest.mark.parametrize("name", ["siglip", "dinov2", "registers"])

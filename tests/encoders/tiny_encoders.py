@@ -59,7 +59,9 @@ def save_vision_model(folder: Path, name: str, preprocessing: dict[str, Any]) ->
 def save_whole_clip(folder: Path) -> str:
     """The weights of ``tiny.make_encoder`` in a CLIP with a text tower."""
     vision = tiny.make_vision(tiny.make_encoder())
-    text = CLIPTextConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, bos_token_id=0)
+    ends = {"bos_token_id": len(tiny.VOCABULARY) - 2, "eos_token_id": len(tiny.VOCABULARY) - 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = CLIPTextConfig(vocab_size=len(tiny.VOCABULARY), **sizes, **ends)
     clip = CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=vision.config.to_dict(), projection_dim=tiny.POOLED_WIDTH)
     )
