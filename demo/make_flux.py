@@ -14,6 +14,7 @@ Objective: rectified flow, x_σ = (1 − σ) x_0 + σ ε, target ε − x_0, wit
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,9 @@ def export(options: argparse.Namespace) -> None:
     base.pipeline(averaged_weights(options.build), torch.float16).save_pretrained(beside, safe_serialization=True)
     save_tokenizer(base.clip_tokenizer, beside / "tokenizer")
     save_tokenizer(base.t5_tokenizer, beside / "tokenizer_2")
+    for name in ("text_encoder", "text_encoder_2"):  # transformers takes the stored type, diffusers fp32
+        config = beside / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     shutil.rmtree(options.out, ignore_errors=True)
     beside.rename(options.out)
 

@@ -187,3 +187,15 @@ def test_a_file_on_another_base_is_refused(file: str, base: str, tmp_path: Path)
         return
     with pytest.raises(UserError, match=r"It does not fit: the base tiny has \d layers"):
         load_into(model, tmp_path / NAME)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_files_of_unets_and_transformers_do_not_mix(name: str, tmp_path: Path) -> None:
+    models = {"unet": tiny.make_model(), "other": tiny_flow.make_model(tiny_flow.MAKERS[name])}
+    for key, model in models.items():
+        write(model, tmp_path / f"{key}.safetensors")
+    for key, other in (("unet", "other"), ("other", "unet")):
+        with pytest.raises(
+            UserError, match=r"It does not fit: the base tiny has \d+ layers .*, whose branches are others"
+        ):
+            load_into(models[other], tmp_path / f"{key}.safetensors")

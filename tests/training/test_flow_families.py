@@ -16,6 +16,7 @@ import torch
 from conftest import QUIET, ROOT, Run, World, checkpoint, column
 from hydra.errors import InstantiationException
 from PIL import Image
+from ranks import together, train_all
 
 from ipa.errors import UserError
 from ipa.export.loading import load_model
@@ -165,3 +166,21 @@ def test_how_the_training_sampled_is_recorded(trained: Callable[[str], Path]) ->
 
     assert (metadata["train_guidance"], metadata["hosts"], metadata["branches"]) == ("1", "double", "flux")
     assert recorded_options(metadata)["guidance"] == 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd35_medium"])
+def test_two_processes_train_as_one(
+    name: str, world: World, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    shared = (*QUIET, *overrides_of(name), "data.batch_size=null", "global_batch_size=4", "gradient_checkpointing=true")
+    one = train_in(tmp_path / "one", *shared)
+    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    together(train_all, [(tmp_path / "two", (*world.overrides(), "~logger.wandb", *processes, *shared))])
+    weights = [checkpoint(folder)["state_dict"] for folder in (one, tmp_path / "two")]
+
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-3, msg=key)
+    losses = [list(map(float, column(folder, "train/loss").values())) for folder in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
