@@ -41,6 +41,8 @@ def check_pipeline(settings: dict[str, Any]) -> None:
 
 def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call; ``options`` are those in ``OPTIONS``, as in `ipa.tools.sample`."""
+    if unknown := options.keys() - OPTIONS.keys():
+        raise UserError(f"{', '.join(sorted(unknown))} is none of {', '.join(OPTIONS)}")
     settings = OPTIONS | options
     pipeline, parts, arguments = with_control(prompter, settings)
     if settings["start_image"]:
