@@ -196,6 +196,6 @@ def test_files_of_unets_and_transformers_do_not_mix(name: str, tmp_path: Path) -
         write(model, tmp_path / f"{key}.safetensors")
     for key, other in (("unet", "other"), ("other", "unet")):
         with pytest.raises(
-            UserError, match=r"It does not fit: the base tiny has \d+ layers .*, whose branches are others"
+            UserError, match=r"does not fit: the base tiny has \d+ layers .*, whose branches are others"
         ):
             load_into(models[other], tmp_path / f"{key}.safetensors")
