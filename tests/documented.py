@@ -51,6 +51,8 @@ HYDRA = {
     "ipa.tools.train": "train",
     "ipa.tools.evaluate": "evaluate",
     "ipa.tools.inspect": "inspect",
+    "ipa.tools.pair": "pair",
+    "demo.paper": "paper",
     "ipa.tools.precompute": "precompute",
 }
 POSITIONAL = {"ipa.tools.pack": ("folder", "out"), "ipa.tools.report": ("folder",)}
@@ -325,6 +327,10 @@ def options() -> set[str]:
         ("evaluate", ("method=ip_adapter_control", "benchmark=coco2017")),
         ("evaluate", ("benchmark=folder",)),
         ("inspect", ()),
+        ("pair", ()),
+        ("paper", ()),
+        ("train", ("recipe=flux", "kind=decoupled")),
+        ("train", ("recipe=sd35_medium",)),
         ("precompute", ()),
     ]
     found = {path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()}
