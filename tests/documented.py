@@ -188,7 +188,8 @@ def needs_of(words: tuple[str, ...]) -> set[str]:
     cfg = composed(HYDRA[words[1]], tuple(args.overrides))
     path = str(OmegaConf.select(cfg, "base.path") or OmegaConf.select(cfg, "method.base") or "demo")
     gpu = {"gpu"} if OmegaConf.select(cfg, "trainer.accelerator") == "gpu" else set()
-    return gpu | ({"hub"} if "/" in path and not (ROOT / path).exists() else set())
+    missing = "hours" if path.startswith("demo/") else "hub"
+    return gpu | ({missing} if "/" in path and not (ROOT / path).exists() else set())
 
 
 def complaint_of_launcher(words: list[str]) -> str | None:
