@@ -164,8 +164,8 @@ def automatic_index(pairs: Pairs, sources: Sequence[Source]) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ipa" / "pairs"
     path = cache / f"{digest(str(pairs), *layouts, *parts):016x}.safetensors"
     if not path.exists():  # ranks and the jobs of a sweep may each make it at the same time
-        with tempfile.TemporaryDirectory() as parts:
-            build_index(list_jobs(sources), pairs, path, workers=1, parts_in=Path(parts))
+        with tempfile.TemporaryDirectory() as folder:
+            build_index(list_jobs(sources), pairs, path, workers=1, parts_in=Path(folder))
     return path
 
 
