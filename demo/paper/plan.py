@@ -104,7 +104,8 @@ class Settings:
         for name in ("steps", "items", "num_steps"):
             given[name] = read(name, given[name], whole(1))
         given["base_minutes"] = read("base_minutes", given["base_minutes"], number(above=0))
-        seeds = tuple(read("seeds", seed, whole(0, 999)) for seed in given.pop("seeds"))
+        listed = given.pop("seeds")
+        seeds = tuple(read("seeds", seed, whole(0, 999)) for seed in ([listed] if isinstance(listed, int) else listed))
         shared = {name: read(name, cfg[name], whole(1)) for name in ("shown", "jobs")}
         guidance = read("guidance", cfg.guidance, number(1, 1000))
         if cfg.own is not None and not Path(cfg.own).is_dir():
