@@ -104,7 +104,6 @@ demo-world: $(READY) ## rebuild the data and models of the demo world; hours on 
 	$(BIN)/python demo/make_base.py export --start demo/base --build demo/build/decoder
 	$(BIN)/python demo/make_clip.py encoder --threads 2
 	$(BIN)/python demo/make_clip.py judge --threads 2
-	$(BIN)/python demo/style.py
 	$(BIN)/python demo/measure.py clip
 	$(BIN)/python demo/measure.py vae
 	$(BIN)/python demo/measure.py base

@@ -334,7 +334,7 @@ def train_unet(options: argparse.Namespace) -> None:
     alphas = make_scheduler().alphas_cumprod.to(DEVICE)
     generator = torch.Generator().manual_seed(step)
     while clock.share < 1:
-        set_learning_rate(optimizer, options.lr or 6e-4, step, clock.share)
+        set_learning_rate(optimizer, options.lr or 6e-4, step, clock.share, options.warmup)
         chosen = torch.randint(len(world), (options.batch,), generator=generator)
         backgrounds = draw_backgrounds(options.batch, generator)
         latents = encode(compose(world.rgba[chosen], backgrounds))
@@ -457,6 +457,7 @@ def main() -> None:
         help=f"how often the UNet's captions name each, in [0, 1] (default {SAID})",
     )
     parser.add_argument("--horizon", type=float, default=2000, help="steps that the UNet's moving average covers")
+    parser.add_argument("--warmup", type=int, default=300, help="steps in which the UNet's learning rate rises")
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")

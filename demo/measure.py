@@ -4,7 +4,7 @@
     python demo/measure.py clip --models DIR  # the same of those in DIR, figures in DIR/figures.json
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
-    python demo/measure.py adapter RUN        # 100 held-out image prompts, alone and with a text; styles after style.py
+    python demo/measure.py adapter RUN        # or a file: 100 held-out image prompts, alone and with a text
     python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
 Each prints its figures and keeps them in demo/figures.json unless said otherwise.
@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import style
 import torch
 from make_base import load_pca
 from make_clip import RECIPES, clip_tokenizer, make_model
@@ -159,10 +158,7 @@ def measure_base(options: argparse.Namespace) -> None:
     told = [describe(*parts) for parts in zip(captions, styles, backgrounds.tolist(), strict=True)]
     drawn = draw_texts(pipeline, told, options)
     figures["background named, right"] = float((nearest_colour(drawn) == backgrounds).float().mean())
-    network = style.load_network()
-    if network is not None:
-        found = style.tell_style(network, drawn)
-        figures["style named, right"] = sum(one == other for one, other in zip(found, styles, strict=True)) / COUNT
+    figures["style named, right"] = share_equal(tell_styles(judge, drawn, captions, list(STYLE_WORDS)), styles)
     keep("base", figures)
     save_grid(pixels[:64], captions[:64], IMAGES / "base.png")
 
@@ -205,16 +201,12 @@ def measure_adapter(options: argparse.Namespace) -> None:
     """100 held-out prompts, three seeds: alone with λ = 0 and ``--scale``, λ = 0.5 with texts of other things."""
     from ipa.export.loading import load_model
 
-    model = load_model(options.run / "adapter.safetensors")
-    prompts = Prompts(model)
-    network = style.load_network()
-    figures: dict[str, Any] = {}
-    if network is not None:
-        figures["style, real pictures"] = style.share_right(network, HERE / "data" / "heldout")
+    prompts = Prompts(load_model(options.adapter))
+    figures: dict[str, Any] = {"style, real pictures": prompts.share_of_style(prompts.pixels)}
     for seed in (0, 1, 2):
         for scale in (0.0, options.scale):
             pixels = prompts.draw(options, scale, [""] * COUNT, seed)
-            for name, value in prompts.score(pixels, network).items():
+            for name, value in prompts.score(pixels).items():
                 figures.setdefault(f"scale {scale:g}, {name}", []).append(round(value, 4))
         texts = one_caption_per_concept()
         pixels = prompts.draw(options, 0.5, texts, seed)
@@ -245,15 +237,17 @@ class Prompts:
         )
         return generate(self.model, self.features, texts, range(1000 * seed, 1000 * seed + COUNT), how)
 
-    def score(self, pixels: Tensor, network: Any) -> dict[str, float]:
+    def score(self, pixels: Tensor) -> dict[str, float]:
         found = {}
         for metric in (ClipCosines(self.judge), BorderColour()):
             metric.update(pixels, self.pixels, [[caption] for caption in self.captions])
             found |= {name: float(value) for name, value in metric.compute().items()}
-        if network is not None:
-            told = style.tell_style(network, pixels)
-            found["style"] = sum(one == other for one, other in zip(told, self.styles, strict=True)) / COUNT
-        return found
+        return {**found, "style": self.share_of_style(pixels)}
+
+    def share_of_style(self, pixels: Tensor) -> float:
+        """Of the pictures whose drawing style is their prompt's."""
+        told = tell_styles(self.judge, pixels, self.captions, sorted(set(self.styles)))
+        return share_equal(told, self.styles)
 
     def score_both(self, pixels: Tensor, texts: list[str]) -> dict[str, float]:
         """Whether the text's thing is on the image's background."""
@@ -281,6 +275,10 @@ def tell_styles(judge: ClipScorer, pixels_B3HW: Tensor, captions: list[str], sty
     texts_SBE = [judge.embed_texts([describe(caption, style) for caption in captions]) for style in styles]
     cosines_BS = torch.stack([(images_BE * texts_BE).sum(1) for texts_BE in texts_SBE], 1)
     return [styles[number] for number in cosines_BS.argmax(1)]
+
+
+def share_equal(one: list[str], other: list[str]) -> float:
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
 
 
 def one_caption_per_concept() -> list[str]:
@@ -313,7 +311,7 @@ def draw_curves(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("clip", "vae", "base", "adapter", "curves"))
-    parser.add_argument("run", type=Path, nargs="?", help="run folder of the adapter")
+    parser.add_argument("adapter", type=Path, nargs="?", help="run folder or adapter file")
     parser.add_argument("--models", type=Path, default=HERE, help="folder of encoder/ and judge/ (default: demo)")
     parser.add_argument("--names", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="which clip measures")
     parser.add_argument("--steps", type=int, default=25)
@@ -322,8 +320,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="adapter only: λ of the image prompt alone")
     parser.add_argument("--key", default="adapter", help="name of the adapter's figures in figures.json")
     options = parser.parse_args()
-    if options.what == "adapter" and options.run is None:
-        parser.error("adapter needs the run folder, for example runs/decoupled_global/NAME")
+    if options.what == "adapter" and options.adapter is None:
+        parser.error("adapter needs a run folder or a file, for example demo/adapters/decoupled_global.safetensors")
     measures = {
         "clip": measure_clip,
         "vae": measure_vae,

@@ -149,6 +149,7 @@ def test_the_larger_simple_adapter_trains_as_many_parameters() -> None:
     ("override", "words"),
     [
         ("steps=0", "steps=0: give an integer"),
+        ("seeds=-1", "seeds=-1: give an integer"),
         ("seeds=[1,1]", "seeds="),
         ("own=nowhere", "own=nowhere: no such folder"),
     ],

@@ -104,7 +104,8 @@ class Settings:
         for name in ("steps", "items", "num_steps"):
             given[name] = read(name, given[name], whole(1))
         given["base_minutes"] = read("base_minutes", given["base_minutes"], number(above=0))
-        seeds = tuple(read("seeds", seed, whole(0, 999)) for seed in given.pop("seeds"))
+        listed = given.pop("seeds")
+        seeds = tuple(read("seeds", seed, whole(0, 999)) for seed in ([listed] if isinstance(listed, int) else listed))
         shared = {name: read(name, cfg[name], whole(1)) for name in ("shown", "jobs")}
         guidance = read("guidance", cfg.guidance, number(1, 1000))
         if cfg.own is not None and not Path(cfg.own).is_dir():
@@ -212,9 +213,10 @@ def train_base(style: str, settings: Settings) -> Job:
     """demo/base fine-tuned on one drawing style, a custom base that no adapter sees in training."""
     folder = settings.work / "bases" / f"{style}-{short_hash(settings.base_minutes, hash_of(BASE, TRAIN))}"
     shared = ("--start", BASE, "--build", str(folder))
-    training = ("--style", style, "--minutes", f"{settings.base_minutes:g}", "--lr", "3e-4", "--horizon", "100")
+    training = ("--style", style, "--minutes", f"{settings.base_minutes:g}", "--lr", "6e-4")
+    quickly = ("--warmup", "50", "--horizon", "100")
     commands = (
-        ("python", "demo/make_base.py", "unet", *shared, *training),
+        ("python", "demo/make_base.py", "unet", *shared, *training, *quickly),
         ("python", "demo/make_base.py", "export", *shared, "--out", f"{folder}/base"),
     )
     seconds = 2 * START_S + 60 * settings.base_minutes
