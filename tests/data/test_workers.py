@@ -1,5 +1,6 @@
 """A batch that a data worker cannot send ends the training; no run waits for one that is lost."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ class Batches(IterableDataset[Any]):
         self.batch = batch
 
     def __iter__(self) -> Iterator[Any]:
-        yield self.batch
+        return itertools.repeat(self.batch)  # endless, as in training
 
 
 def test_a_batch_that_cannot_be_sent_ends_the_loader() -> None:

@@ -44,6 +44,7 @@ PAGE: dict[str, Any] = {
     "num_steps": 2,
     "guidance": 2.0,
     "guidance_rescale": 0,
+    "keep_outside": False,
     "start_image": None,
     "strength": 0.5,
     "control": None,

@@ -94,6 +94,7 @@ class Page:
             try:
                 settings, files = await asyncio.to_thread(self.prepare, values, folder)
                 calls = len(list(batches(items_of(at(settings, folder)), self.sampling.batch_size)))
+                calls *= 1 + settings["keep_outside"]  # once more without the pictures
                 job = self.queue.submit(session, calls, lambda job: self.make(job, settings, folder))
                 async for fraction, words in self.queue.watch(session, job):
                     yield {out.status: progress(fraction, words)}
