@@ -386,16 +386,16 @@ def test_shards_that_cannot_be_read_at_a_place_are_refused(shards: list[str], tm
         make(shards, STYLE_PAIRS)
 
 
-def test_lists_and_blank_texts_are_no_groups(tmp_path: Path) -> None:
-    values = [["a"], {"a": 1}, " ", None, "a", "a ", 1, 1.0, "1"]
+def test_lists_blank_texts_and_nan_are_no_groups(tmp_path: Path) -> None:
+    values = [["a"], {"a": 1}, " ", None, float("nan"), "a", "a ", 1, 1.0, "1"]
     members = []
     for n, value in enumerate(values):
         content = {"json": json.dumps({"g": value}).encode(), "txt": b"it", "png": png()}
         members += [(f"{n}.{extension}", data) for extension, data in content.items()]
     index = index_of([write_tar(tmp_path / "0.tar", members)], tmp_path / "x", by="g")
     groups = index.arrays["groups.0"].tolist()
-    assert groups[:4] == [-1] * 4 and groups[4] == groups[5] and groups[6] == groups[8]
-    assert index.about["report"]["levels"][0]["without"] == 4
+    assert groups[:5] == [-1] * 5 and groups[5] == groups[6] and groups[7] == groups[8] == groups[9]
+    assert index.about["report"]["levels"][0]["without"] == 5
 
 
 def test_the_draw_depends_on_the_address_alone(shards: list[str], tmp_path: Path) -> None:

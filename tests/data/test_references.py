@@ -66,8 +66,8 @@ def test_chosen_references_differ_and_each_can_be_first() -> None:
     assert sorted(references.choose(["a", "b"], at(0))) == ["a", "b"] and references.choose(["a"], at(0)) == ["a"]
 
 
-@pytest.mark.parametrize("chances", [[], [0, 0], [1, -1], ["one"], [float("inf")]])
-def test_chances_that_are_none_are_refused(chances: list[Any]) -> None:
+@pytest.mark.parametrize("chances", [[], [0, 0], [1, -1], ["one"], [float("inf")], [1e308, 1e308], 1, None])
+def test_chances_that_are_none_are_refused(chances: Any) -> None:
     with pytest.raises(ValueError, match=r"data\.references\.chances"):
         References(chances)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from math import inf
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ class References:
     chances: Sequence[float] = (1.0,)
 
     def __post_init__(self) -> None:
-        numbers = all(isinstance(each, int | float) and 0 <= each < float("inf") for each in self.chances)
-        if not numbers or not sum(self.chances) > 0:
+        numbers: Any = self.chances if isinstance(self.chances, Sequence) else ["none"]
+        if not all(isinstance(each, int | float) and each >= 0 for each in numbers) or not 0 < sum(numbers) < inf:
             raise UserError(
-                f"data.references.chances={list(self.chances)}: give the chances of one reference, of two and so on, "
+                f"data.references.chances={self.chances}: give the chances of one reference, of two and so on, "
                 "as in [0.5,0.3,0.2]"
             )
         object.__setattr__(self, "chances", tuple(self.chances))  # not a view into a whole configuration

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,13 @@ class NotingLayout(Layout):
 
 
 def value_hash(value: Any) -> int:
-    """Texts and numbers are values; lists, objects, blank texts and null are none."""
-    if value is None or not isinstance(value, str | int | float) or not str(value).strip():
+    """Texts and numbers are values; lists, objects, blank texts, NaN and null are none.
+
+    7 and 7.0 are the same: pandas stores the integers of a column as floats where one is missing.
+    """
+    if isinstance(value, float):
+        value = None if not isfinite(value) else int(value) if value.is_integer() else value
+    if not isinstance(value, str | int | float) or not str(value).strip():
         return NO_VALUE
     return digest("value", str(value).strip()) or 1
 
