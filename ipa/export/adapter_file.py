@@ -95,9 +95,10 @@ class AdapterFile:
         """For messages: ``a global IP-Adapter for …``."""
         layers = f"{len(self.hidden)} layers, " if self.hidden else ""
         kind = "simple adapter" if self.kind == "simple" else "IP-Adapter"
+        width = f" ({self.feature_width})" if public_name(self.uses, self.feature_width) else ""
         return (
             f"a {HEADS[self.head].title} {kind} for {self.base} ({layers}context width {self.context_width}), "
-            f"{self.num_tokens} tokens, which reads the {FEATURES[self.uses]} of {self.encoder} ({self.feature_width})"
+            f"{self.num_tokens} tokens, which reads the {FEATURES[self.uses]} of {self.encoder}{width}"
         )
 
     def metadata(self) -> dict[str, str]:

@@ -115,12 +115,12 @@ def describe(run: Path, adapter: Path, options: Any) -> dict[str, Any]:
     }
 
 
-def encoder_of(metadata: Mapping[str, str]) -> dict[str, str]:
+def encoder_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     """How other programs find the image encoder; for one that is not a public one, in words."""
     name = " ".join(filter(None, (metadata.get("encoder"), metadata.get("encoder_weights"))))
     unknown = '"FOLDER"', f"the image encoder ({name.removeprefix('local-dir:')})"
     in_diffusers, in_comfyui = ENCODERS.get(name, unknown)
-    return {"diffusers": in_diffusers, "comfyui": in_comfyui}
+    return {"diffusers": in_diffusers, "comfyui": in_comfyui, "is_public": name in ENCODERS}
 
 
 def is_hub_id(base: str) -> bool:

@@ -147,7 +147,10 @@ def check(settings: dict[str, Any]) -> None:
     from ipa.tools.pipelines import check_pipeline
 
     check_pipeline(settings)
-    for name, each in pictures_of(read_references(settings)):
+    references = read_references(settings)
+    if settings["keep_outside"] and not any(each.get("mask") or each.get("tiles") for each in references):
+        raise UserError("keep_outside=true: give mask=, white where the image acts; without it nothing is outside")
+    for name, each in pictures_of(references):
         open_reference(each, name)
 
 

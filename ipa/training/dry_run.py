@@ -41,7 +41,7 @@ def dry_run(cfg: DictConfig) -> str:
     try:
         model = hollow_model(cfg)
     except MissingWeights as error:
-        lines["not known"] = f"parameters, memory and disk, without the configuration of base and encoder: {error}"
+        lines["not known"] = f"parameters, disk, download and memory: {error}"
     else:
         lines = describe_parts(cfg, model) | lines
         lines["disk"] = describe_disk(cfg, model, number)

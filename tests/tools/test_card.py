@@ -76,6 +76,19 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, monkeypatc
         assert preview.getpixel((0, 0)) == (20, 0, 0)
 
 
+def test_an_encoder_that_is_not_public_is_not_promised_to_other_programs(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run / "adapter.safetensors"
+    model = tiny.make_model()
+    tensors = to_published(model.trainable.state_dict())
+    save_adapter(path, tensors, with_metadata(tensors, model.describe() | {"encoder": "local-dir:mine"}))
+    make_card(monkeypatch, run=run)
+    page = (run / "card" / "README.md").read_text()
+    assert "# FOLDER: the image encoder (mine" in page
+    assert "only if *Load CLIP Vision* can load that encoder" in page
+
+
 @pytest.mark.parametrize(
     ("missing", "options", "words"),
     [

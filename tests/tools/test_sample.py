@@ -337,6 +337,7 @@ def test_a_file_without_metadata_needs_base_and_encoder(
         ({"adapter": None}, ["please give adapter=…"]),
         ({"image": None}, ["image=[]", "at least one image prompt"]),
         ({"scale": "much"}, ["scale=much", "a number"]),
+        ({"keep_outside": "true"}, ["keep_outside=true", "give mask="]),
         ({"text": "[]"}, ["text=[]", "at least one"]),
         ({"seed": "[]"}, ["seed=[]", "at least one"]),
         ({"seed": 2**64}, ["seed=18446744073709551616", "at most"]),

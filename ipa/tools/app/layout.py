@@ -97,7 +97,7 @@ def make_place(offer: Offer) -> dict[str, Any]:
         elem_id="mask",
     )
     found["keep_outside"] = gr.Checkbox(
-        False, label="Outside the mask: exactly as without the pictures (twice the time)", elem_id="keep_outside"
+        False, label="Outside the mask: as without the pictures (twice the time)", elem_id="keep_outside"
     )
     return found
 
