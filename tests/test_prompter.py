@@ -175,7 +175,8 @@ def test_outside_the_masks_the_latents_are_the_bases(prompter: Prompter) -> None
     """And inside they are not those of the mask alone, since they see another surrounding."""
     items = [Item([Reference(CAT, mask=half(left))], "cat", seed=3) for left in (True, False)]
     items += [Item([Reference(DOG, mask=half(True)), Reference(CAT, mask=half(False))], "cat", seed=4)]
-    base = latents_of(prompter, *(Item([], each.text, seed=each.seed) for each in items))
+    plain = [Item([], each.text, seed=each.seed) for each in items]
+    base = torch.cat([latents_of(prompter, *plain[:2]), latents_of(prompter, plain[2])])  # batches as below
     kept = latents_of(prompter, *items, keep_outside=True)
     masked = latents_of(prompter, *items)
 
