@@ -153,6 +153,8 @@ class Prompter:
         """The argument of a pipeline that keeps the base's latents outside the items' masks."""
         if AFTER_STEP not in inspect.signature(pipeline.__call__).parameters:
             raise UserError(f"keep_outside: {type(pipeline).__name__} lets nobody change its latents ({AFTER_STEP})")
+        if AFTER_STEP in arguments:
+            raise UserError(f"keep_outside uses {AFTER_STEP} itself: leave it out of the arguments")
         steps: list[Tensor] = []
 
         def record(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,10 @@ class Reference:
         for name in ("scale", "start", "end", "adapter", "subtract_strength"):
             if not isinstance(getattr(self, name), Real):
                 raise UserError(f"{name}={getattr(self, name)}: give a number")
+        if not isfinite(self.subtract_strength):
+            raise UserError(f"subtract_strength={self.subtract_strength}: give a finite number")
+        if not isinstance(self.subtract_text, str | None):
+            raise UserError(f"subtract_text={self.subtract_text}: give a text")
         weights: Any = () if self.weights is None else self.weights
         if not isinstance(weights, Iterable) or not all(isinstance(w, Real) and isfinite(w) for w in weights):
             raise UserError(f"weights={self.weights}: give a number for each image")

@@ -30,7 +30,7 @@ class SamplingOptions:
     ``guidance_rescale`` φ in [0, 1] removes contrast that guidance adds,
     x = φ · x_cfg · std(x_pos) / std(x_cfg) + (1 − φ) · x_cfg (Lin et al. 2023, eq. 15 and 16, who take 0.7);
     for bases with zero terminal SNR, such as the demo's.
-    Raises UserError for any other φ, and for a number of steps that no schedule has.
+    Raises UserError for any other φ, for a number of steps that no schedule has, and for batches of none.
     """
 
     num_steps: int = 25
@@ -43,6 +43,8 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.num_steps <= TRAINING_STEPS:
             raise UserError(f"num_steps={self.num_steps}: from 1 to {TRAINING_STEPS}, the steps of the noise schedule")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size}: images that are made together, at least 1")
         if not 0 <= self.guidance_rescale <= 1:
             raise UserError(f"guidance_rescale={self.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 

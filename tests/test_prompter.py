@@ -188,6 +188,9 @@ def test_outside_the_masks_the_latents_are_the_bases(prompter: Prompter) -> None
     other = prompter.pipeline(StableDiffusionAdapterPipeline, adapter=control)
     with pytest.raises(UserError, match="keep_outside: StableDiffusionAdapterPipeline"):
         prompter(CAT, mask=half(True), pipeline=other, keep_outside=True, **OPTIONS)
+    own = {"callback_on_step_end": lambda pipe, step, time, state: state}
+    with pytest.raises(UserError, match="keep_outside uses callback_on_step_end itself"):
+        prompter(CAT, mask=half(True), arguments=own, keep_outside=True, **OPTIONS)
 
 
 def latents_of(prompter: Prompter, *items: Item, **options: Any) -> Tensor:
@@ -506,6 +509,8 @@ def test_an_adapter_on_a_fine_tuned_base_is_that_of_diffusers(files: list[Path])
         ({"images": "nowhere.png"}, ["nowhere.png", "no such file"]),
         ({"images": []}, ["an image"]),
         ({"images": 5}, ["5 is no picture"]),
+        ({"subtract_text": "cat", "subtract_strength": float("nan")}, ["subtract_strength=nan"]),
+        ({"subtract_text": 5}, ["subtract_text=5"]),
         ({"images": Image.new("RGB", (0, 0))}, ["no pixels"]),
         ({"mask": "nowhere.png"}, ["mask=nowhere.png", "no such file"]),
         ({"scale": "much"}, ["scale=much", "a number"]),
@@ -523,6 +528,11 @@ def test_what_cannot_be_is_refused_in_words(prompter: Prompter, given: dict[str,
 
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_batch_of_no_images_is_refused(prompter: Prompter) -> None:
+    with pytest.raises(UserError, match="batch_size=0"):
+        prompter(CAT, **(OPTIONS | {"batch_size": 0}))
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "I", "RGBX", "HSV"])

@@ -205,6 +205,14 @@ def test_a_painted_mask_is_white_where_it_is_painted(tmp_path: Path) -> None:
             files.add_mask(broken, (64, 32))
 
 
+def test_presets_of_the_base_are_offered(tmp_path: Path) -> None:
+    page = pytest.importorskip("ipa.tools.app.page")
+    model = tiny.make_model()
+    model.family.source = str(tmp_path)
+    (tmp_path / "presets.yaml").write_text("mine: {mid_block: 1.0}")
+    assert "mine" in page.Page(Prompter([model]), FIXED, None).offer().presets
+
+
 # the queue
 
 

@@ -16,7 +16,7 @@ import gradio as gr
 import torch
 
 from ipa.errors import UserError
-from ipa.presets import preset_names
+from ipa.presets import own_presets, preset_names
 from ipa.prompter import Prompter, batches
 from ipa.sampling import SamplingOptions
 from ipa.tools.app.jobs import Cancelled, Job, Queue
@@ -44,7 +44,7 @@ class Page:
         family, adapters = self.prompter.family, self.fixed["adapter"]
         return Offer(
             [(label("adapter", number, self.fixed), each) for number, each in enumerate(adapters)],
-            preset_names(family.blocks()),
+            preset_names(family.blocks(), own_presets(family.source)),
             self.edge_px,
             family.size_multiple_px,
             self.sampling.num_steps,
