@@ -41,7 +41,15 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from ipa.errors import UserError, brief, explain
 from ipa.identity import run_folder
 from ipa.launcher import ProcessLauncher, environment, register, this_script
-from ipa.overrides import REFUSED, VERSION_BASE, check_expanded, complaints_about, group_options, hydra_message
+from ipa.overrides import (
+    REFUSED,
+    VERSION_BASE,
+    as_typed,
+    check_expanded,
+    complaints_about,
+    group_options,
+    hydra_message,
+)
 from ipa.ranges import check
 from ipa.secrets import guard_logs, hide
 from ipa.slurm import SlurmLauncher
@@ -244,7 +252,7 @@ def _run_folder(parent: str, name: Any, *, _root_: DictConfig) -> str:
         _CHOSEN[key] = tempfile.mkdtemp(prefix="ipa-dry-run-")
         atexit.register(shutil.rmtree, _CHOSEN[key], ignore_errors=True)
     elif key not in _CHOSEN:
-        _CHOSEN[key] = str(run_folder(parent, name, _root_.hydra.overrides.task))
+        _CHOSEN[key] = str(run_folder(parent, name, as_typed(_root_.hydra.overrides.task)))
     return _CHOSEN[key]
 
 

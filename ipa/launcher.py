@@ -40,6 +40,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ipa.errors import UserError
+from ipa.overrides import as_typed
 
 ALWAYS_NAMED = {"experiment", "seed"}  # so that an extended sweep finds the folders of its earlier jobs
 MAX_NAME_BYTES = 120
@@ -240,7 +241,7 @@ class SweepLauncher(Launcher):
 
     def _fixed_keys(self) -> set[str]:
         """Keys with a single value, the same in all jobs."""
-        given = list(self.config.hydra.overrides.task)
+        given = as_typed(self.config.hydra.overrides.task)
         parsed = OverridesParser.create(self.loader).parse_overrides(given)
         return {override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()}
 

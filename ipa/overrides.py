@@ -27,6 +27,12 @@ VERSION_BASE = "1.3"
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, UserError)  # raised for a wrong command line
 
 
+def as_typed(overrides: Any) -> list[str]:
+    """Hydra's list of overrides with their ``${…}``, which reading its elements would resolve."""
+    typed: Any = OmegaConf.to_container(overrides, resolve=False)
+    return typed
+
+
 def check_expanded(arguments: Sequence[str]) -> None:
     """Raise UserError where the shell expanded braces: the last of the values would count, silently."""
     for one, other in pairwise(arguments):

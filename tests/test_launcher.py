@@ -22,6 +22,7 @@ from hydra.types import HydraContext, RunMode
 
 from ipa.errors import UserError
 from ipa.launcher import Job, ProcessLauncher, Sweep, divide_cores
+from ipa.overrides import as_typed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -206,7 +207,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         launcher.sweep = Sweep({})  # type: ignore[misc]
         config = loader.load_configuration("train", [*arguments, "name=study"], RunMode.MULTIRUN)
         launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=config)
-        overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
+        overrides = OverridesParser.create(loader).parse_overrides(as_typed(config.hydra.overrides.task))
         (batch,) = BasicSweeper.split_arguments(overrides, None)
         return [job.name for job in launcher.plan(batch, 0)]
 
@@ -228,6 +229,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         (["data.train=/a,a,b"], ["0", "1", "train_b"]),
         ([f"data.train={'a' * 200},b"], ["0", "train_b"]),
         (["optimizer.lr=0.1"], ["0"]),
+        (["seed=1,2", "data.reference_background=${data.background}"], ["seed1", "seed2"]),
     ],
     ids=lambda value: " ".join(value)[:60],
 )

@@ -32,6 +32,7 @@ from ipa.evaluation.items import PROMPTS, Benchmark, plan
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
 from ipa.files import hash_file
+from ipa.overrides import as_typed
 from ipa.sampling import SamplingOptions
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def label_of(cfg: DictConfig) -> str:
     """The method and the options that change its images: ip_adapter-simple_global-scale0.5."""
     hydra: Any = HydraConfig.get()
     adapters, others = [], []
-    for override in hydra.overrides.task:
+    for override in as_typed(hydra.overrides.task):
         key, _, value = override.lstrip("+~").partition("=")
         if key == "adapter":
             if cfg.method.get("adapter") == cfg.adapter:  # other systems do not read it
