@@ -29,7 +29,6 @@ from ipa.types import (
     ImagePrompt,
     Posterior,
     TextCondition,
-    TextInputs,
     Watch,
     to_unit_range,
 )
@@ -283,7 +282,7 @@ class IPAdapterModel(nn.Module):
     def text_of(self, batch: Batch) -> TextCondition:
         """The encoded text, the empty one where the text is dropped."""
         inputs = self.family.prepare_text(batch.text) if batch.text_inputs is None else batch.text_inputs
-        kept = drop_rows(inputs, self.family.prepare_text([""]), batch.draws.drop_text_B, self.device)
+        kept = objective.drop_rows(inputs, self.family.prepare_text([""]), batch.draws.drop_text_B, self.device)
         return self.family.encode_text_inputs(kept, batch.size_B6)
 
     def _training_tokens(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -391,14 +390,6 @@ def as_weight(scale: float | Tensor) -> Tensor:
 
 def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
     return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)
-
-
-def drop_rows(inputs: TextInputs, empty: TextInputs, drop_B: Tensor, device: torch.device) -> TextInputs:
-    """The text inputs with those of the empty text in the rows marked in ``drop_B``."""
-    drop_B = drop_B.to(device)
-    return {
-        name: objective.replace_rows(value.to(device), drop_B, empty[name].to(device)) for name, value in inputs.items()
-    }
 
 
 def fingerprints(family: Family, encoder: ImageEncoder) -> dict[str, str]:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ipa.errors import UserError
+from ipa.types import TextInputs
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEPS = ("uniform", "logit_normal", "mode")
@@ -160,3 +161,9 @@ class MaskedLoss:
 def replace_rows(states: Tensor, drop_B: Tensor, replacement: Tensor) -> Tensor:
     """Rows marked in ``drop_B`` become ``replacement`` (one row, or as many as the batch)."""
     return torch.where(drop_B.view(-1, *[1] * (states.ndim - 1)), replacement.to(states.dtype), states)
+
+
+def drop_rows(inputs: TextInputs, empty: TextInputs, drop_B: Tensor, device: torch.device) -> TextInputs:
+    """The text inputs with those of the empty text in the rows marked in ``drop_B``."""
+    drop_B = drop_B.to(device)
+    return {name: replace_rows(value.to(device), drop_B, empty[name].to(device)) for name, value in inputs.items()}
