@@ -15,6 +15,8 @@ from typing import NoReturn
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from ipa import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,6 +46,7 @@ def _become(
     warnings.resetwarnings()
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
+    cli._CHOSEN.clear()  # folders of the test's own commands
     code: object = 0
     try:
         runpy.run_path(str(script), run_name="__main__")

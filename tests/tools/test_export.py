@@ -47,7 +47,7 @@ def test_a_file_is_described(export: Export, tmp_path: Path) -> None:
 
     said = export(adapter=tmp_path / "a.safetensors")
 
-    assert "a fine-grained IP-Adapter" in said and "16 tokens" in said and f"({tiny.PATCH_WIDTH})" in said
+    assert "a fine-grained IP-Adapter" in said and "16 tokens" in said and f"width {tiny.PATCH_WIDTH}" in said
     assert "float32" in said and "step: 7" in said
     assert "readable by diffusers: yes" in said
     assert "readable by comfyui: no, comfyui assumes" in said

@@ -1,8 +1,8 @@
 """The figures and the picture of docs/pairs.md: what carries over is decided by which pictures make a pair.
 
-    python demo/pairs.py train       # three kinds of pairs, three seeds each: half an hour on two cores, resumable
-    python demo/pairs.py measure     # 100 held-out image prompts, alone and with the text of another concept
-    python demo/pairs.py publish     # copies the adapters of the first seed to demo/adapters/
+    python demo/pair_kinds.py train       # three kinds of pairs, three seeds each: half an hour on two cores, resumable
+    python demo/pair_kinds.py measure     # 100 held-out image prompts, alone and with the text of another concept
+    python demo/pair_kinds.py publish     # copies the adapters of the first seed to demo/adapters/
 
 Run i measures with its own seed of noise. A concept is right if the judge ranks its caption first, or among the first
 five, of 100 captions: the image prompt's own, or with a text that of the text. Style and background: as in combine.py.
