@@ -42,7 +42,7 @@ PAGES = [
     *("README.md", "demo/README.md", "demo/card/README.md"),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
 ]
-RUN, NEEDS = "run", {"gpu", "hub", "hours", "cluster", "install"}  # the marks
+RUN, NEEDS = "run", {"gpu", "hub", "hours", "cluster", "install", "browser"}  # the marks
 FENCE = re.compile(r"```(\w*)")
 MARK = re.compile(r"<!-- commands: ([\w, ]+) -->")
 HYDRA = {
@@ -137,6 +137,7 @@ def commands_of(block: Block) -> Iterator[Command]:
         comment = re.search(r"(?:^|\s)# (.*)", pending)
         words = shlex.split(pending, comments=True)
         needs = {need for need in ("gpu", "hub", "hours") if comment and re.search(rf"\b{need}", comment[1].lower())}
+        needs |= {"browser"} if "ipa.tools.app" in words else set()  # it serves until it is stopped
         if words:
             runs = not needs and (words[0] == "python" or words[0].startswith("ipa-"))
             marks = (block.marks if runs else block.marks - {RUN}) | needs
