@@ -269,7 +269,7 @@ class SweepLauncher(Launcher):
 
     def _hydra_overrides(self) -> list[str]:
         """Hydra's own options for the jobs, without those that select a sweep or a folder."""
-        given = self.config.hydra.overrides.hydra
+        given = as_typed(self.config.hydra.overrides.hydra)
         decided = {"hydra.run.dir", "hydra.mode"}
         return ["hydra.mode=RUN", *(override for override in given if key_and_value(override)[0] not in decided)]
 
