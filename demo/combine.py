@@ -6,8 +6,8 @@
     python demo/combine.py concept     # after make_concept.py: what embedding and LoRA add to an image prompt
 
 Each has 100 items, prints tables with 95 % intervals over them (half their width after ±), and writes examples to
-docs/images. Images are kept in demo/build/combine, so that a stopped command goes on. The judge is demo/judge, which no
-adapter reads; the drawing style is told by a linear probe on its embeddings, fitted on demo/data/train.
+docs/images. Images are kept in demo/build/combine, so that a stopped command resumes. The judge is demo/judge, which no
+adapter reads; the drawing style is classified by a linear probe on its embeddings, fitted on demo/data/train.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def rows_of(
     measures: Sequence[Measure],
     base: str = "",
 ) -> dict[str, Row]:
-    """A row for each case; its images are kept in demo/build/combine, so that a stopped command goes on.
+    """A row for each case; its images are kept in demo/build/combine, so that a stopped command resumes.
 
     ``base`` is the case whose images take the place of the references where a measure asks for that.
     """

@@ -65,7 +65,7 @@ SAID = (0.95, 0.5, 0.4)
 # of the text encoder's learning rate to the UNet's: with equal rates (4e-4), words that came late, beside a thing in
 # 95 % of the captions, were unheard still after 4,700 steps
 TEXT_LR = 3.0
-# what the committed weights took, the UNet's partly with two threads and beside other work (demo/README.md);
+# what the committed weights took, the UNet's partly with two threads on a busy machine (demo/README.md);
 # the VAE's without the second training of its decoder (Makefile)
 MINUTES = {"unet": 343, "vae": 33}
 

@@ -224,7 +224,7 @@ class Family(nn.Module, ABC):
     @classmethod
     def read_blocks(cls, path: str) -> list[str]:
         """``blocks`` of what ``from_pretrained`` would load, from its configuration."""
-        raise UserError(f"base={path}: {cls.title} does not tell its blocks before it is loaded")
+        raise UserError(f"base={path}: {cls.title} does not list its blocks before it is loaded")
 
     @property
     def widths(self) -> BaseWidths:

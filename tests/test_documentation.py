@@ -1,4 +1,4 @@
-"""Every command, option and example of README and docs fits the code; `documented.py` tells how they are found."""
+"""Every command, option and example of README and docs fits the code; `documented.py` explains how they are found."""
 
 from __future__ import annotations
 

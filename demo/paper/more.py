@@ -15,7 +15,7 @@ SYSTEMS = {
     "IP-Adapter, global": ("global", 0.5),
     "IP-Adapter, fine-grained": ("fine", 0.5),
     "fine-tuned UNet, image in place of the text (SD Image Variations)": ("variations", 1.0),
-    "fine-tuned UNet, noised embedding beside the text (SD unCLIP)": ("unclip", 1.0),
+    "fine-tuned UNet, noised embedding next to the text (SD unCLIP)": ("unclip", 1.0),
     "global ControlNet (Shuffle)": ("shuffle", 0.5),
     "style adapter (T2I-Adapter)": ("style", 0.5),
     "reference-only": ("reference", 1.0),

@@ -1,7 +1,7 @@
 """The systems of the paper's Table 1 at this world's size: the same ideas, trained from demo/base by ``train_system``.
 
     variations   UNet fine-tuned, one projected CLIP embedding in place of the text (SD Image Variations)
-    unclip       UNet fine-tuned, the noised embedding as class embedding beside the text (SD unCLIP)
+    unclip       UNet fine-tuned, the noised embedding as class embedding next to the text (SD unCLIP)
     shuffle      a ControlNet with pooled residuals that sees the warped image (ControlNet Shuffle)
     style        eight tokens of a small transformer after the text (T2I-Adapter, style)
     reference    reference-only: nothing is trained
