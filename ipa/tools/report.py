@@ -4,8 +4,8 @@
     python -m ipa.tools.report folder=runs/evaluation/coco2017 rows=20 system=ip_adapter
     python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # log them to this wandb project, too
 
-Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, results.csv, table.md and
-report.html into it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
+Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, table.md and report.html into
+it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
 like. wandb=PROJECT logs the table and the images of the grid as one run named after the folder: offline, into
 FOLDER/wandb, unless you are logged in.
 """
@@ -48,7 +48,7 @@ def report(options: Any) -> Path:
 
 def show(folder: Path, project: str, shown: Any) -> None:
     """Log the report to a wandb project; a folder is one run, however often it is logged."""
-    from ipa.evaluation.report.dashboard import log_report
+    from ipa.evaluation.report.files import log_report
     from ipa.evaluation.report.reading import read_evaluation
     from ipa.training.loggers import make_wandb
 
