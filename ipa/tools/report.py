@@ -31,7 +31,6 @@ class Options:
     best: int = option(6, "number of best and of worst items", at_least=0)
     system: str | None = option(None, "label of the system that they are from; null: the one with the highest CLIP-I")
     thumbnail_px: int = option(160, "longest edge of the images on the page", at_least=16)
-    limit_mb: float = option(8.0, "maximum size of the images on the page; further rows are left out")
     wandb: str | None = option(None, "wandb project to log the tables to; null: none")
 
 
@@ -39,7 +38,7 @@ def report(options: Any) -> Path:
     from ipa.evaluation.report.files import write_report
     from ipa.evaluation.report.page import Shown
 
-    shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px, options.limit_mb)
+    shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px)
     page = write_report(Path(options.folder), shown)
     if options.wandb is not None:
         show(Path(options.folder), options.wandb, shown)

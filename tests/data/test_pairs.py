@@ -317,7 +317,7 @@ def cut(path: Path, shards: list[str]) -> None:
         (append, {}, r"other shards of train: of another size: 1\.tar"),
         (lambda path, shards: shards.pop(), {}, r"other shards of train: missing: 2\.tar"),
         (lambda path, shards: os.rename(shards[0], shards.pop(0) + ".tar"), {}, "missing: 0.tar"),
-        (cut, {}, "is damaged: it has .* bytes, not "),
+        (cut, {}, "is no pairing index, or a damaged one"),
         (lambda path, shards: os.truncate(path, 100), {}, "is no pairing index"),
         (lambda path, shards: os.truncate(path, 0), {}, "is no pairing index"),
         (lambda path, shards: path.write_bytes(os.urandom(999)), {}, "is no pairing index"),

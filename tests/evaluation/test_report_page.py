@@ -184,14 +184,6 @@ def test_best_and_worst_are_separate_and_in_order(evaluation: Evaluation) -> Non
             choose_system(evaluation, label)
 
 
-def test_rows_are_left_out_if_images_take_too_much(demo: Path) -> None:
-    page = page_of(demo, rows=6, best=0, limit_mb=0.0015)
-
-    rows = page.count('class="text" title="item')
-    assert 0 < rows < 6
-    assert f"{rows} of 6 image prompts" in page and f"{6 - rows} more are left out" in page
-
-
 def test_a_missing_or_broken_image_leaves_a_gap(tmp_path: Path) -> None:
     pictures = write_demo(tmp_path) / "mine-0" / "pictures"
     (pictures / "item0_0.png").unlink()

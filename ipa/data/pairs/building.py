@@ -6,6 +6,7 @@ The rows of a finished shard are kept next to the index until it is complete, so
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -98,11 +100,6 @@ class Job:
         return folder / f"{digest(self.source.layout_fingerprint(), shard_name(self.shard), *stats, *columns):016x}.npy"
 
 
-def row_type(columns: Sequence[str]) -> np.dtype[Any]:
-    values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
-    return np.dtype([("offset", np.int64), ("length", np.uint32), ("key", np.uint64), *values])
-
-
 def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
     """A row for every sample of the shard; one that training rejects has no values, so it is nobody's partner."""
     found = [
@@ -110,7 +107,9 @@ def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
         for record in read_shard(job.shard, NotingLayout.of(job.source.layout, columns))
         if isinstance(record, Noted)
     ]
-    rows = np.zeros(1 + max((index for index, _ in found), default=-1), row_type(columns))
+    values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
+    row_type = np.dtype([("offset", np.int64), ("length", np.uint32), ("key", np.uint64), *values])
+    rows = np.zeros(1 + max((index for index, _ in found), default=-1), row_type)
     for index, row in found:
         rows[index] = row
     if job.features is not None:
@@ -125,13 +124,10 @@ def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
 def make_part(job: Job, folder: Path, columns: Sequence[str]) -> Path:
     path = job.part(folder, columns)
     if not path.exists():
-        write_atomically(path, partial(save_rows, rows_of(job, columns)))
+        written = io.BytesIO()
+        np.save(written, rows_of(job, columns))
+        write_atomically(path, lambda temporary: temporary.write_bytes(written.getbuffer()))
     return path
-
-
-def save_rows(rows: NDArray[Any], path: Path) -> None:
-    with path.open("wb") as file:  # numpy would add its own extension
-        np.save(file, rows)
 
 
 def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = None) -> list[Job]:
@@ -139,7 +135,6 @@ def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = N
     jobs = []
     for source in sources:
         assert isinstance(source, ShardSource), "features have no metadata"
-        check_local(source.shards)
         check_seekable(source.shards)
         for shard in source.shards:
             jobs.append(Job(source, shard, features_of(source, shard, caches)))
@@ -152,7 +147,6 @@ def features_of(source: Source, shard: str, caches: Mapping[str, Source] | None)
     cache = caches[source.name]
     for path in cache.shards:
         if shard_name(path) == shard_name(shard):
-            check_local([path])
             check_seekable([path])
             return cache, path
     raise UserError(f"the cache of {source.name} has no shard {shard_name(shard)}, which the pictures have")
@@ -168,6 +162,7 @@ def check_local(shards: Sequence[str]) -> None:
 
 
 def check_seekable(shards: Sequence[str]) -> None:
+    check_local(shards)
     for name, times in Counter(map(shard_name, shards)).items():
         if times > 1:
             raise UserError(f"{times} shards are called {name}: data.pairs needs different names within a source")
@@ -194,15 +189,13 @@ def build_index(
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(job.part(folder, pairs.columns) for job in jobs)
     make = partial(make_part, folder=folder, columns=pairs.columns)
-    parts = []
-    if workers > 1:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            for part in pool.map(make, jobs):
-                parts.append(part)
-                count(1)
-    else:
-        for job in jobs:
-            parts.append(make(job))
+    parts, made = [], map(make, jobs)
+    with ExitStack() as stack:
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+            made = stack.enter_context(pool).map(make, jobs)
+        for part in made:
+            parts.append(part)
             count(1)
     try:
         about, arrays = assemble(jobs, [np.load(part, allow_pickle=False) for part in parts], pairs)

@@ -44,10 +44,13 @@ def has_others(group_of: Array, differs: Array, sizes: Array) -> Array:
 
 def in_words(about: Mapping[str, Any]) -> list[str]:
     """Lines for the log and the console."""
-    report, lines = about["report"], []
+    report, lines = about["report"], list[str]()
+    left = report["samples"]
     for name, level in zip(about["by"], report["levels"], strict=True):
+        samples = f"{left:,} samples{' that are left' if left < report['samples'] else ''}"
+        left -= level["paired"]
         lines.append(
-            f"pairs by {name}: {level['paired']:,} of {report['samples']:,} samples have a partner here; "
+            f"pairs by {name}: {level['paired']:,} of {samples} have a partner here; "
             f"{level['groups']:,} groups of {level['smallest']:,} to {level['largest']:,} samples (median "
             f"{level['median']:,.0f}), {level['of_one']:,} of them of one sample; {level['without']:,} samples without "
             f"json.{name}"

@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,17 @@ WEBP_QUALITY = 82
 CLIP_I = "clip_i"
 # an item and its images on the page, the image prompt first
 Row = tuple[Item, Sequence[Path | None]]
-Thumbnail = Callable[[Path | None], str | None]  # the data URI of an image
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The images on the page: ``rows`` items sampled with ``seed``, the ``best`` and as many worst of ``system``.
-
-    Rows of the grid are left out if the images would take more than ``limit_mb`` of the file.
-    """
+    """The images on the page: ``rows`` items sampled with ``seed``, the ``best`` and as many worst of ``system``."""
 
     rows: int = 12
     seed: int = 0
     best: int = 6
     system: str | None = None
     thumbnail_px: int = 160
-    limit_mb: float = 8.0
 
 
 def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
@@ -50,7 +45,6 @@ def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
     cards = make_cards(evaluation, system, shown.best) if system else {}
     items = choose_items(evaluation, shown.rows, shown.seed) if evaluation.drawn else ()
     grid: list[Row] = [(item, evaluation.pictures_of(item)) for item in items]
-    max_bytes = shown.limit_mb * 1e6 - sum(num_bytes(row, thumbnail) for rows in cards.values() for row in rows)
     return render(
         "page.html.jinja",
         evaluation,
@@ -58,7 +52,7 @@ def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
         charts=[(chart, draw(chart), describe(chart)) for chart in find_charts(evaluation)],
         line_style=line_style,
         bars=find_bars(evaluation),
-        grid=list(fitting(grid, max_bytes, thumbnail)),
+        grid=grid,
         cards=cards,
         card_system=system,
         settings=setting_groups(evaluation),
@@ -92,19 +86,6 @@ def make_cards(evaluation: Evaluation, system: System, count: int) -> dict[str, 
         for title, items in groups.items()
         if items
     }
-
-
-def fitting(rows: Sequence[Row], max_bytes: float, thumbnail: Thumbnail) -> Iterator[Row]:
-    """The first rows, as many as their images do not exceed ``max_bytes``."""
-    for row in rows:
-        max_bytes -= num_bytes(row, thumbnail)
-        if max_bytes < 0:
-            return
-        yield row
-
-
-def num_bytes(row: Row, thumbnail: Thumbnail) -> int:
-    return sum(len(thumbnail(path) or "") for path in row[1])
 
 
 def clip_i_of(system: System, item: Item) -> str:
