@@ -183,15 +183,11 @@ def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[
     assert prompt in PROMPTS and num_seeds >= 1, f"prompt={prompt} num_seeds={num_seeds}"
     if strange := [item.id for item in items if not names_a_file(item.id)]:
         raise UserError(f"{len(strange)} items have ids that cannot name files ({strange[0]!r} …)")
-    if prompt == "caption" and (without := [item.id for item in items if not item.captions]):
+    captioned = prompt == "caption"
+    if captioned and (without := [item.id for item in items if not item.captions]):
         raise UserError(f"prompt=caption, but {len(without)} items have no caption ({without[0]} …): give prompt=empty")
     return [
-        Task(
-            item,
-            number,
-            digest("evaluation", seed, item.id, number) % 2**31,
-            item.captions[0] if prompt == "caption" else "",
-        )
+        Task(item, number, digest("evaluation", seed, item.id, number) % 2**31, item.captions[0] if captioned else "")
         for item in items
         for number in range(num_seeds)
     ]

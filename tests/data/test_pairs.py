@@ -22,11 +22,10 @@ from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.transforms import Background
 from ipa.data.order.lanes import Share
 from ipa.data.pairs import building, partners
-from ipa.data.pairs.building import build_index, list_jobs
+from ipa.data.pairs.building import build_index, in_words, list_jobs
 from ipa.data.pairs.index import Index, WrongIndex, open_index
 from ipa.data.pairs.options import Pairs
 from ipa.data.pairs.partners import Partners
-from ipa.data.pairs.report import in_words
 from ipa.data.records import Record
 from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError

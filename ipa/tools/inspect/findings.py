@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from ipa.data.shards.source import read_shard
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 from ipa.files import write_atomically
+from ipa.tools.pictures import grid
 from ipa.training.parts import read_widths
 from ipa.types import Batch, to_uint8, to_unit_range
 
@@ -117,7 +118,9 @@ def inspect(cfg: DictConfig) -> None:
         print(line)
     data.num_workers = 0  # the first samples that a training in one process sees
     rows = ((batch, row) for batch in data.train_dataloader() for row in range(len(batch)))
-    sheet = tile([draw_cell(batch, row) for batch, row in islice(rows, cfg.pictures)])
+    cells = [draw_cell(batch, row) for batch, row in islice(rows, cfg.pictures)]
+    lines = [cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)]
+    sheet = grid(lines, [""] * len(lines), [""] * len(lines[0]))
     write_atomically(Path(cfg.out), lambda temporary: sheet.save(temporary, format="PNG"), OTHER_FILE)
     print(f"wrote {cfg.out}")
 
@@ -248,12 +251,3 @@ def draw_cell(batch: Batch, row: int) -> Image.Image:
     for line, words in enumerate(textwrap.wrap(batch.text[row], width // 6)[:CAPTION_LINES], 1):
         pen.text((0, CELL_PX + line * LINE_PX), words, fill="black")
     return cell
-
-
-def tile(cells: Sequence[Image.Image]) -> Image.Image:
-    columns = min(COLUMNS, len(cells))
-    width, height = cells[0].width + 2 * GAP_PX, cells[0].height + GAP_PX
-    sheet = Image.new("RGB", (width * columns, height * -(-len(cells) // columns) + GAP_PX), "white")
-    for n, cell in enumerate(cells):
-        sheet.paste(cell, (GAP_PX + n % columns * width, GAP_PX + n // columns * height))
-    return sheet
