@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -188,7 +188,8 @@ def build_index(
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(job.part(folder, pairs.columns) for job in jobs)
     make = partial(make_part, folder=folder, columns=pairs.columns)
-    parts, made = [], map(make, jobs)
+    parts = []
+    made: Iterator[Path] = map(make, jobs)
     with ExitStack() as stack:
         if workers > 1:
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
