@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -131,11 +131,13 @@ def test_lists_make_a_labelled_grid_of_the_single_images(sample: Sample, tmp_pat
     sample(scale=scales, seed=seeds, out=tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         sheet = picture.convert("RGB")
-    corner = sheet.width - len(seeds) * (tiny.IMAGE_PX + GAP_PX) + GAP_PX
+    font = ImageFont.load_default(LABEL_PX)
+    pitch = GAP_PX + max(tiny.IMAGE_PX, *(int(font.getlength(f"seed {seed}")) for seed in seeds))  # no label is cut
+    corner = sheet.width - len(seeds) * pitch + GAP_PX
     for y, scale in enumerate(scales):
         for x, seed in enumerate(seeds):
             sample(scale=scale, seed=seed, out=tmp_path / "one.png")
-            left, top = corner + x * (tiny.IMAGE_PX + GAP_PX), LABEL_PX + GAP_PX + y * (tiny.IMAGE_PX + GAP_PX)
+            left, top = corner + x * pitch, LABEL_PX + GAP_PX + y * (tiny.IMAGE_PX + GAP_PX)
             cell = sheet.crop((left, top, left + tiny.IMAGE_PX, top + tiny.IMAGE_PX))
             with Image.open(tmp_path / "one.png") as one:
                 assert ImageChops.difference(cell, one).getextrema() <= ((0, 1),) * 3
@@ -150,7 +152,7 @@ def test_several_adapters_make_a_grid_of_the_single_images(sample: Sample, adapt
         sheet = picture.convert("RGB")
     for x, each in enumerate((adapter, other)):
         sample(adapter=each, out=tmp_path / "one.png")
-        left, top = x * (tiny.IMAGE_PX + GAP_PX), LABEL_PX + GAP_PX
+        left, top = x * (sheet.width + GAP_PX) // 2, LABEL_PX + GAP_PX
         cell = sheet.crop((left, top, left + tiny.IMAGE_PX, top + tiny.IMAGE_PX))
         assert cell.tobytes() == pixels(tmp_path / "one.png")
 
