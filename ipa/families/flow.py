@@ -91,16 +91,18 @@ class FlowFamily(PipelineFamily):
         dtype: str = "float32",
         vae_dtype: str | None = None,
         config: str | None = None,
+        leave_out: Sequence[str] = (),
         **options: Any,
     ) -> Self:
         """Load a diffusers folder or a hub id; ``options`` are the constructor's.
 
-        Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given. Raises UserError for
-        a base of another family, or one without a part, of which only the configuration is read.
+        Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given, and none of what
+        ``leave_out`` names (``stand_ins``). Raises UserError for a base of another family, or one without a part, of
+        which only the configuration is read.
         """
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
         cls.check(path, **options)
-        absent = cls.absent | cls.left_out(**options)
+        absent = cls.absent | cls.left_out(**options) | cls.stand_ins(path, leave_out)
         pipeline = load_folder(cls.pipeline_class, path, dtypes, absent)
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
         return cls(**parts, source=path, **options)
@@ -128,6 +130,10 @@ class FlowFamily(PipelineFamily):
         for name, what in cls.needs.items():
             if (index.get(name) or [None])[0] is None and name not in absent:
                 raise UserError(f"base.path={path} has no {name}, {what}: give a folder with all parts of {cls.title}")
+
+    @classmethod
+    def read_denoiser(cls, path: str) -> Any:
+        return read_transformer(cls.transformer_class, path)
 
     @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:

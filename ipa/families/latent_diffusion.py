@@ -6,6 +6,7 @@ A subclass adds its text: how it is encoded, and what of it the UNet and the pub
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -54,12 +55,14 @@ class LatentDiffusion(PipelineFamily):
         vae_dtype: str | None = None,
         config: str | None = None,
         channels_last: bool = True,
+        leave_out: Sequence[str] = (),
     ) -> Self:
         """Load a diffusers folder, a hub id, or one ``.safetensors`` file in the original layout.
 
         Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given. ``config`` is the
         folder or hub id of a diffusers pipeline with the layout of a single file; None asks the hub, folders do not
         need it. ``channels_last`` stores the convolutions' weights as their kernels read them, which changes rounding.
+        Nothing is loaded of what ``leave_out`` names (``stand_ins``).
 
         Raises UserError for a base of another family, of which only configuration and headers are read, and for one
         that cannot be read.
@@ -67,9 +70,12 @@ class LatentDiffusion(PipelineFamily):
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
         cls.check(path, config)
         if is_single_file(path):
-            pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, cls.absent)
+            leave_out = [each for each in leave_out if each != "denoiser"]  # one file is read whole
+            pipeline = load_single_file(
+                cls.pipeline_class, path, config, dtypes, cls.absent | cls.stand_ins(path, leave_out)
+            )
         else:
-            pipeline = load_folder(cls.pipeline_class, path, dtypes, cls.absent)
+            pipeline = load_folder(cls.pipeline_class, path, dtypes, cls.absent | cls.stand_ins(path, leave_out))
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
         if channels_last:
             for name in ("unet", "vae"):
@@ -95,6 +101,10 @@ class LatentDiffusion(PipelineFamily):
                 f"base.config={config} is the layout of {layout.title} with context width {contexts[0]}, but "
                 f"base.path={path} holds {cls.title} with {contexts[1]}: give the layout of its own base"
             )
+
+    @classmethod
+    def read_denoiser(cls, path: str) -> Any:
+        return read_unet(path)
 
     @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:

@@ -9,7 +9,8 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -47,6 +48,18 @@ class PipelineFamily(Family):
         family = family_of(path)
         if family is not cls:
             raise UserError(f"base.path={path} is a {family.title} pipeline: use {family.advice}")
+
+    @classmethod
+    def stand_ins(cls, path: str, leave_out: Sequence[str]) -> dict[str, Any]:
+        """Components in place of those that are not loaded: ``text`` (no encoders), ``denoiser`` (without weights)."""
+        names = inspect.signature(cls.pipeline_class.__init__).parameters
+        text = {name: None for name in names if name.startswith("text_encoder") and "text" in leave_out}
+        return text | ({cls.denoiser_name: cls.read_denoiser(path)} if "denoiser" in leave_out else {})
+
+    @classmethod
+    @abstractmethod
+    def read_denoiser(cls, path: str) -> Any:
+        """The denoiser of a folder or hub id on the meta device, without weights."""
 
     @property
     def denoiser(self) -> Any:
@@ -119,9 +132,9 @@ class PipelineFamily(Family):
         return {"ids": torch.cat([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)}
 
     def split_ids(self, inputs: TextInputs) -> list[Tensor]:
-        """The ids of each tokenizer, ids_BL, on the base's device."""
+        """The ids of each tokenizer, ids_BL."""
         lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
-        return list(inputs["ids"].to(self.device).split(lengths, dim=1))
+        return list(inputs["ids"].split(lengths, dim=1))
 
     def cut_off(self, text: str) -> str:
         for tokenizer in self.tokenizers:
