@@ -7,7 +7,7 @@ kind of part it got. Shape letters are those of `ipa.types`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -103,8 +103,13 @@ class Family(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path: str, *, config: str | None = None, dtype: str = "float32") -> Self:
-        """Load a folder, hub id or file; raises UserError for a base that this family does not read."""
+    def from_pretrained(
+        cls, path: str, *, config: str | None = None, dtype: str = "float32", leave_out: Sequence[str] = ()
+    ) -> Self:
+        """Load a folder, hub id or file; raises UserError for a base that this family does not read.
+
+        Weights of what ``leave_out`` names, text, denoiser or vae, are not needed and may be left out.
+        """
 
     @classmethod
     @abstractmethod
@@ -188,6 +193,11 @@ class Family(nn.Module, ABC):
 
         Tensors may have different lengths, as the tokenizers do.
         """
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """What ``text_states`` runs, each on a device of its own; with ``known_texts`` there may be none."""
+        return []
 
     @abstractmethod
     def text_states(self, inputs: TextInputs) -> TextInputs:

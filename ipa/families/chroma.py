@@ -40,7 +40,7 @@ class Chroma(Flux):
 
     @torch.no_grad()
     def text_states(self, inputs: TextInputs) -> TextInputs:
-        """``t5`` and its ``mask``; raises UserError for inputs without ``t5_mask``, as a cache made for FLUX has them."""
+        """``t5`` and its ``mask``; raises UserError for inputs without ``t5_mask``, as a cache of FLUX has."""
         t5 = self.text_encoder
         mask_BL = require(inputs.get("t5_mask"), "Chroma's mask of the text (t5_mask)").to(t5.device)
         states_BLD = t5(inputs["t5_ids"].to(t5.device), attention_mask=mask_BL)[0]

@@ -70,7 +70,7 @@ class LatentDiffusion(PipelineFamily):
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
         cls.check(path, config)
         if is_single_file(path):
-            leave_out = [each for each in leave_out if each != "denoiser"]  # one file is read whole
+            leave_out = [each for each in leave_out if each == "text"]  # one file is read whole
             pipeline = load_single_file(
                 cls.pipeline_class, path, config, dtypes, cls.absent | cls.stand_ins(path, leave_out)
             )

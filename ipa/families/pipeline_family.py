@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ipa.contracts import DenoiserCall, Family, Part
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
+from ipa.families.sources import read_config
 from ipa.types import Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
@@ -51,10 +53,14 @@ class PipelineFamily(Family):
 
     @classmethod
     def stand_ins(cls, path: str, leave_out: Sequence[str]) -> dict[str, Any]:
-        """Components in place of those that are not loaded: ``text`` (no encoders), ``denoiser`` (without weights)."""
+        """Components in place of those that are not loaded: no text encoders (text), others without weights.
+
+        ``leave_out`` has text, denoiser and vae.
+        """
         names = inspect.signature(cls.pipeline_class.__init__).parameters
-        text = {name: None for name in names if name.startswith("text_encoder") and "text" in leave_out}
-        return text | ({cls.denoiser_name: cls.read_denoiser(path)} if "denoiser" in leave_out else {})
+        found = {name: None for name in names if name.startswith("text_encoder") and "text" in leave_out}
+        found |= {cls.denoiser_name: cls.read_denoiser(path)} if "denoiser" in leave_out else {}
+        return found | ({"vae": read_vae(path)} if "vae" in leave_out else {})
 
     @classmethod
     @abstractmethod
@@ -64,6 +70,11 @@ class PipelineFamily(Family):
     @property
     def denoiser(self) -> Any:
         return getattr(self, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        parts = [getattr(self, name) for name in self.part_names if name.startswith("text_encoder")]
+        return [part for part in parts if part is not None]
 
     @property
     def device(self) -> torch.device:
@@ -210,6 +221,13 @@ class PipelineFamily(Family):
         pipeline = pipeline_class(**own, **{name: x for name, x in self.absent.items() if name in known}, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def read_vae(path: str) -> Any:
+    """The VAE of a folder or hub id on the meta device, without weights."""
+    config = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(config)
 
 
 # letter case, accents, punctuation, digits, and more than fits

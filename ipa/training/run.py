@@ -41,7 +41,7 @@ from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
 from ipa.training.monitors import ImagePromptGuard
 from ipa.training.owner import owning
-from ipa.training.parts import build_model, check_average, check_parts, names_of_parts
+from ipa.training.parts import build_model, check_average, check_parts, check_texts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 from ipa.training.profiling import StepClock, StepProfile
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
@@ -86,6 +86,7 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
     set_up_torch(cfg)
     datamodule: Any = instantiate(cfg.data)
     check_parts(cfg, None if resumes else start or cfg.adapter.init_from)  # before any weight is read
+    check_texts(cfg, datamodule.texts)
     if start is not None and not resumes:
         check_average(cfg, start)
     log.info("loading %s", ", ".join(names_of_parts(cfg)))
@@ -164,7 +165,7 @@ def build_module(cfg: DictConfig, datamodule: Any, trainer: L.Trainer, start: Pa
     step_samples = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     optimizer = instantiate(scaled_optimizer(cfg, step_samples))
     L.seed_everything(cfg.seed, verbose=False)  # loading the judge draws random numbers, too
-    model = build_model(cfg)
+    model = build_model(cfg, datamodule.texts)
     if cfg.adapter.init_from and start is None:
         load_into(model, Path(cfg.adapter.init_from))
     size_px = cfg.image_size_px or model.family.image_size_px

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 import tiny
 import tiny_flow
 import torch
-from conftest import QUIET, ROOT, Run, World, checkpoint, column
+from conftest import QUIET, ROOT, Run, World, checkpoint, column, compose
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from PIL import Image
 from ranks import together, train_all
 
@@ -25,6 +28,7 @@ from ipa.prompter import Prompter
 from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
+from ipa.training.parts import build_model
 from ipa.training.warmup import ScaleWarmup
 
 SLOW = ("chroma", "instantx", "schnell")
@@ -110,21 +114,100 @@ def test_a_batch_with_its_own_references_λ_per_block_and_two_images(
 CACHED = ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chroma", "sd35_medium"))]
 
 
+@pytest.fixture(scope="module")
+def features(
+    world: World, overrides_of: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
+    """Overrides that train a family from its cache, precomputed with the given options."""
+
+    @cache
+    def made(name: str, *options: str) -> list[str]:
+        out = tmp_path_factory.mktemp("features")
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            own = [*overrides_of(name), f"out={out}", "device=cpu", "num_workers=0", *options]
+            precompute(hydra.compose("precompute", [*world.overrides(), *own]))
+        return [*overrides_of(name), "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1"]
+
+    return made
+
+
+def without_text_encoders(overrides: list[str], folder: Path) -> list[str]:
+    """The same base in another place, where the text encoders have no weights."""
+    base = next(each for each in overrides if each.startswith("base.path=")).partition("=")[2]
+    ignored = shutil.ignore_patterns("model.safetensors")  # of transformers; diffusers' has another name
+    shutil.copytree(base, folder, ignore=ignored)
+    return [*overrides, f"base.path={folder}"]
+
+
 @pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("text", ["ids", "states"])
 def test_training_from_a_cache_is_training_online(
-    name: str, world: World, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+    name: str, text: str, train_in: Run, overrides_of: Callable[[str], list[str]], features: Any, tmp_path: Path
 ) -> None:
-    """The same losses within the rounding of half precision."""
-    overrides = [*QUIET, *overrides_of(name)]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        own = [f"out={tmp_path / 'cache'}", "device=cpu", "num_workers=0"]
-        given = [each for each in overrides if not each.startswith(("scale_warmup", "image_prompt", "scoring"))]
-        precompute(hydra.compose("precompute", [*world.overrides(), *given, *own]))
-    online = train_in(tmp_path / "online", *overrides)
-    cached = train_in(tmp_path / "cached", *overrides, "data=cache", f"data.train={tmp_path / 'cache'}")
+    """The same losses within the rounding of half precision; with text states there need be no text encoders."""
+    overrides = features(name, f"text={text}", "preview.text=cat")
+    how = QUIET if text == "ids" else ("scoring=null", "preview.num_prompts=1", "preview.num_scored=0")
+    overrides = overrides if text == "ids" else without_text_encoders(overrides, tmp_path / "base")
+    online = train_in(tmp_path / "online", *QUIET, *overrides_of(name))
+    cached = train_in(tmp_path / "cached", *overrides, *how, "preview.text=cat")
     one, other = (list(map(float, column(folder, "train/loss").values())) for folder in (online, cached))
 
     assert one == pytest.approx(other, rel=0.02)
+    assert (cached / "previews/step_000004.png").is_file() == (text == "states")
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_cached_states_are_what_the_text_encoders_give_in_bfloat16(
+    name: str, world: World, features: Any, tmp_path: Path
+) -> None:
+    """To the bit, dropped texts too, where the base computes in bfloat16; token ids give them in training."""
+    conditions = []
+    for text in ("ids", "states"):
+        overrides = features(name, f"text={text}", "base.dtype=bfloat16")
+        cfg = compose(tmp_path / "run", *world.overrides(), *overrides, "base.dtype=bfloat16")
+        data = instantiate(cfg.data)
+        data.batch_size = 8
+        model = build_model(cfg, data.texts)
+        data.fit_to(image_size_px=16, reference_size_px=tiny.REFERENCE_PX, latent_shape=model.family.latent_shape(16))
+        data.check_model(model)
+        batches = list(islice(data.train_dataloader(), 4))
+        assert any(batch.draws.drop_text_B.any() for batch in batches)
+        assert bool(model.family.text_encoders) == (text == "ids")
+        conditions.append([model.text_of(batch) for batch in batches])
+    for online, cached in zip(*conditions, strict=True):
+        assert cached.states_BLD.dtype == torch.bfloat16
+        kept = slice(None) if online.mask_BL is None else online.mask_BL
+        assert torch.equal(cached.states_BLD[kept], online.states_BLD[kept])
+        for part in ("pooled_BE", "mask_BL"):
+            assert (getattr(online, part) is None) or torch.equal(getattr(cached, part), getattr(online, part))
+
+
+def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_path: Path) -> None:
+    overrides = [*QUIET, *features("flux", "text=states_fp8"), "preview.text=null"]
+    whole = train_in(tmp_path / "whole", *overrides)
+    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
+    resumed = train_in(tmp_path / "parts", *overrides)
+    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
+
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["preview.text=horse"], "preview.text=horse: .* ipa.tools.precompute"),
+        (["base.text_tokens=6"], "fingerprints: tokenizer"),
+        (["data.pairs.strip=[json.artist]"], r"choices: pairs\.strip"),
+        (["data.texts=nowhere.safetensors"], r"nowhere\.safetensors cannot be read"),
+    ],
+)
+def test_other_texts_than_the_cache_has_are_refused(
+    given: list[str], message: str, train_in: Run, features: Any, tmp_path: Path
+) -> None:
+    with pytest.raises((UserError, InstantiationException), match=message):
+        train_in(
+            tmp_path / "run", *QUIET, *features("flux", "text=states", "preview.text=cat"), "preview.text=cat", *given
+        )
 
 
 @pytest.mark.parametrize(
