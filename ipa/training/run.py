@@ -40,6 +40,7 @@ from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
 from ipa.training.monitors import ImagePromptGuard
+from ipa.training.optimizers import check_optimizer
 from ipa.training.owner import owning
 from ipa.training.parts import build_model, check_average, check_parts, check_texts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
@@ -87,6 +88,7 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
     datamodule: Any = instantiate(cfg.data)
     check_parts(cfg, None if resumes else start or cfg.adapter.init_from)  # before any weight is read
     check_texts(cfg, datamodule.texts)
+    check_optimizer(cfg)
     if start is not None and not resumes:
         check_average(cfg, start)
     log.info("loading %s", ", ".join(names_of_parts(cfg)))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
@@ -184,10 +185,11 @@ def text_bytes(cfg: DictConfig, family: Any) -> int:
         return sum(4 * ids.numel() for ids in family.prepare_text([""]).values())
     layout = cfg.base.get("config") if is_single_file(cfg.base.path) else cfg.base.path
     index = read_index(layout, "base.path") if layout else {}
-    with torch.device("meta"):
+    inputs = family.prepare_text([""])
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without content: text encoders of no weight
         for name in [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0]]:
             setattr(family, name, make_part(layout, name, *index[name]))
-    shapes = shapes_of(family.text_states(family.prepare_text([""])))
+        shapes = shapes_of(family.text_states(inputs))
     if cfg.text == "states":
         return state_bytes(shapes)
     return sum(
