@@ -100,7 +100,7 @@ class Texts:
 
     def written(self) -> bytes:
         rows = dict(enumerate(self.states.values()))
-        tensors = {f"{number}.{name}": x.contiguous() for number, row in rows.items() for name, x in row.items()}
+        tensors = {f"{number}.{name}": x.clone() for number, row in rows.items() for name, x in row.items()}
         return save(tensors, {ABOUT: in_json({"encoder": self.encoder, "texts": list(self.states)}).decode()})
 
     @classmethod
