@@ -234,7 +234,7 @@ class Family(nn.Module, ABC):
         """Raise UserError for a text that cannot be encoded, since the text encoders are not loaded."""
         unknown = [text for text in texts if self.known_texts is not None and text not in self.known_texts]
         if unknown:
-            raise UserError(f"the text {unknown[0]!r} is not among those that the feature cache has: {ADD_TEXTS}")
+            raise UserError(f"the text {unknown[0]!r} is not among the texts of the feature cache: {ADD_TEXTS}")
 
     def place_states(self, states: TextInputs) -> TextInputs:
         """Stored ``text_states`` on the base's device and in its precision."""

@@ -23,6 +23,7 @@ from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.families.sources import is_single_file
 from ipa.model import IPAdapterModel
 from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
+from ipa.training.optimizers import optimizer_for_estimate
 from ipa.types import Batch
 from ipa.weights import read_dtype
 
@@ -226,7 +227,7 @@ def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], 
         if cfg.gradient_checkpointing:
             model.checkpoint_gradients()
         model.adapter.install()
-        optimizer = instantiate(cfg.optimizer)(list(model.trainable.parameters()))
+        optimizer = optimizer_for_estimate(cfg)(list(model.trainable.parameters()))
 
         def step(batch: Batch) -> None:
             with torch.autocast(model.device.type, torch.bfloat16, enabled="mixed" in str(cfg.trainer.precision)):

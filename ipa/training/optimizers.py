@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -21,6 +23,7 @@ from ipa.errors import MissingWeights, UserError
 from ipa.training.average import COUNT
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "schedule_free": "schedulefree", "prodigy": "prodigyopt"}
+STATE_BYTES = {"adamw_8bit": 2, "prodigy": 16}  # of a parameter; Prodigy keeps two sums besides the moments
 OWN = f"{__name__}."
 LEAST_PRODIGY_LR = 0.01
 CONSTANT = ("constant", "constant_with_warmup")
@@ -88,6 +91,32 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
+class SizedState(Optimizer):
+    """An optimizer with as many bytes of state for each parameter as another, which does not run on fake tensors."""
+
+    def __init__(self, params: Iterable[nn.Parameter], state_bytes: int) -> None:
+        super().__init__(params, {})
+        self.state_bytes = state_bytes
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for parameter in (each for group in self.param_groups for each in group["params"]):
+            if parameter not in self.state:
+                size = parameter.numel() * self.state_bytes
+                self.state[parameter] = torch.empty(size, dtype=torch.uint8, device=parameter.device)
+
+
+def optimizer_for_estimate(cfg: DictConfig) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """The configured optimizer, or one of its size, for an estimate of memory."""
+    if state_bytes := STATE_BYTES.get(name_of(cfg.optimizer)):
+        return partial(SizedState, state_bytes=state_bytes)
+    made: Callable[[Iterable[nn.Parameter]], Optimizer] = instantiate(cfg.optimizer)
+    return made
+
+
+def name_of(optimizer: DictConfig) -> str:
+    return str(optimizer._target_).removeprefix(OWN)
+
+
 class ScheduleFreeAverage:
     """The average x that a schedule-free optimizer trains, in the place of a `WeightAverage` of ``module``.
 
@@ -131,7 +160,7 @@ def averages(optimizer: Any) -> bool:
 
 def check_optimizer(cfg: DictConfig) -> None:
     """Raise UserError for a missing package, and for options that do not go together."""
-    name = str(cfg.optimizer._target_).removeprefix(OWN)
+    name = name_of(cfg.optimizer)
     package = PACKAGES.get(name)
     if package and find_spec(package) is None:
         raise MissingWeights(f"this optimizer needs the package {package}: pip install {package}")

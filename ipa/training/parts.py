@@ -122,7 +122,7 @@ def names_of_parts(cfg: DictConfig) -> list[str]:
 def check_texts(cfg: DictConfig, texts: Mapping[str, TextInputs] | None) -> None:
     """Raise UserError if previews need the states of a text that the data do not have."""
     if texts is not None and (cfg.preview.text or "") not in texts:
-        raise UserError(f"preview.text={cfg.preview.text}: not among the texts of the feature cache: {ADD_TEXTS}")
+        raise UserError(f"preview.text={cfg.preview.text} is not among the texts of the feature cache: {ADD_TEXTS}")
 
 
 def build_model(cfg: DictConfig, texts: Mapping[str, TextInputs] | None = None) -> IPAdapterModel:

@@ -62,14 +62,20 @@ def test_eight_bits_are_within_the_rounding_of_e4m3_for_each_token() -> None:
 def test_states_that_are_not_the_headers_are_rejected(missing: str | None) -> None:
     states = make_states()
     stored = {name: x for name, x in to_stored(states, "states_fp8").items() if name != missing}
-    others = states if missing else {**states, "t5": states["t5"][..., :5]}
+    others = states if missing else {**states, "t5": states["t5"][:, :4]}
     record = make_record(picture=with_states(pack(make_record(), make_tensors(), None), stored))
     with pytest.raises(Rejected, match="states"):
         preparation(others, "states_fp8").sample(record, address())
 
 
 @pytest.mark.parametrize(
-    "text", [1, {"kept": "all", "shapes": {"t5": [1, 2]}}, {"kept": "states", "shapes": {"t5": []}}]
+    "text",
+    [
+        1,
+        {"kept": "all", "shapes": {"t5": [1, 2]}},
+        {"kept": "states", "shapes": {"t5": []}},
+        {"kept": "states", "shapes": {"t5": [10**5, 10**5]}},
+    ],
 )
 def test_headers_with_impossible_states_are_refused(text: Any) -> None:
     header = Header("train", {}, {}, HEADER.sizes | {"text": text})

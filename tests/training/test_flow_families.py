@@ -139,18 +139,24 @@ def without_text_encoders(overrides: list[str], folder: Path) -> list[str]:
     return [*overrides, f"base.path={folder}"]
 
 
+@pytest.fixture(scope="module")
+def online_losses(train_in: Run, overrides_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    place = tmp_path_factory.mktemp("online")
+    return cache(lambda name: column(train_in(place / name, *QUIET, *overrides_of(name)), "train/loss"))
+
+
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("text", ["ids", "states"])
 def test_training_from_a_cache_is_training_online(
-    name: str, text: str, train_in: Run, overrides_of: Callable[[str], list[str]], features: Any, tmp_path: Path
+    name: str, text: str, train_in: Run, online_losses: Callable[[str], Any], features: Any, tmp_path: Path
 ) -> None:
     """The same losses within the rounding of half precision; with text states there need be no text encoders."""
     overrides = features(name, f"text={text}", "preview.text=cat")
     how = QUIET if text == "ids" else ("scoring=null", "preview.num_prompts=1", "preview.num_scored=0")
     overrides = overrides if text == "ids" else without_text_encoders(overrides, tmp_path / "base")
-    online = train_in(tmp_path / "online", *QUIET, *overrides_of(name))
     cached = train_in(tmp_path / "cached", *overrides, *how, "preview.text=cat")
-    one, other = (list(map(float, column(folder, "train/loss").values())) for folder in (online, cached))
+    losses = (online_losses(name), column(cached, "train/loss"))
+    one, other = (list(map(float, each.values())) for each in losses)
 
     assert one == pytest.approx(other, rel=0.02)
     assert (cached / "previews/step_000004.png").is_file() == (text == "states")
@@ -195,7 +201,7 @@ def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["preview.text=horse"], "preview.text=horse: .* ipa.tools.precompute"),
+        (["preview.text=horse"], "preview.text=horse is not among .* ipa.tools.precompute"),
         (["base.text_tokens=6"], "fingerprints: tokenizer"),
         (["data.pairs.strip=[json.artist]"], r"choices: pairs\.strip"),
         (["data.texts=nowhere.safetensors"], r"nowhere\.safetensors cannot be read"),
@@ -252,11 +258,16 @@ def test_how_the_training_sampled_is_recorded(trained: Callable[[str], Path]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "sd35_medium"])
+@pytest.mark.parametrize(("name", "text"), [("flux", None), ("sd35_medium", None), ("chroma", "states")])
 def test_two_processes_train_as_one(
-    name: str, world: World, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+    name: str, text: str | None, world: World, train_in: Run, overrides_of: Any, features: Any, tmp_path: Path
 ) -> None:
-    shared = (*QUIET, *overrides_of(name), "data.batch_size=null", "global_batch_size=4", "gradient_checkpointing=true")
+    own = (
+        overrides_of(name)
+        if text is None
+        else [*features(name, f"text={text}", "preview.text=cat"), "preview.text=cat"]
+    )
+    shared = (*QUIET, *own, "data.batch_size=null", "global_batch_size=4", "gradient_checkpointing=true")
     one = train_in(tmp_path / "one", *shared)
     processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     together(train_all, [(tmp_path / "two", (*world.overrides(), "~logger.wandb", *processes, *shared))])

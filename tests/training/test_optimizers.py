@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
 import torch
-from conftest import QUIET, Run, assert_same_run, checkpoint, compose
+from conftest import QUIET, ROOT, Run, assert_same_run, checkpoint, compose
 from safetensors.torch import load_file
 from torch import nn
 
 from ipa.errors import MissingWeights, UserError
 from ipa.export.loading import load_model
-from ipa.training.optimizers import MuonWithAdamW, check_optimizer
+from ipa.training.optimizers import MuonWithAdamW, check_optimizer, optimizer_for_estimate
 
 CASES = {
     "adamw8bit": ("bitsandbytes", ["optimizer.lr=0.01"]),
@@ -21,8 +23,15 @@ CASES = {
     "prodigy": ("prodigyopt", ["optimizer.lr=1"]),
     "muon": ("torch", ["optimizer.lr=0.01"]),
 }
+SLOW = ("adamw8bit", "prodigy")
 HERE = [
-    pytest.param(name, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"pip install {package}"))
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.skipif(find_spec(package) is None, reason=f"pip install {package}"),
+            *([pytest.mark.slow] if name in SLOW else []),
+        ],
+    )
     for name, (package, _) in CASES.items()
 ]
 FAST = (
@@ -41,16 +50,13 @@ def test_a_run_resumes_to_the_bit(name: str, train_in: Run, tmp_path: Path) -> N
     whole = train_in(tmp_path / "whole", *overrides)
     train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
     assert_same_run(whole, train_in(tmp_path / "parts", *overrides))
+    if name == "schedule_free":
+        seldom = train_in(tmp_path / "seldom", *overrides, "preview.every_n_steps=4")
+        assert_average_is_written(whole, checkpoint(seldom))
 
 
-@pytest.mark.skipif(find_spec("schedulefree") is None, reason="pip install schedulefree")
-def test_files_and_readers_of_checkpoints_get_the_average_of_a_schedule_free_optimizer(
-    train_in: Run, tmp_path: Path
-) -> None:
+def assert_average_is_written(folder: Path, seldom: dict[str, Any]) -> None:
     """x = y + (1 − 1/β₁)(z − y); the training weights y are next to it as raw ones, and do not depend on previews."""
-    overrides = [*FAST, "optimizer=schedule_free", "optimizer.lr=0.01"]
-    folder = train_in(tmp_path / "run", *overrides, "preview.every_n_steps=1")
-    seldom = checkpoint(train_in(tmp_path / "seldom", *overrides, "preview.every_n_steps=4"))
     saved = checkpoint(folder)
     names = [name.removeprefix("trainable.") for name in saved["state_dict"] if name.startswith("trainable.")]
     z = [state["z"] for state in saved["optimizer_states"][0]["state"].values()]
@@ -96,6 +102,17 @@ def test_options_that_do_not_go_together_are_refused(
     monkeypatch.setattr("ipa.training.run.build_model", lambda *parts: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=message):
         train_in(tmp_path / "run", *QUIET, *given)
+
+
+@pytest.mark.parametrize(("name", "fewest", "most"), [("adamw8bit", 2, 3), ("prodigy", 16, 17)])
+def test_an_estimate_of_memory_counts_the_state_and_needs_no_package(name: str, fewest: int, most: int) -> None:
+    parameters = [nn.Parameter(torch.zeros(30, 20)), nn.Parameter(torch.zeros(5))]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        optimizer = optimizer_for_estimate(hydra.compose("train", [f"optimizer={name}"]))(parameters)
+    optimizer.step()
+    optimizer.step()
+
+    assert fewest * 605 <= sum(state.nbytes for state in optimizer.state.values()) < most * 605
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

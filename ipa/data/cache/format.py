@@ -15,6 +15,7 @@ in training from pictures. The posterior is sampled in training.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
@@ -58,6 +59,7 @@ STORED = {
     "F8_E4M3": np.uint8,
 }
 MAX_SAMPLES = 10_000_000  # of a shard
+MAX_STATE = 1 << 26  # numbers of a text's state; T5's 512 tokens of FLUX have 2 million
 
 BROKEN_MEMBER = "broken cached sample"
 
@@ -147,7 +149,10 @@ def is_text(text: Any) -> bool:
         return False
     shapes = text["shapes"].values()
     return bool(shapes) and all(
-        isinstance(shape, list) and 1 <= len(shape) <= 2 and all(type(side) is int and side > 0 for side in shape)
+        isinstance(shape, list)
+        and 1 <= len(shape) <= 2
+        and all(type(side) is int and side > 0 for side in shape)
+        and math.prod(shape) <= MAX_STATE
         for shape in shapes
     )
 

@@ -82,7 +82,7 @@ def read_one(row: Mapping[str, NDArray[Any]], name: str, shape: Sequence[int]) -
         x = (x.view(FP8).float() * scale_L[:, None]).to(torch.bfloat16)
     elif x.dtype == torch.uint16:
         x = x.view(torch.bfloat16)
-    x = F.pad(x, (0, 0, 0, shape[0] - len(x))) if x.ndim == 2 else x
+    x = F.pad(x, (0, 0, 0, max(0, shape[0] - len(x)))) if x.ndim == 2 else x
     if list(x.shape) != list(shape):
         raise ValueError(f"{name} is {list(x.shape)}, not {list(shape)}")
     return x
