@@ -188,6 +188,7 @@ def test_cached_states_are_what_the_text_encoders_give_in_bfloat16(
             assert (getattr(online, part) is None) or torch.equal(getattr(cached, part), getattr(online, part))
 
 
+@pytest.mark.slow
 def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_path: Path) -> None:
     overrides = [*QUIET, *features("flux", "text=states_fp8"), "preview.text=null"]
     whole = train_in(tmp_path / "whole", *overrides)
