@@ -99,6 +99,8 @@ class AdapterTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_metadata"] = self.describe()
+        optimizer: Any = self.optimizers()
+        checkpoint["optimizer"] = type(getattr(optimizer, "optimizer", optimizer)).__name__
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Whole plain tensors; all ranks call this."""

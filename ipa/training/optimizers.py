@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from ipa.errors import MissingWeights, UserError
 from ipa.training.average import COUNT
+from ipa.training.checkpointing import load
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "schedule_free": "schedulefree", "prodigy": "prodigyopt"}
+CLASSES = {"adamw_8bit": "AdamW8bit", "schedule_free": "AdamWScheduleFree", "prodigy": "Prodigy"}
 STATE_BYTES = {"adamw_8bit": 2, "prodigy": 16}  # of a parameter; Prodigy keeps two sums besides the moments
 OWN = f"{__name__}."
 LEAST_PRODIGY_LR = 0.01
@@ -156,6 +159,17 @@ class ScheduleFreeAverage:
 def averages(optimizer: Any) -> bool:
     """Whether it is schedule-free."""
     return callable(getattr(optimizer, "eval", None))
+
+
+def check_same_optimizer(cfg: DictConfig, checkpoint: Path) -> None:
+    """Raise UserError if another run's checkpoint has the state of another optimizer than the configured one."""
+    name = name_of(cfg.optimizer)
+    asked = CLASSES.get(name, name.rpartition(".")[2])
+    if (saved := load(checkpoint, mmap=True).get("optimizer", asked)) != asked:
+        raise UserError(
+            f"resume={checkpoint}: it was trained with {saved}, not {asked}. Give its optimizer=, or "
+            f"adapter.init_from={checkpoint} to take only the weights"
+        )
 
 
 def check_optimizer(cfg: DictConfig) -> None:

@@ -40,7 +40,7 @@ from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
 from ipa.training.monitors import ImagePromptGuard
-from ipa.training.optimizers import check_optimizer
+from ipa.training.optimizers import check_optimizer, check_same_optimizer
 from ipa.training.owner import owning
 from ipa.training.parts import build_model, check_average, check_parts, check_texts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
@@ -91,6 +91,7 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
     check_optimizer(cfg)
     if start is not None and not resumes:
         check_average(cfg, start)
+        check_same_optimizer(cfg, start)
     log.info("loading %s", ", ".join(names_of_parts(cfg)))
     stop, same = StopOnSignal(signals), SameParts(moved)
     trainer = make_trainer(cfg, folder, stop, same)

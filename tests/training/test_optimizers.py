@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 import pytest
 import torch
-from conftest import QUIET, ROOT, Run, assert_same_run, checkpoint, compose
+from conftest import QUIET, ROOT, Run, assert_same_run, checkpoint, compose, last_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -113,6 +113,12 @@ def test_an_estimate_of_memory_counts_the_state_and_needs_no_package(name: str, 
     optimizer.step()
 
     assert fewest * 605 <= sum(state.nbytes for state in optimizer.state.values()) < most * 605
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(finished: Path, train_in: Run, tmp_path: Path) -> None:
+    start = f"resume={last_checkpoint(finished)}"
+    with pytest.raises(UserError, match=r"trained with AdamW, not MuonWithAdamW.*adapter\.init_from="):
+        train_in(tmp_path / "run", *QUIET, "optimizer=muon", start)
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

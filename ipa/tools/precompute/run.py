@@ -29,14 +29,11 @@ from ipa.files import remove_temporaries
 from ipa.model import fingerprints
 from ipa.tools.precompute.decoding import Decoded, Decoding, Task
 from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
-from ipa.tools.precompute.texts import describe_sizes, encode_texts
-from ipa.training.parts import check_parts, make_head_of
+from ipa.tools.precompute.texts import KEPT, describe_sizes, encode_texts, kept_of
+from ipa.training.parts import check_parts
 from ipa.types import first_not_finite, to_unit_range
 
 log = logging.getLogger(__name__)
-
-# what is kept of a reference, by what the head reads: patch features need four times its space
-KEPT = {"pooled": "pooled", "patches": "reference"}
 
 
 def precompute(cfg: DictConfig) -> None:
@@ -68,7 +65,7 @@ def encode_pictures(
     """All jobs, and what this process made of its own."""
     family: Any = instantiate(cfg.base, leave_out=["text", "denoiser"])
     encoder = instantiate(cfg.encoder)
-    kept = list(cfg.keep or [KEPT[make_head_of(cfg, encoder.widths, family.widths).uses]])
+    kept = kept_of(cfg, encoder.widths, family.widths)
     sizes = fit(data, family, encoder, cfg.image_size_px) | {"kept": kept}
     headers = make_headers(data, sizes, fingerprints(family, encoder))
     jobs = list_jobs(data.train_order, headers, Path(cfg.out), cfg.text)

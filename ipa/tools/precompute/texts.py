@@ -5,7 +5,6 @@ It begins when VAE and image encoder are no longer needed, and reads no pictures
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,10 +36,11 @@ from ipa.files import write_atomically
 from ipa.tools.precompute.shards import OTHER_FOLDER, Job, Made
 from ipa.training.dry_run import samples_in, size
 from ipa.training.parts import make_head_of, read_widths
-from ipa.types import TextInputs
+from ipa.types import BaseWidths, EncoderWidths, TextInputs
 from ipa.weights import fingerprint
 
-log = logging.getLogger(__name__)
+# what is kept of a reference, by what the head reads: patch features need four times its space
+KEPT = {"pooled": "pooled", "patches": "reference"}
 
 
 def encode_texts(
@@ -76,7 +76,8 @@ def fixed_texts(cfg: DictConfig, data: ShardDataModule) -> list[str]:
     """What a training encodes besides its captions: nothing, the previews' text, captions of held-out samples."""
     texts = ["", cfg.preview.text or ""]
     if cfg.heldout_check.every_n_steps is not None and data.val_order is not None:
-        for batch in data.val_dataloader(Share()):
+        loader: Any = data.val_dataloader(Share())
+        for batch in loader:
             texts += batch.text
             if len(texts) >= cfg.heldout_check.num_samples + 2:
                 break
@@ -163,13 +164,11 @@ def describe_sizes(cfg: DictConfig, data: ShardDataModule) -> str:
     """How much disk the cache takes; no weight of a folder or hub id is read for it."""
     family: Any = instantiate(cfg.base, leave_out=["text", "denoiser", "vae"])
     encoder = read_widths(cfg.encoder)
-    uses = make_head_of(cfg, encoder, family.widths).uses
-    kept = cfg.keep or [{"pooled": "pooled", "patches": "reference"}[uses]]
     reference = {"pooled": 2 * encoder.pooled, "reference": 3 * encoder.image_size_px**2}
     picture = 4 * math.prod(family.latent_shape(cfg.image_size_px or family.image_size_px))
-    sample = picture + sum(reference[name] for name in kept)
+    sample = picture + sum(reference[name] for name in kept_of(cfg, encoder, family.widths))
     caption = text_bytes(cfg, family)
-    shards: list[str] = [shard for source in data.train_order.sources for shard in source.shards]  # type: ignore[attr-defined]
+    shards: list[str] = [shard for source in data.train_order.sources for shard in source.shards]
     counts = [samples_in(Path(shard)) for shard in shards]
     number = sum(count for count in counts if count is not None)
     each = f"each sample takes {size(sample)}, each of its captions at most {size(caption)} of {cfg.text}"
@@ -177,6 +176,11 @@ def describe_sizes(cfg: DictConfig, data: ShardDataModule) -> str:
         return f"{each}; {len(shards):,} shards, of an unknown number of samples"
     total = number * (sample + caption)
     return f"{each}: {size(total)} for {number:,} samples with a caption each, in {len(shards):,} shards"
+
+
+def kept_of(cfg: DictConfig, encoder: EncoderWidths, base: BaseWidths) -> list[str]:
+    """What is kept of each reference: as asked, else what the head reads."""
+    return list(cfg.keep or [KEPT[make_head_of(cfg, encoder, base).uses]])
 
 
 def text_bytes(cfg: DictConfig, family: Any) -> int:
