@@ -11,6 +11,7 @@ import re
 import signal
 import tarfile
 import time
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -34,8 +35,9 @@ from ipa.data.cache.source import read_header
 from ipa.data.cache.states import Texts
 from ipa.data.records import Record
 from ipa.errors import UserError
-from ipa.tools.precompute.run import check_finite, precompute
+from ipa.tools.precompute.run import FrozenParts, check_finite, precompute
 from ipa.tools.precompute.shards import read_share
+from ipa.tools.precompute.texts import TextParts
 from ipa.training.parts import build_model
 from ipa.types import Batch, to_unit_range
 
@@ -111,9 +113,10 @@ def test_workers_change_no_byte(made: Path, parts: list[str], shards: Path, tmp_
 
 
 def test_text_states_come_in_a_second_pass_that_a_restart_goes_on_with(
-    made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes after a kill between the passes; another text is added without another pass."""
+    watch_passes(monkeypatch)
     with caplog.at_level("INFO"):
         run(tmp_path / "dry", *parts, "text=states", "dry_run=true")
         assert not (tmp_path / "dry").exists() and "each of its captions at most 0.3 KiB of states" in caplog.text
@@ -133,6 +136,24 @@ def test_text_states_come_in_a_second_pass_that_a_restart_goes_on_with(
     for text, said in (("ids", "text: states, here ids"), ("states_fp8", "text: states, here states_fp8")):
         with pytest.raises(WrongCache, match=said):
             run(whole, *parts, f"text={text}")
+
+
+def watch_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where the text encoders are in memory together with the first pass's models, or with weights of others."""
+    first, second, before = FrozenParts.__init__, TextParts.__init__, []
+
+    def pictures(self: FrozenParts, family: Any, encoder: Any, *others: Any) -> None:
+        assert family.unet.device.type == "meta" and not family.text_encoders
+        before.extend([weakref.ref(family.vae), weakref.ref(encoder)])
+        first(self, family, encoder, *others)
+
+    def texts(self: TextParts, family: Any, *others: Any) -> None:
+        assert all(each() is None for each in before)
+        assert family.unet.device.type == family.vae.device.type == "meta"
+        second(self, family, *others)
+
+    monkeypatch.setattr(FrozenParts, "__init__", pictures)
+    monkeypatch.setattr(TextParts, "__init__", texts)
 
 
 def count_samples(folder: Path) -> int:

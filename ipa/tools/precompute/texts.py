@@ -5,6 +5,7 @@ It begins when VAE and image encoder are no longer needed, and reads no pictures
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ def encode_texts(
     made = Made(rejects=pictures.rejects, reject_examples=pictures.reject_examples, cut_off=pictures.cut_off)
     if not todo and all(known is not None and known.has(texts) for known in map(known_in, folders)):
         return made
+    free_memory()
     parts = TextParts(instantiate(cfg.base, leave_out=["denoiser", "vae"]), cfg.text, device, cfg.batch_size)
     for folder in folders:
         parts.write_texts(folder, texts)
@@ -70,6 +72,13 @@ def encode_texts(
         with suppress(OSError):  # another process still needs it
             folder.rmdir()
     return made
+
+
+def free_memory() -> None:
+    """Of the models of the first pass, which cycles of references keep until then."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def fixed_texts(cfg: DictConfig, data: ShardDataModule) -> list[str]:
