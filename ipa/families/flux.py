@@ -49,7 +49,7 @@ class Flux(FlowFamily):
         "vae": "its VAE",
     }
     clip_parts: ClassVar[tuple[str, str] | None] = ("text_encoder", "tokenizer")
-    t5_parts: ClassVar[tuple[str, str]] = ("text_encoder_2", "tokenizer_2")
+    t5_parts = ("text_encoder_2", "tokenizer_2")
 
     text_encoder: Any
 

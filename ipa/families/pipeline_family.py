@@ -10,8 +10,9 @@ import inspect
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from ipa.contracts import DenoiserCall, Family, Part
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
-from ipa.families.sources import read_config
+from ipa.families.quantization import load_quantized
+from ipa.families.sources import read_config, read_index
 from ipa.types import Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
@@ -33,9 +35,12 @@ class PipelineFamily(Family):
     denoiser_name: ClassVar[str]
     # components that the public pipeline can have besides the parts, and is built without
     absent: ClassVar[dict[str, Any]]
+    published_bytes: ClassVar[int] = 4  # of a weight on the hub
+    kept: ClassVar[tuple[str, ...]] = ()  # layers of the denoiser that are never quantized
 
     vae: Any
     scheduler: Any
+    quantization: str | None = None  # of the denoiser; see `ipa.families.quantization`
 
     def __init__(self, source: str, **parts: Any) -> None:
         super().__init__()
@@ -66,6 +71,16 @@ class PipelineFamily(Family):
     @abstractmethod
     def read_denoiser(cls, path: str) -> Any:
         """The denoiser of a folder or hub id on the meta device, without weights."""
+
+    @classmethod
+    def left_out(cls, **options: Any) -> dict[str, Any]:
+        """Parts that these options of the constructor do not need, which are not loaded."""
+        return {}
+
+    @classmethod
+    def quantized_parts(cls, quantization: str | None, text_quantization: str | None = None) -> dict[str, str | None]:
+        """The parts that can be quantized, with their schemes."""
+        return {cls.denoiser_name: quantization}
 
     @property
     def denoiser(self) -> Any:
@@ -154,6 +169,9 @@ class PipelineFamily(Family):
                 return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
         return ""
 
+    def describe(self) -> dict[str, str]:
+        return {"base_quantization": self.quantization} if self.quantization else {}
+
     def fingerprints(self) -> dict[str, str]:
         shift, factor = self.vae_scale
         vae = f"{fingerprint(self.vae)} × {factor:g}" + (f" − {shift:g}" if shift else "")
@@ -240,9 +258,31 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def load_folder(pipeline_class: Any, path: str, dtypes: dict[str, torch.dtype], absent: dict[str, Any]) -> Any:
-    """A pipeline from a folder or hub id; raises UserError for one that lacks a file."""
+def load_folder(
+    pipeline_class: Any,
+    path: str,
+    dtypes: dict[str, torch.dtype],
+    given: dict[str, Any],
+    schemes: Mapping[str, str | None],
+    kept: Sequence[str] = (),
+) -> Any:
+    """A pipeline from a folder or hub id, around the parts that are ``given``; None leaves a part out.
+
+    ``schemes`` quantize parts, except for the layers ``kept`` (`ipa.families.quantization`). Raises UserError for a
+    folder that lacks a file.
+    """
+    wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
     try:
-        return pipeline_class.from_pretrained(path, dtype=dtypes, **absent)
+        quantized = {
+            name: load_quantized(path, name, class_of(path, name), scheme, dtypes["default"], kept)
+            for name, scheme in wanted.items()
+        }
+        return pipeline_class.from_pretrained(path, dtype=dtypes, **given, **quantized)
     except OSError as error:
         raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
+
+
+def class_of(path: str, part: str) -> Any:
+    """The class of diffusers or transformers that a pipeline's index names."""
+    library, kind = read_index(path, "base.path")[part]
+    return getattr(import_module(library), kind)

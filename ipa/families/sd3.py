@@ -39,6 +39,7 @@ class StableDiffusion3(FlowFamily):
     time_factor = 1000.0
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
+    t5_parts = ("text_encoder_3", "tokenizer_3")
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None}
     needs: ClassVar = {
         "text_encoder": "its first CLIP text encoder",

@@ -32,7 +32,7 @@ from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, SameParts, Throughput
 from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, where_to_start
 from ipa.training.configuration import settle_configuration
-from ipa.training.dry_run import dry_run
+from ipa.training.dry_run import QUANTIZING, dry_run
 from ipa.training.failures import LOST_PIPE, explain_fit_failure
 from ipa.training.guards import FiniteGuard
 from ipa.training.heldout import HeldOutGap
@@ -156,6 +156,7 @@ def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal, *callbacks_o
         default_root_dir=folder,
     )
     check_compile(cfg, trainer.strategy)
+    check_quantization(cfg, trainer.strategy)
     check_launcher(trainer.world_size)
     stop.signals.launcher = launcher_of(trainer)
     for previews in found(callbacks, Previews):
@@ -233,6 +234,15 @@ def check_compile(cfg: DictConfig, strategy: Strategy) -> None:
         raise UserError(
             "compile=true does not work with trainer=fsdp or zero2, which gather weights while a block runs: give one "
             "of them, or trainer=ddp"
+        )
+
+
+def check_quantization(cfg: DictConfig, strategy: Strategy) -> None:
+    given = {name: cfg.base.get(name) for name in QUANTIZING if cfg.base.get(name)}
+    if given and isinstance(strategy, AdapterFSDP):
+        raise UserError(
+            f"base.{next(iter(given))}={next(iter(given.values()))} does not work with trainer=fsdp or zero2, which "
+            "shard weights in their own dtype: give one of them, or trainer=ddp"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
 from ipa.training.parts import build_model
+from ipa.training.run import make_trainer
+from ipa.training.stopping import Signals, StopOnSignal
+from ipa.training.strategies import frozen_blocks
 from ipa.training.warmup import ScaleWarmup
 
 SLOW = ("chroma", "instantx", "schnell")
@@ -38,9 +42,14 @@ CASES = {
     "schnell": ("base=flux_schnell", "experiment=simple_global"),
     "chroma": ("base=chroma", "tokens.no_image=black"),
     "sd35_medium": ("base=sd35_medium", "experiment=decoupled_time_aware", *FOUR, "scale_warmup_steps=3"),
+    "int8": ("base=flux_dev", "base.quantization=int8", "tokens.no_image=black"),
     "instantx": ("base=flux_dev", "base.hosts=all", "experiment=decoupled_mlp", *FOUR, "adapter.layout=ipa"),
 }
-PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+MARKS = {
+    **dict.fromkeys(SLOW, pytest.mark.slow),
+    "int8": pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao"),
+}
+PARAMETERS = [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def overrides_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], li
         return tiny_flow.save(tiny_flow.MAKERS[name](), place / name)
 
     def overrides(name: str) -> list[str]:
-        base = folder("flux" if name == "instantx" else name)
+        base = folder(name if name in tiny_flow.MAKERS else "flux")
         return [*CASES[name], f"base.path={base}", "base.dtype=float32", "optimizer.lr=0.01", "data.background=null"]
 
     return overrides
@@ -78,6 +87,7 @@ def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
             stored = one[f"trainable.{key}"]
             assert torch.equal(value, stored if source is whole else stored.half().float())
     metadata = read_adapter(whole / "adapter.safetensors").metadata
+    assert metadata.get("base_quantization") == ("int8" if name == "int8" else None)
     assert metadata["timesteps"] == ("logit_normal" if name.startswith("sd3") else "uniform")
 
 
@@ -225,6 +235,7 @@ def test_other_texts_than_the_cache_has_are_refused(
         (["experiment=decoupled_fine_grained"], "no other program knows this head for FLUX"),
         (["base.hosts=all"], "no other program knows this head for FLUX.1, all blocks"),
         (["base=chroma"], "is a FLUX.1 pipeline: use base=flux_dev"),
+        (["base.quantization=int3"], r"base\.quantization=int3: give fp8, int8, nf4, or null"),
         (["base.times.timesteps=odd"], r"base\.times\.timesteps=odd"),
     ],
 )
@@ -258,10 +269,43 @@ def test_how_the_training_sampled_is_recorded(trained: Callable[[str], Path]) ->
     assert recorded_options(metadata)["guidance"] == 3.0
 
 
+@pytest.mark.parametrize("name", ["flux", "chroma", "sd35_medium"])
+def test_fsdp_shards_transformer_and_text_encoders_by_block(name: str) -> None:
+    """All weights of the blocks are in a unit."""
+    model = tiny_flow.make_model(tiny_flow.MAKERS[name])
+    units = [type(block).__name__ for block in frozen_blocks(model)]
+    transformer = model.family.transformer
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+    assert all(block in frozen_blocks(model) for block in blocks)
+    assert units.count("T5Block") == 2 and len(units) > len(blocks) + 2
+
+
+def test_a_quantized_base_is_not_sharded(tmp_path: Path) -> None:
+    given = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    with pytest.raises(UserError, match=r"base\.transformer_file=x\.gguf does not work with trainer=fsdp"):
+        make_trainer(
+            compose(tmp_path / "x", "base=flux_dev", "base.transformer_file=x.gguf", *given),
+            tmp_path,
+            StopOnSignal(Signals(1)),
+        )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "text"), [("flux", None), ("sd35_medium", None), ("chroma", "states")])
+@pytest.mark.parametrize(
+    ("name", "text", "strategy"),
+    [(name, None, strategy) for name in ("flux", "sd35_medium") for strategy in ("ddp", "fsdp")]
+    + [("chroma", "states", "ddp")],
+)
 def test_two_processes_train_as_one(
-    name: str, text: str | None, world: World, train_in: Run, overrides_of: Any, features: Any, tmp_path: Path
+    name: str,
+    text: str | None,
+    strategy: str,
+    world: World,
+    train_in: Run,
+    overrides_of: Any,
+    features: Any,
+    tmp_path: Path,
 ) -> None:
     own = (
         overrides_of(name)
@@ -270,7 +314,7 @@ def test_two_processes_train_as_one(
     )
     shared = (*QUIET, *own, "data.batch_size=null", "global_batch_size=4", "gradient_checkpointing=true")
     one = train_in(tmp_path / "one", *shared)
-    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    processes = (f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     together(train_all, [(tmp_path / "two", (*world.overrides(), "~logger.wandb", *processes, *shared))])
     weights = [checkpoint(folder)["state_dict"] for folder in (one, tmp_path / "two")]
 
