@@ -13,7 +13,7 @@ VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_gr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train ablation paper evaluate test test-slow test-commands test-cluster bench bench-data docs lint format type lock demo-world clean
+.PHONY: help venv train ablation paper evaluate test test-slow test-quantization test-commands test-cluster bench bench-data docs lint format type lock demo-world clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ test: $(READY) ## run the tests; minutes
 
 test-slow: $(READY) ## run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# In a folder of their own, since diffusers imports these packages, with warnings, wherever they are installed.
+test-quantization: $(READY) ## test quantized bases; downloads 150 MB
+	PATH="$$PATH:$(BIN)" uv pip install --python $(BIN)/python --target $(VENV)/quantization --no-deps \
+		torchao==0.18.0 bitsandbytes==0.50.2 gguf==0.19.0
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/quantization $(BIN)/python -m pytest tests/families/test_quantization.py $(ARGS)
 
 # Commands as a user starts them, with several processes, full disks and secrets: slow, but part of CI.
 test-commands: $(READY) ## test complete commands and several ranks; minutes

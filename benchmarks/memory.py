@@ -2,9 +2,11 @@
 
     python benchmarks/memory.py                   # SD 1.5 at 512 px and SDXL at 1024 px, minutes on one CPU core
     python benchmarks/memory.py --size sd15 --image-px 768
+    python benchmarks/memory.py --size flux chroma sd3_medium sd35_medium sd35_large --name memory_transformers
 
-On a GPU the peak is measured. Elsewhere it is estimated (`ipa.training.memory` says how); the VAE is in bf16 like the
-rest, in which the recipe of SDXL differs. A card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
+On a GPU the peak is measured, except of quantized bases. Elsewhere it is estimated (`ipa.training.memory` says how);
+the VAE is in bf16 like the rest, in which the recipe of SDXL differs. A card counts with ``RESERVE_GIB`` and
+``FRAGMENTED`` less.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from measuring import save, table
 from step import OurStep, Setting, prepare
 from tqdm import tqdm
 
-from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, STEPS, estimate_peak, make_batch
+from ipa.families.hollow import quantize_hollow
+from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak, make_batch
 
-CARDS_GIB = (8, 12, 16, 24, 80)
+STEPS = 2  # that are measured; the second has the optimizer's state from the start
+CARDS_GIB = (8, 12, 16, 24, 48, 80)
 # whose peaks are found, and between and beyond which they grow with the batch: what is largest may change, as the VAE's
 # activations take over from the denoiser's
 BATCHES = (1, 4, 16)
@@ -40,6 +44,16 @@ SETTINGS = {
         HALF, half=False, autocast=True, cached=True, checkpointing=True
     ),
 }
+LIGHT = replace(HALF, checkpointing=True)
+TRANSFORMER_SETTINGS = {
+    "checkpointing": LIGHT,
+    "checkpointing, fp8": replace(LIGHT, quantization="fp8"),
+    "checkpointing, nf4": replace(LIGHT, quantization="nf4"),
+}
+
+
+def settings_of(size: str) -> dict[str, Setting]:
+    return SETTINGS if size in models.IMAGE_PX else TRANSFORMER_SETTINGS
 
 
 def estimate(size: str, setting: Setting, batch: int, image_px: int, head: str = "global") -> int:
@@ -47,7 +61,10 @@ def estimate(size: str, setting: Setting, batch: int, image_px: int, head: str =
     with torch.device("meta"):
         model = models.MAKERS[size](head)
     make_step = partial(OurStep, setting=setting, average=False)
-    return estimate_peak(prepare(model, setting), make_step, batch, image_px, setting.cached)
+    prepare(model, setting)
+    if setting.quantization:
+        quantize_hollow(model.family, setting.quantization, setting.quantization)
+    return estimate_peak(model, make_step, batch, image_px, setting.cached)
 
 
 def measure(size: str, setting: Setting, batch: int, image_px: int, head: str = "global") -> int:
@@ -64,9 +81,9 @@ def measure(size: str, setting: Setting, batch: int, image_px: int, head: str = 
 
 def peaks(size: str, setting: Setting, image_px: int, head: str) -> dict[int, int]:
     """Batch size → peak bytes."""
-    way = measure if torch.cuda.is_available() else estimate
+    way = measure if torch.cuda.is_available() and not setting.quantization else estimate
     found = {}
-    for batch in BATCHES:
+    for batch in BATCHES if size in models.IMAGE_PX else BATCHES[:2]:
         found[batch] = way(size, setting, batch, image_px, head)
         gc.collect()
         if torch.cuda.is_available():
@@ -121,20 +138,21 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", choices=tuple(models.MAKERS), default=["sd15", "sdxl"])
     parser.add_argument("--image-px", type=int, help="default: what the base was made for")
     parser.add_argument("--head", choices=tuple(models.HEADS), default="global")
+    parser.add_argument("--name", default="memory", help="of the files with the result")
     options = parser.parse_args()
     found: dict[str, Any] = {
         "how": "measured" if torch.cuda.is_available() else "estimated",
-        "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
+        "settings": {name: asdict(setting) for size in options.size for name, setting in settings_of(size).items()},
         "results": [],
     }
     for size in options.size:
-        image_px = options.image_px or models.IMAGE_PX[size]
+        image_px = options.image_px or models.IMAGE_PX.get(size, models.TRANSFORMERS_PX)
         each = {
             name: peaks(size, setting, image_px, options.head)
-            for name, setting in tqdm(SETTINGS.items(), desc=f"settings of {size}")
+            for name, setting in tqdm(settings_of(size).items(), desc=f"settings of {size}")
         }
         found["results"].append({"size": size, "image_px": image_px, "head": options.head, "peaks": each})
-    save("memory", found, in_markdown(found))
+    save(options.name, found, in_markdown(found))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Setting:
     compiled: bool = False
     fused: bool = True
     checkpointing: bool = False
+    quantization: str | None = None  # of the denoiser, and of T5; only for estimates
 
 
 # what the recipes say: the demo world is small, where bf16 costs more than it gives
@@ -96,7 +97,7 @@ def prepare(model: IPAdapterModel, setting: Setting) -> IPAdapterModel:
     for part in (*frozen, *encoders):
         part.to(torch.bfloat16)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    for part in (model.family.unet, model.family.vae):
+    for part in (model.family.denoiser, model.family.vae):
         part.to(memory_format=layout)
     return model
 

@@ -7,10 +7,11 @@ kind of part it got. Shape letters are those of `ipa.types`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from ipa.errors import UserError
@@ -29,6 +30,7 @@ from ipa.types import (
 Uses = Literal["pooled", "patches"]
 NoImage = Literal["zeros", "blank", "black"]
 Part = Literal["joint", "positive", "negative"]  # of a guided batch
+ADD_TEXTS = "the command of `python -m ipa.tools.precompute` with this preview.text= and data.val= adds it"
 
 
 class Host(Protocol):
@@ -89,6 +91,8 @@ class Family(nn.Module, ABC):
     scalings: ClassVar[tuple[str, ...]] = ("V only",)  # of `ipa.presets.SCALINGS`, those that its branches know
     supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
+    # states of texts, in place of text encoders that are not loaded: text → its row of ``text_states``
+    known_texts: Mapping[str, TextInputs] | None = None
     branches: str = ""  # name of its branches' published layout (`ipa.export.branches`); none: only ipa reads its files
 
     def train(self, mode: bool = True) -> Self:
@@ -99,8 +103,13 @@ class Family(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path: str, *, config: str | None = None, dtype: str = "float32") -> Self:
-        """Load a folder, hub id or file; raises UserError for a base that this family does not read."""
+    def from_pretrained(
+        cls, path: str, *, config: str | None = None, dtype: str = "float32", leave_out: Sequence[str] = ()
+    ) -> Self:
+        """Load a folder, hub id or file; raises UserError for a base that this family does not read.
+
+        Weights of what ``leave_out`` names, text, denoiser or vae, are not needed and may be left out.
+        """
 
     @classmethod
     @abstractmethod
@@ -185,16 +194,51 @@ class Family(nn.Module, ABC):
         Tensors may have different lengths, as the tokenizers do.
         """
 
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """What ``text_states`` runs, each on a device of its own; with ``known_texts`` there may be none."""
+        return []
+
     @abstractmethod
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        """Result of ``prepare_text`` → what the text encoders make of it: named tensors with one row per text.
+
+        A feature cache may store them: tensors B × L × D without the tokens at the end that the condition's mask
+        leaves out.
+        """
+
+    @abstractmethod
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """Result of ``text_states`` → what ``denoise`` takes; ``size_B6`` as in `TextCondition`."""
+
     def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """Result of ``prepare_text`` → what ``denoise`` takes; ``size_B6`` as in `TextCondition`."""
+        """Result of ``prepare_text`` → what ``denoise`` takes."""
+        return self.text_condition(self.text_states(inputs), size_B6)
 
     def cut_off(self, text: str) -> str:
         """The end of a text that is too long for the tokenizers, which ``prepare_text`` leaves out."""
         return ""
 
     def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
-        return self.encode_text_inputs(self.prepare_text(texts), size_B6)
+        return self.text_condition(self.states_of(texts), size_B6)
+
+    def states_of(self, texts: list[str]) -> TextInputs:
+        """``text_states`` of texts, or what ``known_texts`` has of them; raises UserError for one that is not known."""
+        if self.known_texts is None:
+            return self.text_states(self.prepare_text(texts))
+        self.check_texts(texts)
+        rows = [self.known_texts[text] for text in texts]
+        return self.place_states({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def check_texts(self, texts: list[str]) -> None:
+        """Raise UserError for a text that cannot be encoded, since the text encoders are not loaded."""
+        unknown = [text for text in texts if self.known_texts is not None and text not in self.known_texts]
+        if unknown:
+            raise UserError(f"the text {unknown[0]!r} is not among the texts of the feature cache: {ADD_TEXTS}")
+
+    def place_states(self, states: TextInputs) -> TextInputs:
+        """Stored ``text_states`` on the base's device and in its precision."""
+        return {name: x.to(self.device, self.dtype if x.is_floating_point() else None) for name, x in states.items()}
 
     # noise path
 

@@ -29,6 +29,7 @@ from ipa.types import (
     ImagePrompt,
     Posterior,
     TextCondition,
+    TextInputs,
     Watch,
     to_unit_range,
 )
@@ -81,6 +82,7 @@ class IPAdapterModel(nn.Module):
         self.part: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
         self.watch: Watch | None = None  # of the attention in the hosts, in training and ``predict``
         self._blank: Features | None = None
+        self._no_text: TextInputs | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
 
     @property
@@ -281,9 +283,19 @@ class IPAdapterModel(nn.Module):
 
     def text_of(self, batch: Batch) -> TextCondition:
         """The encoded text, the empty one where the text is dropped."""
-        inputs = self.family.prepare_text(batch.text) if batch.text_inputs is None else batch.text_inputs
-        kept = objective.drop_rows(inputs, self.family.prepare_text([""]), batch.draws.drop_text_B, self.device)
-        return self.family.encode_text_inputs(kept, batch.size_B6)
+        family, drop_B = self.family, batch.draws.drop_text_B
+        if family.known_texts is not None:
+            states = family.states_of(batch.text) if batch.text_states is None else batch.text_states
+            kept = objective.drop_rows(family.place_states(states), self._no_text_states(), drop_B, self.device)
+            return family.text_condition(kept, batch.size_B6)
+        inputs = family.prepare_text(batch.text) if batch.text_inputs is None else batch.text_inputs
+        kept = objective.drop_rows(inputs, family.prepare_text([""]), drop_B, self.device)
+        return family.encode_text_inputs(kept, batch.size_B6)
+
+    def _no_text_states(self) -> TextInputs:
+        """Of the empty text, which stay on the device."""
+        self._no_text = self.family.place_states(self._no_text or self.family.states_of([""]))
+        return self._no_text
 
     def _training_tokens(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens, and which are present (None: all); where the image is dropped, "no image" is there once."""

@@ -173,7 +173,8 @@ class Batch:
     ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A cache has
     in their place what frozen parts made of them, in fp16: ``posterior`` for the target, and for the reference the
     ``features`` that a head reads, or the reference still. ``text_inputs`` is the result of the family's
-    ``prepare_text``, where a cache has it. ``more`` has further references, where a sample may have several.
+    ``prepare_text``, or ``text_states`` that of its ``text_states``, where a cache has one of them. ``more`` has
+    further references, where a sample may have several.
     ``loss_mask_B1HW`` says how much of each latent cell is inside the loss mask, 255 is all of it.
     ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
     ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
@@ -188,6 +189,7 @@ class Batch:
     posterior: Posterior | None = None
     features: Features | None = None
     text_inputs: TextInputs | None = None
+    text_states: TextInputs | None = None
     more: MoreReferences | None = None
     loss_mask_B1HW: Tensor | None = None
     size_B6: Tensor | None = None
@@ -223,8 +225,8 @@ class Batch:
                 mapped[name] = function(value)
             elif isinstance(value, Draws | Posterior | Features | MoreReferences):
                 mapped[name] = value.map(function)
-        if self.text_inputs is not None:
-            mapped["text_inputs"] = {name: function(tensor) for name, tensor in self.text_inputs.items()}
+            elif isinstance(value, dict) and name.startswith("text_"):
+                mapped[name] = {inner: function(tensor) for inner, tensor in value.items()}
         return replace(self, **mapped)
 
     def to(self, device: torch.device | str) -> Batch:

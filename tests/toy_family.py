@@ -195,8 +195,11 @@ class ToyFamily(Family):
         return {name: torch.tensor([ids(text, length) for text in texts]) for name, length in LENGTHS.items()}
 
     @torch.no_grad()
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        return TextCondition(torch.cat([self.letters(inputs[name].to(self.device).long()) for name in LENGTHS], dim=1))
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        return {"states": torch.cat([self.letters(inputs[name].to(self.device).long()) for name in LENGTHS], dim=1)}
+
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        return TextCondition(states["states"])
 
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None

@@ -37,7 +37,7 @@ from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.distributed import gather
 from ipa.errors import UserError
-from ipa.types import Batch, LanePlace, Position, SourcePlace
+from ipa.types import Batch, LanePlace, Position, SourcePlace, TextInputs
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,11 @@ class StreamDataModule(LightningDataModule):
     ``batch_size`` is per device. ``lanes`` are the ``ranks`` and ``workers`` (data workers of each) that the training
     order is made for; null values are those of the run that begins. ``pairs`` are options of ``Pairs``, ``images``
     those of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal.
+    ``texts`` are states of texts that come with the data; None: the base encodes texts.
     ``rejects`` counts what ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
     """
+
+    texts: dict[str, TextInputs] | None = None
 
     def __init__(
         self,

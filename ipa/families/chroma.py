@@ -39,12 +39,17 @@ class Chroma(Flux):
         return {"t5_ids": found.input_ids, "t5_mask": found.attention_mask}
 
     @torch.no_grad()
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """Raises UserError for inputs without ``t5_mask``, as a cache made for FLUX has them."""
-        mask_BL = require(inputs.get("t5_mask"), "Chroma's mask of the text (t5_mask)").to(self.device)
-        states_BLD = self.text_encoder(inputs["t5_ids"].to(self.device), attention_mask=mask_BL)[0]
-        positions_L = torch.arange(mask_BL.shape[1], device=self.device)
-        return TextCondition(states_BLD, mask_BL=positions_L <= mask_BL.sum(1, keepdim=True))
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        """``t5`` and its ``mask``; raises UserError for inputs without ``t5_mask``, as a cache of FLUX has."""
+        t5 = self.text_encoder
+        mask_BL = require(inputs.get("t5_mask"), "Chroma's mask of the text (t5_mask)").to(t5.device)
+        states_BLD = t5(inputs["t5_ids"].to(t5.device), attention_mask=mask_BL)[0]
+        read_BL = torch.arange(mask_BL.shape[1], device=t5.device) <= mask_BL.sum(1, keepdim=True)
+        return {"t5": states_BLD, "mask": read_BL.int()}
+
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        mask_BL = require(states.get("mask"), "Chroma's mask of the text")
+        return TextCondition(states["t5"], mask_BL=mask_BL.bool())
 
     def conditions(self, text: TextCondition, tokens_BNK: Tensor) -> dict[str, Any]:
         mask_BL = require(text.mask_BL, "Chroma's mask of the text")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,7 +21,9 @@ from ipa import objective
 from ipa.contracts import Host
 from ipa.errors import UserError
 from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.quantization import check_part
 from ipa.families.sources import check_pipeline_folder, is_single_file, read_config, read_index
+from ipa.families.transformer_file import check_file, load_file
 from ipa.types import BaseWidths, Corrupted, TextCondition
 from ipa.weights import read_dtype
 
@@ -71,11 +74,13 @@ class FlowFamily(PipelineFamily):
     """
 
     denoiser_name = "transformer"
+    published_bytes = 2
     transformer_class: ClassVar[Any]
     time_factor: ClassVar[float]
     patch: ClassVar[int] = 2  # latent cells along the edge of an image token
     needs: ClassVar[dict[str, str]]  # parts that a base must have → what they are, for messages
     guidance_option: ClassVar[str] = "guidance_scale"
+    t5_parts: ClassVar[tuple[str, str]]  # text encoder and tokenizer
 
     transformer: Any
 
@@ -91,24 +96,36 @@ class FlowFamily(PipelineFamily):
         dtype: str = "float32",
         vae_dtype: str | None = None,
         config: str | None = None,
+        quantization: str | None = None,
+        text_quantization: str | None = None,
+        transformer_file: str | None = None,
+        leave_out: Sequence[str] = (),
         **options: Any,
     ) -> Self:
         """Load a diffusers folder or a hub id; ``options`` are the constructor's.
 
-        Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given. Raises UserError for
-        a base of another family, or one without a part, of which only the configuration is read.
+        Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given, and none of what
+        ``leave_out`` names (``stand_ins``). ``quantization`` of the transformer and ``text_quantization`` of T5 are
+        schemes of `ipa.families.quantization`. ``transformer_file`` is a GGUF or safetensors file with the transformer,
+        in place of the folder's. Raises UserError for a base of another family, or one without a part, of which only
+        the configuration is read.
         """
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
-        cls.check(path, **options)
-        absent = cls.absent | cls.left_out(**options)
-        pipeline = load_folder(cls.pipeline_class, path, dtypes, absent)
+        schemes = {"quantization": quantization, "text_quantization": text_quantization}
+        cls.check(path, transformer_file=transformer_file, **schemes, **options)
+        given = cls.absent | cls.left_out(**options) | cls.stand_ins(path, leave_out)
+        if transformer_file and "denoiser" not in leave_out:
+            dtype_ = dtypes["default"]
+            given["transformer"] = load_file(cls.transformer_class, transformer_file, path, quantization, dtype_)
+        pipeline = load_folder(cls.pipeline_class, path, dtypes, given, cls.quantized_parts(**schemes))
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
-        return cls(**parts, source=path, **options)
+        family = cls(**parts, source=path, **options)
+        family.quantization = " ".join(filter(None, [quantization, transformer_file and Path(transformer_file).name]))
+        return family
 
     @classmethod
-    def left_out(cls, **options: Any) -> dict[str, Any]:
-        """Parts that these options do not need, which are not loaded."""
-        return {}
+    def quantized_parts(cls, quantization: str | None, text_quantization: str | None = None) -> dict[str, str | None]:
+        return {cls.denoiser_name: quantization, cls.t5_parts[0]: text_quantization}
 
     @classmethod
     def recognises(cls, path: str, key: str = "base.path") -> bool:
@@ -121,13 +138,30 @@ class FlowFamily(PipelineFamily):
         return config.get("out_channels") in (None, config.get("in_channels"))  # others read a second image
 
     @classmethod
-    def check(cls, path: str, **options: Any) -> None:
-        """Refuse a base of another family, and one without a part that it needs; raises UserError."""
+    def check(
+        cls,
+        path: str,
+        quantization: str | None = None,
+        text_quantization: str | None = None,
+        transformer_file: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Refuse a base of another family, or with missing or unfit parts; raises UserError."""
         cls.check_family(path)
         index, absent = read_index(path, "base.path"), cls.left_out(**options)
         for name, what in cls.needs.items():
             if (index.get(name) or [None])[0] is None and name not in absent:
                 raise UserError(f"base.path={path} has no {name}, {what}: give a folder with all parts of {cls.title}")
+        if transformer_file:
+            check_file(transformer_file, read_transformer(cls.transformer_class, path), path, quantization)
+        else:
+            check_part(quantization, path, "transformer")
+        if cls.t5_parts[0] not in absent:
+            check_part(text_quantization, path, cls.t5_parts[0], "base.text_quantization")
+
+    @classmethod
+    def read_denoiser(cls, path: str) -> Any:
+        return read_transformer(cls.transformer_class, path)
 
     @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
@@ -198,7 +232,7 @@ class FlowFamily(PipelineFamily):
         return {self.guidance_option: guidance}
 
     def describe(self) -> dict[str, str]:
-        return self.times.describe()
+        return super().describe() | self.times.describe()
 
 
 def read_transformer_config(transformer_class: Any, path: str, key: str = "base.path") -> dict[str, Any]:

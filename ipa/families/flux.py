@@ -49,7 +49,7 @@ class Flux(FlowFamily):
         "vae": "its VAE",
     }
     clip_parts: ClassVar[tuple[str, str] | None] = ("text_encoder", "tokenizer")
-    t5_parts: ClassVar[tuple[str, str]] = ("text_encoder_2", "tokenizer_2")
+    t5_parts = ("text_encoder_2", "tokenizer_2")
 
     text_encoder: Any
 
@@ -129,13 +129,15 @@ class Flux(FlowFamily):
         return str(tokenizer.decode(ids[self.text_tokens - 1 : -1])) if len(ids) > self.text_tokens else ""
 
     @torch.no_grad()
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """T5's last states and CLIP's pooled output; this family has no size condition."""
-        states_BLD = getattr(self, self.t5_parts[0])(inputs["t5_ids"].to(self.device))[0]
-        return TextCondition(states_BLD, self.pooled_text(inputs))
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        """``t5``, its last states, all of which the transformer reads, and ``pooled``, CLIP's pooled output."""
+        t5, clip = getattr(self, self.t5_parts[0]), self.text_encoder
+        pooled_BE = clip(inputs["clip_ids"].to(clip.device)).pooler_output
+        return {"t5": t5(inputs["t5_ids"].to(t5.device))[0], "pooled": pooled_BE}
 
-    def pooled_text(self, inputs: TextInputs) -> Tensor:
-        return self.text_encoder(inputs["clip_ids"].to(self.device)).pooler_output
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """This family has no size condition."""
+        return TextCondition(states["t5"], states["pooled"])
 
     # denoising
 

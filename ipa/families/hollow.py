@@ -18,26 +18,72 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ipa.errors import MissingWeights
+from ipa.families import hollow_transformers
 from ipa.families.sources import is_single_file, read_config, read_index
+from ipa.families.stored import BITS, store
+from ipa.families.transformer_file import check_exists, is_gguf
+from ipa.weights import read_dtype
 
 Parts = dict[str, Any]
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def make_hollow(family: Any, path: str, config: str | None = None) -> Any:
-    """A base of this class of latent diffusion with random or no weights, as ``base.path`` and ``base.config`` name it.
+def make_hollow(
+    family: Any,
+    path: str,
+    config: str | None = None,
+    dtype: str = "float32",
+    vae_dtype: str | None = None,
+    channels_last: bool = False,
+    quantization: str | None = None,
+    text_quantization: str | None = None,
+    transformer_file: str | None = None,
+    **options: Any,
+) -> Any:
+    """A base of this class with random or no weights, as ``from_pretrained`` with these arguments would load it.
 
-    Raises MissingWeights if neither a folder, the hub or its cache, nor this module describes it.
+    It is not quantized: see ``quantize_hollow``. Raises MissingWeights if neither a folder, the hub or its cache, nor
+    this module describes it.
     """
     layout = (config or path) if is_single_file(path) else path
+    left_out = family.left_out(**options)
+    made = family(**{**make_parts(family, layout), **left_out}, source=path, **options)
+    made.to(read_dtype(dtype, "base.dtype"))
+    if vae_dtype:
+        nn.Module.to(made.vae, read_dtype(vae_dtype, "base.vae_dtype"))
+    if channels_last:
+        for part in (made.denoiser, made.vae):
+            part.to(memory_format=torch.channels_last)
+    return made
+
+
+def make_parts(family: Any, layout: str) -> Parts:
     if layout in PUBLISHED and not Path(layout).exists():
-        return family(**PUBLISHED[layout](), source=path)
+        return PUBLISHED[layout]()
     index = read_index(layout, "base.path")
     names = [name for name, kind in index.items() if isinstance(kind, list) and name not in family.absent]
-    return family(**{name: make_part(layout, name, *index[name]) for name in names}, source=path)
+    return {name: make_part(layout, name, *index[name]) for name in names}
+
+
+def quantize_hollow(
+    family: Any,
+    quantization: str | None = None,
+    text_quantization: str | None = None,
+    transformer_file: str | None = None,
+    **options: Any,
+) -> None:
+    """Let layers take the memory that they have when quantized; raises MissingWeights for a file that is not there."""
+    for name, scheme in family.quantized_parts(quantization, text_quantization).items():
+        if scheme and (part := getattr(family, name)) is not None:
+            store(part, BITS[scheme], remade=scheme == "nf4", kept=family.kept)
+    if transformer_file and is_gguf(transformer_file):
+        check_exists(transformer_file)
+        weights = sum(parameter.numel() for parameter in family.denoiser.parameters())
+        store(family.denoiser, 8 * Path(transformer_file).stat().st_size / weights)
 
 
 def make_part(layout: str, name: str, library: str, kind: str) -> Any:
@@ -106,6 +152,7 @@ PUBLISHED: dict[str, Callable[[], Parts]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
     "stabilityai/stable-diffusion-2-1": sd21,
     "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
+    **{path: lambda make=make: make(make_tokenizer()) for path, make in hollow_transformers.PUBLISHED.items()},
 }
 
 

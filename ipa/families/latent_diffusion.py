@@ -6,10 +6,12 @@ A subclass adds its text: how it is encoded, and what of it the UNet and the pub
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
 from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.quantization import check_part, make_config
 from ipa.families.sources import is_single_file
 from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size, read_unet
 from ipa.presets import SCALINGS
@@ -31,6 +34,7 @@ class LatentDiffusion(PipelineFamily):
     denoiser_name = "unet"
     branches = "unet"
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
+    kept = ("attn2",)  # cross-attention: adapters start from copies of its K and V
     supports_min_snr = True
     supports_absence = True
     scalings = SCALINGS
@@ -54,36 +58,47 @@ class LatentDiffusion(PipelineFamily):
         vae_dtype: str | None = None,
         config: str | None = None,
         channels_last: bool = True,
+        quantization: str | None = None,
+        leave_out: Sequence[str] = (),
     ) -> Self:
         """Load a diffusers folder, a hub id, or one ``.safetensors`` file in the original layout.
 
         Weights are loaded in ``dtype`` (torch's name), those of the VAE in ``vae_dtype`` if given. ``config`` is the
         folder or hub id of a diffusers pipeline with the layout of a single file; None asks the hub, folders do not
         need it. ``channels_last`` stores the convolutions' weights as their kernels read them, which changes rounding.
+        ``quantization`` of the UNet is a scheme of `ipa.families.quantization`; cross-attention stays as it is, since
+        adapters start from copies of its K and V.
+        Nothing is loaded of what ``leave_out`` names (``stand_ins``).
 
         Raises UserError for a base of another family, of which only configuration and headers are read, and for one
         that cannot be read.
         """
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
-        cls.check(path, config)
+        cls.check(path, config, quantization)
         if is_single_file(path):
-            pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, cls.absent)
+            # one file is read whole
+            given = cls.absent | cls.stand_ins(path, [each for each in leave_out if each == "text"])
+            pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, given, quantization, cls.kept)
         else:
-            pipeline = load_folder(cls.pipeline_class, path, dtypes, cls.absent)
+            given, schemes = cls.absent | cls.stand_ins(path, leave_out), cls.quantized_parts(quantization)
+            pipeline = load_folder(cls.pipeline_class, path, dtypes, given, schemes, cls.kept)
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
         if channels_last:
             for name in ("unet", "vae"):
                 parts[name].to(memory_format=torch.channels_last)
-        return cls(**parts, source=path)
+        family = cls(**parts, source=path)
+        family.quantization = quantization
+        return family
 
     @classmethod
     def recognises(cls, path: str, key: str = "base.path") -> bool:
         return read_conditions(path, key) == cls.conditions
 
     @classmethod
-    def check(cls, path: str, config: str | None) -> None:
-        """Refuse a base, or a layout for its file, of another family; raises UserError."""
+    def check(cls, path: str, config: str | None, quantization: str | None = None, **options: Any) -> None:
+        """Refuse a base, or a layout for its file, of another family, and an unfit scheme; raises UserError."""
         cls.check_family(path)
+        check_part(quantization, path, "unet")
         if config is None or not is_single_file(path):
             return
         if is_single_file(config):
@@ -97,9 +112,13 @@ class LatentDiffusion(PipelineFamily):
             )
 
     @classmethod
+    def read_denoiser(cls, path: str) -> Any:
+        return read_unet(path)
+
+    @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
         """Takes ``from_pretrained``'s arguments."""
-        cls.check(path, config)
+        cls.check(path, config, **options)
         return read_host_widths(path)
 
     @classmethod
@@ -167,7 +186,13 @@ class LatentDiffusion(PipelineFamily):
 
 
 def load_single_file(
-    pipeline_class: Any, path: str, config: str | None, dtypes: dict[str, torch.dtype], absent: dict[str, Any]
+    pipeline_class: Any,
+    path: str,
+    config: str | None,
+    dtypes: dict[str, torch.dtype],
+    absent: dict[str, Any],
+    quantization: str | None = None,
+    kept: Sequence[str] = (),
 ) -> Any:
     """A pipeline from one file in the original layout; raises UserError with the advice."""
     dtype, vae_dtype = dtypes["default"], dtypes["vae"]
@@ -175,6 +200,11 @@ def load_single_file(
         parts = dict(absent)
         if vae_dtype != dtype:  # diffusers knows one dtype for a whole file
             parts["vae"] = AutoencoderKL.from_single_file(path, config=config, subfolder="vae", dtype=vae_dtype)
+        if quantization:
+            scheme = make_config(quantization, diffusers, dtype, kept)
+            parts["unet"] = UNet2DConditionModel.from_single_file(
+                path, config=config, subfolder="unet", dtype=dtype, quantization_config=scheme
+            )
         return pipeline_class.from_single_file(path, config=config, dtype=dtype, **parts)
     except OSError as error:
         if config is not None:

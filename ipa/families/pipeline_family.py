@@ -9,16 +9,21 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ipa.contracts import DenoiserCall, Family, Part
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
+from ipa.families.quantization import load_quantized
+from ipa.families.sources import read_config, read_index
 from ipa.types import Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
@@ -30,9 +35,12 @@ class PipelineFamily(Family):
     denoiser_name: ClassVar[str]
     # components that the public pipeline can have besides the parts, and is built without
     absent: ClassVar[dict[str, Any]]
+    published_bytes: ClassVar[int] = 4  # of a weight on the hub
+    kept: ClassVar[tuple[str, ...]] = ()  # layers of the denoiser that are never quantized
 
     vae: Any
     scheduler: Any
+    quantization: str | None = None  # of the denoiser; see `ipa.families.quantization`
 
     def __init__(self, source: str, **parts: Any) -> None:
         super().__init__()
@@ -48,9 +56,40 @@ class PipelineFamily(Family):
         if family is not cls:
             raise UserError(f"base.path={path} is a {family.title} pipeline: use {family.advice}")
 
+    @classmethod
+    def stand_ins(cls, path: str, leave_out: Sequence[str]) -> dict[str, Any]:
+        """Components in place of those that are not loaded: no text encoders (text), others without weights.
+
+        ``leave_out`` has text, denoiser and vae.
+        """
+        names = inspect.signature(cls.pipeline_class.__init__).parameters
+        found = {name: None for name in names if name.startswith("text_encoder") and "text" in leave_out}
+        found |= {cls.denoiser_name: cls.read_denoiser(path)} if "denoiser" in leave_out else {}
+        return found | ({"vae": read_vae(path)} if "vae" in leave_out else {})
+
+    @classmethod
+    @abstractmethod
+    def read_denoiser(cls, path: str) -> Any:
+        """The denoiser of a folder or hub id on the meta device, without weights."""
+
+    @classmethod
+    def left_out(cls, **options: Any) -> dict[str, Any]:
+        """Parts that these options of the constructor do not need, which are not loaded."""
+        return {}
+
+    @classmethod
+    def quantized_parts(cls, quantization: str | None, text_quantization: str | None = None) -> dict[str, str | None]:
+        """The parts that can be quantized, with their schemes."""
+        return {cls.denoiser_name: quantization}
+
     @property
     def denoiser(self) -> Any:
         return getattr(self, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        parts = [getattr(self, name) for name in self.part_names if name.startswith("text_encoder")]
+        return [part for part in parts if part is not None]
 
     @property
     def device(self) -> torch.device:
@@ -119,9 +158,9 @@ class PipelineFamily(Family):
         return {"ids": torch.cat([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)}
 
     def split_ids(self, inputs: TextInputs) -> list[Tensor]:
-        """The ids of each tokenizer, ids_BL, on the base's device."""
+        """The ids of each tokenizer, ids_BL."""
         lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
-        return list(inputs["ids"].to(self.device).split(lengths, dim=1))
+        return list(inputs["ids"].split(lengths, dim=1))
 
     def cut_off(self, text: str) -> str:
         for tokenizer in self.tokenizers:
@@ -129,6 +168,9 @@ class PipelineFamily(Family):
             if len(ids) > tokenizer.model_max_length:
                 return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
         return ""
+
+    def describe(self) -> dict[str, str]:
+        return {"base_quantization": self.quantization} if self.quantization else {}
 
     def fingerprints(self) -> dict[str, str]:
         shift, factor = self.vae_scale
@@ -199,6 +241,13 @@ class PipelineFamily(Family):
         return pipeline
 
 
+def read_vae(path: str) -> Any:
+    """The VAE of a folder or hub id on the meta device, without weights."""
+    config = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(config)
+
+
 # letter case, accents, punctuation, digits, and more than fits
 PROBES = ["", "A naïve red-haired girl's café, 1987!", "über 東京 🙂 " * 40]
 
@@ -209,9 +258,31 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def load_folder(pipeline_class: Any, path: str, dtypes: dict[str, torch.dtype], absent: dict[str, Any]) -> Any:
-    """A pipeline from a folder or hub id; raises UserError for one that lacks a file."""
+def load_folder(
+    pipeline_class: Any,
+    path: str,
+    dtypes: dict[str, torch.dtype],
+    given: dict[str, Any],
+    schemes: Mapping[str, str | None],
+    kept: Sequence[str] = (),
+) -> Any:
+    """A pipeline from a folder or hub id, around the parts that are ``given``; None leaves a part out.
+
+    ``schemes`` quantize parts, except for the layers ``kept`` (`ipa.families.quantization`). Raises UserError for a
+    folder that lacks a file.
+    """
+    wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
     try:
-        return pipeline_class.from_pretrained(path, dtype=dtypes, **absent)
+        quantized = {
+            name: load_quantized(path, name, class_of(path, name), scheme, dtypes["default"], kept)
+            for name, scheme in wanted.items()
+        }
+        return pipeline_class.from_pretrained(path, dtype=dtypes, **given, **quantized)
     except OSError as error:
         raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
+
+
+def class_of(path: str, part: str) -> Any:
+    """The class of diffusers or transformers that a pipeline's index names."""
+    library, kind = read_index(path, "base.path")[part]
+    return getattr(import_module(library), kind)

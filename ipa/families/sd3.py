@@ -39,6 +39,7 @@ class StableDiffusion3(FlowFamily):
     time_factor = 1000.0
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
+    t5_parts = ("text_encoder_3", "tokenizer_3")
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None}
     needs: ClassVar = {
         "text_encoder": "its first CLIP text encoder",
@@ -128,19 +129,27 @@ class StableDiffusion3(FlowFamily):
         return str(self.tokenizer_3.decode(ids[self.text_tokens - 1 : -1])) if len(ids) > self.text_tokens else ""
 
     @torch.no_grad()
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """States of CLIP and T5 one after the other, and both CLIPs' pooled text."""
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        """``clip``, both CLIPs' states next to each other, ``pooled``, and with T5 ``t5``."""
         names = {"clip_ids": self.text_encoder, "clip_2_ids": self.text_encoder_2}
-        clips = [part(inputs[name].to(self.device), output_hidden_states=True) for name, part in names.items()]
-        clip_BLD = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
-        clip_BLD = F.pad(clip_BLD, (0, self.text_width - clip_BLD.shape[-1]))
+        clips = [part(inputs[name].to(part.device), output_hidden_states=True) for name, part in names.items()]
+        states = {
+            "clip": torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1),
+            "pooled": torch.cat([clip.text_embeds for clip in clips], dim=-1),
+        }
+        if not self.t5:
+            return states
+        t5_ids = require(inputs.get("t5_ids"), "the T5 text (t5_ids)").to(self.text_encoder_3.device)
+        return states | {"t5": self.text_encoder_3(t5_ids)[0]}
+
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """States of CLIP and T5 one after the other, and both CLIPs' pooled text."""
+        clip_BLD = F.pad(states["clip"], (0, self.text_width - states["clip"].shape[-1]))
         if self.t5:
-            t5_ids = require(inputs.get("t5_ids"), "the T5 text (t5_ids)").to(self.device)
-            t5_BLD = self.text_encoder_3(t5_ids)[0]
+            t5_BLD = require(states.get("t5"), "the T5 text (t5)").to(clip_BLD)
         else:
             t5_BLD = clip_BLD.new_zeros(len(clip_BLD), self.text_tokens, self.text_width)
-        pooled_BE = torch.cat([clip.text_embeds for clip in clips], dim=-1)
-        return TextCondition(torch.cat([clip_BLD, t5_BLD.to(clip_BLD)], dim=1), pooled_BE)
+        return TextCondition(torch.cat([clip_BLD, t5_BLD], dim=1), states["pooled"])
 
     # denoising
 

@@ -58,20 +58,23 @@ class StableDiffusionXL(LatentDiffusion):
         )
 
     @torch.no_grad()
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """Both encoders' penultimate states concatenated, and the second one's pooled text.
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        """``states``, both encoders' penultimate ones concatenated, and ``pooled``, the second one's pooled text."""
+        parts = (self.text_encoder, self.text_encoder_2)
+        first, second = (
+            part(ids_BL.to(part.device), output_hidden_states=True)
+            for part, ids_BL in zip(parts, self.split_ids(inputs), strict=True)
+        )
+        states_BLD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return {"states": states_BLD, "pooled": second.text_embeds}
 
-        Without ``size_B6``, every image is an uncropped one of the size that the UNet was trained for.
-        """
-        first_BL, second_BL = self.split_ids(inputs)
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """Without ``size_B6``, every image is an uncropped one of the size that the UNet was trained for."""
         if size_B6 is None:
             edge = self.image_size_px
-            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(first_BL), 6)
-        first = self.text_encoder(first_BL, output_hidden_states=True)
-        second = self.text_encoder_2(second_BL, output_hidden_states=True)
-        states_BLD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            size_B6 = torch.tensor([[edge, edge, 0, 0, edge, edge]]).expand(len(states["states"]), 6)
         # float32 whatever the weights' precision: bfloat16 has no numbers between 1020 and 1024
-        return TextCondition(states_BLD, second.text_embeds, size_B6.to(self.device, torch.float32))
+        return TextCondition(states["states"], states["pooled"], size_B6.to(self.device, torch.float32))
 
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor]:
         assert text.pooled_BE is not None and text.size_B6 is not None, "SDXL's text comes from its encode_text"

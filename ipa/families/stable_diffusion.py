@@ -42,10 +42,14 @@ class StableDiffusion(LatentDiffusion):
         )
 
     @torch.no_grad()
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """One tokenizer's ids → states_BLD; this family has no size condition."""
+    def text_states(self, inputs: TextInputs) -> TextInputs:
+        """One tokenizer's ids → ``states``, B × L × D."""
         (ids_BL,) = self.split_ids(inputs)
-        return TextCondition(self.text_encoder(ids_BL)[0])
+        return {"states": self.text_encoder(ids_BL.to(self.text_encoder.device))[0]}
+
+    def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
+        """This family has no size condition."""
+        return TextCondition(states["states"])
 
     def added_conditions(self, text: TextCondition) -> None:
         return None

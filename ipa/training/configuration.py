@@ -42,8 +42,8 @@ MAY_CHANGE = (
 )
 # these name a place: what is there must be the same, see `ipa.training.callbacks.SameParts`
 PLACES = (
-    *("data.train", "data.known.*.shards", "data.caches.*.shards", "data.pairs.index"),
-    *("base.path", "base.config", "encoder.path", "encoder.name", "encoder.pretrained"),
+    *("data.train", "data.known.*.shards", "data.caches.*.shards", "data.texts", "data.pairs.index"),
+    *("base.path", "base.config", "base.transformer_file", "encoder.path", "encoder.name", "encoder.pretrained"),
 )
 MAX_NAMED = 12  # options in one message
 ABSENT = "(absent)"

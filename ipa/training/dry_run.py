@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
@@ -18,15 +18,16 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ipa.errors import MissingWeights, UserError
-from ipa.families.hollow import make_hollow
-from ipa.families.latent_diffusion import LatentDiffusion
+from ipa.families.hollow import make_hollow, quantize_hollow
 from ipa.families.sources import is_single_file
 from ipa.model import IPAdapterModel
 from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
+from ipa.training.optimizers import optimizer_for_estimate
+from ipa.training.parts import make_head_of
 from ipa.types import Batch
-from ipa.weights import read_dtype
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
+QUANTIZING = ("quantization", "text_quantization", "transformer_file")  # options of the base
 FP32 = 4  # bytes; what the hub stores, and the trained weights, their average and their two moments
 LEAST_MEMORY = "gradient_checkpointing=true, or a smaller data.batch_size with more trainer.accumulate_grad_batches"
 
@@ -53,19 +54,10 @@ def dry_run(cfg: DictConfig) -> str:
 def hollow_model(cfg: DictConfig) -> IPAdapterModel:
     """All parts that are trained or run in a step, on the meta device, in their types."""
     family_class: Any = get_class(cfg.base._target_.rpartition(".")[0])
-    if not issubclass(family_class, LatentDiffusion):
-        raise MissingWeights(f"dry_run estimates bases with a UNet, not {family_class.title}")
     with torch.device("meta"):
-        family = make_hollow(family_class, cfg.base.path, cfg.base.config)
+        family = make_hollow(family_class, **instantiate({**cfg.base, "_target_": "builtins.dict"}))
         encoder = instantiate({**cfg.encoder, "_target_": with_method(cfg.encoder._target_, "make_hollow")})
-        head = instantiate(cfg.tokens)(encoder.widths, family.context_width)
-        dtype = read_dtype(cfg.base.dtype, "base.dtype")
-        family.to(dtype)
-        if cfg.base.vae_dtype:
-            nn.Module.to(family.vae, read_dtype(cfg.base.vae_dtype, "base.vae_dtype"))
-        if cfg.base.channels_last:
-            for part in (family.unet, family.vae):
-                part.to(memory_format=torch.channels_last)
+        head = make_head_of(cfg, encoder.widths, family.widths)
         adapter = instantiate(cfg.adapter.make)(family.hosts())
         model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
         model.trainable.float()
@@ -170,10 +162,10 @@ def describe_download(cfg: DictConfig, model: IPAdapterModel) -> str:
 
 
 def downloads(cfg: DictConfig, model: IPAdapterModel) -> Iterator[tuple[str, int]]:
-    """Names and bytes of weights that are neither files here nor in the hub's cache, in fp32 as the hub has them."""
-    path = str(cfg.base.path)
+    """Names and bytes of weights that are neither files here nor in the hub's cache, in the hub's dtypes."""
+    path, family = str(cfg.base.path), cast(Any, model.family)
     if not (Path(path).exists() or is_single_file(path) or is_downloaded(path)):
-        yield path, FP32 * count(model.family)
+        yield path, family.published_bytes * count(family)
     for part in (cfg.encoder, cfg.judge):
         name = part and (part.get("name") or part.get("path"))
         if name and not name.startswith("local-dir:") and not Path(name).exists() and not has_weights(part):
@@ -210,6 +202,7 @@ def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     batch = cfg.data.batch_size or -(-cfg.global_batch_size // (processes(cfg) * cfg.trainer.accumulate_grad_batches))
     cached = cfg.data._target_.endswith("CachedDataModule")
     average = FP32 * count(model.trainable) * (cfg.ema.decay is not None)
+    quantize_hollow(model.family, **{name: cfg.base.get(name) for name in QUANTIZING})
     peak = average + estimate_peak(model, step_maker(cfg), batch, image_size_px(cfg, model), cached)
     where = "in one process" if processes(cfg) == 1 else f"in each of {processes(cfg)} processes"
     told = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
@@ -226,7 +219,7 @@ def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], 
         if cfg.gradient_checkpointing:
             model.checkpoint_gradients()
         model.adapter.install()
-        optimizer = instantiate(cfg.optimizer)(list(model.trainable.parameters()))
+        optimizer = optimizer_for_estimate(cfg)(list(model.trainable.parameters()))
 
         def step(batch: Batch) -> None:
             with torch.autocast(model.device.type, torch.bfloat16, enabled="mixed" in str(cfg.trainer.precision)):

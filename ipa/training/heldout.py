@@ -68,6 +68,8 @@ class HeldOutGap(TrainingCallback):
             raise UserError(
                 "heldout_check.every_n_steps measures held-out samples: give data.val=SHARDS with two or more"
             )
+        for batch in self.batches:
+            pl_module.model.family.check_texts(batch.text)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.every_n_steps is None or not is_due(trainer, batch_idx, self.every_n_steps):

@@ -21,13 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ipa.model import IPAdapterModel
+from ipa.model import Errors, IPAdapterModel
 from ipa.types import Batch, Draws, Features, Posterior
 
 GIB = 1 << 30
 BLOCK = 512  # bytes
 RESERVE_GIB, FRAGMENTED = 1.0, 0.05  # CUDA's context, a driver's desktop; share of what the allocator holds
-STEPS = 2  # the second has the optimizer's state from the start
 
 
 class LiveMemory(TorchDispatchMode):
@@ -74,18 +73,30 @@ def estimate_peak(
             live.hold(tensor)
         step = make_step(model)
         samples = make_batch(model, batch, image_px, cached)
-        for _ in range(STEPS):
-            live.peak = live.now
-            step(samples)
+        make_optimizer_state(model, step, samples)
+        live.peak = live.now
+        step(samples)
     return live.peak
+
+
+def make_optimizer_state(model: IPAdapterModel, step: Callable[[Batch], object], samples: Batch) -> None:
+    """A step in which nothing is computed but gradients of all trained weights."""
+
+    def errors(batch: Batch) -> Errors:
+        total = torch.stack([weight.sum() for weight in model.trained()])
+        return Errors(total, torch.ones(()), torch.ones(()))
+
+    model.errors = errors  # type: ignore[method-assign]
+    step(samples)
+    del model.errors
 
 
 def norm_as_on_cuda(norm: nn.LayerNorm | nn.GroupNorm, states: Tensor) -> Tensor:
     """In fp32 under autocast: CUDA's list of such operations has norms, the CPU's has not."""
-    parameters: tuple[Tensor, Tensor] = norm.weight, norm.bias
-    weight, bias = parameters
+    parameters: list[Tensor | None] = [norm.weight, norm.bias]
     if torch.is_autocast_enabled("cpu"):
-        states, weight, bias = states.float(), weight.float(), bias.float()
+        states, parameters = states.float(), [each if each is None else each.float() for each in parameters]
+    weight, bias = parameters
     if isinstance(norm, nn.GroupNorm):
         return F.group_norm(states, norm.num_groups, weight, bias, norm.eps)
     return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)

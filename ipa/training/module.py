@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ipa.distributed import mean_over_ranks
 from ipa.model import IPAdapterModel
 from ipa.training.average import WeightAverage
+from ipa.training.optimizers import ScheduleFreeAverage, averages
 from ipa.training.strategies import like, shard, whole
 from ipa.types import Batch
 
@@ -24,7 +25,8 @@ class AdapterTraining(L.LightningModule):
     """Trains ``model.trainable``.
 
     ``make_optimizer`` takes its parameters and returns the optimizer; ``make_schedule`` takes ``optimizer=`` and
-    returns a learning rate scheduler that counts steps. With ``ema_decay`` an average of the weights is kept.
+    returns a learning rate scheduler that counts steps. With ``ema_decay``, or a schedule-free optimizer, an average of
+    the weights is kept.
     ``metadata`` goes into every checkpoint, so that it can be exported by itself.
 
     The state dict is the trainable set (`trainable.image_proj.…`, `trainable.ip_adapter.…`) and its average
@@ -42,7 +44,9 @@ class AdapterTraining(L.LightningModule):
         super().__init__()
         self.model = model
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
-        self.average = None if ema_decay is None else WeightAverage(model.trainable, ema_decay)
+        self.average: WeightAverage | ScheduleFreeAverage | None = None
+        if ema_decay is not None:
+            self.average = WeightAverage(model.trainable, ema_decay)
         self.metadata = metadata or {}
         self.strict_loading = False
         self.skip: Tensor | None = None  # 1 on the device where FiniteGuard skips the step
@@ -52,7 +56,7 @@ class AdapterTraining(L.LightningModule):
         """Shard the weights, if the strategy does; Lightning calls this first."""
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.shards_base)  # type: ignore[attr-defined]
-            if self.average is not None:
+            if isinstance(self.average, WeightAverage):
                 self.average = WeightAverage(self.model.trainable, self.average.decay)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -72,6 +76,8 @@ class AdapterTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model.trained())
+        if averages(optimizer):
+            self.average = ScheduleFreeAverage(self.model.trainable, optimizer)
         if self.make_schedule is None:
             return optimizer
         schedule = {"scheduler": self.make_schedule(optimizer=optimizer), "interval": "step"}
@@ -93,6 +99,8 @@ class AdapterTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_metadata"] = self.describe()
+        optimizer: Any = self.optimizers()
+        checkpoint["optimizer"] = type(getattr(optimizer, "optimizer", optimizer)).__name__
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Whole plain tensors; all ranks call this."""

@@ -64,13 +64,14 @@ class TimestepBuckets(TrainingCallback):
 
 
 class StepSize(TrainingCallback):
-    """Logs the learning rate, `train/lr`, and the gradient norm before clipping, `train/grad_norm`."""
+    """Logs the learning rate, `train/lr`, times Prodigy's estimate, and the gradient norm before clipping."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             gradients = [p.grad for p in pl_module.model.trainable.parameters() if p.grad is not None]
             pl_module.log("train/grad_norm", total_norm(gradients))
-            pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
+            group = optimizer.param_groups[0]
+            pl_module.log("train/lr", group["lr"] * group.get("d", 1.0))
 
 
 class AttentionRatios:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-from ipa.contracts import AdapterKind, TokenHead
+from ipa.contracts import ADD_TEXTS, AdapterKind, TokenHead
 from ipa.errors import UserError
 from ipa.export.adapter_file import make_head
 from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
@@ -20,7 +21,7 @@ from ipa.model import IPAdapterModel
 from ipa.objective import MaskedLoss
 from ipa.training.checkpointing import load
 from ipa.training.module import AVERAGE
-from ipa.types import BaseWidths, EncoderWidths
+from ipa.types import BaseWidths, EncoderWidths, TextInputs
 
 REQUIRED = "required"  # adapter.init_from of experiments that begin with an adapter
 
@@ -118,9 +119,19 @@ def names_of_parts(cfg: DictConfig) -> list[str]:
     return [name_of(cfg.base), name_of(cfg.encoder), *([f"{name_of(judge)} to score with"] if judge else [])]
 
 
-def build_model(cfg: DictConfig) -> IPAdapterModel:
-    """Load the frozen parts and make the trainable ones, with the widths of the loaded objects."""
-    family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
+def check_texts(cfg: DictConfig, texts: Mapping[str, TextInputs] | None) -> None:
+    """Raise UserError if previews need the states of a text that the data do not have."""
+    if texts is not None and (cfg.preview.text or "") not in texts:
+        raise UserError(f"preview.text={cfg.preview.text} is not among the texts of the feature cache: {ADD_TEXTS}")
+
+
+def build_model(cfg: DictConfig, texts: Mapping[str, TextInputs] | None = None) -> IPAdapterModel:
+    """Load the frozen parts and make the trainable ones, with the widths of the loaded objects.
+
+    With ``texts``, states of texts, text encoders are not loaded.
+    """
+    family: Any = instantiate(cfg.base, **({} if texts is None else {"leave_out": ["text"]}))
+    family.known_texts, encoder = texts, instantiate(cfg.encoder)
     head = make_head_of(cfg, encoder.widths, family.widths, "cpu")
     adapter = instantiate(cfg.adapter.make)(family.hosts())
     masked_loss = MaskedLoss(cfg.loss_mask_outside, cfg.loss_mask_prior)

@@ -32,7 +32,7 @@ from ipa.sampling import SamplingOptions
 from ipa.training.callbacks import DataPosition, SameParts, Throughput
 from ipa.training.checkpointing import BackgroundCheckpointIO, Checkpoints, where_to_start
 from ipa.training.configuration import settle_configuration
-from ipa.training.dry_run import dry_run
+from ipa.training.dry_run import QUANTIZING, dry_run
 from ipa.training.failures import LOST_PIPE, explain_fit_failure
 from ipa.training.guards import FiniteGuard
 from ipa.training.heldout import HeldOutGap
@@ -40,8 +40,9 @@ from ipa.training.hooks import in_order
 from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
 from ipa.training.monitors import ImagePromptGuard
+from ipa.training.optimizers import check_optimizer, check_same_optimizer
 from ipa.training.owner import owning
-from ipa.training.parts import build_model, check_average, check_parts, names_of_parts
+from ipa.training.parts import build_model, check_average, check_parts, check_texts, names_of_parts
 from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 from ipa.training.profiling import StepClock, StepProfile
 from ipa.training.stopping import Signals, StopOnSignal, launcher_of
@@ -86,8 +87,11 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
     set_up_torch(cfg)
     datamodule: Any = instantiate(cfg.data)
     check_parts(cfg, None if resumes else start or cfg.adapter.init_from)  # before any weight is read
+    check_texts(cfg, datamodule.texts)
+    check_optimizer(cfg)
     if start is not None and not resumes:
         check_average(cfg, start)
+        check_same_optimizer(cfg, start)
     log.info("loading %s", ", ".join(names_of_parts(cfg)))
     stop, same = StopOnSignal(signals), SameParts(moved)
     trainer = make_trainer(cfg, folder, stop, same)
@@ -152,6 +156,7 @@ def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal, *callbacks_o
         default_root_dir=folder,
     )
     check_compile(cfg, trainer.strategy)
+    check_quantization(cfg, trainer.strategy)
     check_launcher(trainer.world_size)
     stop.signals.launcher = launcher_of(trainer)
     for previews in found(callbacks, Previews):
@@ -164,7 +169,7 @@ def build_module(cfg: DictConfig, datamodule: Any, trainer: L.Trainer, start: Pa
     step_samples = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     optimizer = instantiate(scaled_optimizer(cfg, step_samples))
     L.seed_everything(cfg.seed, verbose=False)  # loading the judge draws random numbers, too
-    model = build_model(cfg)
+    model = build_model(cfg, datamodule.texts)
     if cfg.adapter.init_from and start is None:
         load_into(model, Path(cfg.adapter.init_from))
     size_px = cfg.image_size_px or model.family.image_size_px
@@ -229,6 +234,15 @@ def check_compile(cfg: DictConfig, strategy: Strategy) -> None:
         raise UserError(
             "compile=true does not work with trainer=fsdp or zero2, which gather weights while a block runs: give one "
             "of them, or trainer=ddp"
+        )
+
+
+def check_quantization(cfg: DictConfig, strategy: Strategy) -> None:
+    given = {name: cfg.base.get(name) for name in QUANTIZING if cfg.base.get(name)}
+    if given and isinstance(strategy, AdapterFSDP):
+        raise UserError(
+            f"base.{next(iter(given))}={next(iter(given.values()))} does not work with trainer=fsdp or zero2, which "
+            "shard weights in their own dtype: give one of them, or trainer=ddp"
         )
 
 

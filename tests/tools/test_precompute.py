@@ -11,6 +11,7 @@ import re
 import signal
 import tarfile
 import time
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -31,10 +32,12 @@ from PIL import Image
 from ipa.data.addresses import Address
 from ipa.data.cache.format import WrongCache
 from ipa.data.cache.source import read_header
+from ipa.data.cache.states import Texts
 from ipa.data.records import Record
 from ipa.errors import UserError
-from ipa.tools.precompute.run import check_finite, precompute
+from ipa.tools.precompute.run import FrozenParts, check_finite, precompute
 from ipa.tools.precompute.shards import read_share
+from ipa.tools.precompute.texts import TextParts
 from ipa.training.parts import build_model
 from ipa.types import Batch, to_unit_range
 
@@ -107,6 +110,58 @@ def made(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path:
 def test_workers_change_no_byte(made: Path, parts: list[str], shards: Path, tmp_path: Path) -> None:
     assert sorted(contents(made)) == sorted(path.name for path in shards.iterdir())
     assert contents(run(tmp_path / "out", *parts, "num_workers=2")) == contents(made)
+
+
+def test_text_states_come_in_a_second_pass_that_a_restart_goes_on_with(
+    made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes after a kill between the passes; another text is added without another pass."""
+    watch_passes(monkeypatch)
+    with caplog.at_level("INFO"):
+        run(tmp_path / "dry", *parts, "text=states", "dry_run=true")
+        assert not (tmp_path / "dry").exists() and "each of its captions at most 0.3 KiB of states" in caplog.text
+        whole = run(tmp_path / "whole", *parts, "text=states")
+    waiting = tmp_path / "parts/.without_states"
+    waiting.mkdir(parents=True)
+    (waiting / "00001.tar").write_bytes((made / "00001.tar").read_bytes())
+    parted = run(tmp_path / "parts", *parts, "text=states")
+
+    assert not waiting.exists() and f"3 shards with {count_samples(whole)} samples made" in caplog.text
+    assert contents(parted) == contents(whole) and contents(whole).keys() == {*contents(made), "texts.safetensors"}
+    before, times = contents(whole), {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    run(whole, *parts, "text=states", "preview.text=a horse")
+    changed = {path.name for path in whole.iterdir() if path.stat().st_mtime_ns != times[path.name]}
+    assert changed == {"texts.safetensors"} and contents(whole)["00000.tar"] == before["00000.tar"]
+    assert Texts.read(str(whole / "texts.safetensors")).has(["", "red apple", "a horse"])
+    for text, said in (("ids", "text: states, here ids"), ("states_fp8", "text: states, here states_fp8")):
+        with pytest.raises(WrongCache, match=said):
+            run(whole, *parts, f"text={text}")
+
+
+def watch_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where the text encoders are in memory together with the first pass's models, or with weights of others."""
+    first, second, before = FrozenParts.__init__, TextParts.__init__, []
+
+    def pictures(self: FrozenParts, family: Any, encoder: Any, *others: Any) -> None:
+        assert family.unet.device.type == "meta" and not family.text_encoders
+        before.extend([weakref.ref(family.vae), weakref.ref(encoder)])
+        first(self, family, encoder, *others)
+
+    def texts(self: TextParts, family: Any, *others: Any) -> None:
+        assert all(each() is None for each in before)
+        assert family.unet.device.type == family.vae.device.type == "meta"
+        second(self, family, *others)
+
+    monkeypatch.setattr(FrozenParts, "__init__", pictures)
+    monkeypatch.setattr(TextParts, "__init__", texts)
+
+
+def count_samples(folder: Path) -> int:
+    number = 0
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            number += sum(name.endswith(".safetensors") for name in tar.getnames())
+    return number
 
 
 def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int | None = None) -> list[Batch]:
@@ -451,6 +506,7 @@ def test_a_broken_file_is_kept_as_far_as_it_goes(parts: list[str], shards: Path,
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
+        (["text=words"], "text=words: give one of ids, states, states_fp8"),
         (["keep=[poled]"], r"keep=\['poled'\]: .* pooled, reference"),
         (["out=s3://bucket/features"], "out=s3://bucket/features"),
         (["device=quantum"], "device=quantum: "),

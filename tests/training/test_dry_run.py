@@ -78,6 +78,22 @@ def test_known_bases_have_their_published_sizes(path: str, parameters: tuple[int
     assert tuple(count(parts[name]) for name in ("unet", "vae", "text_encoder")) == parameters
 
 
+@pytest.mark.parametrize(
+    ("base", "parameters"),
+    [
+        ("flux_dev", 11_901_408_320),
+        ("chroma", 8_899_983_424),
+        ("sd35_medium", 2_243_171_520),
+        ("sd35_large", 8_056_627_520),
+    ],
+)
+def test_known_transformers_have_their_published_sizes(base: str, parameters: int) -> None:
+    with torch.device("meta"):
+        assert (
+            count(PUBLISHED[documented.composed("train", (f"base={base}",)).base.path]()["transformer"]) == parameters
+        )
+
+
 @pytest.mark.slow
 def test_memory_of_the_large_recipes_is_that_of_the_table() -> None:
     """docs/performance.md: SD 1.5 online, one sample 4.41 GiB, checkpointing 3.73."""
@@ -86,6 +102,15 @@ def test_memory_of_the_large_recipes_is_that_of_the_table() -> None:
         model = hollow_model(cfg)
 
         assert estimate_peak(model, step_maker(cfg), 1, 512) / GIB == pytest.approx(gib, rel=0.01)
+
+
+@pytest.mark.slow
+def test_report_of_a_quantized_transformer() -> None:
+    """docs/performance.md: FLUX.1-dev, one sample at 512 px, in nf4."""
+    nf4 = ("base.quantization=nf4", "base.text_quantization=nf4")
+    found = report("recipe=flux", *nf4, "data.train=/nowhere", "data.batch_size=1")
+
+    assert "transformer 11,901.4 M" in found["base"] and "about 17.5 GiB" in found["memory"]
 
 
 def test_sizes_in_words() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import pytest
 import tiny
 import tiny_flow
 import torch
-from conftest import QUIET, ROOT, Run, World, checkpoint, column
+from conftest import QUIET, ROOT, Run, World, checkpoint, column, compose
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from PIL import Image
 from ranks import together, train_all
 
@@ -25,6 +29,10 @@ from ipa.prompter import Prompter
 from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
+from ipa.training.parts import build_model
+from ipa.training.run import make_trainer
+from ipa.training.stopping import Signals, StopOnSignal
+from ipa.training.strategies import frozen_blocks
 from ipa.training.warmup import ScaleWarmup
 
 SLOW = ("chroma", "instantx", "schnell")
@@ -34,9 +42,14 @@ CASES = {
     "schnell": ("base=flux_schnell", "experiment=simple_global"),
     "chroma": ("base=chroma", "tokens.no_image=black"),
     "sd35_medium": ("base=sd35_medium", "experiment=decoupled_time_aware", *FOUR, "scale_warmup_steps=3"),
+    "int8": ("base=flux_dev", "base.quantization=int8", "tokens.no_image=black"),
     "instantx": ("base=flux_dev", "base.hosts=all", "experiment=decoupled_mlp", *FOUR, "adapter.layout=ipa"),
 }
-PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+MARKS = {
+    **dict.fromkeys(SLOW, pytest.mark.slow),
+    "int8": pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao"),
+}
+PARAMETERS = [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def overrides_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], li
         return tiny_flow.save(tiny_flow.MAKERS[name](), place / name)
 
     def overrides(name: str) -> list[str]:
-        base = folder("flux" if name == "instantx" else name)
+        base = folder(name if name in tiny_flow.MAKERS else "flux")
         return [*CASES[name], f"base.path={base}", "base.dtype=float32", "optimizer.lr=0.01", "data.background=null"]
 
     return overrides
@@ -74,6 +87,7 @@ def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
             stored = one[f"trainable.{key}"]
             assert torch.equal(value, stored if source is whole else stored.half().float())
     metadata = read_adapter(whole / "adapter.safetensors").metadata
+    assert metadata.get("base_quantization") == ("int8" if name == "int8" else None)
     assert metadata["timesteps"] == ("logit_normal" if name.startswith("sd3") else "uniform")
 
 
@@ -110,21 +124,107 @@ def test_a_batch_with_its_own_references_λ_per_block_and_two_images(
 CACHED = ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chroma", "sd35_medium"))]
 
 
+@pytest.fixture(scope="module")
+def features(
+    world: World, overrides_of: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
+    """Overrides that train a family from its cache, precomputed with the given options."""
+
+    @cache
+    def made(name: str, *options: str) -> list[str]:
+        out = tmp_path_factory.mktemp("features")
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            own = [*overrides_of(name), f"out={out}", "device=cpu", "num_workers=0", *options]
+            precompute(hydra.compose("precompute", [*world.overrides(), *own]))
+        return [*overrides_of(name), "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1"]
+
+    return made
+
+
+def without_text_encoders(overrides: list[str], folder: Path) -> list[str]:
+    """The same base in another place, where the text encoders have no weights."""
+    base = next(each for each in overrides if each.startswith("base.path=")).partition("=")[2]
+    ignored = shutil.ignore_patterns("model.safetensors")  # of transformers; diffusers' has another name
+    shutil.copytree(base, folder, ignore=ignored)
+    return [*overrides, f"base.path={folder}"]
+
+
+@pytest.fixture(scope="module")
+def online_losses(train_in: Run, overrides_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    place = tmp_path_factory.mktemp("online")
+    return cache(lambda name: column(train_in(place / name, *QUIET, *overrides_of(name)), "train/loss"))
+
+
 @pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("text", ["ids", "states"])
 def test_training_from_a_cache_is_training_online(
-    name: str, world: World, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+    name: str, text: str, train_in: Run, online_losses: Callable[[str], Any], features: Any, tmp_path: Path
 ) -> None:
-    """The same losses within the rounding of half precision."""
-    overrides = [*QUIET, *overrides_of(name)]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        own = [f"out={tmp_path / 'cache'}", "device=cpu", "num_workers=0"]
-        given = [each for each in overrides if not each.startswith(("scale_warmup", "image_prompt", "scoring"))]
-        precompute(hydra.compose("precompute", [*world.overrides(), *given, *own]))
-    online = train_in(tmp_path / "online", *overrides)
-    cached = train_in(tmp_path / "cached", *overrides, "data=cache", f"data.train={tmp_path / 'cache'}")
-    one, other = (list(map(float, column(folder, "train/loss").values())) for folder in (online, cached))
+    """The same losses within the rounding of half precision; with text states there need be no text encoders."""
+    overrides = features(name, f"text={text}", "preview.text=cat")
+    how = QUIET if text == "ids" else ("scoring=null", "preview.num_prompts=1", "preview.num_scored=0")
+    overrides = overrides if text == "ids" else without_text_encoders(overrides, tmp_path / "base")
+    cached = train_in(tmp_path / "cached", *overrides, *how, "preview.text=cat")
+    losses = (online_losses(name), column(cached, "train/loss"))
+    one, other = (list(map(float, each.values())) for each in losses)
 
     assert one == pytest.approx(other, rel=0.02)
+    assert (cached / "previews/step_000004.png").is_file() == (text == "states")
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_cached_states_are_what_the_text_encoders_give_in_bfloat16(
+    name: str, world: World, features: Any, tmp_path: Path
+) -> None:
+    """To the bit, dropped texts too, where the base computes in bfloat16; token ids give them in training."""
+    conditions = []
+    for text in ("ids", "states"):
+        overrides = features(name, f"text={text}", "base.dtype=bfloat16")
+        cfg = compose(tmp_path / "run", *world.overrides(), *overrides, "base.dtype=bfloat16")
+        data = instantiate(cfg.data)
+        data.batch_size = 8
+        model = build_model(cfg, data.texts)
+        data.fit_to(image_size_px=16, reference_size_px=tiny.REFERENCE_PX, latent_shape=model.family.latent_shape(16))
+        data.check_model(model)
+        batches = list(islice(data.train_dataloader(), 4))
+        assert any(batch.draws.drop_text_B.any() for batch in batches)
+        assert bool(model.family.text_encoders) == (text == "ids")
+        conditions.append([model.text_of(batch) for batch in batches])
+    for online, cached in zip(*conditions, strict=True):
+        assert cached.states_BLD.dtype == torch.bfloat16
+        kept = slice(None) if online.mask_BL is None else online.mask_BL
+        assert torch.equal(cached.states_BLD[kept], online.states_BLD[kept])
+        for part in ("pooled_BE", "mask_BL"):
+            assert (getattr(online, part) is None) or torch.equal(getattr(cached, part), getattr(online, part))
+
+
+@pytest.mark.slow
+def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_path: Path) -> None:
+    overrides = [*QUIET, *features("flux", "text=states_fp8"), "preview.text=null"]
+    whole = train_in(tmp_path / "whole", *overrides)
+    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
+    resumed = train_in(tmp_path / "parts", *overrides)
+    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
+
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["preview.text=horse"], "preview.text=horse is not among .* ipa.tools.precompute"),
+        (["base.text_tokens=6"], "fingerprints: tokenizer"),
+        (["data.pairs.strip=[json.artist]"], r"choices: pairs\.strip"),
+        (["data.texts=nowhere.safetensors"], r"nowhere\.safetensors cannot be read"),
+    ],
+)
+def test_other_texts_than_the_cache_has_are_refused(
+    given: list[str], message: str, train_in: Run, features: Any, tmp_path: Path
+) -> None:
+    with pytest.raises((UserError, InstantiationException), match=message):
+        train_in(
+            tmp_path / "run", *QUIET, *features("flux", "text=states", "preview.text=cat"), "preview.text=cat", *given
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,6 +235,7 @@ def test_training_from_a_cache_is_training_online(
         (["experiment=decoupled_fine_grained"], "no other program knows this head for FLUX"),
         (["base.hosts=all"], "no other program knows this head for FLUX.1, all blocks"),
         (["base=chroma"], "is a FLUX.1 pipeline: use base=flux_dev"),
+        (["base.quantization=int3"], r"base\.quantization=int3: give fp8, int8, nf4, or null"),
         (["base.times.timesteps=odd"], r"base\.times\.timesteps=odd"),
     ],
 )
@@ -168,14 +269,52 @@ def test_how_the_training_sampled_is_recorded(trained: Callable[[str], Path]) ->
     assert recorded_options(metadata)["guidance"] == 3.0
 
 
+@pytest.mark.parametrize("name", ["flux", "chroma", "sd35_medium"])
+def test_fsdp_shards_transformer_and_text_encoders_by_block(name: str) -> None:
+    """All weights of the blocks are in a unit."""
+    model = tiny_flow.make_model(tiny_flow.MAKERS[name])
+    units = [type(block).__name__ for block in frozen_blocks(model)]
+    transformer = model.family.transformer
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+    assert all(block in frozen_blocks(model) for block in blocks)
+    assert units.count("T5Block") == 2 and len(units) > len(blocks) + 2
+
+
+def test_a_quantized_base_is_not_sharded(tmp_path: Path) -> None:
+    given = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    with pytest.raises(UserError, match=r"base\.transformer_file=x\.gguf does not work with trainer=fsdp"):
+        make_trainer(
+            compose(tmp_path / "x", "base=flux_dev", "base.transformer_file=x.gguf", *given),
+            tmp_path,
+            StopOnSignal(Signals(1)),
+        )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "sd35_medium"])
+@pytest.mark.parametrize(
+    ("name", "text", "strategy"),
+    [(name, None, strategy) for name in ("flux", "sd35_medium") for strategy in ("ddp", "fsdp")]
+    + [("chroma", "states", "ddp")],
+)
 def test_two_processes_train_as_one(
-    name: str, world: World, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
+    name: str,
+    text: str | None,
+    strategy: str,
+    world: World,
+    train_in: Run,
+    overrides_of: Any,
+    features: Any,
+    tmp_path: Path,
 ) -> None:
-    shared = (*QUIET, *overrides_of(name), "data.batch_size=null", "global_batch_size=4", "gradient_checkpointing=true")
+    own = (
+        overrides_of(name)
+        if text is None
+        else [*features(name, f"text={text}", "preview.text=cat"), "preview.text=cat"]
+    )
+    shared = (*QUIET, *own, "data.batch_size=null", "global_batch_size=4", "gradient_checkpointing=true")
     one = train_in(tmp_path / "one", *shared)
-    processes = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    processes = (f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     together(train_all, [(tmp_path / "two", (*world.overrides(), "~logger.wandb", *processes, *shared))])
     weights = [checkpoint(folder)["state_dict"] for folder in (one, tmp_path / "two")]
 

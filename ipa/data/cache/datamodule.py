@@ -7,13 +7,15 @@ Order, resume and draws are those of ``ShardDataModule`` over the shards that th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipa.data.addresses import digest
 from ipa.data.cache.format import WrongCache
-from ipa.data.cache.preparation import CachedPreparation
+from ipa.data.cache.preparation import CachedPreparation, state_bytes
 from ipa.data.cache.source import CacheSource
+from ipa.data.cache.states import Texts, texts_next_to
 from ipa.data.datamodule import ShardDataModule, Shards, StreamDataModule
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets, FixedBuckets
@@ -25,7 +27,11 @@ from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import Layout, read_masks
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
+from ipa.types import TextInputs
 
+log = logging.getLogger(__name__)
+
+WINDOW_GB = 4  # of text states that a process keeps to shuffle, without a warning
 # entries of the header that may differ between the caches of one training
 PER_SOURCE = {"source", *(f"choices {name}" for name in ("captions", "filters", "image", "max_pixels", "reference"))}
 
@@ -35,8 +41,9 @@ class CachedDataModule(StreamDataModule):
 
     Either ``train`` names shards, or ``caches`` has several sources by name, each with ``shards`` and ``weight``. The
     cache fixes how pictures are cropped: ``crop``, ``reference_fit``, masks, ``buckets`` and ``background`` must be the
-    same, the last two only if they are given, and each sample has one reference. ``options`` are those of
-    ``StreamDataModule``; validation reads pictures.
+    same, the last two only if they are given, and each sample has one reference. ``texts`` is the file that has, of a
+    cache of text states, those of the texts that are no captions. ``options`` are those of ``StreamDataModule``;
+    validation reads pictures.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class CachedDataModule(StreamDataModule):
         loss_mask: str | None = None,
         reference_mask: str | None = None,
         references: References | None = None,
+        texts: str | None = None,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
@@ -62,6 +70,9 @@ class CachedDataModule(StreamDataModule):
         refuse_random(crop, augment, background, (), references, reference_background)
         sources = open_caches(train, caches or {}, schemes)
         self.header, self.bucket_sizes = sources[0].header, buckets
+        if self.header.state_shapes:
+            self.texts = read_texts(sources, texts)
+            warn_of_memory(self.header.state_shapes, window, options.get("num_workers", 1))
         options |= {"schemes": schemes, "background": background, "reference_mask": reference_mask, "pairs": pairs}
         super().__init__(Order(sources, seed, window), val, **options)
         masks = frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
@@ -135,6 +146,28 @@ def open_caches(
         if wrong := [each for each in differences if each.partition(":")[0] not in PER_SOURCE]:
             raise WrongCache(f"data.caches.{name} was not made as {sources[0].name} was: {'; '.join(wrong)}")
     return sources
+
+
+def read_texts(sources: Sequence[CacheSource], given: str | None) -> dict[str, TextInputs]:
+    """Of all sources; raises ``WrongCache`` for texts that other text encoders have encoded than the captions."""
+    known: dict[str, TextInputs] = {}
+    for source in sources:
+        place = given or texts_next_to(source.shards[0])
+        found, made = Texts.read(place), source.header.fingerprints.get("text_encoder")
+        if found.encoder != made:
+            raise WrongCache(f"{place} was made with the text encoders {found.encoder}, the captions with {made}")
+        known |= found.states
+    return known
+
+
+def warn_of_memory(shapes: Mapping[str, Sequence[int]], window: int, workers: int) -> None:
+    size_gb = max(1, workers) * window * state_bytes(shapes) / 1e9
+    if size_gb > WINDOW_GB:
+        log.warning(
+            "each process keeps up to %.0f GB of text states to shuffle (data.window=%d records in each of %d data "
+            "workers): give a smaller data.window= or fewer data.num_workers=",
+            *(size_gb, window, workers),
+        )
 
 
 def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A shard of the cache is a tar with the name of the shard that it was made from:
 
     cache.header.json     how it was made: source, fingerprints of the frozen parts, frozen options, sizes
-    KEY.safetensors       a sample: its tensors (``DTYPES``); its metadata are index, captions with probabilities, sizes
+    KEY.safetensors       a sample: its tensors (``DTYPES``), and ids or states of its captions (``cache.states``);
+                          its metadata are index, captions with probabilities, sizes
     KEY.rejected.json     a sample whose picture could not be used: its index and the reason
     cache.closing.json    how many samples there are, and how many were rejected for which reason
 
@@ -14,14 +15,15 @@ in training from pictures. The posterior is sampled in training.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 from webdataset import TarWriter
 
@@ -43,10 +45,21 @@ DTYPES = {
     "size_6": torch.int32,  # as in ``TextCondition``
 }
 TEXT = "text."  # begins the names of what ``Family.prepare_text`` gives: a row for each caption
+STATES, SCALE = "states.", ".scale"  # the same for ``Family.text_states``
+KINDS = ("states", "states_fp8")
 OLD_IDS = "ids_MNL"  # caches of the first release: the ids of M captions and N tokenizers
 
-STORED = {"F16": np.float16, "U8": np.uint8, "I32": np.int32}
+# numpy has no bfloat16 and no float8
+STORED = {
+    "F16": np.float16,
+    "U8": np.uint8,
+    "I32": np.int32,
+    "F32": np.float32,
+    "BF16": np.uint16,
+    "F8_E4M3": np.uint8,
+}
 MAX_SAMPLES = 10_000_000  # of a shard
+MAX_STATE = 1 << 26  # numbers of a text's state; T5's 512 tokens of FLUX have 2 million
 
 BROKEN_MEMBER = "broken cached sample"
 
@@ -102,12 +115,46 @@ class Header:
         kept, latent = self.sizes.get("kept", []), self.sizes.get("latent_shape", [])
         if not set(map(str, kept)) <= {"pooled", "reference"} or not all(isinstance(side, int) for side in latent):
             raise UserError(f"sizes: {self.sizes}")
+        if (text := self.sizes.get("text")) is not None and not is_text(text):
+            raise UserError(f"text: {text}")
+
+    @property
+    def state_shapes(self) -> dict[str, list[int]]:
+        """Name → shape of a caption's states; empty for a cache of token ids."""
+        return (self.sizes.get("text") or {}).get("shapes", {})
+
+    def with_states(self, kind: str, shapes: Mapping[str, Sequence[int]], encoder: str) -> Header:
+        """Of the same samples with text states in place of ids; ``encoder`` is the text encoders' fingerprint."""
+        sizes = self.sizes | {"text": {"kept": kind, "shapes": dict(shapes)}}
+        return replace(self, sizes=sizes, fingerprints=self.fingerprints | {"text_encoder": encoder})
+
+    def with_ids(self) -> Header:
+        """The inverse of ``with_states``."""
+        return replace(self, sizes=without(self.sizes, "text"), fingerprints=without(self.fingerprints, "text_encoder"))
 
     def differences(self, other: Header) -> list[str]:
         """Each entry that differs, with this header's value and the other's."""
         mine, others = flat(asdict(self)), flat(asdict(other))
         names = sorted(mine.keys() | others.keys())
         return [f"{n}: {mine.get(n)}, here {others.get(n)}" for n in names if mine.get(n) != others.get(n)]
+
+
+def without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if key != name}
+
+
+def is_text(text: Any) -> bool:
+    """Whether it says which states are kept of a caption, and their shapes: L × D, E or L."""
+    if not isinstance(text, dict) or text.get("kept") not in KINDS or not isinstance(text.get("shapes"), dict):
+        return False
+    shapes = text["shapes"].values()
+    return bool(shapes) and all(
+        isinstance(shape, list)
+        and 1 <= len(shape) <= 2
+        and all(type(side) is int and side > 0 for side in shape)
+        and math.prod(shape) <= MAX_STATE
+        for shape in shapes
+    )
 
 
 def is_size(size: Any) -> bool:
@@ -155,14 +202,22 @@ class CacheWriter:
 
 
 def pack(record: Record, tensors: Mapping[str, Tensor], target: Size | None) -> bytes:
-    """A sample's bytes, from the tensors in ``DTYPES`` and ``text.NAME``, integers with a row for each caption.
+    """A sample's bytes, from the tensors in ``DTYPES``, and ``text.NAME`` or ``states.NAME``, a row for each caption.
 
     The metadata are one entry, since safetensors writes several in any order.
     """
     about = {"index": record.index, "captions": record.captions, "size": record.size, "target": target}
     cast = {name: tensors[name].to(dtype).contiguous() for name, dtype in DTYPES.items() if name in tensors}
     cast |= {name: x.to(torch.int32).contiguous() for name, x in tensors.items() if name.startswith(TEXT)}
+    cast |= {name: x for name, x in tensors.items() if name.startswith(STATES)}
     return save(cast, {"sample": in_json(about).decode()})
+
+
+def with_states(data: bytes, states: Mapping[str, Tensor]) -> bytes:
+    """A sample's bytes with text states in place of its ids."""
+    about, _, _ = entries_of(data)
+    others = {name: x for name, x in load(data).items() if not name.startswith(TEXT)}
+    return save({**others, **states}, {"sample": in_json(about).decode()})
 
 
 def entries_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:

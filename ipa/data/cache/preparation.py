@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
-from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, STORED, TEXT, to_size, unpack
+from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, STATES, STORED, TEXT, to_size, unpack
+from ipa.data.cache.states import from_stored
 from ipa.data.images.masks import stack_masks
 from ipa.data.pairs.index import Place
 from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
 from ipa.data.rejects import Rejected
-from ipa.types import Batch, Features, Position, Posterior
+from ipa.types import Batch, Features, Position, Posterior, TextInputs
 
 REFERENCE = ("pooled_E", "reference_3HW")
 HEAD_BYTES = 2048  # most headers of samples are shorter
@@ -29,11 +30,12 @@ OTHER_BUCKET = "cached for another aspect-ratio bucket"
 
 @dataclass
 class CachedSample:
-    """A sample from the cache; ``text_inputs`` belong to the chosen caption, ``address`` as in ``Sample``."""
+    """A sample from the cache; its ids or its states are of the chosen caption, ``address`` as in ``Sample``."""
 
     arrays: dict[str, NDArray[Any]]
     text: str
     text_inputs: dict[str, NDArray[Any]]
+    text_states: TextInputs
     record: Record
     address: Address
 
@@ -48,10 +50,14 @@ class CachedPreparation:
 
     @property
     def sample_bytes(self) -> int:
-        """The posterior's mean and logvar in fp16, two draws of noise, and the reference if it was kept."""
+        """The posterior's mean and logvar in fp16, two draws of noise, text states, the reference if it was kept."""
         sizes = self.sizes or {"latent_shape": (), "kept": ()}
         reference = 3 * sizes["reference_size_px"] ** 2 if "reference" in sizes["kept"] else 0
-        return 12 * math.prod(sizes["latent_shape"]) + reference
+        return 12 * math.prod(sizes["latent_shape"]) + state_bytes(self.state_shapes) + reference
+
+    @property
+    def state_shapes(self) -> Mapping[str, Sequence[int]]:
+        return (self.sizes or {}).get("text", {}).get("shapes", {})
 
     def sample(self, record: Record, address: Address, target: Size | None = None) -> CachedSample:
         """Raises ``Rejected`` for what was unusable when the cache was made, and for another ``target`` than then."""
@@ -64,7 +70,7 @@ class CachedPreparation:
             raise Rejected(BROKEN_MEMBER, repr(error)) from error
         if target != made_for:
             raise Rejected(OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
-        rows = {name.removeprefix(TEXT): arrays.pop(name) for name in list(arrays) if name.startswith(TEXT)}
+        rows = {name: arrays.pop(name) for name in list(arrays) if name.startswith((TEXT, STATES))}
         if not rows or any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
             raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
         self.check(arrays, made_for)
@@ -72,7 +78,18 @@ class CachedPreparation:
             arrays |= lent_arrays(place, arrays, self.partners)
         text = address.choose("caption", record.captions)
         chosen = [known for known, _ in record.captions].index(text)
-        return CachedSample(arrays, text, {name: array[chosen] for name, array in rows.items()}, record, address)
+        row = {name: array[chosen] for name, array in rows.items()}
+        ids, states = ids_of(row), self.states_of(row)
+        if bool(ids) == bool(states):
+            raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
+        return CachedSample(arrays, text, ids, states, record, address)
+
+    def states_of(self, row: Mapping[str, NDArray[Any]]) -> TextInputs:
+        """Of one caption; raises ``Rejected`` unless they are those of the header."""
+        try:
+            return from_stored(row, self.state_shapes)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise Rejected(BROKEN_MEMBER, f"states: {error}") from error
 
     def check(self, arrays: Mapping[str, NDArray[Any]], target: Size | None) -> None:
         """Raise ``Rejected`` unless these are all arrays of a sample, in the shapes of the whole cache."""
@@ -109,10 +126,24 @@ class CachedPreparation:
             reference_B3HW=stacked.get("reference_3HW"),
             posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
-            text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()},
+            text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()}
+            or None,
+            text_states={
+                name: torch.stack([sample.text_states[name] for sample in samples]) for name in samples[0].text_states
+            }
+            or None,
             size_B6=stacked["size_6"].long(),
             loss_mask_B1HW=masks,
         )
+
+
+def ids_of(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
+
+
+def state_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Of a text's states in bfloat16, nothing left out."""
+    return sum(2 * math.prod(shape) for shape in shapes.values())
 
 
 def lent_arrays(place: Place, own: Mapping[str, NDArray[Any]], partners: Partners) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ipa.data.cache.datamodule import frozen_choices
-from ipa.data.cache.format import DTYPES, Header
+from ipa.data.cache.format import DTYPES, KINDS, Header
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.pairs.options import UNPAIRED
@@ -29,34 +29,53 @@ from ipa.files import remove_temporaries
 from ipa.model import fingerprints
 from ipa.tools.precompute.decoding import Decoded, Decoding, Task
 from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
-from ipa.training.parts import check_parts, make_head_of
+from ipa.tools.precompute.texts import KEPT, describe_sizes, encode_texts, kept_of
+from ipa.training.parts import check_parts
 from ipa.types import first_not_finite, to_unit_range
 
 log = logging.getLogger(__name__)
 
-# what is kept of a reference, by what the head reads: patch features need four times its space
-KEPT = {"pooled": "pooled", "patches": "reference"}
-
 
 def precompute(cfg: DictConfig) -> None:
-    """Make the shards that are missing; raises UserError."""
+    """Make the shards that are missing; raises UserError.
+
+    One pass over the pictures with VAE and image encoder, then one over the captions with the text encoders, if states
+    are kept. The denoiser is not loaded.
+    """
     rank, world = read_share(cfg.rank, cfg.world, os.environ)
     check_options(cfg)
     data = open_data(cfg)
     check_parts(cfg)
+    if cfg.dry_run or cfg.text != "ids":
+        log.info("%s", describe_sizes(cfg, data))
+    if cfg.dry_run:
+        return
     torch.set_float32_matmul_precision("high")  # as in training
-    family, encoder = instantiate(cfg.base), instantiate(cfg.encoder)
-    kept = list(cfg.keep or [KEPT[make_head_of(cfg, encoder.widths, family.widths).uses]])
+    device = to_device(cfg.device, os.environ)
+    jobs, made = encode_pictures(cfg, data, rank, world, device)
+    mine, others = jobs[rank::world], [job for number, job in enumerate(jobs) if number % world != rank]
+    if cfg.text != "ids":
+        made = encode_texts(cfg, data, mine, made, device)
+    report(cfg.out, made, len(mine) - made.shards, [job for job in others if not job.path.exists()])
+
+
+def encode_pictures(
+    cfg: DictConfig, data: ShardDataModule, rank: int, world: int, device: torch.device
+) -> tuple[list[Job], Made]:
+    """All jobs, and what this process made of its own."""
+    family: Any = instantiate(cfg.base, leave_out=["text", "denoiser"])
+    encoder = instantiate(cfg.encoder)
+    kept = kept_of(cfg, encoder.widths, family.widths)
     sizes = fit(data, family, encoder, cfg.image_size_px) | {"kept": kept}
     headers = make_headers(data, sizes, fingerprints(family, encoder))
-    jobs = list_jobs(data.train_order, headers, Path(cfg.out))
-    mine, others = jobs[rank::world], [job for number, job in enumerate(jobs) if number % world != rank]
-    remove_temporaries(job.path for job in mine)
-    todo = [job for job in mine if not job.is_done()]
+    jobs = list_jobs(data.train_order, headers, Path(cfg.out), cfg.text)
+    mine = jobs[rank::world]
+    remove_temporaries(each.path for job in mine for each in (job, job.without_states))
+    todo = [job.without_states for job in mine if not job.is_done()]
+    todo = [job for job in todo if not job.is_done()]
     tasks = tasks_of(todo, data.train_order, cfg.batch_size)
     loader = make_loader(tasks, data.images, cfg.num_workers)
-    made = make_all(todo, FrozenParts(family, encoder, kept, to_device(cfg.device, os.environ)).encode_all(loader))
-    report(cfg.out, made, len(mine) - len(todo), [job for job in others if not job.path.exists()])
+    return jobs, make_all(todo, FrozenParts(family, encoder, kept, device).encode_all(loader))
 
 
 def make_all(jobs: Sequence[Job], encoded: Iterator[tuple[Decoded, Rows]]) -> Made:
@@ -156,6 +175,8 @@ def check_options(cfg: DictConfig) -> None:
         raise UserError(f"out={cfg.out}: give a local folder, where a shard can be renamed when it is complete")
     if set(cfg.keep or []) - set(KEPT.values()):
         raise UserError(f"keep={cfg.keep}: one or both of {', '.join(KEPT.values())}; null keeps what the head reads")
+    if cfg.text not in ("ids", *KINDS):
+        raise UserError(f"text={cfg.text}: give one of ids, {', '.join(KINDS)}")
 
 
 def open_data(cfg: DictConfig) -> ShardDataModule:

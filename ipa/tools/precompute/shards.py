@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.tools.precompute.decoding import Decoded, Target, Task
 
+WITHOUT_STATES = ".without_states"  # folder of shards that wait for the text's pass
 WINDOW = 16  # batches that are read before they are sorted into aspect-ratio buckets
 OTHER_FOLDER = "choose another folder with out=FOLDER"
 # who starts several processes sets their rank and number; a batch script without srun has no SLURM_STEP_NUM_TASKS
@@ -50,18 +51,32 @@ def read_share(rank: int | None, world: int | None, environment: Mapping[str, st
 
 @dataclass(frozen=True)
 class Job:
-    """A shard of a source, and the file that its features go to."""
+    """A shard of a source, and the file that its features go to, with token ids or the text states ``text``.
+
+    ``header`` is that of a shard with ids.
+    """
 
     source: Source
     shard: str
     path: Path
     header: Header
+    text: str = "ids"
+
+    @property
+    def without_states(self) -> Job:
+        """What the pictures' pass makes: a shard with ids, which the text's pass then reads."""
+        if self.text == "ids":
+            return self
+        return replace(self, path=self.path.parent / WITHOUT_STATES / self.path.name, text="ids")
 
     def is_done(self) -> bool:
         """Raises ``WrongCache`` if the file was made in another way."""
         if not self.path.exists():
             return False
-        if differences := read_header(str(self.path)).differences(self.header):
+        found = read_header(str(self.path))
+        kept = (found.sizes.get("text") or {"kept": "ids"})["kept"]
+        differences = found.with_ids().differences(self.header)
+        if differences := differences + [f"text: {kept}, here {self.text}"] * (kept != self.text):
             raise WrongCache(
                 f"{self.path} was made in another way: {'; '.join(differences)}. Choose another folder with out=, or "
                 "remove this one"
@@ -69,11 +84,11 @@ class Job:
         return True
 
 
-def list_jobs(order: Order, headers: Mapping[str, Header], out: Path) -> list[Job]:
+def list_jobs(order: Order, headers: Mapping[str, Header], out: Path, text: str = "ids") -> list[Job]:
     """One per shard; with several sources each has its own folder. Raises UserError for two files of one name."""
     folders = {source.name: out if len(order.sources) == 1 else out / source.name for source in order.sources}
     jobs = [
-        Job(source, shard, folders[source.name] / shard_name(shard), headers[source.name])
+        Job(source, shard, folders[source.name] / shard_name(shard), headers[source.name], text)
         for source in order.sources
         for shard in source.shards
     ]

@@ -1,0 +1,127 @@
+"""Optimizers beside AdamW: each resumes to the bit, files have averaged weights, misuse is refused before loading."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from conftest import QUIET, ROOT, Run, assert_same_run, checkpoint, compose, last_checkpoint
+from safetensors.torch import load_file
+from torch import nn
+
+from ipa.errors import MissingWeights, UserError
+from ipa.export.loading import load_model
+from ipa.training.optimizers import MuonWithAdamW, check_optimizer, optimizer_for_estimate
+
+CASES = {
+    "adamw8bit": ("bitsandbytes", ["optimizer.lr=0.01"]),
+    "schedule_free": ("schedulefree", ["optimizer.lr=0.01", "optimizer.warmup_steps=2"]),
+    "prodigy": ("prodigyopt", ["optimizer.lr=1"]),
+    "muon": ("torch", ["optimizer.lr=0.01"]),
+}
+SLOW = ("adamw8bit", "prodigy")
+HERE = [
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.skipif(find_spec(package) is None, reason=f"pip install {package}"),
+            *([pytest.mark.slow] if name in SLOW else []),
+        ],
+    )
+    for name, (package, _) in CASES.items()
+]
+FAST = (
+    "preview.num_scored=0",
+    "preview.num_prompts=1",
+    "image_prompt_check.every_n_steps=2",
+    "scoring=null",
+    "trainer.gradient_clip_val=0.5",
+)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_run_resumes_to_the_bit(name: str, train_in: Run, tmp_path: Path) -> None:
+    """With previews, for which a schedule-free optimizer exchanges the weights."""
+    overrides = [*FAST, f"optimizer={name}", *CASES[name][1]]
+    whole = train_in(tmp_path / "whole", *overrides)
+    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
+    assert_same_run(whole, train_in(tmp_path / "parts", *overrides))
+    if name == "schedule_free":
+        seldom = train_in(tmp_path / "seldom", *overrides, "preview.every_n_steps=4")
+        assert_average_is_written(whole, checkpoint(seldom))
+
+
+def assert_average_is_written(folder: Path, seldom: dict[str, Any]) -> None:
+    """x = y + (1 − 1/β₁)(z − y); the training weights y are next to it as raw ones, and do not depend on previews."""
+    saved = checkpoint(folder)
+    names = [name.removeprefix("trainable.") for name in saved["state_dict"] if name.startswith("trainable.")]
+    z = [state["z"] for state in saved["optimizer_states"][0]["state"].values()]
+    model = load_model(folder)  # of its last checkpoint
+    for name, z_i in zip(names, z, strict=True):
+        y = saved["state_dict"][f"trainable.{name}"]
+        x = y.lerp(z_i, 1 - 1 / 0.9)
+        assert torch.equal(y, seldom["state_dict"][f"trainable.{name}"])
+        assert torch.equal(saved["state_dict"][f"average.{name}"], x) and not torch.equal(x, y)
+        assert torch.equal(model.trainable.state_dict()[name], x)
+    files = [load_file(folder / f"adapter{which}.safetensors") for which in ("", "_raw")]
+    assert any(not torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    """With gradients of one singular value, Muon moves along the gradient; a wrong state would move otherwise."""
+    matrix, vector = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(5))
+    optimizer = MuonWithAdamW([vector, matrix], lr=0.1, weight_decay=0.0)
+    assert [group["params"] for group in optimizer.param_groups] == [[matrix], [vector]]
+    before = matrix.detach().clone()
+    matrix.grad, vector.grad = torch.randn(6, 4), torch.ones(5)
+    optimizer.step()
+    singular = torch.linalg.svdvals(before - matrix.detach())
+
+    assert optimizer.state[matrix].keys() == {"momentum_buffer"} and "exp_avg" in optimizer.state[vector]
+    assert singular.max() < 2 * singular.min()  # the update is about orthogonal
+    assert float((before - matrix.detach()).square().mean().sqrt()) == pytest.approx(0.02, rel=0.3)  # 0.2 lr, AdamW's
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["optimizer=schedule_free", "ema.decay=0.9"], "ema.decay=0.9.*give ema.decay=null"),
+        (["optimizer=schedule_free", "schedule=cosine"], "schedule.name=cosine.*schedule=constant"),
+        (["optimizer=prodigy", "optimizer.lr=0.003"], "optimizer.lr=0.003: Prodigy .*optimizer.lr=1"),
+        (["optimizer=muon", "trainer.strategy.kind=fsdp"], "trainer.strategy.kind=fsdp .*optimizer=adamw"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    given: list[str], message: str, train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipa.training.optimizers.find_spec", lambda package: True)
+    monkeypatch.setattr("ipa.training.run.build_model", lambda *parts: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=message):
+        train_in(tmp_path / "run", *QUIET, *given)
+
+
+@pytest.mark.parametrize(("name", "fewest", "most"), [("adamw8bit", 2, 3), ("prodigy", 16, 17)])
+def test_an_estimate_of_memory_counts_the_state_and_needs_no_package(name: str, fewest: int, most: int) -> None:
+    parameters = [nn.Parameter(torch.zeros(30, 20)), nn.Parameter(torch.zeros(5))]
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        optimizer = optimizer_for_estimate(hydra.compose("train", [f"optimizer={name}"]))(parameters)
+    optimizer.step()
+    optimizer.step()
+
+    assert fewest * 605 <= sum(state.nbytes for state in optimizer.state.values()) < most * 605
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(finished: Path, train_in: Run, tmp_path: Path) -> None:
+    start = f"resume={last_checkpoint(finished)}"
+    with pytest.raises(UserError, match=r"trained with AdamW, not MuonWithAdamW.*adapter\.init_from="):
+        train_in(tmp_path / "run", *QUIET, "optimizer=muon", start)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ipa.training.optimizers.find_spec", lambda package: None)
+    with pytest.raises(MissingWeights, match="pip install bitsandbytes"):
+        check_optimizer(compose(tmp_path / "run", "optimizer=adamw8bit"))
