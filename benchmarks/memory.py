@@ -114,6 +114,11 @@ def largest_batch(found: Mapping[int, int], card_gib: float) -> int:
     return next(batch for batch in count(0) if peak_at(found, batch + 1) > usable(card_gib))
 
 
+def in_words(batch: int, size: str, known: int) -> str:
+    """Of transformers, no batch is told beyond the known ones, where the VAE's activations may be largest."""
+    return f"{known}+" if batch >= known and size not in models.IMAGE_PX else str(batch or "–")
+
+
 def in_markdown(found: Mapping[str, Any]) -> str:
     parts = []
     for result in found["results"]:
@@ -121,7 +126,7 @@ def in_markdown(found: Mapping[str, Any]) -> str:
         for name, by_batch in result["peaks"].items():
             known = {int(batch): number for batch, number in by_batch.items()}
             _, each = line(known, max(known))
-            fits = [str(largest_batch(known, card) or "–") for card in CARDS_GIB]
+            fits = [in_words(largest_batch(known, card), result["size"], max(known)) for card in CARDS_GIB]
             rows.append([name, f"{known[min(known)] / GIB:.2f}", f"{each / GIB:.2f}", *fits])
         columns = ["setting", "GiB, one sample", "each more", *(f"{card} GB" for card in CARDS_GIB)]
         title = f"### {result['size']}, {result['image_px']} px, {result['head']} tokens, {found['how']}"

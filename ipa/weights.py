@@ -63,8 +63,9 @@ def hash_weights(module: nn.Module) -> str:
 def hash_tensor(tensor: Tensor) -> bytes:
     """For a tensor that is sharded across ranks: of this rank's part; for a quantized one: of what it is stored as."""
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if is_traceable_wrapper_subclass(tensor):
-        stored = [hash_tensor(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        stored = [hash_tensor(getattr(wrapper, name)) for name in wrapper.__tensor_flatten__()[0]]
         return hashlib.sha256(b"".join(stored)).digest()
     numbers: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(numbers).digest()

@@ -20,6 +20,8 @@ BITS = {"fp8": 8.0, "int8": 8.0, "nf4": 4.5}  # of a weight, its share of the sc
 class StoredLinear(nn.Module):
     """Its ``weight`` has shape and dtype and no memory."""
 
+    stored: Tensor
+
     def __init__(self, linear: nn.Linear, bits: float, remade: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.remade = linear.in_features, linear.out_features, remade

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partialmethod
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from ipa.prompter import Prompter
 from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
+from ipa.training.memory import make_batch
 from ipa.training.parts import build_model
 from ipa.training.run import make_trainer
 from ipa.training.stopping import Signals, StopOnSignal
@@ -323,3 +324,21 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-3, msg=key)
     losses = [list(map(float, column(folder, "train/loss").values())) for folder in (one, tmp_path / "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "chroma", "sd35_medium"])
+def test_compiled_blocks_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients, with the adapter inside of the graphs; without generating code, which takes minutes."""
+    found: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        model = tiny.shake(tiny_flow.make_model(tiny_flow.MAKERS[name]))
+        model.adapter.install()
+        if compiles:
+            model.compile_blocks()
+        loss = model.errors(make_batch(model, 2, tiny.IMAGE_PX, cached=False)).loss
+        found.append((loss.detach(), torch.autograd.grad(loss, model.trained())))
+
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
