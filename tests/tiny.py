@@ -21,6 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisio
 from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.encoders.open_clip import OpenClipEncoder
+from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.model import IPAdapterModel
 from ipa.types import Batch, Draws
@@ -224,6 +226,14 @@ def shake(model: IPAdapterModel, amount: float = 0.2, seed: int = 1) -> IPAdapte
     with torch.no_grad():
         for parameter in model.trainable.parameters():
             parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def write_adapter(path: Path, metadata: dict[str, str] | None = None, seed: int = 1, **options: Any) -> IPAdapterModel:
+    """Write the file of an adapter that has moved, in fp32; returns the model with that adapter, not installed."""
+    model = shake(make_model(**options), seed=seed)
+    tensors = to_published(model.trainable.state_dict(), torch.float32)
+    save_adapter(path, tensors, with_metadata(tensors, {**model.describe(), **(metadata or {})}))
     return model
 
 
