@@ -53,42 +53,35 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def make_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        cross_attention_dim=CONTEXT_WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+def make_unet(**changes: Any) -> UNet2DConditionModel:
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 2,
+        "cross_attention_dim": CONTEXT_WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
 
 
-def make_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=0.3,
-        sample_size=IMAGE_PX,
-    )
+def make_vae(**changes: Any) -> AutoencoderKL:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "scaling_factor": 0.3, "sample_size": IMAGE_PX}
+    return AutoencoderKL(**{**blocks, **sizes, **changes})
+
+
+def make_text_config(width: int, layers: int, hidden_act: str = "quick_gelu", **more: int) -> CLIPTextConfig:
+    ends = {"bos_token_id": len(VOCABULARY) - 2, "eos_token_id": len(VOCABULARY) - 1}
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(VOCABULARY), "max_position_embeddings": TEXT_LENGTH, **ends, **more}
+    return CLIPTextConfig(**sizes, hidden_act=hidden_act)
 
 
 def make_text_encoder() -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=CONTEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=len(VOCABULARY) - 2,
-        eos_token_id=len(VOCABULARY) - 1,
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(make_text_config(CONTEXT_WIDTH, 2))
 
 
 def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: int = 0) -> StableDiffusion:
@@ -102,10 +95,7 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
         steps_offset=1,
     )
     family = StableDiffusion(make_vae(), make_text_encoder(), make_tokenizer(), make_unet(), scheduler, source="tiny")
-    with torch.no_grad():  # networks fresh from initialisation hardly hear their text: make cross-attention loud
-        for host in family.hosts():
-            host.attention.to_v.weight.mul_(4)
-            host.attention.to_out[0].weight.mul_(4)
+    make_loud(family)
     lay_out(family)
     return family
 
@@ -114,6 +104,14 @@ def lay_out(family: Any) -> None:
     """As ``from_pretrained`` does, so that a family and the one that was loaded from its files round alike."""
     for part in (family.unet, family.vae):
         part.to(memory_format=torch.channels_last)
+
+
+def make_loud(family: Any) -> None:
+    """Networks fresh from initialisation hardly hear their text: turn cross-attention up."""
+    with torch.no_grad():
+        for host in family.hosts():
+            host.attention.to_v.weight.mul_(4)
+            host.attention.to_out[0].weight.mul_(4)
 
 
 def make_pipeline(family: StableDiffusion, **parts: Any) -> StableDiffusionPipeline:
