@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 
 from ipa.model import IPAdapterModel
 
+yaml.SafeLoader = yaml.CSafeLoader  # composing the configuration takes half as long  # type: ignore[misc]
 # the scripts that made the demo world, without its weights
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
 
