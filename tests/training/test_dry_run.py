@@ -9,7 +9,7 @@ import torch
 
 from ipa.export.storage import load_adapter
 from ipa.families.hollow import PUBLISHED
-from ipa.training.dry_run import GIB, count, dry_run, hollow_model, size, step_maker
+from ipa.training.dry_run import GIB, count, dry_run, hollow_model, step_maker
 from ipa.training.memory import estimate_peak
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,3 @@ def test_memory_of_the_large_recipes_is_that_of_the_table() -> None:
         model = hollow_model(cfg)
 
         assert estimate_peak(model, step_maker(cfg), 1, 512) / GIB == pytest.approx(gib, rel=0.01)
-
-
-def test_sizes_in_words() -> None:
-    assert [size(number) for number in (512, 3 << 19, 5 << 30)] == ["0.5 KiB", "1.5 MiB", "5.0 GiB"]
