@@ -276,7 +276,7 @@ def pickles(canary: Path) -> Named:
         for content in (payload, {"image_proj": payload}, {"state_dict": {"a": payload}, "global_step": 1}):
             made.append(("raw", lambda draw, c=content: pickle.dumps(c, protocol=draw.randrange(5))))
             made.append(("zip", lambda draw, c=content: torch_file(pickle.dumps(c, protocol=2))))
-    bomb = {"archive/data.pkl": bytes(400_000_000), "archive/version": b"3"}
+    bomb = {"archive/data.pkl": bytes(100_000_000), "archive/version": b"3"}
     return [
         *made,
         ("deep", always(torch_file(b"(" * 200_000 + b"l" * 200_000 + b"."))),
