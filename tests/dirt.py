@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-import struct
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
-from tars import Members, saved, write_tar
+from tars import Members, bomb, saved, write_tar
 
 SIDE_PX = 48
 
@@ -32,17 +30,6 @@ def jpeg(draw: random.Random, mode: str = "RGB") -> bytes:
 def animation(draw: random.Random) -> bytes:
     frames = [Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize((SIDE_PX, SIDE_PX)) for _ in range(3)]
     return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
-
-
-def bomb() -> bytes:
-    """A PNG that claims 60,000 × 60,000 pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + content
 
 
 HTML = b"<!DOCTYPE html><html><body>403 Forbidden</body></html>"

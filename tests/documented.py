@@ -9,7 +9,6 @@ tried is read from the page: ``<!-- commands: run -->`` above a block lets it ru
 from __future__ import annotations
 
 import ast
-import copy
 import importlib
 import inspect
 import re
@@ -21,16 +20,14 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+import composing
+from hydra import initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ipa.cli import CONF
 from ipa.launcher import ProcessLauncher, register
-from ipa.overrides import complaints_about, key_of
+from ipa.overrides import complaints_about
 from ipa.prompter import Prompter
 from ipa.ranges import check
 from ipa.references import Item, Reference
@@ -241,32 +238,10 @@ def complaint_of_hydra(config: str, arguments: tuple[str, ...]) -> str | None:
 
 
 def composed(config: str, overrides: tuple[str, ...]) -> DictConfig:
-    """As Hydra composes it. The choices of groups are composed once, which takes most of the time."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        parsed = [each for override in overrides for each in first_of_sweep(override)]
-        is_choice = [(CONF / key_of(each)).is_dir() or each.startswith("hydra.searchpath") for each in parsed]
-        cfg = copy.deepcopy(chosen(config, tuple(each for each, group in zip(parsed, is_choice, strict=True) if group)))
-        values = [each for each, group in zip(parsed, is_choice, strict=True) if not group]
-        ConfigLoaderImpl._apply_overrides_to_config(
-            OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(values), cfg
-        )
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return cfg
-
-
-@cache
-def chosen(config: str, choices: tuple[str, ...]) -> DictConfig:
-    return compose(config, list(choices), return_hydra_config=True)
-
-
-def first_of_sweep(override: str) -> list[str]:
-    """``seed=1,2`` → ``seed=1``; ``method=glob(*)`` stays the default."""
-    (parsed,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
-    if not parsed.is_sweep_override():
-        return [override]
-    values = parsed.sweep_string_iterator() if parsed.is_choice_sweep() or parsed.is_range_sweep() else ()
-    return [f"{parsed.get_key_element()}={value}" for value in values][:1]
+    cfg = composing.composed(config, *overrides)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 def complaint_of_tool(module: str, arguments: list[str]) -> str | None:
@@ -338,7 +313,7 @@ def options() -> set[str]:
     found = {path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()}
     for config, choices in worlds:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            found |= set(names_in(OmegaConf.to_container(chosen(config, choices), resolve=False)))
+            found |= set(names_in(OmegaConf.to_container(composing.chosen(config, choices), resolve=False)))
     for module in {each for each in scripts().values() if each not in HYDRA}:
         tool = importlib.import_module(f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module)
         found |= {each.name for each in fields(tool.Options)}

@@ -47,6 +47,7 @@ import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save  # noqa: E402
+from tars import bomb, png_chunk  # noqa: E402
 from tars import saved as encoded  # noqa: E402
 
 from ipa import cli  # noqa: E402
@@ -275,7 +276,7 @@ def pickles(canary: Path) -> Named:
         for content in (payload, {"image_proj": payload}, {"state_dict": {"a": payload}, "global_step": 1}):
             made.append(("raw", lambda draw, c=content: pickle.dumps(c, protocol=draw.randrange(5))))
             made.append(("zip", lambda draw, c=content: torch_file(pickle.dumps(c, protocol=2))))
-    bomb = {"archive/data.pkl": bytes(400_000_000), "archive/version": b"3"}
+    bomb = {"archive/data.pkl": bytes(100_000_000), "archive/version": b"3"}
     return [
         *made,
         ("deep", always(torch_file(b"(" * 200_000 + b"l" * 200_000 + b"."))),
@@ -357,9 +358,9 @@ def shards_by_hand(material: Material) -> Named:
         ("link inside", of_kind(tarfile.SYMTYPE, "0000.png")),
         *((f"json {data[:16]!r}", of_json(data)) for data in odd_json),
         ("large text", always(packed([("a.png", image), ("a.txt", b"x" * 3_000_000), ("a.json", about)]))),
-        ("pixels", of_image(png_of(60_000, 60_000))),
-        ("just too many", of_image(png_of(10_000, 10_001))),
-        ("no pixels", of_image(png_of(0, 5))),
+        ("pixels", of_image(bomb(60_000, 60_000))),
+        ("just too many", of_image(bomb(10_000, 10_001))),
+        ("no pixels", of_image(bomb(0, 5))),
         ("text in PNG", of_image(png_with(b"iTXt", b"key\0\1\0\0\0"))),
         ("profile", of_image(png_with(b"iCCP", b"icc\0\0"))),
         ("frames", of_image(animation("GIF", 3000), "gif")),
@@ -379,19 +380,9 @@ def shards_by_hand(material: Material) -> Named:
     ]
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png_of(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = {b"IHDR": header, b"IDAT": zlib.compress(bytes(100)), b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, content) for kind, content in chunks.items())
-
-
 def png_with(kind: bytes, start: bytes) -> bytes:
     """A chunk that decompresses to 200 MB, three times."""
-    png, bomb = encoded(Image.new("RGB", (8, 8)), "PNG"), chunk(kind, start + zlib.compress(bytes(200_000_000), 9))
+    png, bomb = encoded(Image.new("RGB", (8, 8)), "PNG"), png_chunk(kind, start + zlib.compress(bytes(200_000_000), 9))
     return png[:33] + bomb * 3 + png[33:]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,17 @@ def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 def png(size: tuple[int, int] = (10, 8), colour: str | tuple[int, ...] = "teal", mode: str = "RGB") -> bytes:
     return saved(Image.new(mode, size, colour), "PNG")
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A PNG that claims to have so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(bytes(100)), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, content) for kind, content in chunks.items())
 
 
 def noise_picture(width: int, height: int, least: int = 0, most: int = 255) -> Image.Image:

@@ -19,7 +19,6 @@ from ipa.types import Batch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import curve
 import loop
 import memory
 import pairs
@@ -104,14 +103,6 @@ def test_estimated_memory_is_what_is_allocated(setting: memory.Setting, monkeypa
     assert estimated - standing(step, batch) == pytest.approx(real_peak(step, batch), rel=0.08)
 
 
-@pytest.mark.slow
-def test_memory_grows_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
-    sizes = {batch: memory.estimate("tiny", memory.HALF, batch, tiny.IMAGE_PX) for batch in (4, 8, 24)}
-
-    assert memory.peak_at({batch: sizes[batch] for batch in (4, 8)}, 24) == pytest.approx(sizes[24], rel=0.02)
-
-
 def test_what_fits_a_card_leaves_the_reserve() -> None:
     """Beyond four samples another part dominates, and each sample takes more."""
     found = {1: 5 * memory.GIB, 4: 6 * memory.GIB, 16: 18 * memory.GIB}
@@ -120,27 +111,12 @@ def test_what_fits_a_card_leaves_the_reserve() -> None:
     assert memory.usable(8) == 0.95 * 7 * memory.GIB
 
 
-def test_steps_with_previews_are_separated_from_those_between() -> None:
-    seconds = [9.0] * (loop.WARM_UP - 1) + [0.1] * 4 + [5.0] + [0.1] * 5  # of steps 2 to 20; the fifteenth has previews
-    between, own = loop.sort_steps(seconds, every=15)
-
-    assert own == [5.0] and between == [0.1] * 9
-
-
 def test_a_loop_is_compared_with_the_plain_one_of_its_round() -> None:
     ways = {loop.PLAIN: {"between_s": [0.1, 0.2], "own_s": []}, "other": {"between_s": [0.1, 0.3], "own_s": [4.0]}}
     told = loop.in_markdown({"rounds": 2, "steps": 20, "ways": ways})
 
     assert loop.ratio(ways, "other").median == pytest.approx(median([1.0, 1.5]))
     assert "| other | 200.0 | 1.250 | 1.000 – 1.500 | 4000 |" in told
-
-
-def test_curves_are_compared_after_smoothing() -> None:
-    plain = [0.5] * 60
-    found = curve.distance([0.5 + (0.01 if step % 2 else -0.01) for step in range(60)], plain)
-
-    assert found["mean"] == pytest.approx(0) and found["largest"] == pytest.approx(0.01 / curve.WINDOW)
-    assert curve.distance([0.6] * 60, plain)["rms"] == pytest.approx(0.1)
 
 
 def test_the_benchmark_of_pairs_runs_on_a_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

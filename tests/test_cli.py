@@ -1,6 +1,5 @@
 """What the commands print before anything heavy is loaded, and how they report errors."""
 
-import json
 import re
 import subprocess
 import sys
@@ -14,9 +13,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ipa.cli import explain_failure
-from ipa.errors import UserError
-from ipa.files import write_atomically
-from ipa.overrides import nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "open_clip", "webdataset", "wandb", "numpy", "PIL"}
@@ -40,17 +36,9 @@ def test_help_explains_the_options_with_their_values(train) -> None:
     result = train("--help", "optimizer.lr=0.5")
 
     assert result.returncode == 0, result.stderr
-    for expected in (
-        "python train.py experiment=decoupled_global\n",
-        "experiment: decoupled_fine_grained, decoupled_global, ",
-        "recipe: demo",
-        "optimizer.lr=0.5\n",
-        "seed=1",
-        "runs/<experiment>/<name>/",
-    ):
+    for expected in ("experiment: decoupled_fine_grained, ", "recipe: demo", "optimizer.lr=0.5\n", "seed=1"):
         assert expected in result.stdout
-    assert "${" not in result.stdout
-    assert "$APP" not in result.stdout
+    assert "${" not in result.stdout and "$APP" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
@@ -74,6 +62,7 @@ def test_nothing_heavy_is_loaded_to_answer(tmp_path: Path, arguments: list[str],
 
 MISSPELLED = {
     "optimizer.lrr=1": ("Key 'lrr' is not in struct", "optimizer.lr=1"),
+    "trainer.batchsize=1": ("Key 'batchsize' is not in struct", "data.batch_size=1"),
     "lr=1": ("Could not override 'lr'", "optimizer.lr=1"),
     "sed=1": ("Could not override 'sed'", "seed=1"),
     "experiment=decoupled_globl": ("Available options in 'experiment'", "experiment=decoupled_global"),
@@ -259,14 +248,9 @@ def test_errors_in_constructors() -> None:
     )
     assert message is not None and "lrr" in message and "full_key: other" in message
     assert refused({"_target_": "json.loads", "s": 3}) is None  # a bug
-
-
-def test_error_types() -> None:
     with pytest.raises(MissingMandatoryValue) as missing:
         _ = OmegaConf.create({"adapter": "???"}).adapter
     assert "adapter" in str(explain_failure(missing.value))
-    assert explain_failure(UserError("no shards in x")) == "no shards in x"
-    assert explain_failure(ValueError("internal")) is None
 
 
 @pytest.mark.parametrize(
@@ -286,19 +270,3 @@ def test_a_file_is_named_by_itself_or_by_a_folder_above_it(file: str | bytes, na
         assert explain_failure(error, others) is None
     assert explain_failure(OSError("without a file"), named) is None
     assert explain_failure(OSError("no weights in data/a/vae."), ["data"]) == "OSError: no weights in data/a/vae."
-
-
-def test_an_error_of_the_writing_function_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(TypeError) as caught:
-        write_atomically(tmp_path / "a.json", lambda path: path.write_text(json.dumps({1})))
-
-    assert explain_failure(caught.value, [str(tmp_path)]) is None
-
-
-def test_nearest() -> None:
-    names = ["optimizer.lr", "optimizer.eps", "trainer.max_steps", "data.batch_size", "seed"]
-
-    assert nearest("optimizer.lrr", names) == ["optimizer.lr"]
-    assert nearest("batch_size", names) == ["data.batch_size"]
-    assert nearest("trainer.batchsize", names)[0] == "data.batch_size"
-    assert nearest("warp_factor", names) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import documented
@@ -98,24 +97,8 @@ def test_recipes_and_experiments_of_a_page_compose(page: str, tmp_path: Path) ->
         assert documented.complaint(words) is None
 
 
-def test_the_share_of_commands_that_run_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = Counter(
-        "run by the tests"
-        if RUN in each.marks
-        else "need " + ", ".join(sorted(each.marks))
-        if each.marks
-        else "composed"
-        for page in PAGES
-        for each in documented.commands(page)
-    )
-    total = sum(kinds.values())
-    with capsys.disabled():
-        print(f"\ncommands of README and docs: {total}, all composed or parsed")
-        print(
-            "".join(f"  {number:4} ({number / total:4.0%})  {kind}\n" for kind, number in kinds.most_common()), end=""
-        )
-
-    assert kinds["run by the tests"] >= 20
+def test_many_commands_are_run_by_the_tests() -> None:
+    assert sum(RUN in each.marks for page in PAGES for each in documented.commands(page)) >= 20
 
 
 @pytest.mark.parametrize("workflow", sorted((ROOT / "docs/comfyui").glob("*.json")), ids=lambda path: path.stem)

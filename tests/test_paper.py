@@ -86,13 +86,9 @@ def test_a_claim_holds_only_if_the_interval_and_every_seed_say_so() -> None:
     assert verdict_of([LOW, LOW], [HIGH, HIGH], "border") == HOLDS  # lower is better
     assert verdict_of([LOW, LOW], [HIGH, HIGH], factor=0.3) == HOLDS
     assert verdict_of([HIGH, HIGH], [LOW]) == HOLDS  # one system for all seeds
-
-
-def test_thresholds_are_judged_as_differences() -> None:
     rows, read = {"one": asks(2)}, reading(dict.fromkeys(asks(2), HIGH))
-
-    assert judged(Threshold("", "one", "clip_i", 0.5), rows, read)["verdict"] == HOLDS
-    assert judged(Threshold("", "one", "clip_i", 0.95), rows, read)["verdict"] == CONTRADICTED
+    for threshold, verdict in ((0.5, HOLDS), (0.95, CONTRADICTED)):  # judged as differences
+        assert judged(Threshold("", "one", "clip_i", threshold), rows, read)["verdict"] == verdict
 
 
 def test_intervals_are_over_items_that_keep_their_seeds() -> None:
@@ -137,12 +133,8 @@ def test_trainings_compose_and_have_folders_of_their_own(settings: Settings) -> 
         cfg = configuration(*options, command="train")
         assert cfg.trainer.max_steps == settings.steps and folder == f"hydra.run.dir={job.folder}"
     assert jobs[0].shown()[0].count("'~logger.wandb'") == 1  # as one types it
-
-
-def test_the_larger_simple_adapter_trains_as_many_parameters() -> None:
-    wide = 193 * 128 * wide_tokens() + 2 * 128
-
-    assert wide == pytest.approx(324_352, rel=0.04)  # of decoupled global
+    wide = 193 * 128 * wide_tokens() + 2 * 128  # the larger simple adapter has as many parameters as the decoupled
+    assert wide == pytest.approx(324_352, rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -238,14 +230,8 @@ def test_page_shows_the_figures_of_its_json_and_opens_offline(settings: Settings
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert all((settings.out / file).is_file() for file in re.findall(r"\]\((images/[^)]*)\)", markdown))
     assert page_of(settings, found)[:2] == (markdown, html)  # the same figures give the same page
-
-
-def test_notes_are_shown_with_their_section(settings: Settings, found: list[dict[str, Any]]) -> None:
-    settings.out.mkdir()
     (settings.out / "notes.yaml").write_text("4: Our belief.\n")
-
     markdown, html, _ = page_of(settings, found)
-
     assert "Our belief." in markdown.split("## 4.")[1].split("## 8.")[0] and "Our belief." in html
 
 
@@ -269,6 +255,7 @@ def options_of(name: str, out: Path, steps: int = 4) -> Any:
     return train_system.Options(name, steps, 1, str(out))
 
 
+@pytest.mark.slow
 def test_systems_resume_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_system, "SAVE_EVERY", 2)
     whole = train_system.train(options_of("shuffle", tmp_path / "whole"))

@@ -29,8 +29,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.export.published import to_published, with_metadata
-from ipa.export.storage import save_adapter
 from ipa.metrics.clip import ClipScorer
 from ipa.model import IPAdapterModel
 from ipa.prompter import Prompter, batches
@@ -40,12 +38,8 @@ from ipa.types import to_uint8
 PX = tiny.IMAGE_PX
 STEPS = 3
 OPTIONS: dict[str, Any] = {"guidance": 3.0, "num_steps": STEPS, "batch_size": 8}
-PLAIN: dict[str, Any] = {
-    "negative_prompt": "",
-    "guidance_scale": 3.0,
-    "num_inference_steps": STEPS,
-    "output_type": "pt",
-}  # the same in diffusers
+# the same in diffusers
+PLAIN: Any = {"negative_prompt": "", "guidance_scale": 3.0, "num_inference_steps": STEPS, "output_type": "pt"}
 
 
 def picture(seed: int) -> Image.Image:
@@ -62,15 +56,8 @@ def half(left: bool) -> Image.Image:
     return mask
 
 
-def write_adapter(folder: Path, seed: int) -> Path:
-    donor = tiny.shake(tiny.make_model(), seed=seed)
-    tensors = to_published(donor.trainable.state_dict(), torch.float32)
-    save_adapter(folder / f"{seed}.safetensors", tensors, with_metadata(tensors, donor.describe()))
-    return folder / f"{seed}.safetensors"
-
-
 def adapted(family: Any, seed: int) -> IPAdapterModel:
-    """A model around the family with the adapter that ``write_adapter`` writes."""
+    """A model around the family with the adapter of a file."""
     model = tiny.shake(tiny.make_model(family=family), seed=seed)
     model.adapter.install()
     return model
@@ -85,8 +72,10 @@ def prompter() -> Prompter:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(folder, seed) for seed in (1, 2)]
+    paths = [tmp_path_factory.mktemp("adapters") / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, path in enumerate(paths, 1):
+        tiny.write_adapter(path, seed=seed)
+    return paths
 
 
 def stock(files: Sequence[Path], family: Any = None) -> Any:
@@ -95,7 +84,7 @@ def stock(files: Sequence[Path], family: Any = None) -> Any:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     names = [file.name for file in files]
     pipeline.load_ip_adapter(
-        [str(files[0].parent)] * len(files), subfolder=[""] * len(files), weight_name=names, image_encoder_folder=None
+        [str(file.parent) for file in files], subfolder=[""] * len(files), weight_name=names, image_encoder_folder=None
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -293,13 +282,15 @@ def test_a_negative_image_takes_the_place_of_none(prompter: Prompter) -> None:
     assert_alike(prompter(CAT, seed=3, negative=DOG, **unguided)[0], prompter(CAT, seed=3, **unguided)[0])
 
 
-def test_what_is_cut_off_of_a_text_is_logged(prompter: Prompter, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_that_is_cut_off_is_logged_and_sizes_are_free(
+    prompter: Prompter, caplog: pytest.LogCaptureFixture
+) -> None:
+    (image,) = prompter(CAT, "cat", width=2 * PX, height=PX, **OPTIONS)
+    assert not caplog.text and image.size == (2 * PX, PX)
     prompter(CAT, "a red dog cat " * 10, **OPTIONS)
-
     assert "does not read its end" in caplog.text and "dog" in caplog.text
-    caplog.clear()
-    prompter(CAT, "cat", **OPTIONS)
-    assert not caplog.text
+    with pytest.raises(UserError, match="batch_size=0"):
+        prompter(CAT, **(OPTIONS | {"batch_size": 0}))
 
 
 def test_tiles_act_in_their_rectangles(prompter: Prompter) -> None:
@@ -338,12 +329,6 @@ def test_content_is_subtracted_from_the_embedding(
     patches = Prompter([tiny.shake(tiny.make_model(head="fine_grained"))])
     with pytest.raises(UserError, match="subtract_text=cat: this adapter reads patches"):
         patches([reference], **OPTIONS)
-
-
-def test_another_width_and_height(prompter: Prompter) -> None:
-    (image,) = prompter(CAT, "cat", width=2 * PX, height=PX, **OPTIONS)
-
-    assert image.size == (2 * PX, PX)
 
 
 def start_image() -> Image.Image:
@@ -530,20 +515,8 @@ def test_what_cannot_be_is_refused_in_words(prompter: Prompter, given: dict[str,
         assert word in str(caught.value)
 
 
-def test_a_batch_of_no_images_is_refused(prompter: Prompter) -> None:
-    with pytest.raises(UserError, match="batch_size=0"):
-        prompter(CAT, **(OPTIONS | {"batch_size": 0}))
-
-
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "I", "RGBX", "HSV"])
-def test_a_picture_may_have_any_mode(mode: str) -> None:
-    grey = Image.new("L", (4, 4), 255)
-    picture = grey.convert(mode)
-
-    assert int(open_reference(picture).pixels_3HW.min()) >= 253
-
-
-def test_a_picture_is_the_same_from_a_file_and_open(tmp_path: Path) -> None:
+def test_a_picture_is_the_same_from_a_file_and_open_and_may_have_any_mode(tmp_path: Path) -> None:
+    """What is transparent in a mask does not act."""
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     CAT.resize((24, 16)).save(tmp_path / "cat.jpg", exif=turned)
@@ -551,12 +524,10 @@ def test_a_picture_is_the_same_from_a_file_and_open(tmp_path: Path) -> None:
 
     assert from_file.size == from_picture.size == (16, 24)
     assert torch.equal(from_file.pixels_3HW, from_picture.pixels_3HW)
-
-
-def test_what_is_transparent_in_a_mask_does_not_act() -> None:
+    for mode in ("CMYK", "YCbCr", "I", "RGBX", "HSV"):
+        assert int(open_reference(Image.new("L", (4, 4), 255).convert(mode)).pixels_3HW.min()) >= 253
     white = Image.new("RGBA", (PX, PX), (255, 255, 255, 0))
     white.paste((255, 255, 255, 255), (0, 0, PX // 2, PX))
-
     assert torch.equal(read_mask(white, (PX, PX)), read_mask(half(True), (PX, PX)))
 
 

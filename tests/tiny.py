@@ -5,8 +5,10 @@ The widths all differ, so that a mix-up of two of them cannot go unseen: context
 
 from __future__ import annotations
 
+import copy
 import json
 import string
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisio
 from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
 from ipa.encoders.open_clip import OpenClipEncoder
+from ipa.export.published import to_published, with_metadata
+from ipa.export.storage import save_adapter
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.model import IPAdapterModel
 from ipa.types import Batch, Draws
@@ -51,42 +55,35 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def make_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        cross_attention_dim=CONTEXT_WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+def make_unet(**changes: Any) -> UNet2DConditionModel:
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 2,
+        "cross_attention_dim": CONTEXT_WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
 
 
-def make_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=0.3,
-        sample_size=IMAGE_PX,
-    )
+def make_vae(**changes: Any) -> AutoencoderKL:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "scaling_factor": 0.3, "sample_size": IMAGE_PX}
+    return AutoencoderKL(**{**blocks, **sizes, **changes})
+
+
+def make_text_config(width: int, layers: int, hidden_act: str = "quick_gelu", **more: int) -> CLIPTextConfig:
+    ends = {"bos_token_id": len(VOCABULARY) - 2, "eos_token_id": len(VOCABULARY) - 1}
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(VOCABULARY), "max_position_embeddings": TEXT_LENGTH, **ends, **more}
+    return CLIPTextConfig(**sizes, hidden_act=hidden_act)
 
 
 def make_text_encoder() -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=CONTEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=len(VOCABULARY) - 2,
-        eos_token_id=len(VOCABULARY) - 1,
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(make_text_config(CONTEXT_WIDTH, 2))
 
 
 def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: int = 0) -> StableDiffusion:
@@ -100,10 +97,7 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
         steps_offset=1,
     )
     family = StableDiffusion(make_vae(), make_text_encoder(), make_tokenizer(), make_unet(), scheduler, source="tiny")
-    with torch.no_grad():  # networks fresh from initialisation hardly hear their text: make cross-attention loud
-        for host in family.hosts():
-            host.attention.to_v.weight.mul_(4)
-            host.attention.to_out[0].weight.mul_(4)
+    make_loud(family)
     lay_out(family)
     return family
 
@@ -112,6 +106,14 @@ def lay_out(family: Any) -> None:
     """As ``from_pretrained`` does, so that a family and the one that was loaded from its files round alike."""
     for part in (family.unet, family.vae):
         part.to(memory_format=torch.channels_last)
+
+
+def make_loud(family: Any) -> None:
+    """Networks fresh from initialisation hardly hear their text: turn cross-attention up."""
+    with torch.no_grad():
+        for host in family.hosts():
+            host.attention.to_v.weight.mul_(4)
+            host.attention.to_out[0].weight.mul_(4)
 
 
 def make_pipeline(family: StableDiffusion, **parts: Any) -> StableDiffusionPipeline:
@@ -152,10 +154,19 @@ def make_clip(seed: int = 0) -> open_clip.CLIP:
     return open_clip.CLIP(**clip_config()).eval()
 
 
-def make_encoder(seed: int = 0) -> OpenClipEncoder:
+@cache
+def made_encoder(seed: int) -> tuple[OpenClipEncoder, Tensor]:
+    """And torch's random state after it."""
     visual: Any = make_clip(seed).visual
     visual.preprocess_cfg = preprocess_config()
-    return OpenClipEncoder(visual, source="tiny")
+    return OpenClipEncoder(visual, source="tiny"), torch.get_rng_state()
+
+
+def make_encoder(seed: int = 0) -> OpenClipEncoder:
+    """A copy of one that is made once: its constructor measures the features, half of a tiny model's time."""
+    encoder, random_state = made_encoder(seed)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(encoder)
 
 
 def make_vision(encoder: OpenClipEncoder) -> CLIPVisionModelWithProjection:
@@ -224,6 +235,14 @@ def shake(model: IPAdapterModel, amount: float = 0.2, seed: int = 1) -> IPAdapte
     with torch.no_grad():
         for parameter in model.trainable.parameters():
             parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def write_adapter(path: Path, metadata: dict[str, str] | None = None, seed: int = 1, **options: Any) -> IPAdapterModel:
+    """Write the file of an adapter that has moved, in fp32; returns the model with that adapter, not installed."""
+    model = shake(make_model(**options), seed=seed)
+    tensors = to_published(model.trainable.state_dict(), torch.float32)
+    save_adapter(path, tensors, with_metadata(tensors, {**model.describe(), **(metadata or {})}))
     return model
 
 

@@ -61,17 +61,8 @@ def make_t5(width: int = T5_WIDTH) -> T5EncoderModel:
 
 
 def make_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        shift_factor=0.1,
-        scaling_factor=0.4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=tiny.IMAGE_PX,
-    )
+    no_convolutions = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return tiny.make_vae(shift_factor=0.1, scaling_factor=0.4, **no_convolutions)
 
 
 def loud(model: nn.Module) -> Any:

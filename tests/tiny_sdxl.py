@@ -5,14 +5,14 @@ The widths all differ again: text 8 and 20, context 28, pooled text 18, six size
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ipa.families.latent_diffusion import LatentDiffusion
 from ipa.families.sdxl import StableDiffusionXL
 from ipa.families.stable_diffusion import StableDiffusion
 
@@ -20,34 +20,17 @@ TEXT_WIDTHS = (8, 20)
 CONTEXT_WIDTH = sum(TEXT_WIDTHS)
 POOLED_WIDTH = 18
 SIZE_WIDTH = 4
+make_text_config = partial(tiny.make_text_config, projection_dim=POOLED_WIDTH)
 # down 16 × 4, 32 × 6 | up 32 × 9, 16 × 6 | mid 32 × 3
 HIDDEN = [16] * 4 + [32] * 6 + [32] * 9 + [16] * 6 + [32] * 3
 # as the published SDXL has it
 SCHEDULE = {**tiny.SCHEDULE, "timestep_spacing": "leading", "steps_offset": 1}
 
 
-def make_text_config(width: int, layers: int, hidden_act: str) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tiny.VOCABULARY),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=tiny.TEXT_LENGTH,
-        bos_token_id=len(tiny.VOCABULARY) - 2,
-        eos_token_id=len(tiny.VOCABULARY) - 1,
-        hidden_act=hidden_act,
-        projection_dim=POOLED_WIDTH,
-    )
-
-
 def make_unet(**changes: Any) -> UNet2DConditionModel:
     config = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16, 32),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 2,
         "transformer_layers_per_block": (1, 2, 3),
         "attention_head_dim": (1, 2, 4),
         "use_linear_projection": True,
@@ -55,9 +38,8 @@ def make_unet(**changes: Any) -> UNet2DConditionModel:
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": SIZE_WIDTH,
         "projection_class_embeddings_input_dim": POOLED_WIDTH + 6 * SIZE_WIDTH,
-        "norm_num_groups": 4,
     }
-    return UNet2DConditionModel(**{**config, **changes})
+    return tiny.make_unet(**{**config, **changes})
 
 
 def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: int = 0) -> StableDiffusionXL:
@@ -74,7 +56,7 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
         scheduler=EulerDiscreteScheduler(**SCHEDULE, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr),
         source="tiny",
     )
-    make_loud(family)
+    tiny.make_loud(family)
     tiny.lay_out(family)
     return family
 
@@ -82,17 +64,8 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
 def make_family_2_1() -> StableDiffusion:
     """2.1's ways: v-prediction, linear projections, more heads at deeper levels, a text encoder from open_clip."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        attention_head_dim=(1, 2, 4),
-        use_linear_projection=True,
-        cross_attention_dim=TEXT_WIDTHS[1],
-        norm_num_groups=4,
-    )
+    heads = {"attention_head_dim": (1, 2, 4), "use_linear_projection": True}
+    unet = tiny.make_unet(**heads, cross_attention_dim=TEXT_WIDTHS[1])
     family = StableDiffusion(
         vae=tiny.make_vae(),
         text_encoder=CLIPTextModel(make_text_config(TEXT_WIDTHS[1], 3, "gelu")),
@@ -101,14 +74,6 @@ def make_family_2_1() -> StableDiffusion:
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"),
         source="tiny",
     )
-    make_loud(family)
+    tiny.make_loud(family)
     tiny.lay_out(family)
     return family
-
-
-def make_loud(family: LatentDiffusion) -> None:
-    """Networks fresh from initialisation hardly hear their text: turn cross-attention up."""
-    with torch.no_grad():
-        for host in family.hosts():
-            host.attention.to_v.weight.mul_(4)
-            host.attention.to_out[0].weight.mul_(4)

@@ -1,4 +1,4 @@
-"""Heads against their equations, against diffusers' own projections, and against the sizes of the published files."""
+"""Heads against diffusers' own projections, and against the sizes of the published files."""
 
 from __future__ import annotations
 
@@ -44,41 +44,21 @@ def theirs(head: Head) -> nn.Module:
     )
 
 
-def test_tokens_are_a_normalised_linear_map_of_the_pooled_embedding() -> None:
-    head = GlobalHead(embedding_width=12, context_width=16, num_tokens=3)
-    pooled = torch.randn(2, 12)
-    rows = (pooled @ head.proj.weight.T + head.proj.bias).view(2, 3, 16)
-    centred = rows - rows.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-
-    torch.testing.assert_close(head(Features(pooled_BE=pooled)), expected)
-
-
-@pytest.mark.parametrize("sizes", [{"width": 128, "heads": 2}, {"width": 20, "heads": 3}])
-def test_the_resampler_is_that_of_diffusers(sizes: dict[str, int]) -> None:
-    head, features = moved(ResamplerHead.fitting(TINY, 16, num_tokens=5, **sizes)), patches(dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("cls", "sizes", "num_tokens"),
+    [
+        (ResamplerHead, {"num_tokens": 5, "width": 128, "heads": 2}, 5),
+        (ResamplerHead, {"num_tokens": 5, "width": 20, "heads": 3}, 5),
+        (FullHead, {}, TINY.num_patches),
+    ],
+)
+def test_tokens_are_those_of_diffusers(cls: Any, sizes: dict[str, int], num_tokens: int) -> None:
+    """The global head is compared with its equation in tests/test_model.py."""
+    head, features = moved(cls.fitting(TINY, 16, **sizes)), patches(dtype=torch.float64)
     tokens = head(features)
 
-    assert tokens.shape == (2, 5, 16)
+    assert tokens.shape == (2, num_tokens, 16)
     torch.testing.assert_close(tokens, theirs(head)(features.patches_BPF), rtol=0, atol=1e-9)
-
-
-def test_the_full_head_is_that_of_diffusers() -> None:
-    head, features = moved(FullHead.fitting(TINY, 16)), patches(dtype=torch.float64)
-    tokens = head(features)
-
-    assert tokens.shape == (2, TINY.num_patches, 16)
-    torch.testing.assert_close(tokens, theirs(head)(features.patches_BPF), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["latents", "layers.1.0.norm1.bias", "layers.3.0.to_kv.weight", "layers.3.1.3.weight"])
-def test_every_part_of_the_resampler_is_heard(name: str) -> None:
-    head, features = moved(ResamplerHead.fitting(TINY, 16, num_tokens=5, width=20, heads=1)), patches()
-    before = head(features)
-    with torch.no_grad():
-        head.get_parameter(name).mul_(2).add_(torch.randn_like(head.get_parameter(name)))
-
-    assert (head(features) - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,8 @@ import tiny_sdxl
 import torch
 from torch import Tensor
 
-from ipa.adapter.kinds import SimpleAdapter
 from ipa.model import IPAdapterModel
-from ipa.types import ImagePrompt, TextCondition
+from ipa.types import TextCondition
 
 FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
 
@@ -57,18 +57,13 @@ def test_scale_zero_is_the_frozen_base_and_cannot_be_a_part_of_the_batch(family:
     assert torch.equal(model.predict(latents, t_B, text, None, 1.0), frozen)
     for scale in (0.0, 0, torch.zeros(2, 1, 1)):
         assert torch.equal(model.predict(latents, t_B, text, tokens, scale), frozen)
-    with pytest.raises(ValueError, match="scale cannot be 0 for a part of a batch"):
-        model.predict(latents, t_B, text, tokens, torch.tensor([0.0, 1.0]).view(2, 1, 1))
-
-
-def test_the_output_jumps_at_zero() -> None:
-    model = make_simple()
-    latents, t_B, text, tokens = tiny.make_inputs(model)
-    nearly, at_zero = (model.predict(latents, t_B, text, tokens, scale) for scale in (1e-6, 0.0))
-
-    assert (nearly - at_zero).abs().max() > 0.01
+    # the output jumps at zero
+    nearly = model.predict(latents, t_B, text, tokens, 1e-6)
+    assert (nearly - frozen).abs().max() > 0.01
     zeroed = denoise_by_hand(model, latents, t_B, text, torch.zeros_like(tokens))
     torch.testing.assert_close(nearly, zeroed, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="scale cannot be 0 for a part of a batch"):
+        model.predict(latents, t_B, text, tokens, torch.tensor([0.0, 1.0]).view(2, 1, 1))
 
 
 def test_the_base_is_never_touched() -> None:
@@ -93,7 +88,7 @@ def test_the_head_is_all_that_is_trained(head: str) -> None:
     assert model.count_trainable() == sum(parameter.numel() for parameter in model.head.parameters())
 
 
-def test_the_rest_of_the_text_stays_as_it_is() -> None:
+def test_the_text_keeps_its_rest_and_its_precision() -> None:
     model = make_simple("sdxl")
     text = model.family.encode_text(["cat", "a red dog"], torch.tensor([[300, 451, 7, 0, 16, 16]] * 2))
     states = text.states_BLD.clone()
@@ -103,12 +98,8 @@ def test_the_rest_of_the_text_stays_as_it_is() -> None:
 
     assert torch.equal(given.states_BLD, torch.cat([states, 0.5 * tokens], dim=1))
     assert torch.equal(text.states_BLD, states)
-
-
-def test_tokens_take_the_precision_of_the_text() -> None:
-    text = TextCondition(torch.randn(2, 5, 16, dtype=torch.bfloat16))
-    prompt = ImagePrompt(torch.randn(2, 4, 16), torch.tensor(1.0))
-    with SimpleAdapter().condition(text, prompt) as given:
+    half = replace(text, states_BLD=states.bfloat16())
+    with model.prompted(half, tokens, 0.5) as given:
         assert given.states_BLD.dtype == torch.bfloat16
-    with SimpleAdapter().condition(text, None) as given:
+    with model.prompted(text, None, 0.5) as given:
         assert given is text

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ipa.data.addresses import NO_DROPS, Address, DropRates, digest, draw, permuted
+from ipa.data.addresses import NO_DROPS, Address, DropRates, digest, draw
 
 HERE = Address(seed=1, epoch=2, source="laion", shard="00003.tar", index=4)
 LATENT = (4, 2, 2)
@@ -30,13 +30,6 @@ def test_addresses_do_not_change_between_versions() -> None:
     assert digest("sample", 0, 0, "train", "00000.tar", 0, "noise") == 13853546056902967735
 
 
-def test_permutation_is_a_pure_function_of_its_address() -> None:
-    items = list(range(50))
-    assert permuted(items, "shards", 0, 1) == permuted(items, "shards", 0, 1)
-    assert permuted(items, "shards", 0, 1) != permuted(items, "shards", 0, 2)
-    assert sorted(permuted(items, "shards", 0, 1)) == items
-
-
 def test_kinds_of_draws_are_independent_streams() -> None:
     draws = draw([HERE], LATENT, NO_DROPS)
     assert not torch.equal(draws.noise_BCHW, draws.posterior_noise_BCHW)
@@ -58,8 +51,5 @@ def test_drop_rates_are_met_by_one_joint_draw() -> None:
     assert (image & text).float().mean().item() == pytest.approx(0.20, abs=0.025)
     assert draws.time_B.min() >= 0 and draws.time_B.max() < 1
     assert draws.time_B.mean().item() == pytest.approx(0.5, abs=0.02)
-
-
-def test_impossible_drop_rates_are_refused() -> None:
     with pytest.raises(ValueError, match="sum to at most 1"):
         DropRates(0.5, 0.5, 0.5)

@@ -9,12 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
-from lightning import Callback, LightningModule, Trainer
 from tars import good, png, write_tar
-from torch import Tensor, nn
 
-from ipa.data.addresses import DropRates
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.rejects import NoGoodSamples
@@ -69,7 +65,9 @@ def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
     assert parts == whole
 
 
-def test_another_order_begins_a_new_pass(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_another_order_begins_a_new_pass_and_other_sizes_are_told(
+    clean_shards: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     stopped, other = make(clean_shards), make(clean_shards, seed=1)
     take(stopped, 3)
     with caplog.at_level(logging.WARNING):
@@ -77,6 +75,11 @@ def test_another_order_begins_a_new_pass(clean_shards: list[str], caplog: pytest
     assert stopped.position == Position(3, {0: LanePlace(12, (SourcePlace(0, 0, 6, 6),))})
     assert other.position == Position(3, {0: LanePlace(0, (SourcePlace(1),))})
     assert "new pass" in caplog.text
+    caplog.clear()
+    make(clean_shards).load_state_dict(stopped.state_dict())
+    assert not caplog.records
+    make(clean_shards, batch_size=2).load_state_dict(stopped.state_dict())
+    assert "a step had 4 samples, now it has 2; global_batch_size=4 keeps it" in caplog.text
 
 
 @pytest.mark.parametrize("lanes", [None, {"ranks": None, "workers": 3}])
@@ -116,17 +119,6 @@ def test_a_second_checkpoint_of_several_ranks_keeps_what_each_of_them_read(clean
 
     assert state["lanes"] == {lane: [10, [[0, 0, 0, 6]]] for lane in range(2)}
     assert state["rejects"] == {"broken picture": 5, "no caption": 2}  # whatever the number of ranks before and after
-
-
-def test_another_number_of_samples_in_a_step_is_told(clean_shards: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    stopped = make(clean_shards, batch_size=4)
-    take(stopped, 1)
-
-    make(clean_shards, batch_size=4).load_state_dict(stopped.state_dict())
-    assert not caplog.records
-    make(clean_shards, batch_size=2).load_state_dict(stopped.state_dict())
-
-    assert "a step had 4 samples, now it has 2; global_batch_size=4 keeps it" in caplog.text
 
 
 def test_lanes_that_a_step_cannot_be_shared_among_begin_a_new_pass(clean_shards, caplog) -> None:
@@ -218,59 +210,3 @@ def test_a_batch_says_how_each_picture_was_cut(tmp_path: Path) -> None:
         *([8, 10, 0, 1, 8, 8], [8, 8, 0, 0, 8, 8]),
         *([16, 30, 0, 4, 8, 8], [21, 9, 5, 0, 8, 8]),  # 15 × 8 and 8 × 18 before the cut
     ]
-    mapped = batch.map(lambda tensor: tensor[:2])
-    assert torch.equal(mapped.size_B6, batch.size_B6[:2]) and torch.equal(mapped.to("cpu").size_B6, mapped.size_B6)
-    assert batch.keep_all().size_B6 is batch.size_B6
-
-
-def test_nothing_is_dropped_when_all_is_kept(clean_shards: list[str]) -> None:
-    data = make(clean_shards, drops=DropRates(0.3, 0.3, 0.3), batch_size=20)
-    batch = next(iter(data.train_dataloader()))
-    kept = batch.keep_all()
-    assert batch.draws.drop_text_B.any() and batch.draws.drop_image_B.any()
-    assert not kept.draws.drop_text_B.any() and not kept.draws.drop_image_B.any()
-    assert kept.draws.noise_BCHW is batch.draws.noise_BCHW and kept.image_B3HW is batch.image_B3HW
-
-
-class Recorder(LightningModule):
-    """Sees batches, learns nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple] = []
-
-    def training_step(self, batch: Batch) -> Tensor:
-        self.seen.append(seen(batch))
-        return self.weight * batch.draws.time_B.mean()
-
-    def validation_step(self, batch: Batch) -> None:
-        assert len(batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-class Consume(Callback):
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch: Batch, index: int) -> None:
-        trainer.datamodule.consumed(batch)
-
-
-def fit(data: ShardDataModule, folder: Path, steps: int, **options: object) -> tuple[Trainer, Recorder]:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    checkpoint = options.pop("ckpt_path", None)
-    trainer = Trainer(max_steps=steps, callbacks=[Consume()], default_root_dir=folder, **quiet, **options)
-    module = Recorder()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    return trainer, module
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_trainer_stopped_in_mid_pass_resumes_exactly(clean_shards: list[str], tmp_path: Path) -> None:
-    _, whole = fit(make(clean_shards, clean_shards), tmp_path, 8, val_check_interval=3, check_val_every_n_epoch=None)
-    trainer, first = fit(make(clean_shards, num_workers=2), tmp_path, 3, limit_train_batches=2)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    data = make(clean_shards)
-    _, second = fit(data, tmp_path, 8, ckpt_path=tmp_path / "half.ckpt", enable_checkpointing=False)
-    assert first.seen + second.seen == whole.seen
-    assert data.position.step == 8

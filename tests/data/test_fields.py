@@ -7,7 +7,6 @@ from PIL import Image
 from tars import png, saved
 
 from ipa.data.images.opening import picture_size
-from ipa.data.images.transforms import open_picture
 from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import Captions, Fields
 
@@ -17,13 +16,6 @@ def turned(kind: str, orientation: int | None) -> bytes:
     if orientation:
         exif[0x0112] = orientation
     return saved(Image.new("RGB", (30, 20), "teal"), kind, exif=exif)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
-def test_the_size_in_the_header_is_that_of_the_opened_picture(kind: str, orientation: int | None) -> None:
-    data = turned(kind, orientation)
-    assert picture_size(data) == open_picture(data, "white", 10_000).size
 
 
 def test_nothing_but_the_header_is_looked_at() -> None:

@@ -73,7 +73,7 @@ def test_a_pass_over_all_lanes_brings_every_sample_once(many_shards, make_order,
 
 
 @pytest.mark.parametrize(("batch", "world", "workers"), [(4, 1, 1), (4, 1, 3), (2, 2, 1), (2, 2, 5), (1, 4, 2)])
-@pytest.mark.parametrize("lanes", [Lanes(2, 2), Lanes(4, 1), Lanes(1, 3)], ids=str)
+@pytest.mark.parametrize("lanes", [Lanes(), Lanes(2, 2), Lanes(4, 1), Lanes(1, 3)], ids=str)
 def test_the_order_belongs_to_the_lanes_whoever_reads_them(
     many_shards, make_order, preparation, batch, world, workers, lanes
 ) -> None:

@@ -154,14 +154,6 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], complaint:
         read(tmp_path, sample_of((20, 20)), **options)
 
 
-def test_masks_are_in_the_fingerprint_and_nothing_without_them_is(tmp_path: Path) -> None:
-    def fingerprint(**options: Any) -> str:
-        return ShardSource.of("train", shards=write_tar(tmp_path / "0.tar", []), **options).fingerprint()
-
-    masked = [fingerprint(loss_mask="mask.png"), fingerprint(reference_mask="mask.png"), fingerprint(loss_mask="alpha")]
-    assert len({*masked, fingerprint()}) == 4
-
-
 def test_a_mask_must_not_be_larger_than_allowed(tmp_path: Path) -> None:
     (record,) = read(tmp_path, sample_of((60, 50)), loss_mask="mask.png")
     assert isinstance(record, Record) and record.loss_mask is not None

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dirt import bomb
 from PIL import Image, ImageCms, ImageOps
-from tars import noise_picture, png, saved
+from tars import bomb, noise_picture, png, png_chunk, saved
 
 from ipa.data.images.opening import FORMATS, known_formats, picture_size
 from ipa.data.images.transforms import open_picture, read_picture, to_tensor
@@ -138,7 +137,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     ours = open_picture(data, "white", MILLION)
 
-    assert ours.size == theirs.size == ((24, 16) if orientation < 5 else (16, 24))
+    assert ours.size == picture_size(data) == theirs.size == ((24, 16) if orientation < 5 else (16, 24))
     assert torch.equal(ours.pixels_3HW, to_tensor(theirs.convert("RGB")))
 
 
@@ -165,10 +164,6 @@ def test_too_many_pixels_are_rejected_before_they_are_decoded(data: bytes, most:
 # what is stored next to the pixels
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def png_with(*chunks: bytes, after: bytes = b"") -> bytes:
     plain = saved(gradient(), "PNG")
     return plain[:33] + b"".join(chunks) + plain[33:] + after
@@ -182,12 +177,12 @@ def jpeg_with(*segments: tuple[int, bytes], after: bytes = b"") -> bytes:
 
 SCANS = b"\xff\xda" * 300
 ODD: dict[str, Callable[[], bytes]] = {
-    "EXIF of a PNG": lambda: png_with(chunk(b"eXIf", b"no EXIF at all")),
+    "EXIF of a PNG": lambda: png_with(png_chunk(b"eXIf", b"no EXIF at all")),
     "EXIF of a WebP": lambda: saved(gradient(), "WEBP", lossless=True, exif=b"no EXIF at all"),
     "EXIF of a JPEG": lambda: jpeg_with((0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(9))),
-    "text of 5 MB": lambda: png_with(chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(5_000_000)))),
-    "profile of 5 MB": lambda: png_with(chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(5_000_000)))),
-    "checksum of a comment": lambda: png_with(chunk(b"tEXt", b"key\0value")[:-4] + b"oops"),
+    "text of 5 MB": lambda: png_with(png_chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(5_000_000)))),
+    "profile of 5 MB": lambda: png_with(png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(5_000_000)))),
+    "checksum of a comment": lambda: png_with(png_chunk(b"tEXt", b"key\0value")[:-4] + b"oops"),
     "profile that is none": lambda: jpeg_with((0xE2, b"ICC_PROFILE\0\1\1" + b"no profile" * 20)),
     "damaged index of an MPO": lambda: jpeg_with((0xE2, b"MPF\0II*\0" + b"\xff" * 40)),
     "thumbnail of many scans": lambda: jpeg_with((0xE1, SCANS)),

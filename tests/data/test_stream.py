@@ -93,14 +93,10 @@ def test_moving_the_shards_changes_nothing(
     assert train_rows(make_order(moved), preparation, 4, 3) == before
 
 
-@pytest.mark.parametrize(("batch", "world", "workers"), [(2, 4, 1), (4, 2, 2), (8, 1, 3), (4, 2, 5), (1, 8, 1)])
-def test_ranks_and_workers_change_nothing(clean_shards, make_order, preparation, batch, world, workers) -> None:
-    order = make_order(clean_shards)
-    assert train_rows(order, preparation, batch, 6, world, workers) == train_rows(order, preparation, 8, 6)
-
-
 @pytest.mark.parametrize(("batch", "world", "workers"), [(2, 2, 2), (1, 4, 3)])
-def test_nor_do_they_in_dirty_data(dirty_members, make_order, preparation, tmp_path, batch, world, workers) -> None:
+def test_readers_change_nothing_in_dirty_data(
+    dirty_members, make_order, preparation, tmp_path, batch, world, workers
+) -> None:
     order = make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3)
     assert train_rows(order, preparation, batch, 9, world, workers) == train_rows(order, preparation, 4, 9)
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from tiny_encoders import HALVES, TOWERS, save_clip_vision, save_tower, save_vision_model, save_whole_clip
 
+from ipa.encoders.image_encoder import ImageEncoder
 from ipa.types import to_unit_range
 
 CROPPED = HALVES | {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
@@ -38,6 +39,11 @@ class Sources(dict[str, str]):
         torch.manual_seed(0)
         self[name] = MAKERS[name](self.folder / name)
         return self[name]
+
+
+@pytest.fixture(autouse=True)
+def _measured_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageEncoder, "_measure", ImageEncoder._measure.__wrapped__)
 
 
 @pytest.fixture(scope="session")

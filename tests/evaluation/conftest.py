@@ -7,19 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import pytest
 import tiny
+from composing import composed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
 import ipa.cli  # noqa: F401  (the resolvers that conf/ uses)
 from ipa.evaluation.run import evaluate
-from ipa.export.published import to_published
-from ipa.export.storage import save_adapter
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(40, 30), (30, 40), (32, 32), (20, 50), (33, 31)]
 
 
@@ -43,17 +40,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, clip_name: str) -> Path:
     """An adapter that knows its base and encoder, and does something."""
-    model = tiny.shake(tiny.make_model())
-    metadata = {**model.describe(), "base": str(base_folder), "encoder": clip_name}
     path = tmp_path_factory.mktemp("adapter") / "mine.safetensors"
-    save_adapter(path, to_published(model.trainable.state_dict()), metadata)
+    tiny.write_adapter(path, {"base": str(base_folder), "encoder": clip_name})
     return path
 
 
 def compose(*overrides: str) -> DictConfig:
     """The configuration of `python evaluate.py`, as Hydra would hand it to the command."""
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("evaluate", [*overrides, "hydra.runtime.output_dir=."], return_hydra_config=True)
+    cfg = composed("evaluate", *overrides, "hydra.runtime.output_dir=.")
     HydraConfig.instance().set_config(cfg)
     OmegaConf.resolve(cfg.paths)
     with open_dict(cfg):

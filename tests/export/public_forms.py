@@ -10,13 +10,11 @@ from typing import Any
 import safetensors.torch
 import tiny
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipa.export.published import to_published
 from ipa.export.storage import nested
 from ipa.model import IPAdapterModel
-
-Tensors = dict[str, Tensor]
 
 
 class Processor(nn.Module):

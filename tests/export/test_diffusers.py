@@ -5,7 +5,6 @@ Predictions for three families and the published heads; pictures through the who
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor
 
 from ipa.export.loading import load_into
-from ipa.export.published import from_published, to_published, with_metadata
+from ipa.export.published import from_published, to_published
 from ipa.export.storage import load_adapter, save_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, draw_noise, generate
@@ -118,17 +117,9 @@ class Pair:
         return self.ours.predict(latents, t_B, text, self.ours.image_tokens(*images), scale), theirs
 
 
-def write_adapter(folder: Path, **options: Any) -> Path:
-    """The file of an adapter that has moved, in float32, so that both sides read the very same numbers."""
-    donor = tiny.shake(tiny.make_model(**options))
-    tensors = to_published(donor.trainable.state_dict(), torch.float32)
-    save_adapter(folder / WEIGHT_NAME, tensors, with_metadata(tensors, donor.describe()))
-    return folder / WEIGHT_NAME
-
-
 def load_pair(family: str, head: str, folder: Path, **options: Any) -> Pair:
-    options |= HEADS[head]
-    file = write_adapter(folder, head=head, family=FAMILIES[family](), **options)
+    options, file = options | HEADS[head], folder / WEIGHT_NAME
+    tiny.write_adapter(file, head=head, family=FAMILIES[family](), **options)
     ours = tiny.make_model(head=head, family=FAMILIES[family](), **options)
     load_into(ours, file)
     ours.adapter.install()
@@ -239,35 +230,13 @@ def test_another_no_image_agrees_with_its_negative_given(head: str, no_image: st
     assert (ours - by_itself).abs().max() > 0.01
 
 
-def test_diffusers_holds_the_very_numbers_of_the_file(run_folder: Path, stock: StableDiffusionPipeline) -> None:
-    tensors, _ = load_adapter(run_folder / WEIGHT_NAME)
-    for number, processor in enumerate(stock.unet.attn_processors.values()):
-        if f"ip_adapter.{number}.to_k_ip.weight" in tensors:
-            assert torch.equal(processor.to_k_ip[0].weight, tensors[f"ip_adapter.{number}.to_k_ip.weight"].float())
-            assert torch.equal(processor.to_v_ip[0].weight, tensors[f"ip_adapter.{number}.to_v_ip.weight"].float())
-
-
-def test_our_base_and_theirs_are_two_objects_with_the_same_weights(
-    ours: IPAdapterModel, stock: StableDiffusionPipeline
-) -> None:
-    plain = copy.deepcopy(stock)
-    plain.unload_ip_adapter()
-    latents = torch.randn(1, 4, 8, 8)
-    text = ours.family.encode_text(["cat"])
-
-    assert plain.unet is not ours.family.unet
-    with torch.no_grad():
-        assert torch.equal(
-            plain.unet(latents, 5, text.states_BLD).sample, ours.family.denoise(latents, torch.tensor([5]), text)
-        )
-
-
 @pytest.mark.parametrize(("family", "head"), [("sd15", "global"), ("sd21", "fine_grained"), ("sdxl", "global")])
 @torch.no_grad()
 def test_a_simple_adapter_serves_a_stock_pipeline_through_its_text(family: str, head: str, tmp_path: Path) -> None:
     """``prompt_embeds`` of the public call: the text, and λ times the tokens behind it; no tokens at λ = 0."""
     ours = tiny.make_model(head=head, kind="simple", family=FAMILIES[family]())
-    load_into(ours, write_adapter(tmp_path, head=head, kind="simple", family=FAMILIES[family]()))
+    tiny.write_adapter(tmp_path / WEIGHT_NAME, head=head, kind="simple", family=FAMILIES[family]())
+    load_into(ours, tmp_path / WEIGHT_NAME)
     stock = FAMILIES[family]().pipeline()
     latents, t_B, text, _ = tiny.make_inputs(ours)
     one, two = (ours.image_tokens(*make_images(ours, number)) for number in (1, 2))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from published_files import PUBLISHED
 
 from ipa.adapter.heads import FullHead, GlobalHead, Head, ResamplerHead
 from ipa.errors import UserError
-from ipa.export.adapter_file import identify, make_head
-from ipa.export.layouts import LAYOUTS, check_layout, check_same_sizes, misreadings, other_no_image
+from ipa.export.layouts import LAYOUTS, check_layout, other_no_image
 from ipa.types import EncoderWidths
 
 VIT_H = EncoderWidths(1024, 1280, 257, 224)
@@ -22,14 +19,6 @@ SDXL_SIZES = {"width": 1280, "heads": 20}
 def make(head: type[Head], context_width: int = 768, **options: Any) -> Head:
     with torch.device("meta"):
         return head.fitting(VIT_H, context_width, **options)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_adapters_can_be_written_for_all(name: str) -> None:
-    with torch.device("meta"):
-        head = make_head(identify(PUBLISHED[name].shapes))
-
-    assert [misreadings(head, "decoupled", layout) for layout in LAYOUTS] == [[], [], []]
 
 
 # head, context width, options, who cannot read it, and which sizes are named with what is expected
@@ -94,31 +83,3 @@ def test_another_no_image_than_readers_take_is_a_warning(cls: type[Head], public
         warning = other_no_image(make(cls, no_image=other), layout)
         assert (warning is None) is (layout == "ipa")
         assert warning is None or (f"tokens.no_image={other}" in warning and "ip_adapter_image_embeds=" in warning)
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted", "words"),
-    [
-        (("global", "decoupled", {}), ("fine_grained", "decoupled", {}), "it is decoupled and global, the training"),
-        (("global", "simple", {}), ("global", "decoupled", {}), "it is simple and global, the training decoupled and"),
-        (
-            ("fine_grained", "decoupled", {"heads": 2, "num_tokens": 5}),
-            ("fine_grained", "decoupled", {}),
-            "it has tokens.num_tokens=5, the training 16; it has resampler.heads=2, the training 1",
-        ),
-        (
-            ("global", "decoupled", {"num_tokens": 7}),
-            ("global", "decoupled", {}),
-            "tokens.num_tokens=7, the training 4",
-        ),
-    ],
-    ids=str,
-)
-def test_a_training_starts_from_a_file_of_its_own_kind_and_sizes(given: Any, wanted: Any, words: str) -> None:
-    encoder = tiny.make_encoder()
-    heads = [tiny.make_head(head, encoder, tiny.CONTEXT_WIDTH, **options) for head, _, options in (given, wanted)]
-    check_same_sizes(heads[0], given[1], heads[0], given[1], "a.bin")
-    with pytest.raises(UserError, match=r"^a\.bin: ") as caught:
-        check_same_sizes(heads[0], given[1], heads[1], wanted[1], "a.bin")
-
-    assert words in str(caught.value)

@@ -37,14 +37,6 @@ def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(path: Path, metadata: dict[str, str] | None = None, **options: Any) -> IPAdapterModel:
-    """Write the file of an adapter that has moved, in fp32; returns the model with that adapter."""
-    model = tiny.shake(tiny.make_model(**options))
-    tensors = to_published(model.trainable.state_dict(), torch.float32)
-    save_adapter(path, tensors, with_metadata(tensors, {**model.describe(), **(metadata or {})}))
-    return model
-
-
 def without_weights(folder: Path, copy: Path) -> Path:
     """A copy that holds configuration alone."""
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*WEIGHTS))
@@ -58,16 +50,27 @@ def predict(model: IPAdapterModel) -> Tensor:
     return model.predict(latents, t_B, text, tokens, 0.7)
 
 
-@pytest.mark.parametrize(("head", "kind"), [("global", "decoupled"), ("fine_grained", "simple"), ("full", "decoupled")])
-def test_parts_come_from_the_metadata(head: str, kind: str, base_folder: Path, clip_name: str, tmp_path: Path) -> None:
-    path = tmp_path / "adapter.safetensors"
-    family = tiny.make_family("v_prediction", zero_snr=True)
-    trained = write(path, {"base": str(base_folder), "encoder": clip_name}, head=head, kind=kind, family=family)
+@pytest.mark.parametrize(
+    ("head", "kind", "name"),
+    [
+        ("global", "decoupled", "sd"),
+        ("fine_grained", "simple", "sd"),
+        ("full", "decoupled", "sd"),
+        ("global", "decoupled", "sdxl"),
+    ],
+)
+def test_parts_come_from_the_metadata(
+    head: str, kind: str, name: str, base_folder: Path, sdxl_folder: Path, clip_name: str, tmp_path: Path
+) -> None:
+    path, base = tmp_path / "adapter.safetensors", sdxl_folder if name == "sdxl" else base_folder
+    family = tiny_sdxl.make_family() if name == "sdxl" else tiny.make_family("v_prediction", zero_snr=True)
+    parts = {"base": str(base), "encoder": clip_name}
+    trained = tiny.write_adapter(path, parts, head=head, kind=kind, family=family)
     trained.adapter.install()
     model = load_model(path)
 
-    assert (model.adapter.name, type(model.head)) == (kind, type(trained.head))
-    assert (model.family.source, model.encoder.source) == (str(base_folder), clip_name)
+    assert (model.adapter.name, type(model.head), type(model.family)) == (kind, type(trained.head), type(family))
+    assert (model.family.source, model.encoder.source) == (str(base), clip_name)
     torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-5)
 
 
@@ -84,16 +87,6 @@ def test_a_published_file_takes_the_parts_that_are_given(
     for encoder in (clip_name, str(image_encoder)):
         model = load_model(path, base=str(base_folder), encoder=encoder)
         torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-4)
-
-
-def test_an_adapter_of_sdxl_finds_its_family(sdxl_folder: Path, clip_name: str, tmp_path: Path) -> None:
-    path = tmp_path / "adapter.safetensors"
-    trained = write(path, {"base": str(sdxl_folder), "encoder": clip_name}, family=tiny_sdxl.make_family())
-    trained.adapter.install()
-    model = load_model(path)
-
-    assert model.family.name == "sdxl"
-    torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-5)
 
 
 def test_preprocessing_and_layer_are_recorded_in_the_metadata(
@@ -120,7 +113,7 @@ def parts_of(model: IPAdapterModel) -> tuple[Any, ...]:
 
 
 def test_an_unknown_preprocessing_is_reported_before_anything_is_read(tmp_path: Path) -> None:
-    write(tmp_path / "a.safetensors", {"preprocessing": "faces only, 112 px"})
+    tiny.write_adapter(tmp_path / "a.safetensors", {"preprocessing": "faces only, 112 px"})
     with pytest.raises(UserError, match=r"a\.safetensors was trained .* faces only, 112 px\. Known: ") as caught:
         load_model(tmp_path / "a.safetensors", "no base", "no encoder")
 
@@ -139,12 +132,12 @@ def test_misfits_are_reported_before_any_weight_is_read(
 ) -> None:
     base = without_weights(base_folder, tmp_path / "base")
     encoder = without_weights(image_encoder, tmp_path / "encoder")
-    write(tmp_path / "sdxl.safetensors", head="fine_grained", family=tiny_sdxl.make_family())
+    tiny.write_adapter(tmp_path / "sdxl.safetensors", head="fine_grained", family=tiny_sdxl.make_family())
     with pytest.raises(UserError, match=r"is a fine-grained IP-Adapter .* It does not fit: ") as caught:
         load_model(tmp_path / "sdxl.safetensors", str(base), str(encoder))
 
     assert f"the base {base} has {len(tiny.HIDDEN)} layers of context width {tiny.CONTEXT_WIDTH}" in str(caught.value)
-    write(tmp_path / "fitting.safetensors")
+    tiny.write_adapter(tmp_path / "fitting.safetensors")
     with pytest.raises(UserError, match=str(base)):  # what fits is loaded after that
         load_model(tmp_path / "fitting.safetensors", str(base), str(encoder))
     tensors = to_published(tiny.make_model().trainable.state_dict())
@@ -158,7 +151,7 @@ def test_misfits_are_reported_before_any_weight_is_read(
 @pytest.mark.parametrize(("head", "ending"), [("global", ".bin"), ("fine_grained", ".safetensors")])
 def test_a_training_can_start_from_a_file(head: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"adapter{ending}"
-    trained = write(path, head=head)
+    trained = tiny.write_adapter(path, head=head)
     model = tiny.make_model(head=head)
     before = {name: value.clone() for name, value in model.trainable.state_dict().items()}
     load_into(model, path)
@@ -173,6 +166,7 @@ def test_a_training_can_start_from_a_file(head: str, ending: str, tmp_path: Path
     [
         ({"head": "fine_grained"}, "it is decoupled and fine-grained, the training decoupled and global"),
         ({"num_tokens": 7}, r"it has tokens\.num_tokens=7, the training 4"),
+        ({"head": "fine_grained", "heads": 2, "num_tokens": 5}, r"num_tokens=5, .*resampler\.heads=2, the training 1"),
         ({"kind": "simple"}, "it is simple and global, the training decoupled and global"),
         ({"family": "sdxl"}, r"It does not fit: the base tiny has 11 layers"),
     ],
@@ -183,8 +177,8 @@ def test_a_file_for_another_training_is_refused_and_changes_nothing(
 ) -> None:
     if options.get("family"):
         options = {"family": tiny_sdxl.make_family()}
-    write(tmp_path / "a.safetensors", **options)
-    model = tiny.make_model()
+    tiny.write_adapter(tmp_path / "a.safetensors", **options)
+    model = tiny.make_model(head="fine_grained" if "heads" in options else "global")
     before = {name: value.clone() for name, value in model.trainable.state_dict().items()}
     with pytest.raises(UserError, match=words):
         load_into(model, tmp_path / "a.safetensors")

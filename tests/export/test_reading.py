@@ -137,16 +137,13 @@ def test_tensors_that_no_adapter_has_are_named(
 ) -> None:
     tensors = published(trained) | {"image_proj.proj.bias": change(published(trained)["image_proj.proj.bias"])}
     torch.save(nested(tensors), tmp_path / "a.bin")
-    with pytest.raises(UserError, match=rf"a\.bin: image_proj\.proj\.bias {words}"):
-        read_adapter(tmp_path / "a.bin")
-
-
-def test_an_integer_in_safetensors_is_named(trained: IPAdapterModel, tmp_path: Path) -> None:
-    tensors = published(trained)
-    tensors["image_proj.proj.bias"] = tensors["image_proj.proj.bias"].int()
-    save_adapter(tmp_path / NAME, tensors, {})
-    with pytest.raises(UserError, match=r"image_proj\.proj\.bias holds int32"):
-        read_adapter(tmp_path / NAME)
+    files = ["a.bin"]
+    if change is Tensor.int:
+        files.append("a.safetensors")
+        save_adapter(tmp_path / files[1], tensors, {})
+    for file in files:
+        with pytest.raises(UserError, match=rf"{file}: image_proj\.proj\.bias {words}"):
+            read_adapter(tmp_path / file)
 
 
 def test_base_and_encoder_are_found_in_the_run_by_the_names_in_the_metadata(

@@ -26,7 +26,6 @@ MAKERS: dict[str, Callable[[ClipScorer], ImageMetric]] = {
     "fid": lambda scorer: FrechetDistance(scorer),
     "kid": lambda scorer: KernelDistance(scorer, subsets=5, subset_size=4),
 }
-ITEM_METRICS = ["clip", "border", "edges", "similarity", "distance"]
 NUMBERS = torch.arange(6)
 
 

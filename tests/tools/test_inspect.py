@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import hydra
 import pytest
+from composing import composed
 from dirt import write_dirty_shard
 from omegaconf import DictConfig
 from PIL import Image
 from tars import write_tar
 
 from ipa.tools.inspect.findings import inspect
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -25,8 +23,7 @@ def shard(tmp_path: Path) -> tuple[str, int, int]:
 
 
 def compose(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("inspect", list(overrides))
+    return composed("inspect", *overrides)
 
 
 def test_it_counts_and_draws(shard, base_folder: Path, clip_name: str, tmp_path: Path, capsys) -> None:
@@ -56,11 +53,7 @@ def test_big_recipes_need_no_weights(shard, clip_name: str, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("overrides", "complaint"),
-    [
-        (["recipe=sd15"], "data.train=SHARDS"),
-        (["data.train=nowhere"], "no such shard"),
-    ],
+    ("overrides", "complaint"), [(["recipe=sd15"], "data.train=SHARDS"), (["data.train=nowhere"], "no such shard")]
 )
 def test_mistakes_are_reported(overrides: list[str], complaint: str) -> None:
     with pytest.raises(Exception, match=complaint):

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import tiny
 import torch
+from composing import composed
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -27,13 +27,7 @@ from ipa.tools.precompute.run import precompute
 from ipa.training.parts import build_model
 from ipa.types import Batch
 
-ROOT = Path(__file__).resolve().parents[2]
 STRIP = "data.pairs.strip=[json.style]"
-
-
-def compose(command: str, *overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(command, list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +59,7 @@ def parts(shards: Path, base_folder: Path, clip_name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path:
     out = tmp_path_factory.mktemp("features") / "made"
-    precompute(compose("precompute", *parts, f"out={out}", "num_workers=0", "device=cpu", "keep=[pooled,reference]"))
+    precompute(composed("precompute", *parts, f"out={out}", "num_workers=0", "device=cpu", "keep=[pooled,reference]"))
     return out
 
 
@@ -74,9 +68,7 @@ def batches(cfg: DictConfig, model: Any, number: int) -> list[Batch]:
     data.batch_size = 5
     shape = model.family.latent_shape(model.family.image_size_px)
     data.fit_to(
-        image_size_px=model.family.image_size_px,
-        reference_size_px=model.encoder.image_size_px,
-        latent_shape=shape,
+        image_size_px=model.family.image_size_px, reference_size_px=model.encoder.image_size_px, latent_shape=shape
     )
     data.check_model(model)
     return list(islice(data.train_dataloader(), number))
@@ -88,15 +80,15 @@ def test_pairs_of_a_cache_are_those_of_the_pictures(
 ) -> None:
     """Also the partners that could not be decoded are the same, and so are the stripped captions."""
     by = ["by=[twin,style]", "differ=null", "workers=1"]
-    about = pair(compose("pair", *parts, *by, f"out={tmp_path}/pictures"))
-    cached_about = pair(compose("pair", *parts, *by, f"cache={features}", f"out={tmp_path}/features"))
+    about = pair(composed("pair", *parts, *by, f"out={tmp_path}/pictures"))
+    cached_about = pair(composed("pair", *parts, *by, f"cache={features}", f"out={tmp_path}/features"))
     assert about["fingerprint"] == cached_about["fingerprint"]
     assert "pairs by twin: 10 of 36 samples have a partner" in capsys.readouterr().out
 
     lanes = ["data.num_workers=0", "++data.window=8", "data.lanes.ranks=1", "data.lanes.workers=1"]
     paired = [f"experiment={experiment}", *parts, *lanes, "data.pairs.by=[twin,style]", "data.pairs.self=0.1"]
-    online = compose("train", *paired, f"data.pairs.index={tmp_path}/pictures")
-    cached = compose("train", *paired, "data=cache", f"data.train={features}", f"data.pairs.index={tmp_path}/features")
+    online = composed("train", *paired, f"data.pairs.index={tmp_path}/pictures")
+    cached = composed("train", *paired, "data=cache", f"data.train={features}", f"data.pairs.index={tmp_path}/features")
     model = tiny.shake(build_model(online))
     model.adapter.install()
     rejects: dict[str, int] = {}
@@ -119,12 +111,12 @@ def test_a_cache_needs_an_index_of_its_own_and_the_captions_that_it_was_made_wit
     with pytest.raises(
         InstantiationException, match=r"ipa\.tools\.pair data\.train=PICTURES cache=CACHE by=style out=FILE"
     ):
-        instantiate(compose("train", *cached).data)
-    pair(compose("pair", *parts, "by=style", "workers=1", f"out={tmp_path}/x"))
+        instantiate(composed("train", *cached).data)
+    pair(composed("pair", *parts, "by=style", "workers=1", f"out={tmp_path}/x"))
     with pytest.raises(InstantiationException, match=r"is the index of pictures, and data\.train has features"):
-        instantiate(compose("train", *cached, f"data.pairs.index={tmp_path}/x").data)
+        instantiate(composed("train", *cached, f"data.pairs.index={tmp_path}/x").data)
     with pytest.raises(InstantiationException, match=r"choices: pairs\.strip 0 terms and 1 entries, \w+, not None"):
-        instantiate(compose("train", *cached, "data.pairs.by=null", "data.pairs.strip=[]").data)
+        instantiate(composed("train", *cached, "data.pairs.by=null", "data.pairs.strip=[]").data)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +132,7 @@ def test_mistakes_are_named(overrides, complaint: str, parts, features: Path, tm
     write_tar(tmp_path / "other/7.tar", [("1.txt", b"it"), ("1.png", png())])
     given = [each.replace("FEATURES", str(features)).replace("OTHER", f"{tmp_path}/other") for each in overrides]
     with pytest.raises(UserError, match=complaint):
-        pair(compose("pair", *parts, *given, "workers=1", f"out={tmp_path}/x"))
+        pair(composed("pair", *parts, *given, "workers=1", f"out={tmp_path}/x"))
     assert not list(tmp_path.glob("*x*"))
 
 
@@ -154,7 +146,7 @@ def test_inspect_shows_the_pairs_and_what_was_taken_out_of_the_captions(
     caplog.set_level("INFO", "ipa")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own = ["data.num_workers=0", "data.pairs.by=style", "samples=null", "pictures=5", f"out={tmp_path / 'sheet.png'}"]
-    inspect(compose("inspect", *parts, *own))
+    inspect(composed("inspect", *parts, *own))
     said = capsys.readouterr().out
 
     assert "pairs by style: 36 of 36 samples have a partner here; 4 groups" in caplog.text

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import random
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import tiny
 import torch
-import yaml
+from composing import composed
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from tars import saved, write_tar
 
 from ipa.cli import quiet_libraries
 from ipa.ranges import check
 from ipa.training.checkpointing import checkpoints_in, read_checkpoint
 from ipa.training.run import train
-
-yaml.SafeLoader = yaml.CSafeLoader  # composing the configuration is a quarter of a short run  # type: ignore[misc]
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 24
@@ -68,9 +64,7 @@ def picture(seed: int, transparent: bool = False) -> bytes:
     colours = [tuple(draw.randrange(256) for _ in range(3)) for _ in range(2)]
     image = Image.new("RGBA", (20, 24), (0, 0, 0, 0) if transparent else colours[0])
     ImageDraw.Draw(image).ellipse((4, 6, 15, 17), fill=colours[1])
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
+    return saved(image, "PNG")
 
 
 def sample(number: int) -> Members:
@@ -81,13 +75,7 @@ def sample(number: int) -> Members:
 
 
 def write_shard(path: Path, members: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
+    return Path(write_tar(path, members))
 
 
 def samples(numbers: Iterable[int]) -> Members:
@@ -146,10 +134,7 @@ def make_world(folder: Path, base: str, encoder: str) -> World:
 
 def compose(folder: Path, *overrides: str) -> DictConfig:
     """The real configuration for a run in ``folder``, as Hydra would hand it to the command."""
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose(
-            "train", [*overrides, f"hydra.runtime.output_dir={folder}", f"name={folder.name}"], return_hydra_config=True
-        )
+    cfg = composed("train", *overrides, f"hydra.runtime.output_dir={folder}", f"name={folder.name}")
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         cfg.pop("hydra")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
 import pytest
 from conftest import QUIET, ROOT, Run, World, checkpoint, column
 
-from ipa.data.cache.format import CacheWriter, Header, WrongCache
+from ipa.data.cache.format import CacheWriter, WrongCache
 from ipa.data.cache.source import read_header
 from ipa.tools.precompute.run import precompute
 
@@ -69,9 +70,7 @@ def test_a_foreign_shard_is_refused_in_one_message(features: Path, train_in: Run
         (mixed / shard.name).symlink_to(shard)
     header = read_header(str(mixed / "00000.tar"))
     with (mixed / "00002.tar").open("wb") as file:
-        CacheWriter(
-            file, Header(header.source, {**header.fingerprints, "vae": "x"}, header.choices, header.sizes)
-        ).close({})
+        CacheWriter(file, replace(header, fingerprints={**header.fingerprints, "vae": "x"})).close({})
     with pytest.raises(WrongCache, match=r"^\S*00002.tar was not made as .*: fingerprints vae: \"x\", here") as stopped:
         train_in(tmp_path / "run", "data=cache", f"data.train={mixed}", "data.num_workers=1")
 

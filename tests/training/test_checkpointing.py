@@ -1,7 +1,6 @@
 """Checkpoints: whole or refused, written by a thread, the newest whole one found again, the others removed."""
 
 import io
-import os
 import random
 import threading
 import zipfile
@@ -54,14 +53,6 @@ def same(content: dict[str, Any]) -> bool:
     return torch.equal(weight, CONTENT["state_dict"]["weight"]) and content == rest  # type: ignore[index]
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "step_7.ckpt"
-    write_checkpoint(path, CONTENT)
-
-    assert same(load(path)) and same(torch.load(path, weights_only=True))
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_sealed_checkpoint_of_earlier_versions_is_read(tmp_path: Path) -> None:
     """They had a SHA-256 in the archive's comment."""
     buffer, seal = io.BytesIO(), b"sha256:" + b"0" * 64
@@ -71,20 +62,11 @@ def test_a_sealed_checkpoint_of_earlier_versions_is_read(tmp_path: Path) -> None
     assert same(read_checkpoint(tmp_path / "a.ckpt"))
 
 
-def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    write_checkpoint(path, CONTENT)
-    whole = path.read_bytes()
-    for length in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(BrokenCheckpoint):
-            load(path)
-
-
-def test_one_changed_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+def test_a_changed_bit_is_noticed_or_changes_nothing_and_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     """Only padding and dates of the archive are not covered."""
     path, draw, noticed = tmp_path / "a.ckpt", random.Random(0), 0
     write_checkpoint(path, CONTENT)
+    assert same(load(path)) and same(torch.load(path, weights_only=True)) and list(tmp_path.iterdir()) == [path]
     whole = path.read_bytes()
     for place in draw.sample(range(len(whole)), 300):
         changed = bytearray(whole)
@@ -95,22 +77,10 @@ def test_one_changed_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
         except BrokenCheckpoint:
             noticed += 1
     assert noticed > 150
-
-
-class Evil:
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.trace}",)
-
-
-def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "evil.ckpt", {"state_dict": Evil(tmp_path / "trace"), "global_step": 1})
-
-    with pytest.raises(BrokenCheckpoint, match="more than tensors"):
-        load(tmp_path / "evil.ckpt")
-    assert not (tmp_path / "trace").exists()
+    for length in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(BrokenCheckpoint):
+            load(path)
 
 
 def test_a_disk_that_fills_up_leaves_what_was_there(small_disk: Path) -> None:

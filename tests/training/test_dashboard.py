@@ -59,45 +59,30 @@ def run(folder: Path) -> WandbRun:
     return run
 
 
-def test_a_run_has_its_name_and_its_group(run: WandbRun) -> None:
-    assert (run.name, run.group, run.project) == ("ours/shown", "ours", "ipa")
-
-
-def test_curves_have_the_training_step(run: WandbRun, folder: Path) -> None:
-    for name in CURVES:
-        assert list(run.curve(name)) == [1, 2, 3, 4], name
-        assert run.curve(name) == {step: float(value) for step, value in column(folder, name).items()}
-    assert list(run.curve("train/lr").values()) == pytest.approx([0.001] * 4)
-
-
-def test_the_error_is_shown_by_noise_level(run: WandbRun, folder: Path) -> None:
+def test_curves_have_the_values_and_steps_of_the_log(run: WandbRun, folder: Path) -> None:
     """Four samples a step leave one of five buckets empty at least, which then shows nothing, nothing old either."""
-    shown = {name: run.curve(name) for name in BUCKETS}
-
-    assert shown == {name: {step: float(value) for step, value in column(folder, name).items()} for name in BUCKETS}
+    scores = [f"preview/{score}" for score in ("clip_i", "clip_t", "retrieval_at_1", "border_lab")]
+    for name in (*CURVES, *BUCKETS, *scores):
+        assert run.curve(name) == {step: float(value) for step, value in column(folder, name).items()}
+        assert name in BUCKETS or list(run.curve(name)) == ([2, 4] if name in scores else [1, 2, 3, 4]), name
+    assert list(run.curve("train/lr").values()) == pytest.approx([0.001] * 4)
     for step in (1, 2, 3, 4):
-        assert 1 <= sum(step in curve for curve in shown.values()) <= 4
+        assert 1 <= sum(step in run.curve(name) for name in BUCKETS) <= 4
 
 
-def test_previews_are_shown_at_their_steps(run: WandbRun, folder: Path) -> None:
+def test_name_configuration_previews_and_final_scores_are_shown(run: WandbRun, folder: Path, home: Path) -> None:
+    assert (run.name, run.group, run.project) == ("ours/shown", "ours", "ipa")
+    assert run.config == OmegaConf.to_container(saved_configuration(folder))
+    assert run.config["callbacks"]["previews"]["folder"] == str(folder / "previews")
     shown = run.images("preview/grid")
-
     assert list(shown) == [2, 4]
     for step, [path] in shown.items():
         kept = Image.open(folder / f"previews/step_{step:06d}.png").convert("RGB")
         assert Image.open(path).convert("RGB").tobytes() == kept.tobytes()
-
-
-def test_scores_are_shown_at_the_steps_of_the_previews(run: WandbRun, folder: Path) -> None:
-    for name in [f"preview/{score}" for score in ("clip_i", "clip_t", "retrieval_at_1", "border_lab")]:
-        assert list(run.curve(name)) == [2, 4]
-        assert run.curve(name) == {step: float(value) for step, value in column(folder, name).items()}
-
-
-def test_the_configuration_is_the_resolved_one(run: WandbRun, folder: Path) -> None:
-    assert run.config == OmegaConf.to_container(saved_configuration(folder))
-    assert run.config["optimizer"]["lr"] == 0.001
-    assert run.config["callbacks"]["previews"]["folder"] == str(folder / "previews")
+    scores = json.loads((folder / "summary.json").read_text())["scores"]
+    assert run.summary["scores/scale 1/clip_i"] == scores["scale 1"]["clip_i"]
+    assert {name for name in run.summary if name.startswith("scores/scale 0/")}
+    assert [path for path in home.rglob("*") if path.is_file()] == []  # all of it is in the run's folder
 
 
 def test_a_resumed_run_is_another_file_with_the_same_id(home: Path, tmp_path: Path) -> None:
@@ -114,17 +99,6 @@ def test_a_resumed_run_is_another_file_with_the_same_id(home: Path, tmp_path: Pa
     first, second = read_offline_runs(tmp_path)
     assert first.id == second.id
     assert list(first.curve("loss")) == [1, 2, 3] and list(second.curve("loss")) == [4, 5]
-
-
-def test_nothing_is_written_to_the_home_folder(run: WandbRun, home: Path) -> None:
-    assert [path for path in home.rglob("*") if path.is_file()] == []
-
-
-def test_the_final_scores_are_in_the_overview(run: WandbRun, folder: Path) -> None:
-    scores = json.loads((folder / "summary.json").read_text())["scores"]
-
-    assert run.summary["scores/scale 1/clip_i"] == scores["scale 1"]["clip_i"]
-    assert {name for name in run.summary if name.startswith("scores/scale 0/")}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from ipa.export.storage import load_adapter
 from ipa.families.hollow import PUBLISHED
-from ipa.training.dry_run import GIB, count, dry_run, hollow_model, size, step_maker
+from ipa.training.dry_run import GIB, count, dry_run, hollow_model, step_maker
 from ipa.training.memory import estimate_peak
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,3 @@ def test_report_of_a_quantized_transformer() -> None:
     found = report("recipe=flux", *nf4, "data.train=/nowhere", "data.batch_size=1")
 
     assert "transformer 11,901.4 M" in found["base"] and "about 17.5 GiB" in found["memory"]
-
-
-def test_sizes_in_words() -> None:
-    assert [size(number) for number in (512, 3 << 19, 5 << 30)] == ["0.5 KiB", "1.5 MiB", "5.0 GiB"]

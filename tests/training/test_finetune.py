@@ -38,20 +38,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory, train_in: Run, donor: str)
     return train_in(tmp_path_factory.mktemp("runs") / "watched", *WATCHED, donor, "trainer.max_steps=6")
 
 
-def test_it_needs_an_adapter_to_start_from(train_in: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"starts from an adapter: give adapter\.init_from=FILE"):
-        train_in(tmp_path / "x", "experiment=finetune")
-
-
-def test_the_rate_is_a_tenth_of_the_recipes(watched: Path) -> None:
-    assert [float(lr) for lr in column(watched, "train/lr").values()] == pytest.approx([1e-4] * 6)
-
-
 def test_what_is_frozen_stays_and_is_in_the_files(watched: Path, finished: Path) -> None:
     before, after = (load_file(folder / "adapter.safetensors") for folder in (finished, watched))
     state = checkpoint(watched)
     branches = [name for name in state["state_dict"] if name.startswith("trainable.ip_adapter.")]
 
+    assert [float(lr) for lr in column(watched, "train/lr").values()] == pytest.approx([1e-4] * 6)  # a tenth
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("image_proj."), name
@@ -74,6 +66,8 @@ def test_only_the_rest_gets_gradients(part: str, kept: str, model: IPAdapterMode
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (("experiment=finetune",), r"starts from an adapter: give adapter\.init_from=FILE"),
+        ((*WATCHED, "adapter.init_from=FINISHED", "data.val=null"), r"give data\.val=SHARDS"),
         (("adapter.freeze=encoder",), r"adapter\.freeze=encoder, of a decoupled adapter: head, branches, or null"),
         (("adapter.freeze=head", "experiment=simple_global"), "of a simple adapter: it has nothing but a head"),
         (
@@ -83,10 +77,12 @@ def test_only_the_rest_gets_gradients(part: str, kept: str, model: IPAdapterMode
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_are_read(
-    options: tuple[str, ...], complaint: str, train_in: Run, tmp_path: Path
+    options: tuple[str, ...], complaint: str, train_in: Run, tmp_path: Path, finished: Path
 ) -> None:
+    given = [option.replace("FINISHED", f"{finished}/adapter.safetensors") for option in options]
+    base = () if options[0] == WATCHED[0] else ("base.path=demo/base",)
     with pytest.raises(UserError, match=complaint):
-        train_in(tmp_path / "x", *options, "base.path=demo/base")
+        train_in(tmp_path / "x", *given, *base)
 
 
 def test_the_gap_is_that_of_the_held_out_samples_with_the_weights_of_the_file(watched: Path) -> None:
@@ -102,14 +98,10 @@ def test_the_gap_is_that_of_the_held_out_samples_with_the_weights_of_the_file(wa
 
     assert (other - own) / own == pytest.approx(gaps[step], rel=0.02)
     assert f"step {step}" in read_json(watched / "summary.json")["best adapter"]
-
-
-def test_overfit_is_the_difference_to_the_gap_of_training_samples(watched: Path) -> None:
     training = [float(gap) for gap in column(watched, "image_prompt/gap").values()]
-    heldout, overfit = (column(watched, f"image_prompt/{name}") for name in ("heldout_gap", "overfit"))
-
-    for step in (2, 4, 6):
-        assert float(overfit[step]) == pytest.approx(sum(training[:step]) / step - float(heldout[step]), abs=1e-6)
+    for step, overfit in column(watched, "image_prompt/overfit").items():  # the difference to training samples
+        assert float(overfit) == pytest.approx(sum(training[:step]) / step - gaps[step], abs=1e-6)
+    assert list(column(watched, "image_prompt/overfit")) == [2, 4, 6]
 
 
 def test_it_resumes_to_the_bit(train_in: Run, tmp_path: Path, donor: str, watched: Path) -> None:
@@ -150,11 +142,6 @@ def test_the_alarm_warns_once_and_not_for_the_scatter(tmp_path: Path, caplog: py
 
     (message,) = caplog.messages
     assert message.startswith("step 20: the adapter overfits") and "20.00 %" in message and "9.00 %" in message
-
-
-def test_it_needs_held_out_samples(train_in: Run, tmp_path: Path, donor: str) -> None:
-    with pytest.raises(UserError, match=r"give data\.val=SHARDS"):
-        train_in(tmp_path / "x", *WATCHED, donor, "data.val=null")
 
 
 def test_the_last_step_can_be_moved_in_lightnings_trainer() -> None:

@@ -44,20 +44,14 @@ def test_previews_and_scores_of_a_folder_in_place_of_the_held_out_shards(
     assert ("clip_t" in scores) == captioned
 
 
-def test_pictures_of_a_folder_come_by_name_with_the_caption_beside_them(pictures: Path) -> None:
-    (pictures / "a.txt").write_text("red thing\n")
-    prompts = HeldOutPrompts.from_folder(pictures, image_size_px=16, reference_size_px=24)
-
-    assert prompts.captions == ["red thing", "", "", ""]
-    assert prompts.images_B3HW.shape == (4, 3, 16, 16) and prompts.references_B3HW.shape == (4, 3, 24, 24)
-    corners = [tuple(image[:, 0, 0].tolist()) for image in prompts.images_B3HW]
-    by_name = [pictures / f"{name}.PNG" for name in sorted(NAMES)]
-    assert corners == [Image.open(path).convert("RGB").getpixel((0, 4)) for path in by_name]
-
-
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_references_of_a_folder_are_cut_as_in_training(pictures: Path, fit: str) -> None:
+def test_pictures_of_a_folder_come_by_name_with_their_captions_and_cut_as_in_training(pictures: Path, fit: str) -> None:
+    (pictures / "a.txt").write_text("red thing\n")
     prompts = HeldOutPrompts.from_folder(pictures, 16, 24, fit)
-    made = [fit_reference(read_picture(pictures / f"{name}.PNG"), 24, fit) for name in sorted(NAMES)]
+    by_name = [pictures / f"{name}.PNG" for name in sorted(NAMES)]
+    references = [fit_reference(read_picture(path), 24, fit) for path in by_name]
 
-    assert torch.equal(prompts.references_B3HW, torch.stack(made))
+    assert prompts.captions == ["red thing", "", "", ""] and prompts.images_B3HW.shape == (4, 3, 16, 16)
+    corners = [tuple(image[:, 0, 0].tolist()) for image in prompts.images_B3HW]
+    assert corners == [Image.open(path).convert("RGB").getpixel((0, 4)) for path in by_name]
+    assert torch.equal(prompts.references_B3HW, torch.stack(references))

@@ -7,9 +7,20 @@ import pytest
 import tiny
 import torch
 from bystanders import WITNESS, Witness
-from conftest import HELDOUT, QUIET, Run, World, checkpoint, column, compose, rows, saved_configuration
+from conftest import (
+    HELDOUT,
+    QUIET,
+    ROOT,
+    Run,
+    World,
+    checkpoint,
+    column,
+    compose,
+    rows,
+    run_training,
+    saved_configuration,
+)
 from diffusers import StableDiffusionPipeline
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -44,9 +55,6 @@ def test_run_folder_holds_everything_and_nothing_else(finished: Path) -> None:
         "previews/step_000002.png",
         "previews/step_000004.png",
     }
-
-
-def test_configuration_is_resolved(finished: Path) -> None:
     assert "${" not in (finished / "config.yaml").read_text()
     assert saved_configuration(finished).callbacks.export.path == f"{finished}/adapter.safetensors"
 
@@ -81,16 +89,7 @@ def test_checkpoint_holds_the_trainable_set_alone(finished: Path) -> None:
     assert saved["global_step"] == 4
 
 
-def test_best_checkpoint_has_the_best_score(finished: Path) -> None:
-    scores = {step: float(score) for step, score in column(finished, "preview/clip_i").items()}
-    best = max(scores, key=scores.__getitem__)
-    path = finished / f"checkpoints/step_{best:08d}.ckpt"
-
-    assert read_checkpoint(path)["global_step"] == best
-    assert json.loads((finished / "summary.json").read_text())["best checkpoint"] == str(path)
-
-
-def test_adapter_file_has_the_published_layout(finished: Path, world: World) -> None:
+def test_adapter_file_has_the_published_layout_and_the_trained_weights(finished: Path, world: World) -> None:
     with safe_open(finished / "adapter.safetensors", framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -100,6 +99,19 @@ def test_adapter_file_has_the_published_layout(finished: Path, world: World) -> 
     expected = {"base": "base", "encoder": "local-dir:clip", "head": "global", "kind": "decoupled", "step": "4"}
     assert metadata.items() >= (expected | {"sampling_guidance": "3.0", "sampling_num_steps": "1"}).items()
     assert load_model(finished).family.source == world.base  # found in the run
+    trained = checkpoint(finished)["state_dict"]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, trained[f"trainable.{internal(name)}"].half())
+    pipeline = StableDiffusionPipeline.from_pretrained(world.base)
+    pipeline.load_ip_adapter(str(finished), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    projection = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
+    assert torch.equal(projection.image_embeds.weight, tensors["image_proj.proj.weight"].float())
+
+
+def internal(name: str) -> str:
+    """The name of a tensor in the model by that in the file."""
+    part, number, *rest = name.split(".")
+    return name if part == "image_proj" else ".".join(["ip_adapter.branches", str(int(number) // 2), *rest])
 
 
 def test_another_no_image_than_diffusers_takes_is_said_at_the_start(
@@ -112,26 +124,6 @@ def test_another_no_image_than_diffusers_takes_is_said_at_the_start(
     assert "tokens.no_image=blank" in caplog.text and "ip_adapter_image_embeds=" in caplog.text
 
 
-def test_adapter_file_holds_the_trained_weights(finished: Path) -> None:
-    exported = load_file(finished / "adapter.safetensors")
-    trained = checkpoint(finished)["state_dict"]
-
-    assert torch.equal(exported["image_proj.proj.weight"], trained["trainable.image_proj.proj.weight"].half())
-    last = f"ip_adapter.{BRANCHES[-1]}.to_v_ip.weight"
-    assert torch.equal(
-        exported[last], trained[f"trainable.ip_adapter.branches.{len(BRANCHES) - 1}.to_v_ip.weight"].half()
-    )
-
-
-def test_adapter_file_loads_with_diffusers(finished: Path, world: World) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(world.base)
-    pipeline.load_ip_adapter(str(finished), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
-    projection = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
-
-    exported = load_file(finished / "adapter.safetensors")
-    assert torch.equal(projection.image_embeds.weight, exported["image_proj.proj.weight"].float())
-
-
 def test_summary_is_plain_json_with_the_scores(finished: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -142,6 +134,10 @@ def test_summary_is_plain_json_with_the_scores(finished: Path) -> None:
     assert summary["parameters trained"] == sum(torch.Size(shape).numel() for shape in PUBLISHED.values())
     assert summary["samples per second"] > 0
     assert summary["last preview"] == str(finished / "previews/step_000004.png")
+    scores = {step: float(score) for step, score in column(finished, "preview/clip_i").items()}
+    best = max(scores, key=scores.__getitem__)
+    assert summary["best checkpoint"] == str(finished / f"checkpoints/step_{best:08d}.ckpt")
+    assert read_checkpoint(Path(summary["best checkpoint"]))["global_step"] == best
     assert set(summary["scores"]) == {"scale 0", "scale 1"}
     assert set(summary["scores"]["scale 1"]) == {"clip_i", "clip_t", "retrieval_at_1", "border_lab"}
 
@@ -202,18 +198,10 @@ def test_training_leaves_the_frozen_parts_as_they_are(train_in: Run, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_demo_world_trains_with_its_own_configuration(tmp_path: Path) -> None:
+def test_the_demo_world_trains_with_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Needs the weights and data of ``demo/``, unlike all other tests here."""
-    from conftest import ROOT, compose
-
-    from ipa.training.run import train
-
+    monkeypatch.chdir(ROOT)
     overrides = ["~logger.wandb", "trainer.max_steps=2", "data.batch_size=2", "sampling.num_steps=2"]
-    cfg = compose(tmp_path / "demo", *overrides, "preview.num_scored=8", "scoring.num_prompts=4")
-    for name in ("base.path", "data.train", "data.val"):
-        OmegaConf.update(cfg, name, str(ROOT / OmegaConf.select(cfg, name)))
-    for name in ("encoder.name", "judge.name"):
-        OmegaConf.update(cfg, name, OmegaConf.select(cfg, name).replace("local-dir:", f"local-dir:{ROOT}/"))
-    train(cfg)
+    run_training(tmp_path / "demo", *overrides, "preview.num_scored=8", "scoring.num_prompts=4")
 
     assert (tmp_path / "demo/summary.json").is_file()

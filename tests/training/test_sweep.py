@@ -37,11 +37,6 @@ def test_sweep_goes_on_where_it_stopped(start: Command, tmp_path: Path) -> None:
     assert (second / "adapter.safetensors").is_file()
     assert [saved_configuration(folder).group for folder in (first, second)] == ["x", "x"]
     [one], [failed, other] = (read_offline_runs(folder) for folder in (first, second))
-    assert [(run.group, run.name) for run in (one, other)] == [
-        ("x", "x/seed1"),
-        ("x", "x/seed2"),
-    ]
-    assert one.id != other.id == failed.id and list(one.curve("train/loss")) == list(other.curve("train/loss")) == [
-        1,
-        2,
-    ]
+    assert [(run.group, run.name) for run in (one, other)] == [("x", "x/seed1"), ("x", "x/seed2")]
+    assert one.id != other.id == failed.id
+    assert list(one.curve("train/loss")) == list(other.curve("train/loss")) == [1, 2]

@@ -35,7 +35,6 @@ class WandbRun:
     group: str = ""
     project: str = ""
     job_type: str = ""
-    tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -83,7 +82,7 @@ class WandbRun:
 
     def _describe(self, run: pb.RunRecord) -> None:
         self.id, self.project, self.group = run.run_id, run.project, run.run_group
-        self.name, self.job_type, self.tags = run.display_name, run.job_type, list(run.tags)
+        self.name, self.job_type = run.display_name, run.job_type
         self.started_s = run.start_time.seconds + run.start_time.nanos * 1e-9
         change(self.config, run.config)
 
