@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,15 @@ def sdxl() -> Parts:
     return {**text, "tokenizer_2": make_tokenizer(), "unet": unet, **common(0.13025, 1024)}
 
 
+def with_tokenizer(make: Callable[[Any], Parts]) -> Parts:
+    return make(make_tokenizer())
+
+
 PUBLISHED: dict[str, Callable[[], Parts]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
     "stabilityai/stable-diffusion-2-1": sd21,
     "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
-    **{path: lambda make=make: make(make_tokenizer()) for path, make in hollow_transformers.PUBLISHED.items()},
+    **{path: partial(with_tokenizer, make) for path, make in hollow_transformers.PUBLISHED.items()},
 }
 
 

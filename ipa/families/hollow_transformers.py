@@ -13,7 +13,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
 )
-from transformers import (
+from transformers import (  # type: ignore[attr-defined] # transformers 5 has T5TokenizerFast as an alias
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,

@@ -50,7 +50,8 @@ def check_file(file: str, transformer: Any, path: str, scheme: str | None) -> No
 def in_names_of_diffusers(shapes: Shapes, transformer: Any, file: str) -> Shapes:
     if shapes.keys() == transformer.state_dict().keys():
         return shapes
-    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[type(transformer).__name__]["checkpoint_mapping_fn"]
+    loadable: Any = SINGLE_FILE_LOADABLE_CLASSES
+    convert = loadable[type(transformer).__name__]["checkpoint_mapping_fn"]
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
         converted = convert(checkpoint=weights, config=dict(transformer.config))
