@@ -39,8 +39,7 @@ from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import load_scorer
 from ipa.metrics.clip_scores import ClipCosines, caption_ranks
 from ipa.metrics.edges import EdgeOverlap
-from ipa.metrics.image_metric import ItemMetric
-from ipa.metrics.pixels import Images
+from ipa.metrics.image_metric import Images, ItemMetric
 from ipa.presets import FILE
 from ipa.prompter import Prompter
 from ipa.references import Item, Reference

@@ -4,13 +4,15 @@
     python demo/pair_kinds.py measure     # 100 held-out image prompts, alone and with the text of another concept
     python demo/pair_kinds.py publish     # copies the adapters of the first seed to demo/adapters/
 
-Run i measures with its own seed of noise. A concept is right if the judge ranks its caption first, or among the first
-five, of 100 captions: the image prompt's own, or with a text that of the text. Style and background: as in combine.py.
+Run i measures with its own seed of noise, 20 steps, guidance 3 rescaled by 0.7. A concept is right if the judge ranks
+its caption first of 100 captions: those of the image prompts, or with a text those of the texts. The style is told by
+the probe of combine.py, the background is the nearest of twelve.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -23,20 +25,25 @@ from pathlib import Path
 
 import torch
 from combine import COUNT, JUDGE, style_probe
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from measure import Prompts, nearest_colour, one_caption_per_concept, pooled
 from torch import Tensor
 from tqdm import tqdm
 from world import HERE
 
+from ipa.evaluation.report.curves import COLOURS, STYLE
 from ipa.export.loading import load_model
 from ipa.files import write_atomically
 from ipa.metrics.clip import load_scorer
 from ipa.metrics.clip_scores import caption_ranks
 from ipa.training.previews import draw_grid
+from ipa.types import to_uint8, to_unit_range
 
 ROOT = HERE.parent
 RUNS, BUILD = ROOT / "runs", HERE / "build" / "pairs"
-PICTURE = ROOT / "docs" / "images" / "pairs.png"
+PICTURE, PLOT = ROOT / "docs" / "images" / "pairs.png", ROOT / "docs" / "images" / "pairs_scale.png"
+Figures = dict[str, dict[str, dict[str, list[float]]]]  # kind, draw, measure: a share per seed
 SEEDS = (1, 2, 3)
 SHOWN = 6  # the first prompts, which nobody chose
 OPTIONS = {
@@ -48,8 +55,10 @@ OPTIONS = {
     ),
 }
 SWEEP = ("hydra.launcher.jobs=2", "preview.every_n_steps=1200", "preview.num_scored=1", "~logger.wandb")
-ASKED = ("style", "concept, first", "concept, first five", "background")
-WAYS = ("image alone", "with a text")
+ALONE, WITH_TEXT = "image alone", "with a text"
+ASKED = {"image": "concept of the image", "text": "concept of the text", "style": "style", "background": "background"}
+SCALES = (0.5, 1.0, 1.5, 2.0)
+DRAWS = ((ALONE, 1.0), *((WITH_TEXT, scale) for scale in SCALES))
 
 
 def train() -> int:
@@ -66,33 +75,36 @@ def adapter_of(kind: str, seed: int) -> Path:
     return RUNS / kind / f"decoupled_global-seed{seed}" / "adapter.safetensors"
 
 
-def measure_run(kind: str, seed: int) -> Path:
-    """Shares of the 100 images, with some of the images; kept, since it takes a minute."""
+def measure_run(kind: str, seed: int) -> dict[str, dict[str, float]]:
+    """The shares of each draw; its 100 images are kept, since they take a minute."""
     torch.set_num_threads(1)
-    path, adapter = BUILD / f"{kind}_{seed}.pt", adapter_of(kind, seed)
-    if path.is_file() and path.stat().st_mtime > adapter.stat().st_mtime:
-        return path
-    prompts, texts = Prompts(load_model(adapter)), one_caption_per_concept()
-    how = argparse.Namespace(steps=20, guidance=3.0, guidance_rescale=0.0)
-    found: dict[str, dict[str, float]] = {}
-    shown = []
-    for way, asked, given in zip(WAYS, (prompts.captions, texts), ([""] * COUNT, texts), strict=True):
-        pixels = prompts.draw(how, 1.0, given, seed)
-        found[way] = shares(prompts, pixels, asked)
-        shown.append(pixels[:SHOWN])
-    write_atomically(path, lambda file: torch.save({"shares": found, "shown": torch.stack(shown)}, file))
-    return path
+    adapter, texts = adapter_of(kind, seed), one_caption_per_concept()
+    model = load_model(adapter)
+    prompts = Prompts(model)
+    how = argparse.Namespace(steps=20, guidance=3.0, guidance_rescale=0.7)
+    found = {}
+    for way, scale in DRAWS:
+        path = images_of(kind, seed, way, scale)
+        if not path.is_file() or path.stat().st_mtime < adapter.stat().st_mtime:
+            pixels = to_uint8(prompts.draw(how, scale, texts if way == WITH_TEXT else [""] * COUNT, seed))
+            write_atomically(path, functools.partial(torch.save, pixels))
+        found[f"{way} {scale:g}"] = shares(prompts, to_unit_range(torch.load(path, weights_only=True)), texts)
+    return found
 
 
-def shares(prompts: Prompts, pixels: Tensor, captions: list[str]) -> dict[str, float]:
-    """In per cent: style and background of the image prompt, and the concept of ``captions``."""
+def images_of(kind: str, seed: int, way: str, scale: float) -> Path:
+    return BUILD / f"{kind}_{seed}" / f"{way.replace(' ', '_')}_{scale:g}.pt"
+
+
+def shares(prompts: Prompts, pixels: Tensor, texts: list[str]) -> dict[str, float]:
+    """Of the images, in per cent."""
     judge = load_scorer(JUDGE)
     told = style_probe().predict(pooled(judge, pixels).numpy())
-    ranks = caption_ranks(judge.embed_images(pixels), judge.embed_texts(captions))
+    images = judge.embed_images(pixels)
     right = {
+        "image": caption_ranks(images, judge.embed_texts(prompts.captions)) < 1,
+        "text": caption_ranks(images, judge.embed_texts(texts)) < 1,
         "style": torch.tensor([one == other for one, other in zip(told, prompts.styles, strict=True)]),
-        "concept, first": ranks < 1,
-        "concept, first five": ranks < 5,
         "background": nearest_colour(pixels) == nearest_colour(prompts.pixels),
     }
     return {name: 100 * float(hit.float().mean()) for name, hit in right.items()}
@@ -101,18 +113,24 @@ def shares(prompts: Prompts, pixels: Tensor, captions: list[str]) -> dict[str, f
 def measure() -> int:
     jobs = [(kind, seed) for kind in OPTIONS for seed in SEEDS]
     with ProcessPoolExecutor(2) as pool:
-        made = list(tqdm(pool.map(measure_run, *zip(*jobs, strict=True)), total=len(jobs), unit="run"))
-    results = {job: torch.load(path, weights_only=True) for job, path in zip(jobs, made, strict=True)}
+        found = list(tqdm(pool.map(measure_run, *zip(*jobs, strict=True)), total=len(jobs), unit="run"))
     figures = {
-        kind: {way: {name: [results[kind, s]["shares"][way][name] for s in SEEDS] for name in ASKED} for way in WAYS}
+        kind: {
+            f"{way} {scale:g}": {
+                name: [each[f"{way} {scale:g}"][name] for (of, _), each in zip(jobs, found, strict=True) if of == kind]
+                for name in ASKED
+            }
+            for way, scale in DRAWS
+        }
         for kind in OPTIONS
     }
     write_atomically(BUILD / "figures.json", lambda file: file.write_text(json.dumps(figures, indent=2) + "\n"))
-    for way in WAYS:
-        print(f"\n| {way} | {' | '.join(ASKED)} |\n|---|{'---|' * len(ASKED)}")
-        for kind in OPTIONS:
-            print(f"| {kind.replace('_', ' ')} | {' | '.join(spread(figures[kind][way][name]) for name in ASKED)} |")
-    draw({kind: results[kind, SEEDS[0]]["shown"] for kind in OPTIONS})
+    for draw in next(iter(figures.values())):
+        print(f"\n| λ: {draw} | {' | '.join(ASKED.values())} |\n|---|{'---|' * len(ASKED)}")
+        for kind, rows in figures.items():
+            print(f"| {kind.replace('_', ' ')} | {' | '.join(spread(rows[draw][name]) for name in ASKED)} |")
+    show()
+    plot(figures)
     return 0
 
 
@@ -120,16 +138,35 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.0f} ± {statistics.stdev(values):.0f}"
 
 
-def draw(shown: dict[str, Tensor]) -> None:
-    """The first prompts; a column for each kind of pairs, without text and with it."""
+def show() -> None:
+    """The first prompts; a column for each kind of pairs, without text and with it, at λ = 1."""
     prompts = Prompts(load_model(adapter_of("self_pairs", SEEDS[0])))
     columns, titles = [prompts.pixels[:SHOWN]], ["image prompt"]
-    for number, ending in enumerate(("", " + text")):
-        for kind, pixels in shown.items():
-            columns.append(pixels[number])
+    for way, ending in ((ALONE, ""), (WITH_TEXT, " + text")):
+        for kind in OPTIONS:
+            pixels = torch.load(images_of(kind, SEEDS[0], way, 1.0), weights_only=True)
+            columns.append(to_unit_range(pixels[:SHOWN]))
             titles.append(kind.removesuffix("_pairs") + ending)
     write_atomically(PICTURE, lambda file: draw_grid(columns, titles).save(file, format="PNG", optimize=True))
     print(f"\nwrote {PICTURE}; texts: {', '.join(one_caption_per_concept()[:SHOWN])}")
+
+
+def plot(figures: Figures) -> None:
+    """Style and background against the concept of the text, a point for each λ."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, of_image in zip(figure.subplots(1, 2), ("style", "background"), strict=True):
+            for number, (kind, rows) in enumerate(figures.items()):
+                points = [rows[f"{WITH_TEXT} {scale:g}"] for scale in SCALES]
+                x, y = ([statistics.mean(point[name]) for point in points] for name in ("text", of_image))
+                x_err, y_err = ([statistics.stdev(point[name]) for point in points] for name in ("text", of_image))
+                title = kind.replace("_", " ")
+                axes.errorbar(x, y, y_err, x_err, marker="o", color=COLOURS[number], elinewidth=0.7, label=title)
+                for scale, *place in zip(SCALES, x, y, strict=True):
+                    axes.annotate(f"{scale:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+            axes.set(xlabel="concept of the text, %", ylabel=f"{of_image} of the image, %")
+        axes.legend()
+        write_atomically(PLOT, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def publish() -> int:

@@ -211,21 +211,13 @@ def explain_failure(error: Exception, named: Any = ()) -> str | None:
     if isinstance(cause, MissingMandatoryValue | InterpolationResolutionError):
         return str(cause)
     message = explain(cause, named)
-    if message is None and isinstance(error, InstantiationException) and _refused_by_library(cause):
-        return str(error)
-    return message
-
-
-def _refused_by_library(cause: BaseException) -> bool:
-    """Whether an argument is unknown, or a library's class raised an error of value for it."""
-    raised_in = _innermost_package(cause.__traceback__)
+    if message is not None or not isinstance(error, InstantiationException):
+        return message
+    frames = list(traceback.walk_tb(cause.__traceback__))
+    package = str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] if frames else None
     refused = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
-    return raised_in == "hydra" or (refused and raised_in != "ipa")
-
-
-def _innermost_package(trace: TracebackType | None) -> str | None:
-    frames = list(traceback.walk_tb(trace))
-    return str(frames[-1][0].f_globals.get("__name__")).partition(".")[0] if frames else None
+    # an argument is unknown, or a library's class raised an error of value for it
+    return str(error) if package == "hydra" or (refused and package != "ipa") else None
 
 
 def folder_name(folder: str, limit: int | None = None, num_seeds: int | None = None) -> str:

@@ -38,21 +38,15 @@ def explain(error: BaseException, named: Any = ()) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and any(_is_named(file, named) for file in _files(error)):
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _files(error: OSError) -> list[str]:
-    """The file of an error; the paths in its message if it has none, as for the hub's libraries."""
+    if not isinstance(error, OSError):
+        return None
     if isinstance(error.filename, str | bytes | os.PathLike):
-        return [os.fsdecode(error.filename)]
-    return [word.strip("'\"`.,:()") for word in str(error).split() if "/" in word]
-
-
-def _is_named(file: str, named: Any) -> bool:
-    path = Path(os.path.abspath(file))
-    return any(path.is_relative_to(os.path.abspath(each)) for each in _paths(named))
+        files = [os.fsdecode(error.filename)]
+    else:  # as for the hub's libraries
+        files = [word.strip("'\"`.,:()") for word in str(error).split() if "/" in word]
+    known = [os.path.abspath(each) for each in _paths(named)]
+    is_named = any(Path(os.path.abspath(file)).is_relative_to(path) for file in files for path in known)
+    return f"{type(error).__name__}: {error}" if is_named else None
 
 
 def _paths(node: Any) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -32,6 +33,7 @@ PICTURES = (
     "heic",
     "heif",
 )
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICTURE_EXTENSIONS = tuple(f".{extension}" for extension in PICTURES)
 OTHER_FOLDER = "choose a folder on another disk"
 FOLDER_FSYNC_UNSUPPORTED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF}
@@ -46,7 +48,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = mode_of_new_file(temporary)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # a new file's; os.umask would change it for every thread
         write(temporary)
         with suppress(OSError):  # some file systems have no permissions
             temporary.chmod(mode)  # safetensors creates files that only their owner can read
@@ -84,14 +87,6 @@ def fsync(path: Path) -> None:
             raise
 
 
-def mode_of_new_file(path: Path) -> int:
-    """Permissions that a new file gets there; calling ``os.umask`` would change it for every thread."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    path.unlink()
-    return mode
-
-
 def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_FOLDER) -> None:
     """Write JSON atomically; raises as ``write_atomically`` does."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
@@ -112,6 +107,20 @@ def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
 def is_picture(name: str) -> bool:
     """Whether a file is a picture by its name; names with a leading dot are not (macOS adds ._NAME to each file)."""
     return not os.path.basename(name).startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this may be owner/name on the model hub: it has this form, and there is no folder ``owner`` here."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).parent.is_dir()
+
+
+def pictures_in(folder: str | Path, option: str) -> list[Path]:
+    """Sorted by name; raises UserError, which names the ``option``, if there are none."""
+    found = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    pictures = [path for path in found if is_picture(path.name) and path.is_file()]
+    if not pictures:
+        raise UserError(f"{option}={folder}: give a folder with images ({', '.join(PICTURE_EXTENSIONS)})")
+    return pictures
 
 
 def printable(name: str) -> str:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from ipa.errors import UserError, brief
 
 INTERACTIVE = ("interactive", "bash")  # names of Slurm jobs that are interactive shells
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DIGITS = 6  # of a command's hash
 # set by Lightning, srun, jsrun and mpirun; torchrun's RANK counts alone, since it may give a node another number
 RANKS = ("NODE_RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
@@ -32,7 +33,8 @@ def run_folder(parent: str, name: Any, overrides: Sequence[str]) -> Path:
     """
     given = text_of(name, overrides)
     group = group_name(os.environ, overrides) if given is None else given
-    check_name(group, parent)
+    if group is not None and (group.strip() in ("", ".", "..") or "/" in group or "\0" in group):
+        raise UserError(f"name={group}: give the name of a folder in {parent}, without / in it, or no name=")
     try:
         folder = new_folder(Path(parent), datetime.now()) if group is None else Path(parent, group)
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,11 +53,6 @@ def text_of(name: Any, overrides: Sequence[str]) -> str | None:
         return name
     typed = [override.partition("=")[2] for override in overrides if override.lstrip("+").startswith("name=")]
     return typed[-1] if typed else str(name)
-
-
-def check_name(name: str | None, parent: str) -> None:
-    if name is not None and (name.strip() in ("", ".", "..") or "/" in name or "\0" in name):
-        raise UserError(f"name={name}: give the name of a folder in {parent}, without / in it, or no name=")
 
 
 def new_folder(parent: Path, now: datetime) -> Path:
@@ -113,18 +110,10 @@ def torchrun_group(environment: Mapping[str, str]) -> str | None:
             "all processes of torchrun, also after a restart, must use the same run name: give name=NAME, or start "
             "torchrun with --rdzv-id=ID"
         )
-    return f"torchrun-{name[:8]}" if name and is_uuid(name) else name
+    return f"torchrun-{name[:8]}" if name and UUID.fullmatch(name) else name
 
 
 def torchrun_id(environment: Mapping[str, str]) -> str | None:
     """The id of a group of processes, which a restarted group keeps; torchrun's default is no id."""
     name = environment.get("TORCHELASTIC_RUN_ID", "none")
     return None if name == "none" else name
-
-
-def is_uuid(name: str) -> bool:
-    try:
-        UUID(name)
-    except ValueError:
-        return False
-    return True

@@ -43,6 +43,7 @@ from ipa.errors import UserError
 from ipa.overrides import as_typed
 
 ALWAYS_NAMED = {"experiment", "seed"}  # so that an extended sweep finds the folders of its earlier jobs
+DECIDED = {"hydra.run.dir", "hydra.mode"}  # by the launcher
 MAX_NAME_BYTES = 120
 KILLED_BY_SIGNAL = 128  # a shell's exit code is this plus the number of the signal
 
@@ -188,7 +189,9 @@ class SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Always returns COMPLETED, or the sweeper would skip the remaining jobs; the sweep reports failures."""
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        self.sweep.name = self._sweep_name()
+        written = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["dir"]  # type: ignore[call-overload,index]
+        # the last part of the folder if ``name`` selects that; it may have been chosen automatically
+        self.sweep.name = Path(self.config.hydra.sweep.dir).name if "${name}" in str(written) else None
         jobs = self.plan(job_overrides, initial_job_idx)
         log.info("Launching %d jobs in %s", len(jobs), self.config.hydra.sweep.dir)
         self.sweep.jobs += jobs
@@ -197,11 +200,6 @@ class SweepLauncher(Launcher):
             self.sweep.report()
             sys.exit(KILLED_BY_SIGNAL + self.sweep.stopped_by)
         return [JobReturn(job.overrides, status=JobStatus.COMPLETED, _return_value=job.exit_code) for job in jobs]
-
-    def _sweep_name(self) -> str | None:
-        """The last part of the sweep's folder, if ``name`` selects that; it may have been chosen automatically."""
-        written = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["dir"]  # type: ignore[call-overload,index]
-        return Path(self.config.hydra.sweep.dir).name if "${name}" in str(written) else None
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """The jobs with their folders and commands; raises UserError if two jobs share a folder."""
@@ -256,22 +254,15 @@ class SweepLauncher(Launcher):
         subdir = str(config.hydra.sweep.subdir)
         folder = Path(self.config.hydra.sweep.dir) / subdir
         given = [override for override in overrides if key_and_value(override)[0] != "name"]
-        place = {"hydra.run.dir": str(folder), **self._identity(config, subdir, given)}
-        command = [*this_command(), *self._hydra_overrides(), *given]
+        # without Hydra's options that select a sweep or a folder
+        hydra = [each for each in as_typed(self.config.hydra.overrides.hydra) if key_and_value(each)[0] not in DECIDED]
+        # ``name`` is the job and ``group`` the sweep, if the command has them and the user did not give them
+        place = {"name": subdir, "group": str(self.sweep.name or Path(self.config.hydra.sweep.dir).name)}
+        chosen = {key_and_value(override)[0] for override in given}
+        place = {key: value for key, value in place.items() if key in config and key not in chosen}
+        command = [*this_command(), "hydra.mode=RUN", *hydra, *given, f"hydra.run.dir={quoted(str(folder))}"]
         command += [f"{key}={quoted(value)}" for key, value in place.items()]
         return Job(number, subdir, overrides, folder, command, folder / f"{config.hydra.job.name}.log")
-
-    def _identity(self, config: DictConfig, subdir: str, given: Sequence[str]) -> dict[str, str]:
-        """Overrides for ``name`` (the job) and ``group`` (the sweep), if the command has them and the user did not."""
-        identity = {"name": subdir, "group": str(self.sweep.name or Path(self.config.hydra.sweep.dir).name)}
-        chosen = {key_and_value(override)[0] for override in given}
-        return {key: value for key, value in identity.items() if key in config and key not in chosen}
-
-    def _hydra_overrides(self) -> list[str]:
-        """Hydra's own options for the jobs, without those that select a sweep or a folder."""
-        given = as_typed(self.config.hydra.overrides.hydra)
-        decided = {"hydra.run.dir", "hydra.mode"}
-        return ["hydra.mode=RUN", *(override for override in given if key_and_value(override)[0] not in decided)]
 
 
 class ProcessLauncher(SweepLauncher):

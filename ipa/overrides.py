@@ -67,9 +67,12 @@ def complaints_about(
                     check(hydra.compose(config_name, [*accepted, single]))
                     fitting.append(single)
                 except REFUSED as error:
-                    complaints.append(
-                        _quoting(single) or hydra_message(error) + _question(single, config_name, accepted)
-                    )
+                    complaint = _quoting(single)
+                    if complaint is None:
+                        near = _nearest_overrides(single, config_name, accepted)
+                        question = f"\nDid you mean {' or '.join(near)}?" if near and single not in near else ""
+                        complaint = hydra_message(error) + question
+                    complaints.append(complaint)
             accepted += fitting[:1]
     return complaints
 
@@ -93,11 +96,6 @@ def _parses(override: str) -> bool:
 
 def quote_value(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _question(override: str, config_name: str, accepted: list[str]) -> str:
-    near = _nearest_overrides(override, config_name, accepted)
-    return f"\nDid you mean {' or '.join(near)}?" if near and override not in near else ""
 
 
 def hydra_message(error: Exception) -> str:

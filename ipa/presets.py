@@ -16,7 +16,7 @@ A base's folder may have presets of its own, ``presets.yaml``, which maps names 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -42,7 +42,7 @@ class BlockWeights:
     """Block → factor of λ. ``pushed`` blocks get the image in guidance's negative part, which pushes away from it."""
 
     shown: Weights
-    pushed: Weights
+    pushed: Weights = field(default_factory=dict)
 
 
 # shape of λ over the blocks: (number of the block, number of blocks, its part of the denoiser) → factor
@@ -58,31 +58,25 @@ CURVES: dict[str, Callable[[int, int, str], float]] = {
     "strong middle": lambda t, n, part: 1.0 if part == "mid" else WEAK,
 }
 
-# presets of the known denoisers, by their number of blocks: SDXL has 11, Stable Diffusion 1.x and 2.x 16
-STYLE_SD = dict.fromkeys([0, 1, 2, 3, *range(9, 16)], 1.0)
-PRESETS: dict[int, dict[str, dict[int, float]]] = {
-    11: {
-        "style": {6: 1.0},
-        "composition": {3: 1.0},
-        "strong style": dict.fromkeys([0, 1, 2, *range(4, 11)], 1.0),
-        "style and composition": {3: 1.0, 6: 1.0},
-    },
-    16: {
-        "style": STYLE_SD,
-        "composition": {4: 0.25, 5: 1.0},
-        "strong style": dict.fromkeys([0, 1, 2, 3, *range(6, 16)], 1.0),
-        "style and composition": STYLE_SD | {4: 0.25, 5: 1.0},
-    },
-}
-# the second mapping is pushed away from
-PRECISE: dict[int, dict[str, tuple[dict[int, float], dict[int, float]]]] = {
-    11: {
+# presets of the known denoisers, by their stacks in down, mid and up blocks: SDXL, and Stable Diffusion 1.x and 2.x;
+# the second mapping, if there is one, is pushed away from
+STYLE_SD, COMPOSITION_SD = dict.fromkeys([0, 1, 2, 3, *range(9, 16)], 1.0), {4: 0.25, 5: 1.0}
+PRESETS: dict[tuple[int, ...], dict[str, tuple[dict[int, float], ...]]] = {
+    (4, 1, 6): {
+        "style": ({6: 1.0},),
+        "composition": ({3: 1.0},),
+        "strong style": (dict.fromkeys([0, 1, 2, *range(4, 11)], 1.0),),
+        "style and composition": ({3: 1.0, 6: 1.0},),
         "style precise": ({6: 1.0}, {3: 1.0}),
         "composition precise": ({3: 1.0}, {t: 1.0 if t == 6 else 0.1 for t in range(11) if t != 3}),
     },
-    16: {
-        "style precise": (STYLE_SD, {4: 0.25, 5: 1.0}),
-        "composition precise": ({4: 0.25, 5: 1.0}, STYLE_SD | dict.fromkeys([6, 7, 8], 0.1)),
+    (6, 1, 9): {
+        "style": (STYLE_SD,),
+        "composition": (COMPOSITION_SD,),
+        "strong style": (dict.fromkeys([0, 1, 2, 3, *range(6, 16)], 1.0),),
+        "style and composition": (STYLE_SD | COMPOSITION_SD,),
+        "style precise": (STYLE_SD, COMPOSITION_SD),
+        "composition precise": (COMPOSITION_SD, STYLE_SD | dict.fromkeys([6, 7, 8], 0.1)),
     },
 }
 
@@ -107,9 +101,13 @@ def curves_of(blocks: Sequence[str]) -> list[str]:
     return [name for name in CURVES if is_unet or not name.startswith(("weak", "strong"))]
 
 
+def named_presets(blocks: Sequence[str]) -> Mapping[str, tuple[dict[int, float], ...]]:
+    parts = [name.partition("_")[0] for name in blocks]
+    return PRESETS.get(tuple(parts.count(part) for part in ("down", "mid", "up")), {})
+
+
 def preset_names(blocks: Sequence[str], own: Iterable[str] = ()) -> list[str]:
-    named = [*PRESETS.get(len(blocks), {}), *PRECISE.get(len(blocks), {})]
-    return list(dict.fromkeys([*own, *curves_of(blocks), *named]))
+    return list(dict.fromkeys([*own, *curves_of(blocks), *named_presets(blocks)]))
 
 
 def read_blocks(
@@ -122,20 +120,19 @@ def read_blocks(
     if own and isinstance(given, str) and given in own:
         given = own[given]
     if isinstance(given, Mapping):
-        return BlockWeights(read_mapping(given, blocks), {})
+        return BlockWeights(read_mapping(given, blocks))
     if not isinstance(given, str):
         raise UserError(f"blocks={given}: give a preset's name, or a mapping of blocks to numbers")
     if given in curves_of(blocks):
         numbered = enumerate(blocks)
-        return BlockWeights({name: CURVES[given](t, len(blocks), name.partition("_")[0]) for t, name in numbered}, {})
-    shown, pushed = PRECISE.get(len(blocks), {}).get(given, ({}, {}))
-    shown = PRESETS.get(len(blocks), {}).get(given, shown)
+        return BlockWeights({name: CURVES[given](t, len(blocks), name.partition("_")[0]) for t, name in numbered})
+    shown, *pushed = named_presets(blocks).get(given, ({},))
     if not shown:
         names = ", ".join(preset_names(blocks, own or ()))
         raise UserError(
             f"blocks={given}: this base has the presets {names}; or give a mapping of its blocks {', '.join(blocks)}"
         )
-    return BlockWeights(*({blocks[t]: factor for t, factor in each.items()} for each in (shown, pushed)))
+    return BlockWeights(*({blocks[t]: factor for t, factor in each.items()} for each in (shown, *pushed)))
 
 
 def read_mapping(given: Mapping[str, Any], blocks: Sequence[str]) -> Weights:

@@ -35,7 +35,7 @@ from ipa.errors import UserError
 from ipa.export.loading import load_model, load_onto
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
-from ipa.presets import BlockWeights, own_presets, read_blocks
+from ipa.presets import own_presets, read_blocks
 from ipa.references import (
     Item,
     Pictures,
@@ -50,6 +50,7 @@ from ipa.references import (
 )
 from ipa.sampling import SamplingOptions, latent_shape, recorded_options, run_pipeline
 from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
+from ipa.weights import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -246,16 +247,11 @@ class Prompter:
         if first.blocks is None:
             return [plain]
         weights = read_blocks(first.blocks, self.family.blocks(), own_presets(self.family.source))
-        return on_blocks(plain, weights, self.family, guided)
-
-
-def on_blocks(plain: ImageCondition, weights: BlockWeights, family: Family, guided: bool) -> list[ImageCondition]:
-    conditions = [replace(plain, hosts=hosts_of(weights.shown, family))]
-    if weights.pushed:
-        if not guided:
+        if weights.pushed and not guided:
             raise UserError("this preset pushes away from what is not wanted, which needs guidance above 1")
-        conditions.append(replace(plain, negative=None, hosts=hosts_of(weights.pushed, family), reversed=True))
-    return conditions
+        shown, pushed = (hosts_of(each, self.family) for each in (weights.shown, weights.pushed))
+        pushing = replace(plain, negative=None, hosts=pushed, reversed=True)
+        return [replace(plain, hosts=shown), *([pushing] if weights.pushed else [])]
 
 
 def hosts_of(weights: dict[str, float], family: Family) -> dict[str, float]:
@@ -268,13 +264,3 @@ def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
         each = list(group)
         for first in range(0, len(each), size):
             yield each[first : first + size]
-
-
-def choose_device(device: str | None) -> torch.device:
-    """The device given, else a GPU if there is one; raises UserError with torch's message."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
-    return chosen

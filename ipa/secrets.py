@@ -33,15 +33,10 @@ MIN_SECRET_LENGTH = 8  # shorter values of variables would match ordinary words
 HIDDEN = "…"
 
 
-def secrets_of(environment: Mapping[str, str]) -> list[str]:
-    """Values of the variables whose name says that they are secret, the longest first."""
-    found = {value for name, value in environment.items() if VARIABLE.search(name) and len(value) >= MIN_SECRET_LENGTH}
-    return sorted(found, key=len, reverse=True)
-
-
 def hide(text: str) -> str:
     """The text with ``…`` in place of the environment's secrets and of credentials in addresses."""
-    for value in secrets_of(os.environ):
+    values = [value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= MIN_SECRET_LENGTH]
+    for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     for pattern in CREDENTIALS:
         text = pattern.sub(rf"\g<1>{HIDDEN}", text)

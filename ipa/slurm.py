@@ -94,7 +94,8 @@ class SlurmLauncher(SweepLauncher):
 
 def submitit_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the names that submitit's executor takes; options that are null are left to Slurm."""
-    given: dict[str, Any] = {name: plain(value) for name, value in options.items() if value is not None}
+    given: Any = OmegaConf.to_container(OmegaConf.create(dict(options)), resolve=True)
+    given = {name: value for name, value in given.items() if value is not None}
     # submitit's own signal, USR2, would end the process at once
     others = {"signal": f"USR1@{given['signal_delay_s']}", **given["additional_parameters"]}
     given["additional_parameters"] = {name: value for name, value in others.items() if value is not False}
@@ -104,10 +105,6 @@ def submitit_options(options: Mapping[str, Any]) -> dict[str, Any]:
         "stderr_to_stdout": True,
         **{name if name in OF_ALL_EXECUTORS else f"slurm_{name}": value for name, value in given.items()},
     }
-
-
-def plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def run_command(command: list[str]) -> int:
@@ -138,17 +135,13 @@ def wait_for(jobs: Sequence[Job], submitted: Sequence[Any]) -> None:
         if time.monotonic() - asked > ASK_SLURM_S:
             known, asked = known_to_slurm([one.job_id for _, one in waiting]), time.monotonic()
         for job, one in waiting:
-            if has_result(one):
+            # submitit would ask Slurm's accounting, which some clusters lack
+            if all(one.task(task).paths.result_pickle.exists() for task in range(one.num_tasks)):
                 job.exit_code = max(result(one.task(task)) for task in range(one.num_tasks))
             elif known is not None and one.job_id not in known:
                 job.exit_code, job.log = LOST, one.paths.stdout
         waiting = [(job, one) for job, one in waiting if job.exit_code is None]
         time.sleep(POLL_S)
-
-
-def has_result(job: Any) -> bool:
-    """Whether all tasks have one; submitit would ask Slurm's accounting, which some clusters lack."""
-    return all(job.task(task).paths.result_pickle.exists() for task in range(job.num_tasks))
 
 
 def result(task: Any) -> int:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Made = TypeVar("Made")
-Watch = Callable[[str, Tensor, Tensor], None]  # gets a host's name, its text attention, and λ times the image's
+Watch = Callable[[str, Tensor, Tensor], None]  # gets a host's name, its own attention, and λ times the image's
 TextInputs = dict[str, Tensor]  # see `ipa.contracts.Family.prepare_text`
 
 

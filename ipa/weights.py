@@ -28,6 +28,22 @@ def read_dtype(name: str, option: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def choose_device(name: str | None, rank: int = 0) -> str:
+    """The device ``name``, by default a GPU if there is one; for ``cuda`` that of this ``rank``. Raises UserError."""
+    device = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device == "cuda" and torch.cuda.is_available():
+        return f"cuda:{rank % torch.cuda.device_count()}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"device={device}: torch finds {count} GPUs here ({str(error).splitlines()[0]}); give cpu, cuda, cuda:1 …, "
+            "or null for a GPU if there is one"
+        ) from error
+    return device
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

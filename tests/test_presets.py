@@ -95,3 +95,6 @@ def test_what_a_base_lacks_is_refused_with_what_it_has() -> None:
     with pytest.raises(UserError, match=r"up_block\.1 is none of"):
         read_blocks({"up_block.1": 1.0}, SD)
     assert "composition precise" in preset_names(SDXL)
+    for number in (11, 16):  # other denoisers of as many blocks
+        assert "style" not in preset_names([f"transformer_blocks.{block}" for block in range(number)])
+        assert "style" not in preset_names([f"up_blocks.{block}" for block in range(number)])

@@ -26,12 +26,12 @@ from world import compose, draw_backgrounds, read_world
 from demo.paper.plan import HELDOUT, JUDGE, STYLES, TRAIN, UNSEEN
 from ipa.data.images.transforms import cover, read_picture
 from ipa.evaluation.methods.method import Prompt
+from ipa.files import pictures_in
 from ipa.metrics.border import border_distance
 from ipa.metrics.clip import load_scorer
 from ipa.metrics.clip_scores import caption_ranks, retrieve
 from ipa.metrics.edges import edge_overlap, find_edges
-from ipa.metrics.pixels import image_keys
-from ipa.training.previews import pictures_in
+from ipa.metrics.image_metric import image_keys
 from ipa.types import to_uint8, to_unit_range
 
 SIZE_PX = 64
@@ -98,7 +98,7 @@ def read_prompts(kind: str, count: int, own: str | None = None) -> Prompts:
     learned = read_world(Path(TRAIN))
     others = [learned.captions[row] for row in one_per_concept(learned)]
     if kind == "own":
-        paths = pictures_in(own)[:count]
+        paths = pictures_in(own, "own")[:count]
         pixels = to_unit_range(torch.stack([cover(read_picture(path, "own"), (SIZE_PX, SIZE_PX)) for path in paths]))
         return Prompts(pixels, [path.name for path in paths], [], [], (others * len(paths))[: len(paths)])
     if kind == "unseen":

@@ -28,7 +28,7 @@ from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.references import References
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
-from ipa.data.order.streams import AuditStream, TrainStream, ValStream
+from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.pairs.options import Pairs
 from ipa.data.pairs.partners import open_partners
 from ipa.data.records import Preparation
@@ -110,18 +110,6 @@ class StreamDataModule(LightningDataModule):
         self.rejects: Counter[str] = Counter()
         self.reject_examples: Examples = {}
 
-    @property
-    def image_size_px(self) -> int:
-        return self.images.image_size_px
-
-    @property
-    def reference_size_px(self) -> int:
-        return self.images.reference_size_px
-
-    @property
-    def reference_fit(self) -> str:
-        return self.images.reference_fit
-
     def fit_to(self, *, image_size_px: int, reference_size_px: int, latent_shape: Sequence[int]) -> None:
         """Take the sizes that the loaded models need; before the first loader is made."""
         channels, height, width = latent_shape
@@ -155,11 +143,6 @@ class StreamDataModule(LightningDataModule):
             return []
         preparation, share = self.val_preparation(), share or self.share()
         stream = ValStream(self.val_order, preparation, self.val_batch_size, share, self.val_limit)
-        return DataLoader(stream, **self.loader_options())
-
-    def audit_dataloader(self) -> DataLoader[Batch]:
-        """One pass over the training sources: every good sample once, see ``AuditStream``."""
-        stream = AuditStream(self.train_order, self.train_preparation(), self.batch_size, self.share())
         return DataLoader(stream, **self.loader_options())
 
     def share(self) -> Share:

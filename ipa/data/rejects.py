@@ -86,12 +86,8 @@ def in_detail(examples: Sequence[Example]) -> str:
     return "; ".join(f"{found} ({detail})" if found and detail else found or detail for found, detail in parts)
 
 
-def describe(rejects: Sequence[Rejected]) -> list[str]:
-    return describe_rejects(count_reasons(rejects), examples_of(rejects))
-
-
 def in_words(rejects: Sequence[Rejected]) -> str:
-    return "; ".join(describe(rejects))
+    return "; ".join(describe_rejects(count_reasons(rejects), examples_of(rejects)))
 
 
 class NoGoodSamples(UserError):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ipa.encoders.image_encoder import PENULTIMATE, ImageEncoder, Uses, square_edge
 from ipa.errors import MissingWeights, UserError, brief
+from ipa.files import is_hub_id
 from ipa.weights import read_dtype
 
 CLIP = "clip_vision_model"
@@ -147,13 +148,13 @@ def locate(path: str, subfolder: str | None = None, option: str = "encoder.path"
     source = "/".join(part.rstrip("/") for part in (path, subfolder) if part)
     if Path(source).is_dir():
         return Folder(source, source, "", option)
-    if "/" not in source or source.startswith((".", "/", "~")):
+    owner, name, *rest = [*source.split("/"), ""]
+    if not is_hub_id(f"{owner}/{name}"):
         raise MissingWeights(
             f"{option}={source}: no such folder. Give a folder in transformers' layout, or a hub id owner/name, "
             "followed by the subfolder if there is one"
         )
-    owner, name, *rest = source.split("/")
-    return Folder(source, f"{owner}/{name}", "/".join(rest), option)
+    return Folder(source, f"{owner}/{name}", "/".join(rest).rstrip("/"), option)
 
 
 def read_config(folder: Folder) -> Any:

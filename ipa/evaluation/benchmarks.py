@@ -1,11 +1,18 @@
-"""Where items come from: shards, a folder of images, or COCO."""
+"""Items, each an image prompt with captions, and the plan of images to make from each.
+
+Items come from *benchmarks*: ``ShardBenchmark`` (the demo world, or any shards), ``FolderBenchmark``, ``CocoBenchmark``
+(the paper's: 5,000 images of COCO val2017). A benchmark has a ``name``, ``settings`` that say how its items were chosen
+(their ``fingerprint`` changes with any item), the ``items()`` in a fixed order, and ``read(item)``: the whole image,
+upright, RGB, uint8 image_3HW. All of them raise UserError.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,10 +25,18 @@ from ipa.data.rejects import Rejected
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.errors import UserError
-from ipa.evaluation.items import Item
-from ipa.files import PICTURE_EXTENSIONS, is_picture, read_json, read_text
+from ipa.files import pictures_in, read_json, read_text
 
 MAX_PIXELS = 100_000_000
+PROMPTS = ("empty", "caption")
+
+
+@dataclass(frozen=True)
+class Item:
+    """The id of an image prompt, and its captions; the first one is used as text."""
+
+    id: str
+    captions: tuple[str, ...]
 
 
 class ShardBenchmark:
@@ -73,7 +88,9 @@ class FileBenchmark:
 
     @property
     def settings(self) -> dict[str, Any]:
-        fingerprint = fingerprint_of([path for path, _ in self.entries.values()])
+        paths = [path for path, _ in self.entries.values()]
+        # differs for a resized copy of the same images
+        fingerprint = f"{digest(*(part for path in paths for part in (path.stem, path.stat().st_size))):016x}"
         return {"kind": self.kind, "folder": str(self.folder), "limit": self.limit, "fingerprint": fingerprint}
 
     def items(self) -> Sequence[Item]:
@@ -91,16 +108,13 @@ class FolderBenchmark(FileBenchmark):
     @cached_property
     def entries(self) -> dict[str, tuple[Path, tuple[str, ...]]]:  # type: ignore[override]
         """Raises UserError for no images, two with the same name, or captions that are not UTF-8."""
-        if not self.folder.is_dir():
-            raise UserError(f"{self.option}={self.folder}: no such folder")
-        found = sorted(path for path in self.folder.iterdir() if is_picture(path.name))[: self.limit]
-        if not found:
-            raise UserError(f"{self.option}={self.folder}: no images ({', '.join(PICTURE_EXTENSIONS)})")
+        found = pictures_in(self.folder, self.option)[: self.limit]
         if len({path.stem for path in found}) < len(found):
             raise UserError(f"{self.option}={self.folder}: some images differ only in their extension")
         return {path.stem: (path, self.captions_of(path)) for path in found}
 
-    def captions_of(self, path: Path) -> tuple[str, ...]:
+    @staticmethod
+    def captions_of(path: Path) -> tuple[str, ...]:
         file = path.with_suffix(".txt")
         lines = read_text(file).splitlines() if file.is_file() else []
         return tuple(line.strip() for line in lines if line.strip())
@@ -144,6 +158,41 @@ class CocoBenchmark(FileBenchmark):
         return entries
 
 
-def fingerprint_of(files: Sequence[Path]) -> str:
-    """A hash of names and file sizes: it differs for a resized copy of the same images."""
-    return f"{digest(*(part for path in files for part in (path.stem, path.stat().st_size))):016x}"
+Benchmark = ShardBenchmark | FileBenchmark
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make, the ``number``-th of an item."""
+
+    item: Item
+    number: int
+    seed: int
+    text: str
+
+    @property
+    def file(self) -> str:
+        return f"pictures/{self.item.id}_{self.number}.png"
+
+
+def plan(items: Sequence[Item], num_seeds: int, seed: int, prompt: str) -> list[Task]:
+    """All images in order. An image's seed only depends on ``seed``, its item's id and its number.
+
+    ``prompt`` is one of ``PROMPTS``: the text is empty, or the item's first caption. Raises UserError.
+    """
+    assert prompt in PROMPTS and num_seeds >= 1, f"prompt={prompt} num_seeds={num_seeds}"
+    if strange := [item.id for item in items if not names_a_file(item.id)]:
+        raise UserError(f"{len(strange)} items have ids that cannot name files ({strange[0]!r} …)")
+    captioned = prompt == "caption"
+    if captioned and (without := [item.id for item in items if not item.captions]):
+        raise UserError(f"prompt=caption, but {len(without)} items have no caption ({without[0]} …): give prompt=empty")
+    return [
+        Task(item, number, digest("evaluation", seed, item.id, number) % 2**31, item.captions[0] if captioned else "")
+        for item in items
+        for number in range(num_seeds)
+    ]
+
+
+def names_a_file(name: str) -> bool:
+    """Whether ``name`` with an extension is a file inside a folder: a tar archive can give its samples any name."""
+    return bool(name) and "\0" not in name and not {"/", "..", "."} & set(PurePosixPath(name).parts)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ipa.data.images.transforms import to_tensor
 from ipa.errors import UserError
-from ipa.evaluation.items import Benchmark, Item, Task
+from ipa.evaluation.benchmarks import Benchmark, Item, Task
 from ipa.evaluation.methods.method import Method, Prompt
 from ipa.files import read_json, write_atomically, write_json
 from ipa.sampling import SamplingOptions
@@ -117,7 +117,8 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         )
     if before.get("status") != COMPLETE or not all((folder / each["file"]).is_file() for each in settings["pictures"]):
         spent = {"seconds": before["seconds"]} if "seconds" in before else {}
-        write_json(path, {**settings, "status": UNFINISHED, "versions": versions(), **spent})
+        versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+        write_json(path, {**settings, "status": UNFINISHED, "versions": versions, **spent})
 
 
 def refuse_mix(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -144,10 +145,6 @@ def check_made(folder: Path, benchmark: Benchmark, tasks: Sequence[Task]) -> Non
             f"generate=false, but {len(missing)} of {len(tasks)} images are not in {folder} ({missing[0]} …): give "
             "generate=true, or remove the folder"
         )
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def batches(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
@@ -217,7 +214,9 @@ def finish(folder: Path, tasks: Sequence[Task], seconds: float, device: str) -> 
     content = read_json(path)
     if content["status"] != COMPLETE:
         seconds += content.get("seconds", 0.0)
-        write_json(path, {**content, "status": COMPLETE, "device": device, "seconds": round(seconds, 1)})
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+        done = {"status": COMPLETE, "device": name or platform.machine(), "seconds": round(seconds, 1)}
+        write_json(path, {**content, **done})
         for temporary in folder.rglob(".*.tmp"):  # left by killed processes
             temporary.unlink(missing_ok=True)
     return True
@@ -258,9 +257,3 @@ def read_png(path: Path) -> Tensor:
     """uint8 picture_3HW."""
     with Image.open(path) as picture:
         return to_tensor(picture.convert("RGB"))
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()

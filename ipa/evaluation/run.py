@@ -10,30 +10,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ipa.errors import MissingWeights, UserError
+from ipa.evaluation.benchmarks import PROMPTS, Benchmark, plan
 from ipa.evaluation.generation import (
     begin,
     check_made,
-    device_name,
     finish,
     generate,
     manifest,
     skip,
     write_items,
 )
-from ipa.evaluation.hub import goes_offline
-from ipa.evaluation.items import PROMPTS, Benchmark, plan
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
-from ipa.files import hash_file
+from ipa.files import hash_file, is_hub_id
 from ipa.overrides import as_typed
 from ipa.sampling import SamplingOptions
+from ipa.weights import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +43,7 @@ NOT_IN_LABEL = {
 RESERVED_LABELS = ("references", "jobs", "wandb")  # other folders next to the systems'
 MAX_LABEL_BYTES = 200  # file systems allow 255
 MAX_PROMPTS_IN_MEMORY = 32
+HUB_TIMEOUT_S = 5.0
 ADAPTER = "adapter.safetensors"  # in a run's folder
 
 
@@ -56,7 +55,7 @@ def evaluate(cfg: DictConfig) -> None:
     if cfg.adapter is not None and (file := Path(cfg.adapter) / ADAPTER).is_file():
         cfg.adapter = str(file)  # of a run's folder
     label, out = cfg.label or label_of(cfg), Path(cfg.out)
-    if problems := [*problems_in(cfg), *problems_in_label(label)]:
+    if problems := list(problems_in(cfg, str(label))):
         raise UserError("\n".join(problems))
     sampling: SamplingOptions = make(cfg.sampling)
     method_class(cfg.method).check(sampling)
@@ -77,7 +76,7 @@ def evaluate(cfg: DictConfig) -> None:
         begin(folder, manifest(label, benchmark, method, sampling, tasks, **settings_of(cfg)))
         started = time.perf_counter()
         generate(folder, method.to(device), tasks, read, sampling, rank, world)
-        is_last = finish(folder, tasks, time.perf_counter() - started, device_name(device))
+        is_last = finish(folder, tasks, time.perf_counter() - started, device)
     else:
         check_made(folder, benchmark, tasks)
         is_last = rank == 0
@@ -89,13 +88,42 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def ask_hub(cfg: DictConfig) -> None:
-    """Without the hub, say before the first image which metrics will be missing."""
+    """Without the hub, say before the first image which metrics will be missing.
+
+    It is asked once: without a network its libraries retry every file for half a minute.
+    """
     parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("metrics", "method")}
     for name in cfg.metrics if goes_offline(parts) else ():
         try:
             make(cfg.metrics[name])
         except MissingWeights as error:
             log.warning("%s will be missing: %s", name, error)
+
+
+def goes_offline(parts: Mapping[str, Any]) -> bool:
+    """Whether parts that may come from the hub have to do without it: then only its cache is read in this process.
+
+    The hub is not asked if the configurations in ``parts`` name files and folders of this machine alone.
+    """
+    from huggingface_hub import constants, get_session
+
+    if not may_be_on_hub(parts):
+        return False
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+        except Exception as error:  # the session's library decides on the class
+            log.warning("%s does not answer (%s): only what is on this machine is used", constants.ENDPOINT, error)
+            constants.HF_HUB_OFFLINE = True
+    return constants.HF_HUB_OFFLINE
+
+
+def may_be_on_hub(node: Any, name: str = "") -> bool:
+    """Whether a configuration holds owner/name, or a tag of open_clip's weights, that is no path here."""
+    if isinstance(node, Mapping):
+        return any(may_be_on_hub(child, key) for key, child in node.items())
+    is_remote = isinstance(node, str) and not Path(node).exists()
+    return is_remote and (name == "pretrained" or is_hub_id("/".join(node.split("/")[:2])))
 
 
 def load_or_skip(method: DictConfig, folder: Path, label: str) -> Method | None:
@@ -121,8 +149,8 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def problems_in(cfg: DictConfig) -> Iterator[str]:
-    """What ``ipa.ranges`` does not know, before anything is loaded."""
+def problems_in(cfg: DictConfig, label: str) -> Iterator[str]:
+    """What ``ipa.ranges`` does not know, before anything is loaded; a label is the name of one folder."""
     if (cfg.sampling.image_size_px or 0) % 8:
         yield f"sampling.image_size_px={cfg.sampling.image_size_px}: a multiple of 8, the pixels of a latent"
     if cfg.prompt not in PROMPTS:
@@ -130,27 +158,10 @@ def problems_in(cfg: DictConfig) -> Iterator[str]:
     if cfg.adapter is not None and not Path(cfg.adapter).is_file():
         yield f"adapter={cfg.adapter}: no such file; a run's is RUN/adapter.safetensors, others are in demo/adapters/"
 
-
-def problems_in_label(label: Any) -> Iterator[str]:
-    """A label is the name of one folder."""
-    name = str(label)
-    if name in RESERVED_LABELS or name.startswith(".") or {"/", "\\"} & set(name):
-        yield f"label={name}: give the name of a folder, without slashes, other than {', '.join(RESERVED_LABELS)}"
-    elif len(name.encode()) > MAX_LABEL_BYTES:
-        yield f"label={name} is too long for a folder's name: give label=SHORTER"
-
-
-def choose_device(name: str | None, rank: int) -> str:
-    """The GPU of this process where ``name`` is cuda; raises UserError for a device that torch does not find here."""
-    device = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device={device}: give cpu, cuda, cuda:1 …, or null for a GPU if there is one") from error
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise UserError(f"device={device}: torch finds {count} GPUs here; device=null uses one if there is one")
-    return f"cuda:{rank % count}" if device == "cuda" else device
+    if label in RESERVED_LABELS or label.startswith(".") or {"/", "\\"} & set(label):
+        yield f"label={label}: give the name of a folder, without slashes, other than {', '.join(RESERVED_LABELS)}"
+    elif len(label.encode()) > MAX_LABEL_BYTES:
+        yield f"label={label} is too long for a folder's name: give label=SHORTER"
 
 
 def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -196,15 +207,12 @@ def label_of(cfg: DictConfig) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if key == "adapter":
             if cfg.method.get("adapter") == cfg.adapter:  # other systems do not read it
-                adapters.append(name_of_adapter(Path(cfg.adapter)))
+                path = Path(cfg.adapter)
+                folders = "-".join(path.parts[-3:-1])  # tell runs apart, which all have an adapter.safetensors
+                adapters.append(folders if folders and path.stem == "adapter" else path.stem)
         elif key.partition(".")[0].partition("@")[0] not in NOT_IN_LABEL or key.startswith("method."):
             others.append(f"{key.rpartition('.')[2]}{value}")
     return "-".join([hydra.runtime.choices.method, *adapters, *others]).replace("/", "_")
-
-
-def name_of_adapter(path: Path) -> str:
-    """The file's name; for a run's adapter.safetensors, which all runs have, the names of its folders."""
-    return "-".join(path.parts[-3:-1]) or path.stem if path.stem == "adapter" else path.stem
 
 
 def describe(label: str, scores: dict[str, Any]) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from ipa.errors import MissingWeights, UserError
+from ipa.evaluation.benchmarks import Task
 from ipa.evaluation.generation import Read, pictures_hash, read_pictures
-from ipa.evaluation.items import Task
 from ipa.files import read_json, write_json
 from ipa.metrics.bootstrap import confidence_interval
 from ipa.metrics.image_metric import ItemMetric
@@ -84,7 +83,6 @@ def forget(scores: dict[str, Any], name: str) -> None:
 
 def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Read, name: str) -> Any:
     """The metric, updated with all images, and with the captions if every item has one."""
-    number = 0
     captioned = all(task.item.captions for task in tasks)
     for batch, pictures_B3HW in tqdm(
         read_pictures(folder, tasks, BATCH), total=math.ceil(len(tasks) / BATCH), desc=f"{folder.name}: {name}"
@@ -94,9 +92,7 @@ def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Read, name:
             to_unit_range(pictures_B3HW),
             [prompts[task.item] for task in batch],
             [list(task.item.captions) for task in batch] if captioned else None,
-            torch.arange(number, number + len(batch)),
         )
-        number += len(batch)
     return metric
 
 

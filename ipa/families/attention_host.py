@@ -38,11 +38,16 @@ class BranchProcessor:
         """The branches with the prompts that they see now."""
         return [(branch, prompt) for branch, channel in self.branches for prompt in channel.at(self.host)]
 
-    def masked(self, prompt: ImagePrompt, added_BQC: Tensor) -> Tensor:
-        """What a branch adds, limited to the prompt's mask if it has one."""
-        if prompt.mask_BHW is None:
-            return added_BQC
-        return added_BQC * mask_of(prompt, *added_BQC.shape[:2]).to(added_BQC)
+    def added(self, prompt: ImagePrompt, own_BQC: Tensor, image_BQC: Tensor) -> Tensor:
+        """What a branch adds: ``image``, limited to the prompt's mask if it has one.
+
+        ``own`` is the layer's attention without the branch, which the prompt's ``watch`` compares it with.
+        """
+        if prompt.mask_BHW is not None:
+            image_BQC = image_BQC * mask_of(prompt, *image_BQC.shape[:2]).to(image_BQC)
+        if prompt.watch is not None:
+            prompt.watch(self.host, own_BQC, image_BQC)
+        return image_BQC
 
 
 class AttentionHost(ABC):

@@ -108,10 +108,8 @@ class CrossAttentionProcessor(BranchProcessor):
         attended = text = attend_to_text(attn, query_BMQd, encoder_hidden_states, attention_mask)
         for branch, prompt in prompts:
             scale, how = prompt.scale_at(self.host), {"scaling": prompt.scaling, "present_BT": prompt.present_BT}
-            image = self.masked(prompt, branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once, **how))
-            attended = attended + image
-            if prompt.watch is not None:
-                prompt.watch(self.host, text, image)
+            image = branch(query_BMQd, prompt.tokens_BTD, temb, scale, prompt.once, **how)
+            attended = attended + self.added(prompt, text, image)
         out = attn.to_out[1](attn.to_out[0](attended))
         if attn.residual_connection:
             out = out + hidden_states

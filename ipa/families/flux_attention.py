@@ -92,15 +92,16 @@ class FluxProcessor(BranchProcessor):
         self, attn: FluxAttention, query_BNMd: Tensor, rotated_BNMd: Tensor, attended_BNC: Tensor, text_length: int
     ) -> Any:
         """The layer's outputs; ``rotated`` are the queries after the rotary embedding, text first."""
-        return *project_out(attn, attended_BNC, text_length), self.added(query_BNMd[:, text_length:])
+        image_BQC, text_BLC = project_out(attn, attended_BNC, text_length)
+        return image_BQC, text_BLC, self.sum_added(image_BQC, query_BNMd[:, text_length:])
 
-    def added(self, query_BQMd: Tensor) -> Tensor:
+    def sum_added(self, own_BQC: Tensor, query_BQMd: Tensor) -> Tensor:
         """Σ λ r over the prompts, B × Q × (M d)."""
         query_BMQd = query_BQMd.transpose(1, 2)
-        results = [
-            self.masked(prompt, branch(query_BMQd, prompt.tokens_BTD, None, prompt.scale_at(self.host), prompt.once))
-            for branch, prompt in self.acting()
-        ]
+        results = []
+        for branch, prompt in self.acting():
+            image_BQC = branch(query_BMQd, prompt.tokens_BTD, None, prompt.scale_at(self.host), prompt.once)
+            results.append(self.added(prompt, own_BQC, image_BQC))
         return sum(results[1:], start=results[0])
 
 
@@ -113,9 +114,9 @@ class InstantXProcessor(FluxProcessor):
         if attn.added_kv_proj_dim is None:  # single stream: its output projection belongs to the block
             if any(prompt.mask_BHW is not None for _, prompt in self.acting()):
                 raise UserError("mask: single-stream blocks (base.hosts=all) treat text and image alike; omit the mask")
-            return attended_BNC + self.added(rotated_BNMd)
+            return attended_BNC + self.sum_added(attended_BNC, rotated_BNMd)
         text_BLC, image_BQC = attended_BNC[:, :text_length], attended_BNC[:, text_length:]
-        image_BQC = image_BQC + self.added(query_BNMd[:, text_length:])
+        image_BQC = image_BQC + self.sum_added(image_BQC, query_BNMd[:, text_length:])
         return project_out(attn, torch.cat([text_BLC, image_BQC], dim=1), text_length)
 
 

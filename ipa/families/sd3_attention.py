@@ -108,10 +108,11 @@ class SD3Processor(BranchProcessor):
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
         image, length = project(attn, hidden_states), hidden_states.shape[1]
         attended_BNC = attend(attn, image, encoder_hidden_states)
-        image_BQC, text_BLC = attended_BNC[:, :length], attended_BNC[:, length:]
+        own_BQC, text_BLC = attended_BNC[:, :length], attended_BNC[:, length:]
+        image_BQC = own_BQC
         for branch, prompt in prompts:
             added_BQC = branch(image, prompt.tokens_BTD, None, prompt.scale_at(self.host), prompt.once)
-            image_BQC = image_BQC + self.masked(prompt, added_BQC)
+            image_BQC = image_BQC + self.added(prompt, own_BQC, added_BQC)
         out: Any = attn.to_out[1](attn.to_out[0](image_BQC))
         if encoder_hidden_states is None:
             return out

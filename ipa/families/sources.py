@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from ipa.errors import MissingWeights, UserError, brief
+from ipa.files import is_hub_id
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # stable_diffusion: diffusers' safety checker
 
@@ -63,7 +64,7 @@ def read_header(path: str, key: str = "base.path") -> Shapes:
 
 
 def check_pipeline_folder(path: str, key: str = "base.path") -> None:
-    """Refuse a local path that is no pipeline folder; anything of the form ``owner/name`` may be a hub id."""
+    """Refuse a local path that is no pipeline folder; ``owner/name`` may be a hub id unless ``owner`` is a folder."""
     folder = Path(path)
     if (folder / "model_index.json").is_file():
         return
@@ -76,7 +77,7 @@ def check_pipeline_folder(path: str, key: str = "base.path") -> None:
             f"{key}={path} has no model_index.json: it is not a diffusers pipeline folder. "
             "Give the folder that `pipeline.save_pretrained` wrote."
         )
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise MissingWeights(
             f"{key}={path}: no such folder. Give a diffusers pipeline folder or a hub id owner/name, or for base.path "
             "a .safetensors file."

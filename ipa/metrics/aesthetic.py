@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ipa.errors import UserError
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.image_metric import ItemMetric
+from ipa.metrics.image_metric import Images, ItemMetric
 from ipa.metrics.networks import find_file
-from ipa.metrics.pixels import Images
 
 
 class AestheticScore(ItemMetric):

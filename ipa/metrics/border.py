@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipa.metrics.image_metric import ItemMetric
-from ipa.metrics.pixels import Images, on_each_size
+from ipa.metrics.image_metric import Images, ItemMetric, on_each_size
 
 # linear sRGB → CIE XYZ (IEC 61966-2-1); the rows add up to the white point D65
 RGB_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))

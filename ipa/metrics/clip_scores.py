@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.image_metric import ItemMetric, first_of_each
-from ipa.metrics.pixels import Images, image_keys
+from ipa.metrics.image_metric import Images, ItemMetric, first_of_each, image_keys
 
 CAPTIONS = ("first", "mean", "all")
 # states that retrieval compares over all images

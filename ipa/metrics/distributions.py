@@ -20,9 +20,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ipa.errors import UserError
-from ipa.metrics.image_metric import ImageMetric, first_of_each
+from ipa.metrics.image_metric import ImageMetric, Images, first_of_each, image_keys
 from ipa.metrics.networks import ImageNetwork
-from ipa.metrics.pixels import Images, image_keys
 
 ROWS = ("generated_BE", "references_BE", "reference_keys_B")
 
@@ -67,10 +66,7 @@ class FrechetDistance(DistributionMetric):
 
 
 class KernelDistance(DistributionMetric):
-    """KID under ``name``, over ``subsets`` of at most ``subset_size`` images, drawn with ``seed``.
-
-    With numbered images the subsets do not depend on the number of processes.
-    """
+    """KID under ``name``, over ``subsets`` of at most ``subset_size`` images, drawn with ``seed``."""
 
     def __init__(
         self,

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipa.metrics.image_metric import ItemMetric
-from ipa.metrics.pixels import Images, on_each_size
+from ipa.metrics.image_metric import Images, ItemMetric, on_each_size
 
 SIZE_PX = 64
 THRESHOLD = 0.1

@@ -1,6 +1,6 @@
-"""What all scores of generated images share: one ``update``, and the same result on any number of processes.
+"""What all scores of generated images share.
 
-    metric.update(generated, references, captions, index_B)     # per batch, in every process
+    metric.update(generated, references, captions)              # per batch
     metric.compute()                                            # {"clip_i": 0.83}
     metric.per_item()                                           # {"clip_i": value_B}, for intervals and tables
 
@@ -10,18 +10,22 @@ has no values of single images. Networks run on the device that the metric is mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from ipa.distributed import gather
 from ipa.errors import UserError
-from ipa.metrics.pixels import Images
+from ipa.types import to_uint8
+
+# pixels in [-1, 1]: B3HW, or 3HW each of its own size
+Images = Tensor | Sequence[Tensor]
 
 
 class ImageMetric(Metric):
@@ -33,14 +37,13 @@ class ImageMetric(Metric):
     full_state_update = False
 
     network: Any  # an ImageNetwork, None for metrics without one
-    index_B: list[Tensor]
 
     def __init__(self, states: Sequence[str], higher: dict[str, bool], network: Any = None, **kwargs: Any) -> None:
-        super().__init__(**{"dist_sync_fn": gather_rows, **kwargs})
+        super().__init__(**kwargs)
         self.higher = higher
         # outside the module tree: the network is shared, and not saved or reset with the metric
         object.__setattr__(self, "network", network)
-        for name in (*states, "index_B"):
+        for name in states:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -54,19 +57,13 @@ class ImageMetric(Metric):
         generated: Images,
         references: Images,
         captions: list[list[str]] | None = None,
-        index_B: Tensor | None = None,
     ) -> None:
-        """Add images, their image prompts, and each prompt's captions; pixels in [-1, 1], on any device.
-
-        ``index_B`` are the images' numbers in the benchmark. Values are reported in this order, and a repeated number
-        (a sampler padding the last batch) counts once. Without it the order is that of the updates, by process.
-        """
-        parts = {"generated": generated, "references": references, "captions": captions, "index_B": index_B}
+        """Add images, their image prompts, and each prompt's captions; pixels in [-1, 1], on any device."""
+        parts = {"generated": generated, "references": references, "captions": captions}
         lengths = {name: len(part) for name, part in parts.items() if part is not None}
         if len(set(lengths.values())) > 1:
             raise UserError(f"expected equally many of all, got {lengths}")
-        rows = self.measure(generated, references, captions)
-        for name, values in {**rows, **({} if index_B is None else {"index_B": index_B})}.items():
+        for name, values in self.measure(generated, references, captions).items():
             getattr(self, name).append(values.detach().cpu())
 
     def measure(self, generated: Images, references: Images, captions: list[list[str]] | None) -> dict[str, Tensor]:
@@ -74,19 +71,15 @@ class ImageMetric(Metric):
         raise NotImplementedError
 
     def rows(self) -> dict[str, Tensor]:
-        """All rows in the order of the numbers, each number once."""
+        """All rows, in the order of the updates."""
         states = {name: getattr(self, name) for name in self._defaults}
         found = {name: dim_zero_cat(state) for name, state in states.items() if len(state) > 0}
-        found = {name: rows for name, rows in found.items() if len(rows) > 0}
         lengths = {name: len(rows) for name, rows in found.items()}
         if not found:
             raise UserError(f"{type(self).__name__} has no images")
         if len(set(lengths.values())) > 1:
-            raise UserError(f"give captions and index_B with every update or with none: {lengths}")
-        if "index_B" not in found:
-            return found
-        order = first_of_each(found.pop("index_B"))
-        return {name: rows[order] for name, rows in found.items()}
+            raise UserError(f"give captions with every update or with none: {lengths}")
+        return found
 
 
 class ItemMetric(ImageMetric):
@@ -97,13 +90,37 @@ class ItemMetric(ImageMetric):
         return rows
 
     def per_item(self) -> dict[str, Tensor]:
-        """Name → value_B, over all processes; all of them must call it."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            return self.values(self.rows())
+        """Name → value_B."""
+        return self.values(self.rows())
 
     def compute(self) -> dict[str, Tensor]:
         """Name → mean over the images."""
         return {name: values.double().mean().float() for name, values in self.values(self.rows()).items()}
+
+
+class ImageSimilarity(ItemMetric):
+    """Cosine of the network's unit-length features of image and prompt, reported as ``name``.
+
+    Many systems condition on the CLIP that CLIP-I uses; a network that none of them reads is an independent check.
+    """
+
+    def __init__(self, network: Any, name: str, higher: bool = True, **kwargs: Any) -> None:
+        super().__init__([name], {name: higher}, network, **kwargs)
+        self.name = name
+
+    def measure(self, generated: Images, references: Images, captions: list[list[str]] | None) -> dict[str, Tensor]:
+        generated_BE, references_BE = (self.network.embed_images(images) for images in (generated, references))
+        return {self.name: (generated_BE * references_BE).sum(1)}
+
+
+class ImageDistance(ImageSimilarity):
+    """One minus the cosine, as DreamSim is reported; lower is better."""
+
+    def __init__(self, network: Any, name: str, **kwargs: Any) -> None:
+        super().__init__(network, name, higher=False, **kwargs)
+
+    def values(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self.name: 1 - rows[self.name]}
 
 
 def first_of_each(keys_B: Tensor) -> Tensor:
@@ -111,6 +128,31 @@ def first_of_each(keys_B: Tensor) -> Tensor:
     return torch.from_numpy(np.unique(keys_B.numpy(), return_index=True)[1])
 
 
-def gather_rows(rows: Tensor, group: Any = None) -> list[Tensor]:
-    """Every rank's rows, of any number; torchmetrics' own gathering hangs or fails if a rank has none."""
-    return [part for part in gather(rows, group) if len(part) > 0] or [rows]
+def on_each_size(function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+    """Apply ``function`` to pixels_B3HW: to a tensor at once, to a list image by image."""
+    if isinstance(images, Tensor):
+        return function(images)
+    return torch.cat([function(image_3HW[None]) for image_3HW in images])
+
+
+def fit_square(pixels_B3HW: Tensor, size_px: int, crop_px: int | None = None) -> Tensor:
+    """Resize the shortest side to ``size_px`` (bicubic, antialias), then crop the centre to ``crop_px``, if given."""
+    crop_px = crop_px or size_px
+    height, width = pixels_B3HW.shape[-2:]
+    factor = size_px / min(height, width)
+    sides = (max(size_px, round(height * factor)), max(size_px, round(width * factor)))
+    if sides != (height, width):
+        pixels_B3HW = F.interpolate(pixels_B3HW, sides, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (sides[0] - crop_px) // 2, (sides[1] - crop_px) // 2
+    return pixels_B3HW if sides == (crop_px, crop_px) else pixels_B3HW[..., top : top + crop_px, left : left + crop_px]
+
+
+def image_keys(images: Images) -> Tensor:
+    """Hash of each image's pixels in 256 levels: key_B (int64)."""
+
+    def key(image_3HW: Tensor) -> int:
+        levels = to_uint8(image_3HW).cpu().contiguous()
+        salt = str(tuple(levels.shape[1:])).encode()[:16]
+        return int.from_bytes(hashlib.blake2b(levels.numpy().tobytes(), digest_size=8, salt=salt).digest(), signed=True)
+
+    return torch.tensor([key(image_3HW) for image_3HW in images])

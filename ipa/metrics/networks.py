@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ipa.encoders.vision_model import load_network, locate, read_config
 from ipa.errors import MissingWeights, UserError, brief
-from ipa.metrics.pixels import Images, fit_square, on_each_size
+from ipa.metrics.image_metric import Images, fit_square, on_each_size
 from ipa.types import to_uint8
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -115,7 +115,8 @@ class InceptionNetwork(ImageNetwork):
             ) from error
         file = download(fidelity.URL_INCEPTION_V3, cls.FILE) if path is None else Path(path)
         if not file.is_file():
-            raise MissingWeights(f"Inception path={path}: no such file; {where_to_get(fidelity.URL_INCEPTION_V3)}")
+            url = fidelity.URL_INCEPTION_V3
+            raise MissingWeights(f"Inception path={path}: no such file; download {url} and give the file as path")
         torch.load(file, map_location="cpu", weights_only=True)  # the package would unpickle anything
         return cls(fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file)))
 
@@ -188,7 +189,7 @@ def download(url: str, name: str) -> Path:
             torch.hub.download_url_to_file(url, str(file), progress=False)
         except OSError as error:  # including urllib's
             raise MissingWeights(
-                f"{name}: {brief(error)}. {where_to_get(url)}, or put it into {file.parent}"
+                f"{name}: {brief(error)}. Download {url} and give the file as path, or put it into {file.parent}"
             ) from error
     return file
 
@@ -211,7 +212,3 @@ def find_file(path: str, key: str) -> Path:
             f"({brief(error).strip('.')}). Download https://huggingface.co/{repository}/resolve/main/{name} and give "
             f"{key}=FILE"
         ) from error
-
-
-def where_to_get(url: str) -> str:
-    return f"download {url} and give the file as path"

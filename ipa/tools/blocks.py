@@ -20,6 +20,7 @@ from typing import Any
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError
+from ipa.files import pictures_in, write_atomically
 from ipa.presets import own_presets, preset_names, read_blocks
 from ipa.tools.options import option, run_tool
 
@@ -71,11 +72,10 @@ def measure(options: Any) -> Path | None:
     from ipa.evaluation.blocks import as_table, selections, sweep
     from ipa.prompter import Prompter
     from ipa.references import open_image
-    from ipa.tools.sample import pictures_in
 
-    if options.adapter is None or not Path(options.images).is_dir():
+    if options.adapter is None:
         raise UserError("please give adapter=… and images=FOLDER")
-    pictures = [open_image(path, "images") for path in pictures_in(Path(options.images), "images")[: options.limit]]
+    pictures = [open_image(path, "images") for path in pictures_in(options.images, "images")[: options.limit]]
     quiet_libraries()
     prompter = Prompter.load(options.adapter, base=options.base)
     measures = measures_of(options.judge, options.judge_weights)
@@ -83,7 +83,12 @@ def measure(options: Any) -> Path | None:
     texts = list(islice(cycle(options.text), len(pictures)))
     rows = sweep(prompter, pictures, texts, measures, chosen, options.scale)
     found = dict(tqdm(rows, total=len(chosen), desc="blocks"))
-    return write(as_table(found, measures), options.out)
+    table = as_table(found, measures)
+    print(table)
+    if options.out is None:
+        return None
+    write_atomically(Path(options.out), lambda path: path.write_text(table + "\n"))
+    return Path(options.out)
 
 
 def measures_of(judge: str, weights: str | None) -> Sequence[Any]:
@@ -103,16 +108,6 @@ def measures_of(judge: str, weights: str | None) -> Sequence[Any]:
         Measure("edges of the base's image", EdgeOverlap, "edges", against_base=True),
         Measure("CLIP-I to the base's image", lambda: ClipCosines(scorer), "clip_i", against_base=True),
     ]
-
-
-def write(table: str, out: str | None) -> Path | None:
-    from ipa.files import write_atomically
-
-    print(table)
-    if out is None:
-        return None
-    write_atomically(Path(out), lambda path: path.write_text(table + "\n"))
-    return Path(out)
 
 
 def main() -> None:

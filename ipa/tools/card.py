@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader
 from omegaconf import MISSING
 
 from ipa.errors import UserError, brief
-from ipa.files import hash_file, read_json, write_atomically
+from ipa.files import HUB_ID, hash_file, is_hub_id, read_json, write_atomically
 from ipa.tools.options import option, run_tool
 
 ADAPTER, PREVIEW = "adapter.safetensors", "preview.png"
@@ -64,8 +64,8 @@ def card(options: Any) -> Path:
     out = Path(options.out or run / "card")
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(adapter, out / ADAPTER)
-    if preview := last_preview(run):
-        shutil.copyfile(preview, out / PREVIEW)
+    if content["preview"]:
+        shutil.copyfile(content["preview"], out / PREVIEW)
     text = Environment(
         loader=PackageLoader("ipa.tools", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -88,10 +88,10 @@ def describe(run: Path, adapter: Path, options: Any) -> dict[str, Any]:
     metadata, config = read.metadata, read_config(run)
     with torch.device("meta"):
         head = make_head(read.file)
-    family = metadata.get("base_family", "")
-    file = read.file
+    file, base = read.file, metadata.get("base", "")
     reasons = {layout: misreadings(head, file.kind, layout, file.branches) for layout in ("diffusers", "comfyui")}
-    base = metadata.get("base", "")
+    name = " ".join(filter(None, (metadata.get("encoder"), metadata.get("encoder_weights"))))
+    encoder = ENCODERS.get(name, ('"FOLDER"', f"the image encoder ({name.removeprefix('local-dir:')})"))
     scores, num_prompts, has_intervals = read_scores(run, adapter, options.evaluation, config)
     return {
         "title": options.title or f"{config.get('group') or run.parent.name}: image prompts for {base or 'a base'}",
@@ -100,31 +100,19 @@ def describe(run: Path, adapter: Path, options: Any) -> dict[str, Any]:
         "licence": options.licence or metadata.get("licence") or "other",
         "base": base,
         "base_model": base if is_hub_id(base) else None,
-        "preview": PREVIEW if last_preview(run) else None,
+        "preview": max((run / "previews").glob("step_*.png"), default=None),
         "scores": scores,
         "num_prompts": num_prompts,
         "has_intervals": has_intervals,
-        "pipeline": PIPELINES.get(family, "DiffusionPipeline"),
+        "pipeline": PIPELINES.get(metadata.get("base_family", ""), "DiffusionPipeline"),
         "repository": options.push or ".",
-        "encoder": encoder_of(metadata),
+        "encoder": {"diffusers": encoder[0], "comfyui": encoder[1], "is_public": name in ENCODERS},
         "guidance": metadata.get("sampling_guidance", "7.5"),
         "diffusers_reads": not reasons["diffusers"],
         "comfyui_reads": not reasons["comfyui"],
         "why_not": "; ".join(reasons["diffusers"] or reasons["comfyui"]),
         "training": training_of(config, metadata, read_summary(run)),
     }
-
-
-def encoder_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """How other programs find the image encoder; for one that is not a public one, in words."""
-    name = " ".join(filter(None, (metadata.get("encoder"), metadata.get("encoder_weights"))))
-    unknown = '"FOLDER"', f"the image encoder ({name.removeprefix('local-dir:')})"
-    in_diffusers, in_comfyui = ENCODERS.get(name, unknown)
-    return {"diffusers": in_diffusers, "comfyui": in_comfyui, "is_public": name in ENCODERS}
-
-
-def is_hub_id(base: str) -> bool:
-    return base.count("/") == 1 and not Path(base).exists()
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -164,10 +152,6 @@ def training_of(config: Mapping[str, Any], metadata: Mapping[str, str], summary:
     return {name: value for name, value in rows.items() if value not in (None, "", [])}
 
 
-def last_preview(run: Path) -> Path | None:
-    return max((run / "previews").glob("step_*.png"), default=None)
-
-
 def read_scores(
     run: Path, adapter: Path, evaluation: str | None, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, int, bool]:
@@ -191,23 +175,17 @@ def scores_of_evaluation(folder: Path, adapter: Path) -> tuple[dict[str, Any], i
     if not systems:
         raise UserError(f"evaluation={folder} has no result of {adapter}: `python evaluate.py adapter=…` makes one")
     names = [name for name in SCORES if all(name in each.scores for each in systems)]
-    rows = [[each.label, *(interval(each.scores[name]) for name in names)] for each in systems]
+    rows = []
+    for system in systems:
+        scores = [system.scores[name] for name in names]
+        rows.append([system.label, *(f"{each.value:.3f} ({each.low:.3f}–{each.high:.3f})" for each in scores)])
     return {"columns": [SCORES[name] for name in names], "rows": rows}, len(found.items)
-
-
-def interval(score: Any) -> str:
-    return f"{score.value:.3f} ({score.low:.3f}–{score.high:.3f})"
 
 
 def check_login(name: str) -> None:
     from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"push={name}: give OWNER/NAME ({brief(error)})") from error
-    if "/" not in name:
+    if not HUB_ID.fullmatch(name):
         raise UserError(f"push={name}: give OWNER/NAME")
     if get_token() is None:
         raise UserError(f"push={name}: log in first with `hf auth login`")

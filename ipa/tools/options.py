@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,14 +54,10 @@ def read_options(
 
     ``saved`` takes the place of the defaults.
     """
-    known = {each.name: each for each in fields(kind)}
-    hints = get_type_hints(kind)
+    known, hints = {each.name: each for each in fields(kind)}, get_type_hints(kind)
     options: Any = OmegaConf.structured(kind)
-    given = named(arguments, list(known), positional)
-    for name, value, is_typed in [
-        *((*each, False) for each in (saved or {}).items()),
-        *((*each, True) for each in given),
-    ]:
+    before = [(name, value, False) for name, value in (saved or {}).items()]
+    for name, value, is_typed in before + [(*each, True) for each in named(arguments, list(known), positional)]:
         try:
             parsed = parse(value, hints[name]) if is_typed else value
             options = OmegaConf.merge(options, {name: read(parsed, known[name], hints[name])})
@@ -179,14 +174,6 @@ def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def print_help(text: str) -> None:
-    """Print to a pipe whose reader may stop early, as ``head`` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
-
-
 def run_tool(
     arguments: Sequence[str],
     kind: type[Any],
@@ -197,7 +184,7 @@ def run_tool(
 ) -> None:
     """Print the help, or call ``do`` with the options; errors that the user can fix end the process with a message."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print_help(f"{about}\n{describe(kind, positional)}")
+        print(f"{about}\n{describe(kind, positional)}")
         return
     refuse_pickles()
     values: list[Any] = [typed_values(arguments)]

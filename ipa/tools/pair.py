@@ -29,9 +29,8 @@ def pair(cfg: DictConfig) -> dict[str, Any]:
     """Write the index and return its metadata; raises UserError."""
     from tqdm import tqdm
 
-    from ipa.data.pairs.building import build_index, list_jobs
+    from ipa.data.pairs.building import build_index, in_words, list_jobs
     from ipa.data.pairs.options import WAYS, Pairs
-    from ipa.data.pairs.report import in_words
 
     groups: Any = OmegaConf.to_container(OmegaConf.create({"by": cfg.by, "differ": cfg.differ}))
     pairs = Pairs.of(groups)

@@ -52,20 +52,14 @@ def grid(cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: S
     left = max((int(font.getlength(label)) for label in rows), default=0) + (GAP_PX if any(rows) else 0)
     top = LABEL_PX + GAP_PX if any(columns) else 0
     width, height = (max(size) for size in zip(*(cell.size for line in cells for cell in line), strict=True))
-    size = (left + len(cells[0]) * (width + GAP_PX) - GAP_PX, top + len(cells) * (height + GAP_PX) - GAP_PX)
+    pitch = GAP_PX + max(width, *(int(font.getlength(label)) for label in columns))
+    size = (left + len(cells[0]) * pitch - GAP_PX, top + len(cells) * (height + GAP_PX) - GAP_PX)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for x, label in enumerate(columns):
-        pen.text((left + x * (width + GAP_PX), 0), fitting(label, width, font), fill="black", font=font)
+        pen.text((left + x * pitch, 0), label, fill="black", font=font)
     for y, (label, line) in enumerate(zip(rows, cells, strict=True)):
         pen.text((0, top + y * (height + GAP_PX)), label, fill="black", font=font)
         for x, cell in enumerate(line):
-            sheet.paste(cell, (left + x * (width + GAP_PX), top + y * (height + GAP_PX)))
+            sheet.paste(cell, (left + x * pitch, top + y * (height + GAP_PX)))
     return sheet
-
-
-def fitting(label: str, width: int, font: Any) -> str:
-    """The label, cut to this width."""
-    while label and font.getlength(label) > width:
-        label = label[:-1]
-    return label

@@ -15,7 +15,6 @@ from ipa.references import open_image
 from ipa.sampling import SamplingOptions
 
 T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
-DEFAULT_STEPS = SamplingOptions.num_steps
 T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(
@@ -45,50 +44,38 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
         raise UserError(f"{', '.join(sorted(unknown))} is none of {', '.join(OPTIONS)}")
     settings = OPTIONS | options
     pipeline, parts, arguments = with_control(prompter, settings)
+    num_steps = settings["num_steps"] or prompter.defaults.get("num_steps", SamplingOptions.num_steps)
     if settings["start_image"]:
-        check_strength(settings["strength"], steps_of(prompter, settings))
+        strength = settings["strength"]
+        if int(num_steps * strength) < 1:
+            raise UserError(f"strength={strength} num_steps={num_steps}: strength × num_steps is at least 1")
         kind: Any = diffusers.AutoPipelineForInpainting if settings["inpaint"] else diffusers.AutoPipelineForImage2Image
         pipeline = kind.from_pipe(pipeline, **parts)
         if parts:
             arguments["control_image"] = arguments.pop("image")
         arguments |= {"image": read(prompter, settings, "start_image"), "strength": settings["strength"]}
         if settings["inpaint"]:
-            check_inpainting(pipeline.unet.config.in_channels)
+            if (channels := pipeline.unet.config.in_channels) not in (4, 9):
+                raise UserError(f"inpaint=: diffusers needs a base of 4 or 9 input channels, this one has {channels}")
             arguments["mask_image"] = read(prompter, settings, "inpaint")
     elif parts:
         pipeline = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, **parts)
     if settings["scheduler"]:
-        scheduler = scheduler_class(settings["scheduler"]).from_config(pipeline.scheduler.config)
-        if not all(hasattr(scheduler, name) for name in ("init_noise_sigma", "order", "scale_model_input")):
-            raise UserError(f"scheduler={settings['scheduler']} is for other pipelines: give another one")
-        check_scheduler(scheduler, settings["scheduler"], steps_of(prompter, settings))
-        pipeline.scheduler = scheduler
+        set_scheduler(pipeline, settings["scheduler"], num_steps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, arguments
 
 
-def steps_of(prompter: Prompter, settings: dict[str, Any]) -> int:
-    return settings["num_steps"] or prompter.defaults.get("num_steps", DEFAULT_STEPS)
-
-
-def check_scheduler(scheduler: Any, name: str, num_steps: int) -> None:
-    """Raise UserError for so few steps that a scheduler cannot divide them, as of PNDM."""
+def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
+    """Raises UserError for a scheduler of other pipelines, and for steps that it cannot divide, as PNDM."""
+    scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
+    if not all(hasattr(scheduler, part) for part in ("init_noise_sigma", "order", "scale_model_input")):
+        raise UserError(f"scheduler={name} is for other pipelines: give another one")
     try:
         scheduler.set_timesteps(num_steps)
     except Exception as error:  # each scheduler has its own
         raise UserError(f"scheduler={name} cannot make num_steps={num_steps} ({brief(error)}): give more") from error
-
-
-def check_strength(strength: float, num_steps: int) -> None:
-    """Raise UserError where image to image would make no step."""
-    if int(num_steps * strength) < 1:
-        raise UserError(f"strength={strength} num_steps={num_steps}: strength × num_steps is at least 1")
-
-
-def check_inpainting(channels: int) -> None:
-    """Raise UserError for a base that the inpainting pipelines of diffusers refuse."""
-    if channels not in (4, 9):
-        raise UserError(f"inpaint=: diffusers inpaints with bases of 4 or 9 input channels, this base has {channels}")
+    pipeline.scheduler = scheduler
 
 
 def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -4,8 +4,8 @@
     python -m ipa.tools.report folder=runs/evaluation/coco2017 rows=20 system=ip_adapter
     python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # log them to this wandb project, too
 
-Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, results.csv, table.md and
-report.html into it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
+Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, table.md and report.html into
+it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
 like. wandb=PROJECT logs the table and the images of the grid as one run named after the folder: offline, into
 FOLDER/wandb, unless you are logged in.
 """
@@ -31,7 +31,6 @@ class Options:
     best: int = option(6, "number of best and of worst items", at_least=0)
     system: str | None = option(None, "label of the system that they are from; null: the one with the highest CLIP-I")
     thumbnail_px: int = option(160, "longest edge of the images on the page", at_least=16)
-    limit_mb: float = option(8.0, "maximum size of the images on the page; further rows are left out")
     wandb: str | None = option(None, "wandb project to log the tables to; null: none")
 
 
@@ -39,7 +38,7 @@ def report(options: Any) -> Path:
     from ipa.evaluation.report.files import write_report
     from ipa.evaluation.report.page import Shown
 
-    shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px, options.limit_mb)
+    shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px)
     page = write_report(Path(options.folder), shown)
     if options.wandb is not None:
         show(Path(options.folder), options.wandb, shown)
@@ -48,7 +47,7 @@ def report(options: Any) -> Path:
 
 def show(folder: Path, project: str, shown: Any) -> None:
     """Log the report to a wandb project; a folder is one run, however often it is logged."""
-    from ipa.evaluation.report.dashboard import log_report
+    from ipa.evaluation.report.files import log_report
     from ipa.evaluation.report.reading import read_evaluation
     from ipa.training.loggers import make_wandb
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -25,6 +24,7 @@ from omegaconf import OmegaConf
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError, brief
+from ipa.files import pictures_in
 from ipa.presets import SCALINGS
 from ipa.ranges import MAX_EDGE_PX, TRAINING_STEPS
 from ipa.tools.options import option, run_tool
@@ -99,23 +99,26 @@ class Options:
 def sample(options: Any) -> Path:
     """Generate the images and write them; returns the file or folder. Raises UserError."""
     settings = settings_of(options)
-    out, folder = Path(options.out), folder_of(settings["image"])
+    out, images = Path(options.out), settings["image"]
+    folder = Path(images[0]) if len(images) == 1 and Path(images[0]).is_dir() else None
     if folder is None:
         check_format(out)
     elif out.resolve() == folder.resolve():
         raise UserError(f"out={out} is the folder of the image prompts: give another one")
     quiet_libraries()
     check(settings)
-    found = [] if folder is None else pictures_in(folder)
+    found = [] if folder is None else pictures_in(folder, "image")
     prompter = load(settings, options.device)
     calls = pipeline_of(prompter, settings)
     if folder is None:
         write_picture(make(prompter, settings, *calls), out, settings)
         return out
+    from tqdm import tqdm
+
     from ipa.references import open_reference
 
     broken = []
-    for each, path in progress(missing(found, out)):
+    for each, path in tqdm(missing(found, out), disable=len(found) < 2 or None):
         try:
             open_reference(each)
         except UserError as error:
@@ -159,19 +162,6 @@ def missing(pictures: list[Path], out: Path) -> list[tuple[Path, Path]]:
     stems = Counter(each.stem for each in pictures)
     paths = [out / f"{each.stem if stems[each.stem] == 1 else each.name}.png" for each in pictures]
     return [(each, path) for each, path in zip(pictures, paths, strict=True) if not path.is_file()]
-
-
-def folder_of(images: list[str]) -> Path | None:
-    return Path(images[0]) if len(images) == 1 and Path(images[0]).is_dir() else None
-
-
-def pictures_in(folder: Path, option: str = "image") -> list[Path]:
-    from ipa.files import PICTURE_EXTENSIONS, is_picture
-
-    found = sorted(path for path in folder.iterdir() if is_picture(path.name) and path.is_file())
-    if not found:
-        raise UserError(f"{option}={folder} has no pictures ({', '.join(PICTURE_EXTENSIONS)})")
-    return found
 
 
 def read_references(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -225,7 +215,8 @@ def pipeline_of(prompter: Any, settings: dict[str, Any]) -> tuple[Any, dict[str,
 
 def make(prompter: Any, settings: dict[str, Any], pipeline: Any, arguments: dict[str, Any]) -> Any:
     """The image, or a labelled grid of all combinations of what is given as lists."""
-    axes, across = axes_of(settings), last_axis(settings)
+    axes = axes_of(settings)
+    across = [AXES[-1], *(name for name, values in axes.items() if len(values) > 1)][-1]
     sampling = {name: settings[name] for name in SAMPLING if settings[name] is not None}
     size = {name: settings[name] for name in ("width", "height")}
     made = prompter.generate(items_of(settings), pipeline=pipeline, arguments=arguments, **size, **sampling)
@@ -245,14 +236,16 @@ def axes_of(settings: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: settings[name] or [None] for name in AXES} | {"adapter": adapters}
 
 
-def last_axis(settings: dict[str, Any]) -> str:
-    return [AXES[-1], *(name for name, values in axes_of(settings).items() if len(values) > 1)][-1]
-
-
 def items_of(settings: dict[str, Any]) -> list[Any]:
     """What each image of the grid is made from, row by row."""
-    axes = axes_of(settings)
-    return [item(settings, dict(zip(AXES, values, strict=True))) for values in product(*(axes[name] for name in AXES))]
+    from ipa.references import Item, Reference
+
+    axes, references, found = axes_of(settings), read_references(settings), []
+    for adapter, text, scale, blocks, seed in product(*(axes[name] for name in AXES)):
+        of_grid = {"adapter": adapter, "scale": scale, "blocks": blocks}
+        own = [of_grid | each if settings["references"] else each | of_grid for each in references]
+        found.append(Item([Reference(**each) for each in own], text, settings["negative_text"], seed))
+    return found
 
 
 def label(name: str, value: Any, settings: dict[str, Any]) -> str:
@@ -260,20 +253,6 @@ def label(name: str, value: Any, settings: dict[str, Any]) -> str:
         path = Path(settings["adapter"][value])
         return path.parent.name if path.stem == "adapter" else path.stem  # of a run folder: the run's name
     return {"scale": f"scale {value}", "seed": f"seed {value}"}.get(name, str(value))
-
-
-def item(settings: dict[str, Any], chosen: dict[str, Any]) -> Any:
-    from ipa.references import Item, Reference
-
-    of_grid = {name: chosen[name] for name in ("adapter", "scale", "blocks")}
-    own = [of_grid | each if settings["references"] else each | of_grid for each in read_references(settings)]
-    return Item([Reference(**each) for each in own], chosen["text"], settings["negative_text"], chosen["seed"])
-
-
-def progress(jobs: list[Any]) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    return iter(tqdm(jobs, disable=len(jobs) < 2 or None))
 
 
 def saved() -> dict[str, Any]:

@@ -84,7 +84,7 @@ def describe_memory(error: BaseException, cfg: DictConfig, trainer: L.Trainer, d
     return (
         f"out of memory in step {trainer.global_step + 1} or its preview, on {device}. Each of {trainer.world_size} "
         f"processes takes {datamodule.batch_size} samples at a time (data.batch_size), "
-        f"{trainer.accumulate_grad_batches} times a step, at {datamodule.image_size_px} px, with precision "
+        f"{trainer.accumulate_grad_batches} times a step, at {datamodule.images.image_size_px} px, with precision "
         f"{trainer.precision} and gradient checkpointing {recomputes}.\nTry, in this order:{listed}\nOptions that "
         "change the arithmetic need a new run: name=… resume=CHECKPOINT starts it from the last checkpoint.\n"
         f"Allocator: {allocator_message(error)}"
@@ -99,7 +99,7 @@ def advice(cfg: DictConfig, trainer: L.Trainer, datamodule: Any) -> list[str]:
         tries.append(f"{size}trainer.accumulate_grad_batches={times}: {fewer} samples at a time, as many per step")
     if not cfg.gradient_checkpointing:
         tries.append("gradient_checkpointing=true: much less memory, about a third slower")
-    tries.append(f"image_size_px: less than {datamodule.image_size_px}")
+    tries.append(f"image_size_px: less than {datamodule.images.image_size_px}")
     if not isinstance(trainer.strategy, AdapterFSDP):
         tries.append("trainer=fsdp on several GPUs: each keeps only a part of the frozen base")
     if trainer.precision == "32-true":

@@ -76,7 +76,8 @@ class StepSize(TrainingCallback):
 class AttentionRatios:
     """‖λ · image attention‖ / ‖text attention‖ of every layer: which carry the image, and whether it drowns the text.
 
-    Squares are summed on the device. Give ``add`` to `IPAdapterModel.watch` around some calls of the denoiser.
+    In transformers, which have no attention to the text alone, the layer's own attention takes its place. Squares are
+    summed on the device. Give ``add`` to `IPAdapterModel.watch` around some calls of the denoiser.
     """
 
     def __init__(self) -> None:

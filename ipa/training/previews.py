@@ -21,12 +21,11 @@ from torch import Tensor
 from ipa.data.images.transforms import cover, fit_reference, read_picture
 from ipa.data.order.lanes import Share
 from ipa.distributed import rank_and_world, send_to_first
-from ipa.errors import UserError
-from ipa.files import PICTURE_EXTENSIONS, is_picture, read_text, write_atomically
+from ipa.files import pictures_in, read_text, write_atomically
 from ipa.metrics.border import BorderColour
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipCosines
-from ipa.metrics.pixels import fit_square
+from ipa.metrics.image_metric import fit_square
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate, rows
 from ipa.training.hooks import Order, TrainingCallback, falls_on, is_due
@@ -68,7 +67,7 @@ class HeldOutPrompts:
 
         Raises UserError if there are none, or if one cannot be read.
         """
-        paths = pictures_in(folder)
+        paths = pictures_in(folder, "preview.images")
         pictures = [read_picture(path, "preview.images") for path in paths]
         images = torch.stack([cover(picture, (image_size_px, image_size_px)) for picture in pictures])
         references = torch.stack([fit_reference(picture, reference_size_px, reference_fit) for picture in pictures])
@@ -80,23 +79,15 @@ class HeldOutPrompts:
         """The first ``count`` prompts of ``folder``, or of the validation shards if it is None."""
         if folder is None:
             return cls.from_datamodule(datamodule, count)
-        sizes = (datamodule.image_size_px, datamodule.reference_size_px)
-        return cls.from_folder(folder, *sizes, datamodule.reference_fit).head(count)
+        images = datamodule.images
+        sizes = (images.image_size_px, images.reference_size_px)
+        return cls.from_folder(folder, *sizes, images.reference_fit).head(count)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def head(self, count: int) -> HeldOutPrompts:
         return HeldOutPrompts(self.images_B3HW[:count], self.references_B3HW[:count], self.captions[:count])
-
-
-def pictures_in(folder: str | Path) -> list[Path]:
-    """Sorted by name; raises UserError if there are none."""
-    is_folder = isinstance(folder, str | Path) and Path(folder).is_dir()
-    paths = [path for path in Path(folder).iterdir() if is_picture(path.name)] if is_folder else []
-    if not paths:
-        raise UserError(f"preview.images={folder}: give a folder with images ({', '.join(PICTURE_EXTENSIONS)})")
-    return sorted(paths)
 
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
@@ -152,13 +143,6 @@ def generate_columns(model: IPAdapterModel, columns: Sequence[Column]) -> list[T
     return [torch.cat([p for p, c in zip(pieces, of_column, strict=True) if c == n]) for n in range(len(columns))]
 
 
-def generate_from(
-    model: IPAdapterModel, prompts: HeldOutPrompts, options: SamplingOptions, seed: int, text: str = ""
-) -> Tensor:
-    """One image per prompt, see ``Column``; for a single process."""
-    return generate_columns(model, [Column(prompts, options, seed, text)])[0]
-
-
 def score_pictures(
     scorer: ClipScorer, prompts: HeldOutPrompts, pixels_B3HW: Tensor, device: torch.device | str
 ) -> dict[str, float]:
@@ -211,7 +195,7 @@ class Previews(TrainingCallback):
         scorer: ClipScorer | None = None,
     ) -> None:
         if images is not None:
-            pictures_in(images)  # raises before the models are loaded
+            pictures_in(str(images), "preview.images")  # raises before the models are loaded
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.options = options

@@ -11,23 +11,21 @@ from torch.utils.data import DataLoader
 
 from ipa.data.addresses import NO_DROPS
 from ipa.data.images.preparation import ImagePreparation
-from ipa.data.order.lanes import Share
 from ipa.data.order.sequence import Order
-from ipa.data.order.streams import AuditStream
+from ipa.data.rejects import count_reasons
 from ipa.data.shards.source import ShardSource
+from ipa.tools.inspect.findings import Reading
 
 PREPARATION = ImagePreparation(16, 16, (1, 2, 2), NO_DROPS)
 
 
-def audit(shards: list[str], world: int, workers: int, batch: int = 16) -> tuple[Counter[str], Counter[str]]:
-    """How often each key came, and the rejects, over all ranks with real data workers."""
+def audit(shards: list[str], workers: int) -> tuple[Counter[str], Counter[str]]:
+    """How often each key came, and the rejects, with real data workers."""
     keys, rejects = Counter[str](), Counter[str]()
-    for rank in range(world):
-        order = Order([ShardSource.of("train", shards=shards)], seed=0)
-        stream = AuditStream(order, PREPARATION, batch, Share(rank, world))
-        for made in DataLoader(stream, batch_size=None, num_workers=workers):
-            keys.update(made.keys)
-            rejects.update(made.rejects)
+    reading = Reading(Order([ShardSource.of("train", shards=shards)], seed=0), PREPARATION)
+    for seen, found in DataLoader(reading, batch_size=None, num_workers=workers):
+        keys.update([seen.key] if seen else [])
+        rejects.update(count_reasons(found))
     return keys, rejects
 
 
@@ -40,7 +38,7 @@ def check(folder: Path, shards: int, samples: int) -> None:
     whole = sum_up(contents)
     assert len(whole.rejects) >= 8 and len(KINDS) + 2 >= 10
 
-    keys, rejects = audit([str(folder / f"{i:05d}.tar") for i in range(shards)], world=2, workers=2)
+    keys, rejects = audit([str(folder / f"{i:05d}.tar") for i in range(shards)], workers=2)
 
     assert keys == Counter(whole.good)
     assert set(keys.values()) == {1}

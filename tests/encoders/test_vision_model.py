@@ -175,7 +175,8 @@ def test_what_is_not_a_vision_model_is_named(read, folder: Path, clip_name: str,
         (f"{tmp_path}/nowhere", rf"encoder\.path={tmp_path}/nowhere: no such folder\. .*owner/name"),
         ("nowhere", r"encoder\.path=nowhere: no such folder"),
         ("./no/where", r"encoder\.path=\./no/where: no such folder"),
-        ("no body/nothing", r"encoder\.path=no body/nothing: config\.json cannot be read"),
+        ("no body/nothing", r"encoder\.path=no body/nothing: no such folder"),
+        ("tests/nothing", r"encoder\.path=tests/nothing: no such folder"),  # there is a folder tests here
     ):
         with pytest.raises(UserError, match=message):
             read(path)

@@ -13,9 +13,8 @@ from PIL import Image
 from tars import good, png, write_tar
 
 from ipa.errors import UserError
-from ipa.evaluation.benchmarks import CocoBenchmark, FolderBenchmark, ShardBenchmark
+from ipa.evaluation.benchmarks import CocoBenchmark, FolderBenchmark, Item, ShardBenchmark, plan
 from ipa.evaluation.generation import announce
-from ipa.evaluation.items import Item, plan
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
 from ipa.evaluation.methods.method import Prompt
 from ipa.sampling import SamplingOptions
@@ -55,9 +54,9 @@ def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="give a folder with images"):
         FolderBenchmark("folder", str(tmp_path / "nowhere")).items()
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="give a folder with images"):
         FolderBenchmark("folder", str(tmp_path)).items()
     for ending in ("png", "jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"same.{ending}")

@@ -13,8 +13,8 @@ from PIL import Image
 from report_folder import write_demo
 from wandb.proto import wandb_internal_pb2 as pb
 
-from ipa.evaluation.report.dashboard import picture_rows, score_rows
-from ipa.evaluation.report.pictures import Shown
+from ipa.evaluation.report.files import picture_rows, score_rows
+from ipa.evaluation.report.page import Shown
 from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.report.table import make_table
 from ipa.tools.report import main

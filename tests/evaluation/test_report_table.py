@@ -1,7 +1,5 @@
 """The table: Table 1's columns, intervals, missing values and reasons, the paper's values where they are comparable."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 from report_folder import scored, write_demo, write_items, write_run, write_skipped
 
-from ipa.evaluation.report.files import comma_separated, results
+from ipa.evaluation.report.files import results
 from ipa.evaluation.report.names import KINDS, kind_of, paper_row
 from ipa.evaluation.report.page import render
 from ipa.evaluation.report.reading import Evaluation, read_evaluation
@@ -98,12 +96,11 @@ def test_every_method_has_a_title_and_the_fine_grained_adapter_its_own_row() -> 
     assert paper_row("seecoder", 294_000_000) is None
 
 
-def test_json_and_csv_have_everything_but_single_items(tmp_path: Path) -> None:
+def test_the_json_has_everything_but_single_items(tmp_path: Path) -> None:
     write_demo(tmp_path)
     write_skipped(tmp_path, "open_unclip", 'say "please", twice')
     evaluation = read_evaluation(tmp_path)
     content = json.loads(json.dumps(results(evaluation)))
-    rows = list(csv.DictReader(io.StringIO(comma_separated(evaluation))))
 
     last = content["systems"][-1]
     assert (content["benchmark"]["name"], content["num_items"], content["num_seeds"]) == ("demo", 6, 2)
@@ -111,8 +108,4 @@ def test_json_and_csv_have_everything_but_single_items(tmp_path: Path) -> None:
     assert last["settings"]["metrics"]["clip"]["prefix"] == "A photo depicts "
     assert set(last["sha256"]) == {"manifest.json", "scores.json", "pictures"}
     assert "per_item" not in json.dumps(content)
-
-    assert [row["label"] for row in rows][:2] == ["open_unclip", "sd_unclip"] and len(rows) == 6
-    assert rows[0]["reason"] == 'say "please", twice' and rows[0]["metrics.clip_i.value"] == ""
-    found = [rows[-1][name] for name in ("metrics.clip_i.value", "metrics.clip_i.low", "settings.sampling.scale")]
-    assert found == ["0.25", "0.24", "1.0"]
+    assert [each["label"] for each in content["systems"]][:2] == ["open_unclip", "sd_unclip"]

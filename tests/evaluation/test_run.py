@@ -19,9 +19,8 @@ from PIL import Image
 
 from ipa.errors import UserError
 from ipa.evaluation import run as module
-from ipa.evaluation.benchmarks import FolderBenchmark
+from ipa.evaluation.benchmarks import FolderBenchmark, plan
 from ipa.evaluation.generation import check_finite, read_png
-from ipa.evaluation.items import plan
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.report.reading import read_evaluation
 from ipa.evaluation.run import evaluate, rank_and_world

@@ -116,7 +116,7 @@ def test_widths_are_read_from_the_configuration_alone(base_folder: Path, tmp_pat
 
 
 def test_a_folder_that_is_not_there_or_something_else_is_named(tmp_path: Path) -> None:
-    for path in ("./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/base"):
+    for path in ("./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/base", "tests/nowhere"):
         with pytest.raises(UserError, match=rf"base\.path={path}: no such folder.*hub id owner/name"):
             StableDiffusion.from_pretrained(path)
     with pytest.raises(UserError, match=rf"base\.path={tmp_path} has no model_index\.json"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipa.errors import MissingWeights
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.pixels import fit_square
+from ipa.metrics.image_metric import fit_square
 from ipa.types import to_unit_range
 
 

@@ -17,9 +17,8 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from ipa.errors import MissingWeights
 from ipa.metrics.aesthetic import AestheticScore, load_head
 from ipa.metrics.clip import ClipScorer
-from ipa.metrics.image_metric import ImageMetric
+from ipa.metrics.image_metric import ImageMetric, ImageSimilarity
 from ipa.metrics.networks import DinoNetwork, DreamSimNetwork, InceptionNetwork, download
-from ipa.metrics.similarity import ImageSimilarity
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "metric"
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 16, "patch_size": 4}
@@ -83,7 +82,7 @@ def test_a_file_that_cannot_be_downloaded_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
     source = tmp_path / "nowhere.pth"
 
-    with pytest.raises(MissingWeights, match=rf"download {source.as_uri()} .* into {tmp_path}/checkpoints"):
+    with pytest.raises(MissingWeights, match=rf"Download {source.as_uri()} .* into {tmp_path}/checkpoints"):
         download(source.as_uri(), "w.pth")
     source.write_bytes(b"weights")
     assert download(source.as_uri(), "w.pth").read_bytes() == b"weights"

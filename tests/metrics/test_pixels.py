@@ -6,7 +6,7 @@ import pytest
 import torch
 from metric_samples import images
 
-from ipa.metrics.pixels import fit_square, image_keys
+from ipa.metrics.image_metric import fit_square, image_keys
 
 
 @pytest.mark.parametrize("size", [(20, 32), (32, 20), (8, 8), (64, 64)])

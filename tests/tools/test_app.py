@@ -18,7 +18,7 @@ from ipa.errors import UserError
 from ipa.prompter import Prompter
 from ipa.tools import sample as sample_tool
 from ipa.tools.app.__main__ import Options, check_password
-from ipa.tools.app.jobs import MAX_JOBS, Cancelled, Job, Queue
+from ipa.tools.app.jobs import Cancelled, Job, Queue
 from ipa.tools.app.settings import as_command, as_python, read_page
 from ipa.tools.app.uploads import Files, check_picture, check_pictures
 from ipa.tools.options import read_options
@@ -260,15 +260,6 @@ def test_jobs_wait_for_each_other_and_can_go_while_they_wait(queue: Queue) -> No
     release.set()
     jobs["c"].future.result(60)
     assert order == ["a", "c"]
-
-
-def test_too_many_jobs_are_refused(queue: Queue) -> None:
-    release = threading.Event()
-    for number in range(MAX_JOBS):
-        queue.submit(str(number), 1, lambda job: release.wait(60))
-    with pytest.raises(UserError, match="people are waiting already"):
-        queue.submit("one more", 1, lambda job: None)
-    release.set()
 
 
 def test_a_user_who_goes_away_cancels_the_job(queue: Queue) -> None:

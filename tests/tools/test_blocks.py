@@ -82,7 +82,7 @@ def test_each_block_is_measured_and_the_presets_given(
     [
         ({"scale": 1}, "give base="),
         ({"images": "x"}, "give adapter=…"),
-        ({"adapter": "x", "images": "nowhere"}, "FOLDER"),
+        ({"adapter": "x", "images": "nowhere"}, "images=nowhere: give a folder"),
     ],
     ids=str,
 )

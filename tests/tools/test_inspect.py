@@ -38,7 +38,6 @@ def test_it_counts_and_draws(shard, base_folder: Path, clip_name: str, tmp_path:
     assert re.search(r"\d+ × caption is not UTF-8: \d+ of 00000\.tar \(txt: byte 3 is 0xe9\)", said)
     assert re.search(r"\d+ × broken picture: .*it is a web page", said) and "upscaled" not in said
     assert "shorter side (px): median 48" in said
-    assert "one process, samples/s: reading" in said
     sheet = Image.open(out)
     assert sheet.width > 4 * 256 and sheet.height > 2 * 128  # two rows of four pairs
 
@@ -62,11 +61,11 @@ def test_mistakes_are_reported(overrides: list[str], complaint: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["<html>", "cache"])
-def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str, caplog, content: str) -> None:
+def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str, content: str) -> None:
     (tmp_path / "0.tar").write_text(content)
     if content == "cache":
         write_tar(tmp_path / "0.tar", [("cache.header.json", b"{}"), ("1.safetensors", b""), ("2.safetensors", b"")])
     parts = [f"base.path={base_folder}", f"encoder.name={clip_name}", "data.num_workers=0"]
-    with pytest.raises(ValueError, match="no good sample"):
+    with pytest.raises(ValueError, match="no good sample") as error:
         inspect(compose(*parts, f"data.train={tmp_path}/0.tar", f"out={tmp_path / 'x.png'}"))
-    assert ("feature cache, which data=cache reads" in caplog.text) == (content == "cache")
+    assert ("feature cache, which data=cache reads" in str(error.value)) == (content == "cache")

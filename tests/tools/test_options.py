@@ -1,7 +1,5 @@
 """The command line of the tools."""
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -129,13 +127,3 @@ def test_only_errors_of_the_user_end_a_tool_without_a_traceback(
 
 def raise_(error: Exception) -> None:
     raise error
-
-
-def test_help_survives_a_pipe_that_closes_early() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "wb") as closed:
-        command = [sys.executable, "-m", "ipa.tools.sample", "--help"]
-        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
-
-    assert (ended.returncode, ended.stderr) == (0, "")

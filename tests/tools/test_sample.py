@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -139,11 +139,14 @@ def test_lists_make_a_labelled_grid_of_the_single_images(
     sample(**listed, out=tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         sheet = picture.convert("RGB")
-    corner = sheet.width - len(columns) * (tiny.IMAGE_PX + GAP_PX) + GAP_PX
+    names = [f"seed {seed}" for seed in columns] if across == "seed" else [adapter.parent.name, other.stem]
+    lengths = [int(ImageFont.load_default(LABEL_PX).getlength(name)) for name in names]
+    pitch = GAP_PX + max(tiny.IMAGE_PX, *lengths)  # no label is cut
+    corner = sheet.width - len(columns) * pitch + GAP_PX
     for y, scale in enumerate(rows):
         for x, value in enumerate(columns):
             sample(scale=scale, **{across: value}, out=tmp_path / "one.png")
-            left, top = corner + x * (tiny.IMAGE_PX + GAP_PX), LABEL_PX + GAP_PX + y * (tiny.IMAGE_PX + GAP_PX)
+            left, top = corner + x * pitch, LABEL_PX + GAP_PX + y * (tiny.IMAGE_PX + GAP_PX)
             cell = sheet.crop((left, top, left + tiny.IMAGE_PX, top + tiny.IMAGE_PX))
             with Image.open(tmp_path / "one.png") as one:
                 assert ImageChops.difference(cell, one).getextrema() <= ((0, 1),) * 3

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import tiny
+import tiny_flow
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -188,6 +189,39 @@ def test_a_trainer_logs_all_of_it(tmp_path: Path) -> None:
     for name, ratio in layers.items():
         assert values(rows, f"image_attention/{name}") == twice(ratio)
     assert monitors[2].attention == pytest.approx(blocks, rel=1e-4)
+
+
+FLOW_CASES = {
+    "flux": (tiny_flow.make_flux, {}),
+    "instantx": (tiny_flow.make_flux, {"hosts": "all"}),
+    "sd35_medium": (tiny_flow.make_sd35_medium, {}),
+}
+
+
+@pytest.mark.parametrize("name", FLOW_CASES)
+def test_transformers_are_watched_in_every_host(name: str) -> None:
+    """Own and added attention are those that the layer hands on: as its third output, or summed to its projection."""
+    make, options = FLOW_CASES[name]
+    model = tiny.shake(tiny_flow.make_model(make, **options))
+    model.adapter.install()
+    seen: dict[str, list[Tensor]] = {}
+    found: dict[str, Any] = {}
+    for host in model.family.hosts():
+        keep = partial(seen.setdefault, host.name)
+        projection = getattr(host.attention, "to_out", None)
+        if name == "flux":
+            host.attention.register_forward_hook(lambda _, args, out, keep=keep: keep([out[0], out[2]]) and None)
+        elif projection is not None:
+            projection[0].register_forward_pre_hook(lambda _, args, keep=keep: keep([args[0]]) and None)
+    model.watch = lambda host, own, image: found.setdefault(host, (own, image))
+    model.errors(batch_of())
+
+    assert found.keys() == {host.name for host in model.family.hosts()}
+    for host, handed_on in seen.items():
+        own, image = found[host]
+        expected = [own, image] if name == "flux" else [own + image]
+        assert image.norm() > 0
+        torch.testing.assert_close(handed_on, expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ipa.export.loading import load_model
 from ipa.export.published import publish_name
 from ipa.export.reading import read_adapter
-from ipa.training.previews import HeldOutPrompts, Previews, generate_columns, generate_from, score_pictures
+from ipa.training.previews import Column, HeldOutPrompts, Previews, generate_columns, score_pictures
 
 FILES = ("adapter.safetensors", "adapter_raw.safetensors")
 
@@ -56,9 +56,11 @@ def test_the_file_says_what_it_is(folder: Path, experiment: str) -> None:
 def test_it_samples_from_its_file(folder: Path) -> None:
     model, prompts = load_model(folder / FILES[0]), held_out(folder)
     options = instantiate(saved_configuration(folder).sampling)
-    pictures = {scale: generate_from(model, prompts, options.with_scale(scale), seed=3) for scale in (0.0, 1.0)}
+    pictures = {
+        scale: generate_columns(model, [Column(prompts, options.with_scale(scale), 3)])[0] for scale in (0.0, 1.0)
+    }
     same_prompt = HeldOutPrompts(prompts.images_B3HW, prompts.references_B3HW[[1, 1, 2, 3, 4, 5]], prompts.captions)
-    other = generate_from(model, same_prompt, options, seed=3)
+    other = generate_columns(model, [Column(same_prompt, options, 3)])[0]
 
     assert pictures[1.0].shape == (HELDOUT, 3, 16, 16) and pictures[1.0].isfinite().all()
     assert not torch.allclose(pictures[0.0], pictures[1.0], atol=1e-3)
@@ -103,7 +105,7 @@ def test_final_scores_are_the_averages(variant: Callable[[str], Path]) -> None:
     options, prompts = instantiate(cfg.scoring.options), held_out(folder).head(cfg.scoring.num_prompts)
 
     def scored(name: str) -> dict[str, Any]:
-        pictures = generate_from(load_model(folder / name), prompts, options, cfg.scoring.seed)
+        pictures = generate_columns(load_model(folder / name), [Column(prompts, options, cfg.scoring.seed)])[0]
         return score_pictures(instantiate(cfg.judge), prompts, pictures, "cpu")
 
     average, raw = (abs(scored(name)["border_lab"] - told["border_lab"]) for name in FILES)

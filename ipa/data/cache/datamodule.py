@@ -66,7 +66,7 @@ class CachedDataModule(StreamDataModule):
         super().__init__(Order(sources, seed, window), val, **options)
         masks = frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
         self.require("choices", {name: masks.get(name) for name in ("loss_mask", "reference_mask")})
-        self.require("choices", {"crop": crop, "reference_fit": self.reference_fit})
+        self.require("choices", {"crop": crop, "reference_fit": self.images.reference_fit})
         self.require("choices", {"pairs.strip": strip_choice(Pairs.of(pairs).strip)})
         if reference_background is not None:
             self.require("choices", {"reference_background": only_colour(reference_background)})

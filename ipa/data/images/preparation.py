@@ -109,7 +109,9 @@ class ImagePreparation:
             shown = list(self.shown(lender, picture if shared else None, colour, need, address))
         except Rejected as reject:
             raise (reject if lender is record else BrokenPartner.of(reject, lender)) from None
-        place = self.place(address)
+        # position of the target's crop, as fractions of the margin, across and down
+        is_random = self.crop == "random"
+        place = (address.uniform("crop x"), address.uniform("crop y")) if is_random else (0.5, 0.5)
         first, *more = (self.reference(each, need, numbered(address, n)) for n, each in enumerate(shown))
         return Sample(
             cover(picture, target, place),
@@ -150,12 +152,6 @@ class ImagePreparation:
         if mask is None:
             return None
         return cover_mask(open_mask(mask, size, self.max_pixels), target, place, self.cells_of(target))
-
-    def place(self, address: Address) -> tuple[float, float]:
-        """Position of the target's crop, as fractions of the margin, across and down."""
-        if self.crop == "random":
-            return address.uniform("crop x"), address.uniform("crop y")
-        return 0.5, 0.5
 
     def batch(self, samples: Sequence[Sample], rejects: Sequence[Rejected], position: Position | None = None) -> Batch:
         """Stack samples of one size, and make their draws."""

@@ -232,15 +232,11 @@ class Fit(NamedTuple):
     make: Callable[[Opened, int], Tensor]
 
 
-def squash_square(picture: Opened, size_px: int) -> Tensor:
-    return picture.resized((size_px, size_px)).contiguous()
-
-
 # Pads have CLIP's mean colour, as in LLaVA: 0 after CLIP's normalisation.
 FITS = {
     "crop": Fit("shortest side bicubic, centre crop", lambda picture, size_px: cover(picture, (size_px, size_px))),
     "pad": Fit(f"longest side bicubic, padded with {PAD_COLOUR}", pad_square),
-    "squash": Fit("both sides bicubic, proportions lost", squash_square),
+    "squash": Fit("both sides bicubic, proportions lost", lambda picture, px: picture.resized((px, px)).contiguous()),
 }
 
 

@@ -43,10 +43,6 @@ class Share:
         """Index of this reader among all."""
         return self.worker * self.world + self.rank
 
-    @property
-    def first(self) -> bool:
-        return self.reader == 0
-
 
 class Lane(NamedTuple):
     """Lane ``number`` of ``of`` lanes."""
@@ -75,9 +71,6 @@ class Lanes:
     @property
     def number(self) -> int:
         return self.ranks * self.workers
-
-    def lane(self, number: int) -> Lane:
-        return Lane(number, self.number)
 
     def row(self, step: int) -> list[int]:
         """The lanes of a step's samples."""

@@ -57,10 +57,6 @@ class Order:
     buckets: Buckets | None = None
     logged: set[str] = field(default_factory=set, repr=False)
 
-    @property
-    def num_shards(self) -> int:
-        return sum(len(source.shards) for source in self.sources)
-
     def begin(self, epoch: int = 0) -> LanePlace:
         """The start of pass ``epoch`` of every source."""
         return LanePlace(0, tuple(SourcePlace(epoch) for _ in self.sources))
@@ -102,7 +98,8 @@ class Order:
         return None if self.buckets is None else self.buckets.nearest(record.size)
 
     def no_good_samples(self, rejects: Iterable[Rejected]) -> NoGoodSamples:
-        return no_good_samples(rejects, self.num_shards, [source.name for source in self.sources])
+        shards = sum(len(source.shards) for source in self.sources)
+        return no_good_samples(rejects, shards, [source.name for source in self.sources])
 
     def address(self, slot: Slot) -> Address:
         return Address(self.seed, slot.epoch, slot.source, slot.record.shard, slot.record.index)

@@ -8,28 +8,25 @@ A slot whose picture is broken is filled with the next good record of its lane, 
 the draws stay the slot's own. This depends only on the data. So every rank makes equally many steps and waits for no
 other, and a resumed run decodes nothing that comes before its position.
 
-*Audit* is one pass: every good sample exactly once. Each reader has its own shards, the borders of the batches depend
-on the shard alone, and readers end at different times.
-
 *Validation* is one pass: the first samples in file order, in fixed batches, regardless of which rank makes them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 
-from ipa.data.order.lanes import Lanes, Share
+from ipa.data.order.lanes import Lane, Lanes, Share
 from ipa.data.order.sequence import Order, Slot, chunks
-from ipa.data.records import Preparation, Size, Source
-from ipa.data.rejects import Rejected, add_examples, count_reasons, examples_of, in_detail, in_words
+from ipa.data.records import Preparation
+from ipa.data.rejects import Rejected, in_detail
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -104,7 +101,7 @@ class TrainStream(Stream):
     def reader(self, lane: int, start: Position, share: Share) -> Lookahead:
         loud = self.lanes.is_logged_by(share, lane, start.step)
         place = start.lanes.get(lane, self.order.begin())
-        return Lookahead(self.order.lane(self.lanes.lane(lane), self.take, loud).endless(place))
+        return Lookahead(self.order.lane(Lane(lane, self.lanes.number), self.take, loud).endless(place))
 
     def make(self, readers: dict[int, Lookahead], row: Sequence[int], step: int) -> Batch:
         """Sample p of a step is number p div ranks of the step's samples from lane p mod ranks of the row."""
@@ -160,58 +157,6 @@ class SharedPosition:
 
 
 @dataclass(eq=False)
-class AuditStream(Stream):
-    """Every good sample once; this share reads its own shards, and a batch never spans two of them.
-
-    Rejects are counted with the next batch of this share, those after the last batch with that one.
-    """
-
-    def batches(self, share: Share) -> Iterator[Batch]:
-        """The last batch also counts what was rejected after it."""
-        pending: list[Rejected] = []
-        held: Batch | None = None
-        shards = [(source, shard) for source in self.order.sources for shard in source.shards]
-        for source, shard in shards[share.reader :: share.readers]:
-            for batch in self.of_shard(source, shard, pending):
-                if held is not None:
-                    yield held
-                held = batch
-        if held is not None:
-            counts = Counter(held.rejects) + count_reasons(pending)
-            add_examples(held.reject_examples, examples_of(pending))
-            yield replace(held, rejects=counts)
-        elif pending:
-            log.warning(
-                "these shards have only rejected samples: %s",
-                in_words(pending),
-            )
-
-    def of_shard(self, source: Source, shard: str, pending: list[Rejected]) -> Iterator[Batch]:
-        """A shard's batches, each of one bucket; the rejects after the last one are left in ``pending``."""
-        leftover: list[Rejected] = []
-        waiting: dict[Size | None, list[Any]] = {}
-        for slot in self.order.of_shards(source, [shard], leftover):
-            pending.extend(slot.record.rejects)
-            target = self.order.target(slot.record)
-            try:
-                sample = self.preparation.sample(slot.record, self.order.address(slot), target)
-            except Rejected as reject:
-                pending.append(reject.at())
-                continue
-            waiting.setdefault(target, []).append(sample)
-            if len(waiting[target]) == self.batch_size:
-                yield self.flush(waiting.pop(target), pending)
-        pending.extend(leftover)
-        for samples in waiting.values():
-            yield self.flush(samples, pending)
-
-    def flush(self, samples: list[Any], pending: list[Rejected]) -> Batch:
-        batch = self.preparation.batch(samples, pending, None)
-        pending.clear()
-        return batch
-
-
-@dataclass(eq=False)
 class ValStream(Stream):
     """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
 
@@ -220,23 +165,19 @@ class ValStream(Stream):
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""
         rejects, delivered = list[Rejected](), False
-        for number, slots in enumerate(chunks(self.slots(share.first), self.batch_size)):
+        for number, slots in enumerate(chunks(self.slots(share.reader == 0), self.batch_size)):
             if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
-            self.log_new(rejects)
+            for reject in rejects:  # each reason once: validation is repeated, and nothing else counts its rejects
+                if reject.reason not in self.order.logged:
+                    self.order.logged.add(reject.reason)
+                    log.warning("data.val: rejected, %s: %s", reject.reason, in_detail([reject.example]))
             if samples:
                 yield self.preparation.batch(samples, rejects, None)
                 rejects, delivered = [], True
         if rejects and not delivered:
             self.check_any()
-
-    def log_new(self, rejects: Iterable[Rejected]) -> None:
-        """Each reason once, with its first sample: validation is repeated, and nothing else counts its rejects."""
-        for reject in rejects:
-            if reject.reason not in self.order.logged:
-                self.order.logged.add(reject.reason)
-                log.warning("data.val: rejected, %s: %s", reject.reason, in_detail([reject.example]))
 
     def slots(self, loud: bool = False) -> Iterator[Slot]:
         return islice(self.order.in_file_order(loud), self.limit)

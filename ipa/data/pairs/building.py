@@ -6,13 +6,15 @@ The rows of a finished shard are kept next to the index until it is complete, so
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -26,7 +28,6 @@ from numpy.typing import NDArray
 from ipa.data.addresses import digest
 from ipa.data.pairs.index import Array, key_hash, write_index
 from ipa.data.pairs.options import Pairs
-from ipa.data.pairs.report import describe_levels
 from ipa.data.records import Record, Source
 from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import METADATA, Fields
@@ -98,11 +99,6 @@ class Job:
         return folder / f"{digest(self.source.layout_fingerprint(), shard_name(self.shard), *stats, *columns):016x}.npy"
 
 
-def row_type(columns: Sequence[str]) -> np.dtype[Any]:
-    values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
-    return np.dtype([("offset", np.int64), ("length", np.uint32), ("key", np.uint64), *values])
-
-
 def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
     """A row for every sample of the shard; one that training rejects has no values, so it is nobody's partner."""
     found = [
@@ -110,7 +106,9 @@ def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
         for record in read_shard(job.shard, NotingLayout.of(job.source.layout, columns))
         if isinstance(record, Noted)
     ]
-    rows = np.zeros(1 + max((index for index, _ in found), default=-1), row_type(columns))
+    values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
+    row_type = np.dtype([("offset", np.int64), ("length", np.uint32), ("key", np.uint64), *values])
+    rows = np.zeros(1 + max((index for index, _ in found), default=-1), row_type)
     for index, row in found:
         rows[index] = row
     if job.features is not None:
@@ -125,13 +123,10 @@ def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
 def make_part(job: Job, folder: Path, columns: Sequence[str]) -> Path:
     path = job.part(folder, columns)
     if not path.exists():
-        write_atomically(path, partial(save_rows, rows_of(job, columns)))
+        written = io.BytesIO()
+        np.save(written, rows_of(job, columns))
+        write_atomically(path, lambda temporary: temporary.write_bytes(written.getbuffer()))
     return path
-
-
-def save_rows(rows: NDArray[Any], path: Path) -> None:
-    with path.open("wb") as file:  # numpy would add its own extension
-        np.save(file, rows)
 
 
 def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = None) -> list[Job]:
@@ -139,7 +134,6 @@ def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = N
     jobs = []
     for source in sources:
         assert isinstance(source, ShardSource), "features have no metadata"
-        check_local(source.shards)
         check_seekable(source.shards)
         for shard in source.shards:
             jobs.append(Job(source, shard, features_of(source, shard, caches)))
@@ -152,7 +146,6 @@ def features_of(source: Source, shard: str, caches: Mapping[str, Source] | None)
     cache = caches[source.name]
     for path in cache.shards:
         if shard_name(path) == shard_name(shard):
-            check_local([path])
             check_seekable([path])
             return cache, path
     raise UserError(f"the cache of {source.name} has no shard {shard_name(shard)}, which the pictures have")
@@ -168,6 +161,7 @@ def check_local(shards: Sequence[str]) -> None:
 
 
 def check_seekable(shards: Sequence[str]) -> None:
+    check_local(shards)
     for name, times in Counter(map(shard_name, shards)).items():
         if times > 1:
             raise UserError(f"{times} shards are called {name}: data.pairs needs different names within a source")
@@ -195,14 +189,13 @@ def build_index(
     remove_temporaries(job.part(folder, pairs.columns) for job in jobs)
     make = partial(make_part, folder=folder, columns=pairs.columns)
     parts = []
-    if workers > 1:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            for part in pool.map(make, jobs):
-                parts.append(part)
-                count(1)
-    else:
-        for job in jobs:
-            parts.append(make(job))
+    made: Iterator[Path] = map(make, jobs)
+    with ExitStack() as stack:
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+            made = stack.enter_context(pool).map(make, jobs)
+        for part in made:
+            parts.append(part)
             count(1)
     try:
         about, arrays = assemble(jobs, [np.load(part, allow_pickle=False) for part in parts], pairs)
@@ -300,3 +293,55 @@ def known_names(shard: str) -> str:
                 continue
     listed = ", ".join(list(names)[:LISTED_NAMES])
     return f"The metadata in {shard_name(shard)} have {listed}" if listed else f"{shard_name(shard)} has no metadata"
+
+
+def describe_levels(arrays: Mapping[str, Array], usable: Array, have_value: Sequence[Array]) -> dict[str, Any]:
+    """Counts of usable samples: per level its groups and what becomes of its samples, and those left ``alone``."""
+    waiting, levels = usable.copy(), []
+    for level, have in enumerate(have_value):
+        starts, members = arrays[f"starts.{level}"], arrays[f"members.{level}"]
+        sizes = np.diff(starts)
+        paired = np.zeros(len(usable), bool)
+        paired[members[has_others(np.repeat(np.arange(len(sizes)), sizes), arrays[f"differs.{level}"], sizes)]] = True
+        levels.append(
+            {
+                "groups": len(sizes),
+                "of_one": int((sizes == 1).sum()),
+                "smallest": int(sizes.min()) if len(sizes) else 0,
+                "median": float(np.median(sizes)) if len(sizes) else 0.0,
+                "largest": int(sizes.max()) if len(sizes) else 0,
+                "without": int((usable & ~have).sum()),
+                "paired": int((waiting & paired).sum()),
+            }
+        )
+        waiting &= ~paired
+    return {"samples": int(usable.sum()), "levels": levels, "alone": int(waiting.sum())}
+
+
+def has_others(group_of: Array, differs: Array, sizes: Array) -> Array:
+    """Which members have one in their group that differs from them; both arrays are sorted as in the index."""
+    new = np.ones(len(differs), bool)
+    new[1:] = (group_of[1:] != group_of[:-1]) | (differs[1:] != differs[:-1])
+    blocks = np.cumsum(new) - 1
+    return sizes[group_of] > np.bincount(blocks)[blocks] if len(differs) else new
+
+
+def in_words(about: Mapping[str, Any]) -> list[str]:
+    """Lines for the log and the console."""
+    report, lines = about["report"], list[str]()
+    left = report["samples"]
+    for name, level in zip(about["by"], report["levels"], strict=True):
+        samples = f"{left:,} samples{' that are left' if left < report['samples'] else ''}"
+        left -= level["paired"]
+        lines.append(
+            f"pairs by {name}: {level['paired']:,} of {samples} have a partner here; "
+            f"{level['groups']:,} groups of {level['smallest']:,} to {level['largest']:,} samples (median "
+            f"{level['median']:,.0f}), {level['of_one']:,} of them of one sample; {level['without']:,} samples without "
+            f"json.{name}"
+        )
+    if about["differ"]:
+        lines[-1] += f"; partners differ in json.{about['differ']}"
+    if report["alone"]:
+        share = 100 * report["alone"] / report["samples"]
+        lines.append(f"{report['alone']:,} samples ({share:.1f} %) have no partner and are their own reference")
+    return lines

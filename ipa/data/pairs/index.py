@@ -27,15 +27,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ipa.errors import UserError
 from ipa.files import write_atomically
 
 FORMAT, VERSION = "ipa pairing index", 1
-STORED = {"I64": np.int64, "U64": np.uint64, "U32": np.uint32, "I32": np.int32}
 REMAKE = "make it again with `python -m ipa.tools.pair`"
 
 Array = NDArray[Any]
@@ -128,26 +127,12 @@ def open_index(path: str) -> Index:
     if not os.path.isfile(path):
         raise WrongIndex(f"there is no pairing index {path}: make it with `python -m ipa.tools.pair … out={path}`")
     try:
-        with open(path, "rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            if begin > os.path.getsize(path):
-                raise ValueError("its header is cut short")
-            entries = json.loads(file.read(begin - 8))
-        about = json.loads(entries.pop("__metadata__")["index"])
+        with safe_open(path, "pt") as file:  # which maps it, as "np" does not
+            about = json.loads(file.metadata()["index"])
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         kind, version = about["format"], about["version"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise WrongIndex(f"{path} is no pairing index ({error}); {REMAKE}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WrongIndex(f"{path} is no pairing index, or a damaged one ({error}); {REMAKE}") from error
     if (kind, version) != (FORMAT, VERSION):
         raise WrongIndex(f"{path} is version {version} of '{kind}', not version {VERSION} of '{FORMAT}'; {REMAKE}")
-    size = begin + max(entry["data_offsets"][1] for entry in entries.values())
-    if os.path.getsize(path) != size:
-        raise WrongIndex(f"{path} is damaged: it has {os.path.getsize(path):,} bytes, not {size:,}; {REMAKE}")
-    return Index(path, about, {name: mapped(path, begin, entry) for name, entry in entries.items()})
-
-
-def mapped(path: str, begin: int, entry: Mapping[str, Any]) -> Array:
-    dtype: Any = STORED[entry["dtype"]]
-    if 0 in entry["shape"]:
-        return np.empty(entry["shape"], dtype)
-    found = np.memmap(path, dtype, "r", begin + entry["data_offsets"][0], tuple(entry["shape"]))
-    return found.view(np.ndarray)  # whose elements are read faster than those of a memmap
+    return Index(path, about, arrays)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ipa.data.addresses import Address, digest
-from ipa.data.pairs.building import build_index, check_local, list_jobs
+from ipa.data.pairs.building import build_index, check_local, in_words, list_jobs
 from ipa.data.pairs.index import REMAKE, Index, Place, WrongIndex, key_hash, open_index
 from ipa.data.pairs.options import Pairs
-from ipa.data.pairs.report import in_words
 from ipa.data.records import Record, Source
 from ipa.data.rejects import BROKEN_PARTNER, Rejected
 from ipa.data.shards.names import shard_name, some

@@ -83,11 +83,6 @@ class Fields:
         """Width and height of the picture, see ``picture_size``."""
         return picture_size(self.picture)
 
-    @property
-    def known_size(self) -> Size | None:
-        """The size if it was needed before."""
-        return self.__dict__.get("size")
-
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """Empty without a JSON member."""
@@ -150,15 +145,15 @@ def weighted(keys: Any, option: str) -> tuple[tuple[str, float], ...]:
     named = [keys] if isinstance(keys, str) else keys
     listed = named if isinstance(named, Sequence) else []
     pairs = list(named.items()) if isinstance(named, Mapping) else [(key, 1) for key in listed]
-    bad = [key for key, weight in pairs if not is_key(key) or not is_weight(weight)]
+    bad = [key for key, weight in pairs if not (is_extension(key) or is_entry(key)) or not is_weight(weight)]
     checked = [] if bad else [(key if key.startswith(ENTRY) else key.lower(), float(weight)) for key, weight in pairs]
     if not checked or len(dict(checked)) < len(checked):
         raise UserError(f"{option}={keys}: give {WAYS}; each key once, weights above 0")
     return tuple(checked)
 
 
-def is_key(key: Any) -> bool:
-    return is_extension(key) or (isinstance(key, str) and key.startswith(ENTRY) and key != ENTRY)
+def is_entry(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(ENTRY) and key != ENTRY
 
 
 def is_extension(key: Any) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipa.data.rejects import Rejected
-from ipa.data.shards.fields import ENTRY, Fields
+from ipa.data.shards.fields import ENTRY, Fields, is_entry
 from ipa.errors import UserError
 
 OPTIONS = ("key", "min", "max", "missing")
@@ -42,17 +42,6 @@ class Filter:
     low: float
     high: float
     keep_missing: bool = False
-
-    @classmethod
-    def of(cls, name: str, values: Mapping[str, Any]) -> Filter:
-        low, high = values.get("min"), values.get("max")
-        return cls(
-            name,
-            tuple(as_list(values["key"])),
-            -math.inf if low is None else float(low),
-            math.inf if high is None else float(high),
-            values.get("missing") == "keep",
-        )
 
     def check(self, fields: Fields, caption: str) -> None:
         """Raises ``Rejected``."""
@@ -83,7 +72,12 @@ def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters"
     wrong = [f"{option}.{name}: {what}" for name, values in given.items() for what in faults(values)]
     if wrong:
         raise UserError("\n".join(wrong))
-    return tuple(Filter.of(name, values) for name, values in given.items())
+    found = []
+    for name, values in given.items():
+        low, high = (values.get(limit) for limit in ("min", "max"))
+        limits = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+        found.append(Filter(name, tuple(as_list(values["key"])), *limits, values.get("missing") == "keep"))
+    return tuple(found)
 
 
 def faults(values: Any) -> list[str]:
@@ -92,7 +86,7 @@ def faults(values: Any) -> list[str]:
         return [f"{values} is no filter; give {{{', '.join(OPTIONS)}}}, or null to turn it off"]
     found = [f"unknown option {name}; there are {', '.join(OPTIONS)}" for name in values if name not in OPTIONS]
     keys = as_list(values.get("key"))
-    found += [f"key={key}: give {WAYS}" for key in keys or [None] if not is_known(key)]
+    found += [f"key={key}: give {WAYS}" for key in keys or [None] if not (is_entry(key) or key in list(QUANTITIES))]
     limits: dict[str, Any] = {name: values.get(name) for name in ("min", "max") if values.get(name) is not None}
     found += [f"{name}={value} is no number" for name, value in limits.items() if not is_number(value)]
     if not limits:
@@ -106,10 +100,6 @@ def faults(values: Any) -> list[str]:
 
 def as_list(keys: Any) -> list[Any]:
     return list(keys) if isinstance(keys, Sequence) and not isinstance(keys, str) else [keys]
-
-
-def is_known(key: Any) -> bool:
-    return isinstance(key, str) and (key in QUANTITIES or (key.startswith(ENTRY) and key != ENTRY))
 
 
 def is_number(value: Any) -> bool:

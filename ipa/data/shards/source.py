@@ -40,6 +40,7 @@ from ipa.errors import UserError
 OPTIONS = ("shards", "weight", "captions", "image", "reference", "filters", "loss_mask", "reference_mask")
 MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES  # all members of a sample, with their headers
 INCOMPLETE = (NO_PICTURE, NO_CAPTION, NO_REFERENCE, NO_MASK)
+MACOS = ("._", ".DS_Store")  # what it adds to archives
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 
 
@@ -76,7 +77,8 @@ class Layout:
         for each in self.filters:
             each.check(fields, captions[0][0])
         captions = self.strip.captions(captions, fields)
-        found = Record(key, shard, index, picture, captions, references, fields.known_size)
+        measured = vars(fields).get("size")  # if it was needed
+        found = Record(key, shard, index, picture, captions, references, measured)
         found.loss_mask, found.reference_masks = loss_mask, reference_masks
         return found
 
@@ -238,27 +240,18 @@ class Files:
             name, content, span = member
             key, _ = self.parts = base_plus_ext(name)
             if key is None or key.endswith("/"):
-                self.set_aside_without_key(name)
+                if not name.rpartition("/")[2].startswith(MACOS):  # no loss
+                    self.set_aside(Rejected(NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is"))
                 continue
             size_bytes = len(content) + BLOCK_BYTES + (size_bytes if key == last_key else 0)
             last_key = key
             if size_bytes > MAX_SAMPLE_BYTES:
                 self.set_aside(Rejected(TOO_LARGE, f"{name}: {key} has over {MAX_SAMPLE_BYTES:,} bytes in all"))
             else:
-                self.extend_span(key, span)
+                begin = self.spans.pop()[0] if key == self.span_key else span[0]
+                self.spans.append((begin, span[1]))
+                self.span_key = key
                 yield {"fname": name, "data": content, "__url__": self.shard}
-
-    def extend_span(self, key: str, span: tuple[int, int]) -> None:
-        if key == self.span_key:
-            self.spans[-1] = (self.spans[-1][0], span[1])
-        else:
-            self.spans.append(span)
-        self.span_key = key
-
-    def set_aside_without_key(self, name: str) -> None:
-        """Not what macOS adds to archives, which is no loss."""
-        if not name.rpartition("/")[2].startswith(("._", ".DS_Store")):
-            self.set_aside(Rejected(NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is"))
 
     def set_aside(self, reject: Rejected) -> None:
         if reject.reason == BROKEN_TAR:

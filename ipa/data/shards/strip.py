@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -80,16 +81,12 @@ class Strip:
         Without any the caption does not change; it is empty if it has nothing else.
         """
         words = dict.fromkeys(WORD.findall(text.lower()))
-        terms = [term for word in words for term in self.by_first_word.get(word, ())] + self.of_sample(fields)
-        return remove(text, terms) if terms else (text, [])
-
-    def of_sample(self, fields: Fields) -> list[str]:
-        try:
+        terms = [term for word in words for term in self.by_first_word.get(word, ())]
+        with suppress(Rejected):
             values = [fields.metadata.get(name) for name in self.names]
-        except Rejected:
-            return []
-        texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-        return [text for text in texts if isinstance(text, str) and WORD.search(text)]
+            own = [term for value in values for term in (value if isinstance(value, list) else [value])]
+            terms += [term for term in own if isinstance(term, str) and WORD.search(term)]
+        return remove(text, terms) if terms else (text, [])
 
 
 def read_terms(path: str, option: str) -> list[str]:

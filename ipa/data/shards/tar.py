@@ -170,15 +170,6 @@ class Archive:
 
     def next_header(self) -> tarfile.TarInfo | None:
         """None at the end of the archive."""
-        try:
-            info = self.read_header()
-        except RecursionError as error:  # a header before a header, thousands of times
-            raise tarfile.ReadError(f"headers without end at byte {self.fileobj.tell()}") from error
-        if info and info.issparse():
-            raise tarfile.ReadError(f"{info.name} is a sparse file, which is not read, at byte {self.fileobj.tell()}")
-        return info
-
-    def read_header(self) -> StrictTarInfo | None:
         while True:
             try:
                 return StrictTarInfo.fromtarfile(cast(tarfile.TarFile, self))
@@ -205,7 +196,7 @@ class Archive:
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A header that is damaged, cut off or missing is an error, not the end of the archive."""
+    """A header that is damaged, cut off, missing or sparse is an error, not the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> StrictTarInfo:
@@ -213,8 +204,8 @@ class StrictTarInfo(tarfile.TarInfo):
             info = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
-        except (tarfile.HeaderError, ValueError) as error:
+        except (tarfile.HeaderError, ValueError, RecursionError) as error:  # a header before a header, without end
             raise tarfile.ReadError(f"{error} at byte {tar.fileobj.tell()}") from error
-        if info.size < 0:
-            raise tarfile.ReadError(f"a negative size at byte {tar.fileobj.tell()}")
+        if info.size < 0 or info.issparse():
+            raise tarfile.ReadError(f"a negative size, or a sparse file, at byte {tar.fileobj.tell()}")
         return info

@@ -6,8 +6,6 @@ The residuals are pooled over space, so they carry content and no layout, and th
 guidance. The flow covers the whole image whatever its proportions, and comes from the image's own seed, after the
 starting noise. λ weights the residuals. Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion
 Models", version 1.1; weights in lllyasviel/control_v11e_sd15_shuffle.
-
-    method = ControlNetShuffle.from_pretrained("stable-diffusion-v1-5/…", "lllyasviel/control_v11e_sd15_shuffle")
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 Image tokens and λ only reach the UNet: a ControlNet has no branches. With a simple adapter, whose tokens are in the
 context, the ControlNet gets the text part alone, as in published code.
-
-    method = IPAdapterControl.from_pretrained("runs/…/adapter.safetensors")
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from ipa.evaluation.methods.ip_adapter import IPAdapterMethod, load
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.weights import controlnet_pipeline, load_controlnet
 from ipa.model import IPAdapterModel
-from ipa.sampling import SamplingOptions, draw_noise, prompt_arguments
+from ipa.sampling import SamplingOptions, prompt_arguments, run_pipeline
 from ipa.types import ImageCondition
 
 
@@ -55,33 +53,28 @@ class IPAdapterControl(IPAdapterMethod):
         control_weight: float = 1.0,
         edge_low: float = 100.0,
         edge_high: float = 200.0,
-        edge_blur_px: float = 0.0,
         **parts: Any,
     ) -> Self:
         """As ``IPAdapterMethod``; ``controlnet`` is a hub id or a folder of one that was trained on edges."""
-        edges = Canny(edge_low, edge_high, edge_blur_px)
+        edges = Canny(edge_low, edge_high)
         model, loaded = load(adapter, dtype=dtype, **parts), load_controlnet(controlnet, dtype)
         return cls(model, loaded, f"{adapter} with {controlnet}", control_weight, edges)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
-        family, texts = self.model.family, [prompt.text for prompt in prompts]
+        family, texts, seeds = self.model.family, [each.text for each in prompts], [each.seed for each in prompts]
         size_px, guided = sampling.image_size_px or family.image_size_px, sampling.guidance > 1
-        noise_BCHW = draw_noise(family.latent_shape(size_px), [prompt.seed for prompt in prompts])
         condition = ImageCondition([self.encode(prompts)], scale=sampling.scale)
-        text_length = family.encode_text([""]).states_BLD.shape[1]
+        control: dict[str, Any] = {"image": self.controls(prompts, size_px).to(self.model.device)}
+        control["controlnet_conditioning_scale"] = float(self.control_weight)
+        pipeline, text_length = (
+            controlnet_pipeline(family, self.controlnet),
+            family.encode_text([""]).states_BLD.shape[1],
+        )
         with (
             prompt_arguments(self.model, [condition], texts, size_px, guided) as arguments,
             context_cut(self.controlnet, text_length),
         ):
-            latents_BCHW = controlnet_pipeline(family, self.controlnet)(
-                **arguments,
-                **self.pipeline_arguments(sampling, size_px),
-                image=self.controls(prompts, size_px).to(self.model.device),
-                controlnet_conditioning_scale=float(self.control_weight),
-                latents=noise_BCHW.to(arguments["prompt_embeds"]),
-                output_type="latent",
-            ).images
-        return family.decode_latents(latents_BCHW)
+            return run_pipeline(family, pipeline, arguments | control, seeds, (size_px, size_px), sampling)
 
     def controls(self, prompts: Sequence[Prompt], size_px: int) -> Tensor:
         """Edges of the images' centre squares: control_B3HW in [0, 1]."""

@@ -7,8 +7,6 @@ The prior is a diffusion model from a text to the embedding of a matching image;
 from the image's own seed. "No image" is the embedding of an image of zeros. The decoder keeps the sampler of its
 checkpoint. Weights in kandinsky-community/kandinsky-2-1 and kandinsky-2-1-prior.
 
-    method = Kandinsky21.from_pretrained("kandinsky-community/kandinsky-2-1")
-
 Letters: B images, E width of CLIP ViT-L/14's embedding.
 """
 
@@ -71,9 +69,10 @@ class Kandinsky21(PipelineMethod):
         return count_parameters(self.decoder.unet)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
-        size_px = sampling.image_size_px or self.image_size_px
-        cells = self.latent_cells(size_px)
-        unet = self.decoder.unet
+        size_px, factor = sampling.image_size_px or self.image_size_px, self.decoder.movq_scale_factor
+        if size_px % factor**2:  # the pipeline would round it up
+            raise UserError(f"sampling.image_size_px={size_px}: {self.name} needs a multiple of {factor**2}")
+        unet, cells = self.decoder.unet, size_px // factor
         noise_BCHW, generators = draw_start(prompts, (unet.config.in_channels, cells, cells))
         return self.decoder(
             [prompt.text for prompt in prompts],
@@ -85,16 +84,11 @@ class Kandinsky21(PipelineMethod):
             output_type="pt",
         ).images
 
-    def latent_cells(self, size_px: int) -> int:
-        """Edge of the latents; raises UserError for sizes that the pipeline would round up."""
-        factor = self.decoder.movq_scale_factor
-        if size_px % factor**2:
-            raise UserError(f"sampling.image_size_px={size_px}: {self.name} needs a multiple of {factor**2}")
-        return size_px // factor
-
     def embeddings(self, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:
         """embedding_BE, mixed as the prior's ``interpolate`` does it for one image."""
-        mixed_BE = self.encode_images(prompts)
+        encoder = self.prior.image_encoder
+        pixels_B3HW = self.prior.image_processor(to_pil(prompts), return_tensors="pt").pixel_values
+        mixed_BE = encoder(pixels_B3HW.to(encoder.device, encoder.dtype)).image_embeds
         rows = [row for row, prompt in enumerate(prompts) if prompt.text]
         if rows:
             text_BE = self.prior(
@@ -105,8 +99,3 @@ class Kandinsky21(PipelineMethod):
             ).image_embeds
             mixed_BE[rows] = (1 - self.text_weight) * mixed_BE[rows] + self.text_weight * text_BE
         return mixed_BE
-
-    def encode_images(self, prompts: Sequence[Prompt]) -> Tensor:
-        encoder = self.prior.image_encoder
-        pixels_B3HW = self.prior.image_processor(to_pil(prompts), return_tensors="pt").pixel_values
-        return encoder(pixels_B3HW.to(encoder.device, encoder.dtype)).image_embeds

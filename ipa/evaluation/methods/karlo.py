@@ -5,8 +5,6 @@
 It works on pixels with its own ancestral sampler, which draws noise in every step, here from the image's own seed.
 ``sampling.num_steps`` are the decoder's steps; super-resolution has seven, the last with a network of its own. The text
 stays empty. Weights in kakaobrain/karlo-v1-alpha-image-variations.
-
-    method = OpenUnCLIP.from_pretrained("kakaobrain/karlo-v1-alpha-image-variations")
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from ipa.errors import UserError
 from ipa.evaluation.methods.method import Prompt, count_parameters, make_generators
 from ipa.evaluation.methods.pipelines import PipelineMethod, to_pil
 from ipa.sampling import SamplingOptions
+from ipa.weights import dtype_name
 
 
 class OpenUnCLIP(PipelineMethod):
@@ -45,7 +44,12 @@ class OpenUnCLIP(PipelineMethod):
         return count_parameters(self.pipeline.decoder) + count_parameters(self.pipeline.text_proj)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
-        self.check_possible(sampling)
+        size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
+        if size_px not in (None, self.image_size_px):
+            only = f"{self.name} makes images of {self.image_size_px} px only"
+            raise UserError(f"sampling.image_size_px={size_px}: {only}")
+        if self.pipeline.device.type == "cpu" and dtype != torch.float32:  # torch cannot resize half-precision images
+            raise UserError(f"method.dtype={dtype_name(dtype)}: on a CPU {self.name} needs float32")
         images_BHW3 = self.pipeline(
             image=to_pil(prompts),
             generator=make_generators(prompts),
@@ -55,13 +59,3 @@ class OpenUnCLIP(PipelineMethod):
             output_type="np",
         ).images
         return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1
-
-    def check_possible(self, sampling: SamplingOptions) -> None:
-        """Raise UserError for another size, and for half precision on a CPU, where torch cannot resize images."""
-        size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
-        if size_px not in (None, self.image_size_px):
-            raise UserError(
-                f"sampling.image_size_px={size_px}: {self.name} makes images of {self.image_size_px} px only"
-            )
-        if self.pipeline.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            raise UserError(f"method.dtype={str(dtype).removeprefix('torch.')}: on a CPU {self.name} needs float32")

@@ -157,10 +157,12 @@ def load_part(part_class: Any, folder: Path, source: Source, dtype: torch.dtype)
             return read_scheduler_class(folder, source).from_pretrained(folder)
         if issubclass(part_class, nn.Module):
             part, info = part_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-            check_complete(info["missing_keys"], folder, source)
+            if missing := info["missing_keys"]:  # both libraries would initialise them at random
+                raise source.missing(f"lacks {len(missing)} weights of {folder.name}/, {min(missing)} among them")
             return part
-        if issubclass(part_class, PreTrainedTokenizerBase):
-            check_vocabulary(folder, source)
+        is_tokenizer = issubclass(part_class, PreTrainedTokenizerBase)
+        if is_tokenizer and not any((folder / name).is_file() for name in VOCABULARIES):
+            raise source.missing(f"has none of {', '.join(VOCABULARIES)} in {folder.name}/")
         return part_class.from_pretrained(folder)
     except UserError:
         raise
@@ -177,14 +179,3 @@ def read_scheduler_class(folder: Path, source: Source) -> Any:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise UserError(f"{source.key}={source.path}: {folder.name}/ names {name}, which is no scheduler of diffusers")
     return found
-
-
-def check_complete(missing: Sequence[str], folder: Path, source: Source) -> None:
-    """Refuse missing weights, which both libraries would initialise at random."""
-    if missing:
-        raise source.missing(f"lacks {len(missing)} weights of {folder.name}/, {min(missing)} among them")
-
-
-def check_vocabulary(folder: Path, source: Source) -> None:
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise source.missing(f"has none of {', '.join(VOCABULARIES)} in {folder.name}/")

@@ -6,10 +6,7 @@ each self-attention layer, r; the second makes the image, and its layers read
     x ← Attention(Q(x), K([x; r]), V([x; r]))
 
 The unconditional half of guidance keeps ``style_fidelity`` of its own attention: 0 follows the text more, 1 the
-reference. With AdaIN the deeper blocks' outputs also get the reference's mean and standard deviation, channel by
-channel. From Mikubill/sd-webui-controlnet, discussions 1236 and 1280. It has no λ.
-
-    method = ReferenceOnly.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+reference. From Mikubill/sd-webui-controlnet, discussion 1236. It has no λ.
 """
 
 from __future__ import annotations
@@ -29,8 +26,6 @@ from ipa.evaluation.methods.weights import load_base
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.sampling import SamplingOptions
 
-EPS = 1e-6
-
 
 class ReferenceOnly(StableDiffusionMethod):
     """The reference is cropped to the image's square. The UNet is restored after each call."""
@@ -39,23 +34,19 @@ class ReferenceOnly(StableDiffusionMethod):
     uses_text = True
     trained = 0
 
-    def __init__(
-        self, family: StableDiffusion, source: str = "", style_fidelity: float = 0.5, adain: bool = False
-    ) -> None:
+    def __init__(self, family: StableDiffusion, source: str = "", style_fidelity: float = 0.5) -> None:
         super().__init__(source, family=family)
-        self.style_fidelity, self.adain = check_fidelity(style_fidelity), adain
+        self.style_fidelity = check_fidelity(style_fidelity)
 
     @classmethod
-    def from_pretrained(
-        cls, base: str, style_fidelity: float = 0.5, adain: bool = False, dtype: str = "float16"
-    ) -> Self:
+    def from_pretrained(cls, base: str, style_fidelity: float = 0.5, dtype: str = "float16") -> Self:
         """Raises MissingWeights for the base, and UserError for a value out of range."""
         check_fidelity(style_fidelity)  # before weights are read
-        return cls(load_base(base, dtype), base, style_fidelity, adain)
+        return cls(load_base(base, dtype), base, style_fidelity)
 
     def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
         passes = TwoPasses(self.noised_references(prompts, start), self.style_fidelity)
-        with passes.installed(self.family.unet, self.adain):
+        with passes.installed(self.family.unet):
             return self.call(self.family.pipeline(), self.text_states(prompts), start, sampling)
 
     def noised_references(self, prompts: Sequence[Prompt], start: Start) -> Callable[[Tensor], Tensor]:
@@ -87,15 +78,13 @@ class TwoPasses:
         self.seen: dict[nn.Module, Any] = {}
 
     @contextmanager
-    def installed(self, unet: Any, adain: bool = False) -> Iterator[None]:
+    def installed(self, unet: Any) -> Iterator[None]:
         """Removes the hooks afterwards, also after an error."""
         with ExitStack() as stack:
             stack.callback(unet.register_forward_pre_hook(self.store_first, with_kwargs=True).remove)
             for attention in self_attentions(unet):
                 stack.callback(attention.register_forward_pre_hook(self.extend, with_kwargs=True).remove)
                 stack.callback(attention.register_forward_hook(self.soften).remove)
-            for module in styled_modules(unet) if adain else []:
-                stack.callback(module.register_forward_hook(self.restyle).remove)
             yield
 
     def store_first(self, unet: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -119,16 +108,6 @@ class TwoPasses:
         (x_BPD,) = inputs
         return None if self.storing else self.mixed(output, lambda rows: attention.processor(attention, x_BPD[:rows]))
 
-    def restyle(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        """The output with the reference's mean and standard deviation (Huang & Belongie 2017)."""
-        x_BCHW, *rest = output if isinstance(output, tuple) else (output,)
-        if self.storing:
-            self.seen[module] = moments(x_BCHW)
-            return None
-        (mean, std), (new_mean, new_std) = moments(x_BCHW), self.seen[module]
-        restyled = self.mixed((x_BCHW - mean) / std * new_std + new_mean, lambda rows: x_BCHW[:rows])
-        return (restyled, *rest) if isinstance(output, tuple) else restyled
-
     def mixed(self, read: Tensor, make_own: Callable[[int], Tensor]) -> Tensor:
         """``read``, except that unconditional rows keep ``style_fidelity`` of their own, ``make_own(rows)``."""
         rows = self.num_unconditional
@@ -137,21 +116,5 @@ class TwoPasses:
         return torch.cat([torch.lerp(read[:rows], make_own(rows), self.style_fidelity), read[rows:]])
 
 
-def moments(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over space."""
-    var, mean = torch.var_mean(x_BCHW, dim=(2, 3), keepdim=True, correction=0)
-    return mean, var.clamp(min=EPS).sqrt()
-
-
 def self_attentions(unet: nn.Module) -> list[Any]:
     return [module.attn1 for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
-
-
-def styled_modules(unet: Any) -> list[nn.Module]:
-    """The mid block, and the layers of the deeper half of the down and up blocks."""
-    downs, ups = len(unet.down_blocks), len(unet.up_blocks)
-    # the original weights down blocks with 2 (1 - i / n), up blocks with 2 i / n, and takes those of at most 1
-    blocks = [block for i, block in enumerate(unet.down_blocks) if 2 * i >= downs]
-    blocks += [block for i, block in enumerate(unet.up_blocks) if 2 * i <= ups]
-    layers = [layer for block in blocks for layer in getattr(block, "attentions", None) or block.resnets]
-    return [unet.mid_block, *layers]

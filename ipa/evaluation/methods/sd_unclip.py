@@ -3,8 +3,6 @@
 The embedding of CLIP ViT-H/14 is noised (Rombach et al. 2022; Ramesh et al. 2022), concatenated with the embedding of
 the noise level, and added to the time embedding; "no image" is zeros. Level 0 adds very little noise, drawn from the
 image's own seed. Weights in stabilityai/stable-diffusion-2-1-unclip, which was withdrawn in 2025.
-
-    method = SDUnCLIP.from_pretrained("FOLDER")
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 The embedding of CLIP ViT-L/14 is the whole context, a single token; "no image" is zeros. It was trained on images
 resized to a square without antialiasing, and its model card asks for the same, which makes a large difference.
 Weights in lambdalabs/sd-image-variations-diffusers, revision v2.0.
-
-    method = SDImageVariations.from_pretrained("lambdalabs/sd-image-variations-diffusers", revision="v2.0")
 """
 
 from __future__ import annotations

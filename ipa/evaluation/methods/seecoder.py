@@ -5,8 +5,6 @@
 Xu et al. 2023, "Prompt-Free Diffusion: Taking 'Text' out of Text-to-Image Diffusion Models"; weights in
 shi-labs/prompt-free-diffusion. There is no text and no λ. "No image" is 148 zeros. Its authors sample with a guidance
 of about 2. Letters: B images, T tokens, P positions in a map, D width.
-
-    method = SeeCoder.from_pretrained("stable-diffusion-v1-5/…", "seecoder-v1-0.safetensors")
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 x are CLIP-L's 257 last hidden states before its final norm, q learned queries. λ weights the tokens. The unconditional
 half has no "no image": as in the authors' sampler, its text is padded to the same length with its own last eight
 tokens. Mou et al. 2023, "T2I-Adapter"; weights in TencentARC/T2I-Adapter.
-
-    method = T2IStyle.from_pretrained("CompVis/…", "openai/clip-vit-large-patch14", "t2iadapter_style_sd14v1.pth")
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 "No image" is the adapter of a zero embedding, and λ weights the tokens of both halves. Zhao et al. 2023,
 "Uni-ControlNet: All-in-One Control to Text-to-Image Diffusion Models"; weights in shihaozhao/uni-controlnet.
-
-    method = UniControlNet.from_pretrained("stable-diffusion-v1-5/…", "openai/clip-vit-large-patch14", "uni.ckpt")
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ of both flows and mixes their residuals:
 
 Weights of both in shi-labs/versatile-diffusion.
 
-    method = Versatile.from_pretrained("shi-labs/versatile-diffusion")
-
 Two bugs of diffusers are fixed here, in our pipelines only: its grey is a float image of 0.5 that CLIP's processor
 divides by 255, which makes it almost black; and its UNet passes an ``encoder_attention_mask`` to every attention layer,
 which the layers of the dual flow do not accept.

@@ -16,6 +16,7 @@ from ipa.contracts import Family
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.files import is_hub_id
 from ipa.metrics.networks import find_file
 from ipa.weights import read_dtype
 
@@ -36,8 +37,8 @@ class Source(NamedTuple):
     @property
     def advice(self) -> str:
         revision = f" --revision {self.revision}" if self.revision else ""
-        is_local = Path(self.path).exists() or "/" not in self.path or self.path.startswith((".", "/", "~"))
-        repository = "OWNER/NAME" if is_local else "/".join(self.path.split("/")[:2]) + revision
+        repository = "/".join(self.path.split("/")[:2])
+        repository = repository + revision if is_hub_id(repository) else "OWNER/NAME"
         return (
             f"Download it where there is a network, `hf download {repository} --local-dir FOLDER`, and give "
             f"{self.key}=FOLDER"
@@ -137,8 +138,5 @@ def read_state(file: Path, prefix: str = "") -> dict[str, Tensor]:
             return {name[len(prefix) :]: opened.get_tensor(name) for name in names}
     # torch maps only its newer format, a zip archive
     state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return cut_prefix(state.get("state_dict", state), prefix)
-
-
-def cut_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    whole = state.get("state_dict", state)
+    return {name[len(prefix) :]: tensor for name, tensor in whole.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Curves over sweeps: runs that differ only in λ, in guidance or in steps, found by their settings.
+"""Curves over sweeps (runs that differ only in λ, in guidance or in steps), and bars of the attention to the image.
 
 Charts are drawn by matplotlib and contain no text of the user's, in which it would read ``$`` as mathematics. The page
 adds title and legend.
@@ -6,9 +6,10 @@ adds title and legend.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipa.evaluation.report.names import AXES, heading, kind_of, plain
-from ipa.evaluation.report.pictures import data_uri
-from ipa.evaluation.report.reading import Evaluation, Score, System, flattened
+from ipa.evaluation.report.reading import Evaluation, Score, System, finite, flattened
 
 SWEPT_AXES = ("scale", "guidance", "num_steps")
 SWEPT_METRICS = ("clip_i", "clip_t")
@@ -57,9 +57,11 @@ def find_charts(evaluation: Evaluation) -> list[Chart]:
     for axis in SWEPT_AXES:
         groups = sweeps(evaluation.systems, axis)
         for metric in SWEPT_METRICS:
-            titled = zip(titles_of(groups), groups, strict=True)
-            lines = [Series(title, points_of(group, axis, metric)) for title, group in titled]
-            series = [line for line in lines if len({x for x, _ in line.points}) > 1]
+            series = []
+            for title, group in zip(titles_of(groups), groups, strict=True):
+                points = [(float(each.sampling[axis]), each.scores[metric]) for each in group if metric in each.scores]
+                if len({x for x, _ in points}) > 1:
+                    series.append(Series(title, sorted(points, key=lambda point: (point[0], point[1].value))))
             charts += [Chart(axis, metric, series)] if series else []
     return charts
 
@@ -80,11 +82,6 @@ def identity(system: System) -> dict[str, Any]:
     return {name: float(value) if type(value) is int else value for name, value in flattened(kept)}
 
 
-def points_of(group: Sequence[System], axis: str, metric: str) -> list[tuple[float, Score]]:
-    points = [(float(each.sampling[axis]), each.scores[metric]) for each in group if metric in each.scores]
-    return sorted(points, key=lambda point: (point[0], point[1].value))
-
-
 def titles_of(groups: Sequence[Sequence[System]]) -> list[str]:
     """Each system with the parts that the labels of its runs share; all labels if these parts say too little."""
     titles = [", ".join([kind_of(group[0].name).title, *filter(None, [shared_label(group)])]) for group in groups]
@@ -100,19 +97,32 @@ def shared_label(group: Sequence[System]) -> str:
 
 def draw(chart: Chart) -> str:
     """The chart as a data URI, the same bytes for the same chart."""
-    content = io.BytesIO()
-    with rc_context(STYLE):
-        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
-        axes = figure.add_subplot()
+
+    def plot(axes: Axes) -> None:
         for number, series in enumerate(chart.series):
             draw_series(axes, series, number)
         axes.set_xlabel(AXIS_TITLES[chart.axis], color=INK)
-        axes.tick_params(length=0, labelcolor=INK)
-        axes.spines[:].set_visible(False)
         axes.grid(axis="y", color=LINE)
         axes.locator_params(nbins=6)
+
+    return drawn(3.0, plot)
+
+
+def drawn(height: float, plot: Callable[[Axes], None]) -> str:
+    """What ``plot`` draws, as a data URI; 5 inches wide."""
+    content = io.BytesIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.0, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+        plot(axes)
         figure.savefig(content, format="svg", metadata={"Date": None})
     return data_uri("svg+xml", content.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def draw_series(axes: Axes, series: Series, number: int) -> None:
@@ -136,3 +146,27 @@ def describe(chart: Chart) -> str:
     for series in chart.series:
         lines.append(f"{series.title}: {', '.join(f'{score.value:.3f} at {x:g}' for x, score in series.points)}.")
     return "\n".join(lines)
+
+
+def find_bars(evaluation: Evaluation) -> list[tuple[System, str, str]]:
+    """‖λ · image attention‖ / ‖text attention‖ by block for each adapter: a system, bars as a URI, and in words."""
+    found: dict[str, tuple[System, str, str]] = {}
+    for system in evaluation.systems:
+        entries = (system.method.get("image_attention") or {}).items()
+        ratios = {str(block): ratio for block, value in entries if (ratio := finite(value)) is not None}
+        if ratios and str(ratios) not in found:
+            words = ", ".join(f"{block} {ratio:.2f}" for block, ratio in ratios.items())
+            found[str(ratios)] = system, draw_bars(ratios), words
+    return list(found.values())
+
+
+def draw_bars(ratios: Mapping[str, float]) -> str:
+    """A horizontal bar per block, the first on top; the line at 1 is where the image outweighs the text."""
+
+    def plot(axes: Axes) -> None:
+        axes.barh([name.replace("$", "") for name in ratios], list(ratios.values()), color=COLOURS[0], height=0.7)
+        axes.axvline(1, color=INK, linestyle="dotted", linewidth=1)
+        axes.invert_yaxis()
+        axes.grid(axis="x", color=LINE)
+
+    return drawn(0.6 + 0.25 * len(ratios), plot)

@@ -1,12 +1,10 @@
-"""Writes results.json, results.csv, table.md and report.html into a benchmark's folder.
+"""Writes results.json, table.md and report.html into a benchmark's folder, or tables to wandb.
 
 The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import asdict
 from functools import partial
@@ -14,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from ipa.evaluation.report.names import kind_of, sorted_metrics
-from ipa.evaluation.report.page import make_page, render
-from ipa.evaluation.report.pictures import Shown
-from ipa.evaluation.report.reading import Evaluation, System, flattened, read_evaluation
-from ipa.evaluation.report.table import make_table, paper_values
+from ipa.evaluation.report.page import Shown, choose_items, make_page, read_thumbnail, render
+from ipa.evaluation.report.reading import Evaluation, System, read_evaluation
+from ipa.evaluation.report.table import Table, make_table, paper_values
 from ipa.files import write_atomically
 
 PAGE = "report.html"
+# titles, and a list of values for each row
+Rows = tuple[list[str], list[list[Any]]]
 
 
 def write_report(folder: Path, shown: Shown | None = None) -> Path:
-    """Write the four files; returns the page's path. Raises UserError before anything is written."""
+    """Write the three files; returns the page's path. Raises UserError before anything is written."""
     evaluation = read_evaluation(folder)
     table = make_table(evaluation)
     contents = {
         "results.json": json.dumps(results(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "results.csv": comma_separated(evaluation),
         "table.md": render("table.md.jinja", evaluation, table),
         PAGE: make_page(evaluation, table, shown or Shown()),
     }
@@ -64,11 +62,33 @@ def system_results(evaluation: Evaluation, system: System) -> dict[str, Any]:
     }
 
 
-def comma_separated(evaluation: Evaluation) -> str:
-    """The same as CSV: a row for every system, a column for every value, such as metrics.clip_i.low."""
-    rows = [dict(flattened(system_results(evaluation, system))) for system in evaluation.systems]
-    written = io.StringIO()
-    writer = csv.DictWriter(written, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return written.getvalue()
+def log_report(logger: Any, evaluation: Evaluation, shown: Shown) -> None:
+    """Log the tables ``scores`` and ``pictures`` to Lightning's wandb logger and finish its run."""
+    logger.log_hyperparams({"benchmark": dict(evaluation.benchmark), "num_seeds": evaluation.num_seeds})
+    tables = {"scores": score_rows(make_table(evaluation)), "pictures": picture_rows(evaluation, shown)}
+    for name, (columns, rows) in tables.items():
+        if rows:
+            logger.log_table(name, columns=columns, data=rows)
+    logger.experiment.finish()
+
+
+def score_rows(table: Table) -> Rows:
+    """Scores are numbers, None if missing, so that wandb can sort and plot them; intervals have their own columns."""
+    columns: dict[str, list[Any]] = {}
+    for column in table.columns:
+        columns[column.title] = [cell.order if column.is_number else cell.text for cell in column.cells]
+        if any(cell.interval for cell in column.cells):
+            columns[f"{column.title} interval"] = [cell.interval for cell in column.cells]
+    columns["note"] = list(table.notes)
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def picture_rows(evaluation: Evaluation, shown: Shown) -> Rows:
+    """The items of the page's grid, each with the first image of every system that has any."""
+    import wandb
+
+    rows: list[list[Any]] = []
+    for item in choose_items(evaluation, shown.rows, shown.seed):
+        images = [read_thumbnail(path, shown.thumbnail_px) for path in evaluation.pictures_of(item)]
+        rows.append([item.id, "".join(item.captions[:1]), *(image and wandb.Image(image) for image in images)])
+    return ["item", "caption", "image prompt", *(system.label for system in evaluation.drawn)], rows

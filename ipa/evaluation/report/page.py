@@ -1,26 +1,41 @@
-"""Renders the templates: ``page.html.jinja``, one file that opens offline, and ``table.md.jinja``."""
+"""What is shown, and the templates: ``page.html.jinja``, one file that opens offline, and ``table.md.jinja``."""
 
 from __future__ import annotations
 
 import functools
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from PIL import Image
 
-from ipa.evaluation.report.bars import find_bars
-from ipa.evaluation.report.curves import describe, draw, find_charts, line_style
+from ipa.errors import UserError
+from ipa.evaluation.report.curves import data_uri, describe, draw, find_bars, find_charts, line_style
 from ipa.evaluation.report.names import heading, kind_of
-from ipa.evaluation.report.pictures import CLIP_I, Shown, choose_items, choose_system, extremes, thumbnail_uri
 from ipa.evaluation.report.reading import Evaluation, Item, System, flattened
 from ipa.evaluation.report.table import Table, missing_lines
 
 MAX_SHOWN_SEEDS = 4
+WEBP_QUALITY = 82
+CLIP_I = "clip_i"
 # an item and its images on the page, the image prompt first
 Row = tuple[Item, Sequence[Path | None]]
-Thumbnail = Callable[[Path | None], str | None]  # the data URI of an image
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The images on the page: ``rows`` items sampled with ``seed``, the ``best`` and as many worst of ``system``."""
+
+    rows: int = 12
+    seed: int = 0
+    best: int = 6
+    system: str | None = None
+    thumbnail_px: int = 160
 
 
 def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
@@ -28,7 +43,8 @@ def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
     thumbnail = functools.cache(functools.partial(thumbnail_uri, edge_px=shown.thumbnail_px))
     system = choose_system(evaluation, shown.system)
     cards = make_cards(evaluation, system, shown.best) if system else {}
-    max_bytes = shown.limit_mb * 1e6 - sum(num_bytes(row, thumbnail) for rows in cards.values() for row in rows)
+    items = choose_items(evaluation, shown.rows, shown.seed) if evaluation.drawn else ()
+    grid: list[Row] = [(item, evaluation.pictures_of(item)) for item in items]
     return render(
         "page.html.jinja",
         evaluation,
@@ -36,7 +52,7 @@ def make_page(evaluation: Evaluation, table: Table, shown: Shown) -> str:
         charts=[(chart, draw(chart), describe(chart)) for chart in find_charts(evaluation)],
         line_style=line_style,
         bars=find_bars(evaluation),
-        grid=list(fitting(make_grid(evaluation, shown), max_bytes, thumbnail)),
+        grid=grid,
         cards=cards,
         card_system=system,
         settings=setting_groups(evaluation),
@@ -72,25 +88,6 @@ def make_cards(evaluation: Evaluation, system: System, count: int) -> dict[str, 
     }
 
 
-def make_grid(evaluation: Evaluation, shown: Shown) -> list[Row]:
-    """Random items, each with the first image of every system that has images."""
-    items = choose_items(evaluation, shown.rows, shown.seed) if evaluation.drawn else ()
-    return [(item, evaluation.pictures_of(item)) for item in items]
-
-
-def fitting(rows: Sequence[Row], max_bytes: float, thumbnail: Thumbnail) -> Iterator[Row]:
-    """The first rows, as many as their images do not exceed ``max_bytes``."""
-    for row in rows:
-        max_bytes -= num_bytes(row, thumbnail)
-        if max_bytes < 0:
-            return
-        yield row
-
-
-def num_bytes(row: Row, thumbnail: Thumbnail) -> int:
-    return sum(len(thumbnail(path) or "") for path in row[1])
-
-
 def clip_i_of(system: System, item: Item) -> str:
     value = system.per_item.get(CLIP_I, {}).get(item.id)
     return "" if value is None else f"{value:.{heading(CLIP_I).digits}f}"
@@ -123,3 +120,55 @@ def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
         name: value or '""' if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in flattened(settings)
     }
+
+
+def choose_items(evaluation: Evaluation, count: int, seed: int) -> list[Item]:
+    """``count`` items in the benchmark's order, if possible of those that every system with images has."""
+    everywhere = [item for item in evaluation.items if all(item.id in system.pictures for system in evaluation.drawn)]
+    pool = everywhere if len(everywhere) >= count else list(evaluation.items)
+    positions = random.Random(seed).sample(range(len(pool)), min(count, len(pool)))
+    return [pool[position] for position in sorted(positions)]
+
+
+def choose_system(evaluation: Evaluation, label: str | None) -> System | None:
+    """The one with that label; without a label, the one with the highest CLIP-I, None if there is none.
+
+    Raises UserError for a label that no system with CLIP-I has.
+    """
+    scored = [system for system in evaluation.systems if system.per_item.get(CLIP_I) and CLIP_I in system.scores]
+    if label is None:
+        return max(scored, key=lambda system: system.scores[CLIP_I].value, default=None)
+    found = {system.label: system for system in scored}
+    if label not in found:
+        raise UserError(f"system={label}: not a system with CLIP-I; possible: {', '.join(found) or 'none'}")
+    return found[label]
+
+
+def extremes(system: System, items: Sequence[Item], count: int) -> tuple[list[Item], list[Item]]:
+    """Items with the highest CLIP-I, best first, and with the lowest, worst first; none is in both."""
+    values = system.per_item[CLIP_I]
+    ranked = sorted((item for item in items if item.id in values), key=lambda item: (-values[item.id], item.id))
+    count = min(count, len(ranked) // 2)
+    return ranked[:count], ranked[::-1][:count]
+
+
+def read_thumbnail(path: Path | None, edge_px: int) -> Image.Image | None:
+    """An RGB image whose longer edge has at most ``edge_px``; None if it is missing or cannot be read."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
+    except (OSError, ValueError):
+        return None
+    small.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
+    return small
+
+
+def thumbnail_uri(path: Path | None, edge_px: int) -> str | None:
+    """The same as a data URI."""
+    small, content = read_thumbnail(path, edge_px), io.BytesIO()
+    if small is None:
+        return None
+    small.save(content, format="WEBP", quality=WEBP_QUALITY, method=4)
+    return data_uri("webp", content.getvalue())

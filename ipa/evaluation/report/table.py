@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ipa.evaluation.report.names import AXES, heading, kind_of, paper_row, plain_number, sorted_metrics
-from ipa.evaluation.report.reading import COMPLETE, Evaluation, Score, System
+from ipa.evaluation.report.reading import COMPLETE, Evaluation, System
 
 FLAGS = {True: "✓", False: "✗", None: ""}
 ARROWS = {True: " ↑", False: " ↓", None: ""}
@@ -121,14 +121,12 @@ def metric_cell(system: System, name: str, best: float | None) -> Cell:
     score = system.scores.get(name)
     if score is None:
         return Cell("–", why=system.missing.get(name) or note_on(system) or "not computed in this run")
-    digits = heading(name).digits
-    return Cell(f"{score.value:.{digits}f}", score.value, interval_of(score, digits), is_best=score.value == best)
-
-
-def interval_of(score: Score, digits: int) -> str:
+    digits, interval = heading(name).digits, ""
     if score.low is not None and score.high is not None:
-        return f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
-    return f"± {score.deviation:.{digits}f}" if score.deviation is not None else ""
+        interval = f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    elif score.deviation is not None:
+        interval = f"± {score.deviation:.{digits}f}"
+    return Cell(f"{score.value:.{digits}f}", score.value, interval, is_best=score.value == best)
 
 
 def paper_values(evaluation: Evaluation, system: System) -> dict[str, float]:

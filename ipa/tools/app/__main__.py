@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from tempfile import TemporaryDirectory
@@ -56,17 +57,13 @@ def serve(options: Any) -> None:
 
 
 def check_password(host: str, password: str | None) -> None:
-    if not is_local(host) and not password:
+    is_local = host == "localhost"
+    with suppress(ValueError):
+        is_local |= ip_address(host).is_loopback
+    if not is_local and not password:
         raise UserError(f"host={host}: others can reach this page, so give password='${{oc.env:NAME}}'")
     if password is not None and len(password) < MIN_PASSWORD_LENGTH:
         raise UserError(f"password=…: give at least {MIN_PASSWORD_LENGTH} characters")
-
-
-def is_local(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_gradio() -> None:

@@ -19,7 +19,6 @@ from typing import Any, Self
 
 from ipa.errors import UserError
 
-MAX_JOBS = 20  # waiting and running
 POLL_S = 0.2
 
 
@@ -80,13 +79,11 @@ class Queue:
         self.lock = Lock()
 
     def submit(self, session: str, calls: int, work: Callable[[Job], Any]) -> Job:
-        """Raises UserError if there are too many jobs."""
+        """Raises UserError if the session has a job."""
         job = Job(calls)
         with self.lock:
             if session in self.jobs:
                 raise UserError("your last images are not ready yet: wait for them, or cancel them")
-            if len(self.jobs) >= MAX_JOBS:
-                raise UserError(f"{MAX_JOBS} people are waiting already: please try again in some minutes")
             self.jobs[session] = job
             job.future = self.thread.submit(self.run, job, work)
         job.future.add_done_callback(lambda _: self.forget(session))

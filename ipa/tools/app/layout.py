@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -30,34 +31,12 @@ class Offer:
     has_control: bool
 
 
-@dataclass(frozen=True)
-class Outputs:
-    generate: gr.Button
-    cancel: gr.Button
-    status: gr.HTML
-    picture: gr.Image
-    show: gr.Button
-    command: gr.Code
-    python: gr.Code
-    files: gr.File
-
-
 def make_inputs(offer: Offer) -> dict[str, Any]:
     """By the names of the command's options, but for ``scales`` and ``count``, which stand for lists."""
+    gallery: dict[str, Any] = {"interactive": True, "sources": ["upload", "clipboard"], "buttons": []}
+    gallery |= {"columns": 4, "height": 220, "object_fit": "contain", "fit_columns": False}
     found: dict[str, Any] = {
-        "image": gr.Gallery(
-            label="Pictures",
-            type="filepath",
-            interactive=True,
-            columns=4,
-            height=220,
-            object_fit="contain",
-            fit_columns=False,
-            file_types=["image"],
-            sources=["upload", "clipboard"],
-            elem_id="pictures",
-            buttons=[],
-        ),
+        "image": gr.Gallery(label="Pictures", type="filepath", file_types=["image"], elem_id="pictures", **gallery),
         "text": gr.Textbox(label="Text", placeholder="empty: the picture alone decides", elem_id="text"),
         "negative_text": gr.Textbox(label="Negative text", placeholder="what should not be there", elem_id="negative"),
         "scale": gr.Slider(0, 2, 1, step=0.05, label="λ, the weight of the picture", elem_id="scale"),
@@ -165,32 +144,25 @@ def make_control(has_control: bool) -> dict[str, Any]:
     }
 
 
-def make_outputs() -> Outputs:
+def make_outputs() -> SimpleNamespace:
+    found = SimpleNamespace()
     with gr.Row():
-        generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
-        cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
-    status = gr.HTML("", elem_id="status")
-    picture = gr.Image(
-        label="Image",
-        show_label=False,
-        type="filepath",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_id="picture",
-    )
-    show = gr.Button("Show these settings as a command and as Python", size="sm", elem_id="show")
+        found.generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+        found.cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
+    found.status = gr.HTML("", elem_id="status")
+    options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+    found.picture = gr.Image(label="Image", type="filepath", elem_id="picture", **options)
+    found.show = gr.Button("Show these settings as a command and as Python", size="sm", elem_id="show")
     code: dict[str, Any] = {"visible": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}
-    command = gr.Code(label="Command", language="shell", elem_id="command", **code)
-    python = gr.Code(label="Python", language="python", elem_id="python", **code)
-    files = gr.File(
+    found.command = gr.Code(label="Command", language="shell", elem_id="command", **code)
+    found.python = gr.Code(label="Python", language="python", elem_id="python", **code)
+    found.files = gr.File(
         label="Files that they name", file_count="multiple", visible=False, interactive=False, elem_id="files"
     )
-    return Outputs(generate, cancel, status, picture, show, command, python, files)
+    return found
 
 
 def canvas(width: int, height: int) -> dict[str, Any]:
     """Of these proportions."""
     longer = max(width, height)
-    return {
-        f"canvas_{name}": max(1, edge * CANVAS_PX // longer) for name, edge in (("width", width), ("height", height))
-    }
+    return {"canvas_width": max(1, width * CANVAS_PX // longer), "canvas_height": max(1, height * CANVAS_PX // longer)}

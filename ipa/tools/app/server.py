@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import signal
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,8 @@ def launch(blocks: gr.Blocks, host: str, port: int, password: str | None) -> Non
         blocks.queue(max_size=MAX_EVENTS, default_concurrency_limit=4).launch(
             server_name=host,
             server_port=port,
-            auth=None if password is None else knows(password),
+            # gradio asks for a name as well: any will do
+            auth=password and (lambda name, given: hmac.compare_digest(given.encode(), password.encode())),
             auth_message="Any name, and the password that you were given.",
             prevent_thread_lock=True,
             max_file_size=MAX_BYTES,
@@ -77,8 +77,3 @@ def launch(blocks: gr.Blocks, host: str, port: int, password: str | None) -> Non
         )
     except OSError as error:
         raise UserError(f"host={host} port={port}: cannot listen there ({error}); give another port=") from error
-
-
-def knows(password: str) -> Callable[[str, str], bool]:
-    """Gradio asks for a name as well: any will do."""
-    return lambda name, given: hmac.compare_digest(given.encode(), password.encode())

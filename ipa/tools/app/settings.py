@@ -6,7 +6,7 @@ The page makes what the command makes: its values become the command's arguments
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -26,8 +26,11 @@ COMMAND = "python -m ipa.tools.sample"
 def read_page(page: Mapping[str, Any], fixed: Mapping[str, Any], native_px: int) -> dict[str, Any]:
     """Checked settings; ``fixed`` are those of the page's own command line. Raises UserError."""
     settings = {**fixed, **{name: page[name] for name in CALL}}
-    settings |= {"adapter": as_list(page["adapter"]), "image": as_list(page["image"]), "text": [page["text"]]}
-    settings |= {"blocks": as_list(page["blocks"]), "scale": scales_of(page), "seed": seeds_of(page)}
+    if page["seed"] is None or page["count"] is None:
+        raise UserError("please give a seed, and how many images")
+    seeds = [int(page["seed"]) + number for number in range(int(page["count"]))]
+    settings |= {name: list(page[name] or []) for name in ("adapter", "image", "blocks")}
+    settings |= {"text": [page["text"]], "scale": scales_of(page), "seed": seeds}
     if page["start_image"]:
         settings |= {name: page[name] for name in ("start_image", "strength")}
     if page["control"]:
@@ -40,22 +43,12 @@ def read_page(page: Mapping[str, Any], fixed: Mapping[str, Any], native_px: int)
     return settings_of(read_options(as_arguments(Options, settings), Options))
 
 
-def as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
 def scales_of(page: Mapping[str, Any]) -> list[float]:
     words = (page["scales"] or "").replace(",", " ").split()
     try:
         return [float(word) for word in words] or [page["scale"]]
     except ValueError:
         raise UserError(f"λ side by side: {page['scales']}: give numbers, such as 0, 0.5, 1") from None
-
-
-def seeds_of(page: Mapping[str, Any]) -> list[int]:
-    if page["seed"] is None or page["count"] is None:
-        raise UserError("please give a seed, and how many images")
-    return [int(page["seed"]) + number for number in range(int(page["count"]))]
 
 
 def check_limits(settings: Mapping[str, Any], native_px: int) -> None:
@@ -84,26 +77,28 @@ def as_python(settings: dict[str, Any]) -> str:
     """A script that makes ``images``, a list, row by row of the command's grid."""
     adapters, axes = settings["adapter"], {name: values for name, values in axes_of(settings).items() if name in AXES}
     several = {name: values for name, values in axes.items() if len(values) > 1}
-    lines = ["from ipa.prompter import Prompter", *pipeline_import(settings), ""]
-    loading = changed(settings, LOADING)
-    lines.append(f"prompter = Prompter.load({arguments(adapters if len(adapters) > 1 else adapters[0], **loading)})")
+    options = pipeline_options(settings)
+    lines = ["from ipa.prompter import Prompter"]
+    if options:
+        lines.append("from ipa.tools.pipelines import make_pipeline")
+    lines.append("")
+    loading = [repr(adapters if len(adapters) > 1 else adapters[0]), *written(changed(settings, LOADING))]
+    lines.append(f"prompter = Prompter.load({', '.join(loading)})")
     given: dict[str, Any] = {name: values[0] for name, values in axes.items() if values[0] not in (None, 0)}
     given |= {"scale": axes["scale"][0], **changed(settings, CALL)}
     given["seed"] = settings["seed"] if len(settings["seed"]) > 1 else settings["seed"][0]
     extra = [f"{name}={name}" for name in several]
-    if options := pipeline_options(settings):
-        lines.append(f"pipeline, arguments = make_pipeline(prompter, {arguments(**options)})")
+    if options:
+        lines.append(f"pipeline, arguments = make_pipeline(prompter, {', '.join(written(options))})")
         extra += ["pipeline=pipeline", "arguments=arguments"]
-    call = [repr(settings["image"]), repr(settings["text"][0]), *written(without(given, several)), *extra]
-    lines += ["images = []", *loops(several)] if several else []
+    own = {name: value for name, value in given.items() if name not in several}
+    call = [repr(settings["image"]), repr(settings["text"][0]), *written(own), *extra]
+    if several:
+        lines.append("images = []")
+    lines += [f"{'    ' * depth}for {name} in {values!r}:" for depth, (name, values) in enumerate(several.items())]
     indent = "    " * len(several)
     lines.append(f"{indent}images {'+=' if several else '='} prompter(")
     return "\n".join([*lines, *(f"{indent}    {each}," for each in call), f"{indent})", ""])
-
-
-def loops(several: Mapping[str, list[Any]]) -> Iterator[str]:
-    for depth, (name, values) in enumerate(several.items()):
-        yield f"{'    ' * depth}for {name} in {values!r}:"
 
 
 def pipeline_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,23 +108,11 @@ def pipeline_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name, default in PIPELINE.items() if settings[name] != default}
 
 
-def pipeline_import(settings: Mapping[str, Any]) -> list[str]:
-    return ["from ipa.tools.pipelines import make_pipeline"] if pipeline_options(settings) else []
-
-
 def changed(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Without those that are as in the command's defaults."""
     defaults = settings_of(read_options(["adapter=a", "image=a"], Options))
     return {name: settings[name] for name in names if settings[name] != defaults[name]}
 
 
-def without(given: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in names}
-
-
 def written(given: Mapping[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value in given.items()]
-
-
-def arguments(*values: Any, **named: Any) -> str:
-    return ", ".join([*map(repr, values), *written(named)])

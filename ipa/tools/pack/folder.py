@@ -95,7 +95,7 @@ def read_captions(files: Files, options: Any) -> tuple[Entries, str]:
         return read_tables(files, tables[wanted], options)
     paths = [Path(options.folder, text) for text in texts.values()]
     read = thread_map(read_caption, paths, max_workers=READING_THREADS, desc="captions", delay=SHOW_PROGRESS_AFTER_S)
-    found = {name: (usable(text), Row()) for name, text in zip(texts, read, strict=True) if usable(text)}
+    found = {name: (captions, Row()) for name, text in zip(texts, read, strict=True) if (captions := usable(text))}
     refused = [str(error) for error in read if isinstance(error, UserError)]
     return found, "captions: .txt files" + (f"; {len(refused)} are no text: {refused[0]}" if refused else "")
 

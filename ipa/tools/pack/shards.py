@@ -22,7 +22,16 @@ from webdataset.writer import TarWriter
 from ipa.data.images.opening import Size, picture_size, upright, upright_size, with_picture
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.transforms import open_picture
-from ipa.data.rejects import BROKEN_PICTURE, NO_CAPTION, NO_REFERENCE, Rejected, count_reasons, describe, in_words
+from ipa.data.rejects import (
+    BROKEN_PICTURE,
+    NO_CAPTION,
+    NO_REFERENCE,
+    Rejected,
+    count_reasons,
+    describe_rejects,
+    examples_of,
+    in_words,
+)
 from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError, brief
 from ipa.files import printable, read_json, write_atomically, write_json
@@ -98,7 +107,8 @@ def summary(stats: Sequence[dict[str, Any]], left_out: list[Rejected], out: str)
     references = {kind for each in stats for kind in each["extensions"] if kind.startswith("ref.")}
     words += [f"data.reference=[{','.join(sorted(references))}]"] if references else []
     what = f"{out}: {pictures:,} pictures, shards: {len(stats):,}, {size / 1e6:,.1f} MB"
-    return [*(f"left out, {line}" for line in describe(left_out)), what, f"next: {shlex.join(words)}"]
+    lines = describe_rejects(count_reasons(left_out), examples_of(left_out))
+    return [*(f"left out, {line}" for line in lines), what, f"next: {shlex.join(words)}"]
 
 
 def prepare_folder(samples: Sequence[Sample], options: Any) -> None:

@@ -5,16 +5,16 @@ import pytest
 import tiny
 import tiny_prompt_tokens as parts
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ipa.evaluation.methods.reference_only import ReferenceOnly, TwoPasses, moments, self_attentions, styled_modules
+from ipa.evaluation.methods.reference_only import ReferenceOnly, TwoPasses, self_attentions
 
 
-def make_method(style_fidelity: float = 0.5, adain: bool = False) -> ReferenceOnly:
+def make_method(style_fidelity: float = 0.5) -> ReferenceOnly:
     family = tiny.make_family()
     for attention in self_attentions(family.unet):
         parts.loud(attention)
-    return ReferenceOnly(family, style_fidelity=style_fidelity, adain=adain)
+    return ReferenceOnly(family, style_fidelity=style_fidelity)
 
 
 def make_inputs(rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,19 +29,19 @@ def predict(unet: Any, latents: Tensor, timestep: Tensor, text: Tensor) -> Tenso
         return unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
 
-def predict_reading(unet: Any, reference: Tensor, style_fidelity: float = 0.5, adain: bool = False) -> Tensor:
+def predict_reading(unet: Any, reference: Tensor, style_fidelity: float = 0.5) -> Tensor:
     passes = TwoPasses(lambda timestep: reference, style_fidelity)
-    with passes.installed(unet, adain):
+    with passes.installed(unet):
         return predict(unet, *make_inputs())
 
 
 def test_it_keeps_what_every_method_promises() -> None:
-    parts.check_promises(make_method(adain=True))
+    parts.check_promises(make_method())
     parts.check_without_guidance(make_method())
 
 
 def test_the_unet_is_restored_also_after_an_error() -> None:
-    method = make_method(adain=True)
+    method = make_method()
     unet, inputs = method.family.unet, make_inputs()
     before, processors = predict(unet, *inputs), unet.attn_processors
     method.generate(parts.make_prompts(), parts.FAST)
@@ -49,7 +49,7 @@ def test_the_unet_is_restored_also_after_an_error() -> None:
     def refuse(timestep: Tensor) -> Tensor:
         raise InterruptedError
 
-    with pytest.raises(InterruptedError), TwoPasses(refuse, 0.5).installed(unet, adain=True):
+    with pytest.raises(InterruptedError), TwoPasses(refuse, 0.5).installed(unet):
         predict(unet, *inputs)
     assert unet.attn_processors.keys() == processors.keys()
     assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
@@ -57,12 +57,11 @@ def test_the_unet_is_restored_also_after_an_error() -> None:
     assert torch.equal(predict(unet, *inputs), before)
 
 
-@pytest.mark.parametrize("adain", [False, True])
-def test_a_reference_that_is_the_picture_itself_changes_nothing(adain: bool) -> None:
-    """Attention to every place twice is attention to it once, and the moments are already the same."""
+def test_a_reference_that_is_the_picture_itself_changes_nothing() -> None:
+    """Attention to every place twice is attention to it once."""
     unet, inputs = make_method().family.unet, make_inputs()
-    torch.testing.assert_close(predict_reading(unet, inputs[0], adain=adain), predict(unet, *inputs))
-    assert parts.differs(predict_reading(unet, -inputs[0], adain=adain), predict(unet, *inputs))
+    torch.testing.assert_close(predict_reading(unet, inputs[0]), predict(unet, *inputs))
+    assert parts.differs(predict_reading(unet, -inputs[0]), predict(unet, *inputs))
 
 
 def test_style_fidelity_keeps_the_unconditional_half_its_own() -> None:
@@ -80,37 +79,6 @@ def test_without_guidance_no_row_is_unconditional() -> None:
     unet, inputs = make_method().family.unet, make_inputs()
     reference = inputs[0].flip(0)
     assert torch.equal(predict_reading(unet, reference, 0.0), predict_reading(unet, reference, 1.0))
-
-
-def test_adain_gives_the_moments_of_the_reference() -> None:
-    unet, found = make_method().family.unet, []
-
-    def watch(module: nn.Module, inputs: object, output: Tensor) -> None:
-        found.append(moments(output))
-
-    passes = TwoPasses(lambda timestep: make_inputs()[0].flip(0), 0.0)
-    with passes.installed(unet, adain=True):
-        handle = unet.mid_block.register_forward_hook(watch)  # behind the one that restyles
-        predict(unet, *make_inputs())
-        handle.remove()
-    (written_mean, written_std), (read_mean, read_std) = found
-    torch.testing.assert_close(read_mean, written_mean, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(read_std, written_std, atol=1e-4, rtol=1e-4)
-
-
-def test_the_blocks_that_are_restyled_in_stable_diffusion() -> None:
-    """Weights 1 and 0.5 of four blocks down; 0, 0.5 and 1 of four up."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)
-    names = {module: name for name, module in unet.named_modules()}
-    found = [names[module] for module in styled_modules(unet)]
-    down = ["down_blocks.2.attentions.0", "down_blocks.2.attentions.1", "down_blocks.3.resnets.0"]
-    up = ["up_blocks.0.resnets.0", "up_blocks.0.resnets.1", "up_blocks.0.resnets.2"]
-    up += [f"up_blocks.{block}.attentions.{layer}" for block in (1, 2) for layer in range(3)]
-    assert found == ["mid_block", *down, "down_blocks.3.resnets.1", *up]
-    assert len(self_attentions(unet)) == 16
 
 
 def test_values_out_of_range_are_told(base_folder: Path) -> None:

@@ -1,0 +1,115 @@
+"""The curves of docs/flux.md: what helps an adapter for a FLUX-class base to learn, answered on demo/base_flux.
+
+    python demo/flux_questions.py train      # five variants, three seeds each: an hour on two cores, resumable
+    python demo/flux_questions.py draw       # docs/images/flux.png and a table, from the runs there are
+
+The first variant is `recipe=demo_flux`; each other one differs in one thing. Every run is scored at its end with 100
+held-out image prompts, without text, by the independent CLIP.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, PICTURE = ROOT / "runs", ROOT / "docs" / "images" / "flux.png"
+SEEDS, BATCH, BIN_STEPS = (1, 2, 3), 16, 50
+VARIANTS = {
+    "recipe=demo_flux": (),
+    "base.value_std=0.02": ("base.value_std=0.02",),
+    "tokens.num_tokens=16": ("tokens.num_tokens=16", "adapter.layout=ipa"),
+    "base.hosts=all": ("base.hosts=all", "adapter.layout=ipa"),
+    "base.times.timesteps=uniform": ("base.times.timesteps=uniform",),
+}
+SWEEP = (
+    "recipe=demo_flux",
+    "experiment=decoupled_global",
+    "hydra.launcher.jobs=2",
+    "image_prompt_check.every_n_steps=10",
+)
+LEAN = ("preview.every_n_steps=1200", "preview.num_scored=1", "~logger.wandb")
+SCORES = {"clip_i": 3, "retrieval_at_1": 2, "border_lab": 1}
+
+
+def name_of(variant: str) -> str:
+    return "flux_" + variant.rpartition("=")[0].rpartition(".")[2]
+
+
+def train() -> int:
+    """Two runs at a time with one thread each; a second call continues."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for variant, options in VARIANTS.items():
+        sweep = (f"seed={','.join(map(str, SEEDS))}", f"name={name_of(variant)}", *SWEEP, *LEAN)
+        command = [sys.executable, "train.py", "-m", *sweep, *options]
+        if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
+            return code
+    return 0
+
+
+def runs_of(variant: str) -> list[Path]:
+    """Those that have ended."""
+    found = sorted((RUNS / name_of(variant)).glob("decoupled_global-seed*"))
+    return [run for run in found if (run / "summary.json").is_file()]
+
+
+def gaps(run: Path) -> dict[int, float]:
+    """Samples seen → the mean `image_prompt/gap` of the last ``BIN_STEPS`` steps, in per cent."""
+    bins: dict[int, list[float]] = {}
+    with (run / "log.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if value := row.get("image_prompt/gap"):
+                bins.setdefault(-(-int(row["step"]) // BIN_STEPS), []).append(float(value))
+    return {number * BIN_STEPS * BATCH: 100 * statistics.mean(values) for number, values in bins.items()}
+
+
+def scores(run: Path) -> dict[str, float]:
+    return json.loads((run / "summary.json").read_text())["scores"]["scale 1"]
+
+
+def draw() -> int:
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, variant in enumerate(VARIANTS):
+        runs = runs_of(variant)
+        if not runs:
+            continue
+        curves = [gaps(run) for run in runs]
+        points = [(samples, statistics.mean(curve[samples] for curve in curves)) for samples in curves[0]]
+        axes.plot(*zip(*points, strict=True), color=f"C{number}", label=variant, marker="o", markersize=3)
+        print(f"| `{variant}` | {len(runs)} | {spread([first_sign(curve) for curve in curves], 0)} | ", end="")
+        print(" | ".join(spread([scores(run)[name] for run in runs], digits) for name, digits in SCORES.items()), "|")
+    axes.axhline(0, color="#63625e", linewidth=0.7)
+    axes.set(xlabel="samples", ylabel="image_prompt/gap, %")
+    axes.legend(fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
+    return 0
+
+
+def first_sign(curve: dict[int, float]) -> float:
+    """Samples after which the gap stays above 1 %."""
+    below = [samples for samples, gap in curve.items() if gap < 1]
+    return max(below, default=0)
+
+
+def spread(values: list[float], digits: int) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):,.{digits}f} ± {deviation:.{digits}f}"
+
+
+def main() -> int:
+    commands = {"train": train, "draw": draw}
+    if sys.argv[1:] not in [[name] for name in commands]:
+        sys.exit(__doc__)
+    return commands[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
