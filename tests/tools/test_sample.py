@@ -139,13 +139,9 @@ def test_lists_make_a_labelled_grid_of_the_single_images(
     sample(**listed, out=tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         sheet = picture.convert("RGB")
-    if across == "seed":
-        font = ImageFont.load_default(LABEL_PX)
-        pitch = GAP_PX + max(
-            tiny.IMAGE_PX, *(int(font.getlength(f"seed {seed}")) for seed in columns)
-        )  # no label is cut
-    else:
-        pitch = (sheet.width + GAP_PX) // len(columns)
+    names = [f"seed {seed}" for seed in columns] if across == "seed" else [adapter.parent.name, other.stem]
+    lengths = [int(ImageFont.load_default(LABEL_PX).getlength(name)) for name in names]
+    pitch = GAP_PX + max(tiny.IMAGE_PX, *lengths)  # no label is cut
     corner = sheet.width - len(columns) * pitch + GAP_PX
     for y, scale in enumerate(rows):
         for x, value in enumerate(columns):
