@@ -48,8 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # a new file's; os.umask would change it for every thread
+        mode = mode_of_new_file(temporary)
         write(temporary)
         with suppress(OSError):  # some file systems have no permissions
             temporary.chmod(mode)  # safetensors creates files that only their owner can read
@@ -85,6 +84,14 @@ def fsync(path: Path) -> None:
     except OSError as error:
         if not (path.is_dir() and error.errno in FOLDER_FSYNC_UNSUPPORTED):
             raise
+
+
+def mode_of_new_file(path: Path) -> int:
+    """Permissions that a new file gets there; calling ``os.umask`` would change it for every thread."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()  # a writer that fails silently must not leave an empty file
+    return mode
 
 
 def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER_FOLDER) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -116,10 +117,7 @@ class OpenFile:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if "number" in vars(self):
-            os.close(self.number)
+        weakref.finalize(self, os.close, self.number)
 
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)

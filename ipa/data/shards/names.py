@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 from braceexpand import braceexpand
 
@@ -34,6 +35,8 @@ MAX_NAMES_SHOWN = 8
 REMOTE = re.compile(r"pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://")
 QUERY = re.compile(r"[?#].*$")
 LISTED = re.compile(r"/$|[*{]")  # folders, globs, braces that were not understood
+GROUP = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?|([^{}]*))\}")
+MAX_SHARDS, MAX_BRACES = 10_000_000, 100
 SCHEMES = ("file", "https", "http", "ftps", "sftp", "scp", "s3", "gs", "ais", "hf", "pipe")
 TRUSTED = ("file", "https", "s3", "gs", "hf")  # the default: encrypted, or the user's own storage
 
@@ -75,6 +78,7 @@ def entries_in(spec: str) -> list[str]:
 
 
 def expand_entry(entry: str, expand: Callable[[str], list[str]]) -> list[str]:
+    check_number(entry)
     try:
         patterns = list(braceexpand(os.path.expanduser(entry), escape=False))
     except ValueError as error:
@@ -84,6 +88,14 @@ def expand_entry(entry: str, expand: Callable[[str], list[str]]) -> list[str]:
     if missing:
         raise NoShards(explain(entry, missing, len(patterns)))
     return [shard for shards in found for shard in shards]
+
+
+def check_number(entry: str) -> None:
+    """Refuse braces that expand to too many names for the memory."""
+    groups = GROUP.findall(entry)
+    number = prod(abs(int(last) - int(first)) + 1 if last else 1 + names.count(",") for first, last, names in groups)
+    if number > MAX_SHARDS or entry.count("{") > MAX_BRACES:
+        raise NoShards(f"the braces of '{hide(entry[:100])}' expand to more than {MAX_SHARDS:,} shards")
 
 
 def local_shards(pattern: str, listing: Callable[[str], frozenset[str]]) -> list[str]:
