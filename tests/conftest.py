@@ -17,7 +17,7 @@ from ipa.model import IPAdapterModel
 from ipa.types import EncoderWidths
 
 yaml.SafeLoader = yaml.CSafeLoader  # composing the configuration takes half as long  # type: ignore[misc]
-# Autograd's first backward starts a thread per device, after which forks cannot train; fake tensors pretend to have one.
+# The first backward starts a thread per device, after which forks cannot train; fake tensors pretend to have one.
 torch.zeros((), requires_grad=True).backward()
 # the scripts that made the demo world, without its weights
 sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
