@@ -82,6 +82,7 @@ bench: $(READY) ## compare our speed with the public script and diffusers; half 
 
 bench-data: $(READY) ## compare the speed of the data pipeline with a plain dataset; minutes on an idle machine
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py --memory $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pairs.py
 
 docs: $(READY) ## build the documentation into site/ and check its links; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
