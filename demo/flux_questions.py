@@ -94,7 +94,7 @@ def draw() -> int:
 
 
 def first_sign(curve: dict[int, float]) -> float:
-    """Samples after which the gap stays above 1 %."""
+    """How many samples were seen when the gap left 1 % for good."""
     below = [samples for samples, gap in curve.items() if gap < 1]
     return max(below, default=0)
 

@@ -115,8 +115,8 @@ class FlowFamily(PipelineFamily):
         cls.check(path, transformer_file=transformer_file, **schemes, **options)
         given = cls.absent | cls.left_out(**options) | cls.stand_ins(path, leave_out)
         if transformer_file and "denoiser" not in leave_out:
-            dtype_ = dtypes["default"]
-            given["transformer"] = load_file(cls.transformer_class, transformer_file, path, quantization, dtype_)
+            stored = (cls.transformer_class, transformer_file, path)
+            given["transformer"] = load_file(*stored, quantization, dtypes["default"])
         pipeline = load_folder(cls.pipeline_class, path, dtypes, given, cls.quantized_parts(**schemes))
         parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
         family = cls(**parts, source=path, **options)
