@@ -1,10 +1,10 @@
 """The curves of docs/flux.md: what helps an adapter for a FLUX-class base to learn, answered on demo/base_flux.
 
-    python demo/flux_questions.py train      # five variants, three seeds each: an hour on two cores, resumable
+    python demo/flux_questions.py train      # eight variants, three seeds each: an hour on two cores, resumable
     python demo/flux_questions.py draw       # docs/images/flux.png and a table, from the runs there are
 
-The first variant is `recipe=demo_flux`; each other one differs in one thing. Every run is scored at its end with 100
-held-out image prompts, without text, by the independent CLIP.
+The first variant is `recipe=demo_flux experiment=decoupled_global`; each other one differs in one thing. Every run is
+scored at its end with 100 held-out image prompts, without text, by the independent CLIP.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,25 +23,24 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, PICTURE = ROOT / "runs", ROOT / "docs" / "images" / "flux.png"
 SEEDS, BATCH, BIN_STEPS = (1, 2, 3), 16, 50
+FREE_LAYOUT = "adapter.layout=ipa"  # diffusers reads the first, second and fifth alone
 VARIANTS = {
     "recipe=demo_flux": (),
-    "base.value_std=0.02": ("base.value_std=0.02",),
-    "tokens.num_tokens=16": ("tokens.num_tokens=16", "adapter.layout=ipa"),
-    "base.hosts=all": ("base.hosts=all", "adapter.layout=ipa"),
-    "base.times.timesteps=uniform": ("base.times.timesteps=uniform",),
+    "base.value_std=0.02": (),
+    "tokens.num_tokens=16": (FREE_LAYOUT,),
+    "base.hosts=all": (FREE_LAYOUT,),
+    "base.times.timesteps=uniform": (),
+    "experiment=decoupled_fine_grained": (FREE_LAYOUT,),
+    "experiment=simple_global": (FREE_LAYOUT,),
+    "experiment=simple_fine_grained": (FREE_LAYOUT,),
 }
-SWEEP = (
-    "recipe=demo_flux",
-    "experiment=decoupled_global",
-    "hydra.launcher.jobs=2",
-    "image_prompt_check.every_n_steps=10",
-)
+SWEEP = ("recipe=demo_flux", "hydra.launcher.jobs=2", "image_prompt_check.every_n_steps=10")
 LEAN = ("preview.every_n_steps=1200", "preview.num_scored=1", "~logger.wandb")
 SCORES = {"clip_i": 3, "retrieval_at_1": 2, "border_lab": 1}
 
 
 def name_of(variant: str) -> str:
-    return "flux_" + variant.rpartition("=")[0].rpartition(".")[2]
+    return "flux_" + re.sub(r"\W", "_", variant)
 
 
 def train() -> int:
@@ -48,7 +48,8 @@ def train() -> int:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for variant, options in VARIANTS.items():
         sweep = (f"seed={','.join(map(str, SEEDS))}", f"name={name_of(variant)}", *SWEEP, *LEAN)
-        command = [sys.executable, "train.py", "-m", *sweep, *options]
+        experiment = () if variant.startswith("experiment=") else ("experiment=decoupled_global",)
+        command = [sys.executable, "train.py", "-m", *sweep, *experiment, *({variant} - {*SWEEP}), *options]
         if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
             return code
     return 0
@@ -56,7 +57,7 @@ def train() -> int:
 
 def runs_of(variant: str) -> list[Path]:
     """Those that have ended."""
-    found = sorted((RUNS / name_of(variant)).glob("decoupled_global-seed*"))
+    found = sorted((RUNS / name_of(variant)).glob("*-seed*"))
     return [run for run in found if (run / "summary.json").is_file()]
 
 
@@ -75,20 +76,23 @@ def scores(run: Path) -> dict[str, float]:
 
 
 def draw() -> int:
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for number, variant in enumerate(VARIANTS):
-        runs = runs_of(variant)
-        if not runs:
+        if not (runs := runs_of(variant)):
             continue
         curves = [gaps(run) for run in runs]
         points = [(samples, statistics.mean(curve[samples] for curve in curves)) for samples in curves[0]]
-        axes.plot(*zip(*points, strict=True), color=f"C{number}", label=variant, marker="o", markersize=3)
+        style = {"color": f"C{number}", "label": variant, "marker": "o", "markersize": 3}
+        for panel in panels if number == 0 else [panels[variant.startswith("experiment=")]]:
+            panel.plot(*zip(*points, strict=True), **style)
         print(f"| `{variant}` | {len(runs)} | {spread([first_sign(curve) for curve in curves], 0)} | ", end="")
         print(" | ".join(spread([scores(run)[name] for run in runs], digits) for name, digits in SCORES.items()), "|")
-    axes.axhline(0, color="#63625e", linewidth=0.7)
-    axes.set(xlabel="samples", ylabel="image_prompt/gap, %")
-    axes.legend(fontsize=8)
+    for panel in panels:
+        panel.axhline(0, color="#63625e", linewidth=0.7)
+        panel.set_xlabel("samples")
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("image_prompt/gap, %")
     figure.savefig(PICTURE, dpi=110)
     return 0
 
