@@ -16,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,8 +35,14 @@ VARIANTS = {
     "experiment=simple_global": (FREE_LAYOUT,),
     "experiment=simple_fine_grained": (FREE_LAYOUT,),
 }
-SWEEP = ("recipe=demo_flux", "hydra.launcher.jobs=2", "image_prompt_check.every_n_steps=10")
-LEAN = ("preview.every_n_steps=1200", "preview.num_scored=1", "~logger.wandb")
+COMMON = (
+    "recipe=demo_flux",
+    "hydra.launcher.jobs=1",
+    "image_prompt_check.every_n_steps=10",
+    "preview.every_n_steps=1200",
+    "preview.num_scored=1",
+    "~logger.wandb",
+)
 SCORES = {"clip_i": 3, "retrieval_at_1": 2, "border_lab": 1}
 
 
@@ -44,15 +51,18 @@ def name_of(variant: str) -> str:
 
 
 def train() -> int:
-    """Two runs at a time with one thread each; a second call continues."""
+    """Two variants at a time, with one thread each; a second call continues."""
+    with ThreadPoolExecutor(2) as pool:
+        return max(pool.map(sweep, VARIANTS))
+
+
+def sweep(variant: str) -> int:
+    """One variant with all seeds, one after the other; returns the exit status."""
+    names = (f"seed={','.join(map(str, SEEDS))}", f"name={name_of(variant)}")
+    experiment = () if variant.startswith("experiment=") else ("experiment=decoupled_global",)
+    options = (*names, *COMMON, *experiment, *({variant} - {*COMMON}), *VARIANTS[variant])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for variant, options in VARIANTS.items():
-        sweep = (f"seed={','.join(map(str, SEEDS))}", f"name={name_of(variant)}", *SWEEP, *LEAN)
-        experiment = () if variant.startswith("experiment=") else ("experiment=decoupled_global",)
-        command = [sys.executable, "train.py", "-m", *sweep, *experiment, *({variant} - {*SWEEP}), *options]
-        if code := subprocess.run(command, cwd=ROOT, env=environment).returncode:
-            return code
-    return 0
+    return subprocess.run([sys.executable, "train.py", "-m", *options], cwd=ROOT, env=environment).returncode
 
 
 def runs_of(variant: str) -> list[Path]:
