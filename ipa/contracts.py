@@ -88,6 +88,7 @@ class Family(nn.Module, ABC):
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
+    rescales_guidance: ClassVar[bool] = False  # whether its pipelines have guidance_rescale
     scalings: ClassVar[tuple[str, ...]] = ("V only",)  # of `ipa.presets.SCALINGS`, those that its branches know
     supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
@@ -98,6 +99,14 @@ class Family(nn.Module, ABC):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the trainer asks: frozen parts have no dropout."""
         return super().train(False)
+
+    @classmethod
+    def check_options(cls, min_snr_gamma: float | None = None, guidance_rescale: float = 0.0) -> None:
+        """Raise UserError for what the family has not; needs no weights."""
+        if min_snr_gamma is not None and not cls.supports_min_snr:
+            raise UserError(f"min_snr_gamma={min_snr_gamma}: {cls.title} has no such loss weighting; give null")
+        if guidance_rescale and not cls.rescales_guidance:
+            raise UserError(f"guidance_rescale={guidance_rescale}: the pipelines of {cls.title} have none; give 0")
 
     # sizes
 

@@ -386,8 +386,7 @@ def check_combination(family: Family, head: TokenHead, adapter: AdapterKind, min
             f"tokens: the head {type(head).__name__} depends on the time, but kind=simple gives its tokens to the text "
             "once: choose a decoupled experiment, or another head"
         )
-    if min_snr_gamma is not None and not family.supports_min_snr:
-        raise UserError(f"min_snr_gamma={min_snr_gamma}: {family.title} has no such loss weighting; give null")
+    family.check_options(min_snr_gamma)
 
 
 def public_source(source: str) -> str:

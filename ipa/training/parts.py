@@ -79,8 +79,9 @@ def check_training(cfg: DictConfig, kind: str, donor: str | Path | None) -> None
     if freeze is not None and (freeze not in ("head", "branches") or kind == "simple"):
         others = "it has nothing but a head" if kind == "simple" else "head, branches, or null to train both"
         raise UserError(f"adapter.freeze={freeze}, of a {kind} adapter: {others}")
-    supported: bool = get_class(cfg.base._target_.rpartition(".")[0]).supports_absence  # type: ignore[attr-defined]
-    if sum(chance > 0 for chance in chances[1:]) and (kind == "simple" or not supported):
+    family: Any = get_class(cfg.base._target_.rpartition(".")[0])
+    family.check_options(cfg.min_snr_gamma, cfg.sampling.get("guidance_rescale", 0.0))
+    if sum(chance > 0 for chance in chances[1:]) and (kind == "simple" or not family.supports_absence):
         what = (
             "a simple adapter's tokens are a part of the text"
             if kind == "simple"
