@@ -226,7 +226,7 @@ def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_
     ("given", "message"),
     [
         (["preview.text=horse"], "preview.text=horse is not among .* ipa.tools.precompute"),
-        (["base.text_tokens=6"], "fingerprints: tokenizer"),
+        (["base.text_tokens=6"], r"fingerprints: tokenizer .* \(base.path, base.text_tokens"),
         (["data.pairs.strip=[json.artist]"], r"choices: pairs\.strip"),
         (["data.texts=nowhere.safetensors"], r"nowhere\.safetensors cannot be read"),
     ],
