@@ -101,6 +101,11 @@ class Family(nn.Module, ABC):
         return super().train(False)
 
     @classmethod
+    def recorded_options(cls, metadata: Mapping[str, str]) -> dict[str, Any]:
+        """Options of ``from_pretrained`` that an adapter was trained with, from its metadata (``describe``)."""
+        return {}
+
+    @classmethod
     def check_options(cls, min_snr_gamma: float | None = None, guidance_rescale: float = 0.0) -> None:
         """Raise UserError for what the family has not; needs no weights."""
         if min_snr_gamma is not None and not cls.supports_min_snr:
