@@ -30,7 +30,10 @@ from ipa.types import (
 Uses = Literal["pooled", "patches"]
 NoImage = Literal["zeros", "blank", "black"]
 Part = Literal["joint", "positive", "negative"]  # of a guided batch
-ADD_TEXTS = "the command of `python -m ipa.tools.precompute` with this preview.text= and data.val= adds it"
+ADD_TEXTS = (
+    "the command of `python -m ipa.tools.precompute` with this preview.text=, data.val= and "
+    "heldout_check.every_n_steps= adds it"
+)
 
 
 class Host(Protocol):
