@@ -379,7 +379,7 @@ class TokenHead(nn.Module, ABC):
     ``uses`` is what it reads of the features, ``no_image`` what replaces them when the image is dropped: ``zeros``, or
     the features of the encoder's ``blank`` image or of a ``black`` one. The tokens of a head that ``depends_on_time``
     are computed anew at every denoising step; those of any other head, and their K′ and V′, are computed once per
-    prompt.
+    prompt. ``made_for`` is the only layout of branches (`Family.branches`) that reads its tokens; empty: all do.
     """
 
     uses: Uses
@@ -387,6 +387,7 @@ class TokenHead(nn.Module, ABC):
     num_tokens: int
     context_width: int
     depends_on_time: ClassVar[bool] = False
+    made_for: ClassVar[str] = ""
 
     @abstractmethod
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:

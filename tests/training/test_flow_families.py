@@ -31,7 +31,7 @@ from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
 from ipa.training.dry_run import dry_run
 from ipa.training.memory import make_batch
-from ipa.training.parts import build_model
+from ipa.training.parts import build_model, check_training
 from ipa.training.run import make_trainer
 from ipa.training.stopping import Signals, StopOnSignal
 from ipa.training.strategies import frozen_blocks
@@ -250,6 +250,8 @@ def test_other_texts_than_the_cache_has_are_refused(
         (["base=chroma"], "is a FLUX.1 pipeline: use base=flux_dev"),
         (["base.quantization=int3"], r"base\.quantization=int3: give fp8, int8, nf4, or null"),
         (["base.times.timesteps=odd"], r"base\.times\.timesteps=odd"),
+        (["experiment=decoupled_time_aware", "adapter.layout=ipa"], "tokens: the tokens of TimeResamplerHead are for"),
+        (["experiment=simple_global", "scale_warmup_steps=9"], "scale_warmup_steps=9: a simple adapter"),
         (["min_snr_gamma=5"], "min_snr_gamma=5: FLUX.1 has no such loss weighting"),
         (["+sampling.guidance_rescale=0.7"], "guidance_rescale=0.7: the pipelines of FLUX.1 have none"),
     ],
@@ -265,6 +267,13 @@ def test_bad_options_are_refused_before_weights_are_read(
     monkeypatch.setattr("ipa.training.run.build_model", lambda *_: pytest.fail("weights were read"))
     with pytest.raises((UserError, InstantiationException), match=message):
         train_in(tmp_path / "run", *QUIET, *overrides_of("flux"), *given)
+
+
+def test_the_time_embedding_is_as_wide_as_the_base_expects(tmp_path: Path) -> None:
+    given = ("base=sd35_medium", "experiment=decoupled_time_aware")
+    check_training(compose(tmp_path / "x", *given), "decoupled", None)
+    with pytest.raises(UserError, match=r"base\.time_width=9: "):
+        check_training(compose(tmp_path / "x", *given, "base.time_width=9"), "decoupled", None)
 
 
 def test_warm_up_of_λ_follows_the_step() -> None:
