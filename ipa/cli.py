@@ -262,6 +262,7 @@ NOISE = (
     r"Found \d+ module\(s\) in eval mode",
     "LeafSpec",
     "The `srun` command is available on your system but is not used",
+    "`FluxPosEmbed` is deprecated",
 )
 
 

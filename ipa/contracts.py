@@ -30,7 +30,10 @@ from ipa.types import (
 Uses = Literal["pooled", "patches"]
 NoImage = Literal["zeros", "blank", "black"]
 Part = Literal["joint", "positive", "negative"]  # of a guided batch
-ADD_TEXTS = "the command of `python -m ipa.tools.precompute` with this preview.text= and data.val= adds it"
+ADD_TEXTS = (
+    "the command of `python -m ipa.tools.precompute` with this preview.text=, data.val= and "
+    "heldout_check.every_n_steps= adds it"
+)
 
 
 class Host(Protocol):
@@ -88,6 +91,7 @@ class Family(nn.Module, ABC):
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
+    rescales_guidance: ClassVar[bool] = False  # whether its pipelines have guidance_rescale
     scalings: ClassVar[tuple[str, ...]] = ("V only",)  # of `ipa.presets.SCALINGS`, those that its branches know
     supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
@@ -98,6 +102,19 @@ class Family(nn.Module, ABC):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode whatever the trainer asks: frozen parts have no dropout."""
         return super().train(False)
+
+    @classmethod
+    def recorded_options(cls, metadata: Mapping[str, str]) -> dict[str, Any]:
+        """Options of ``from_pretrained`` that an adapter was trained with, from its metadata (``describe``)."""
+        return {}
+
+    @classmethod
+    def check_options(cls, min_snr_gamma: float | None = None, guidance_rescale: float = 0.0) -> None:
+        """Raise UserError for what the family has not; needs no weights."""
+        if min_snr_gamma is not None and not cls.supports_min_snr:
+            raise UserError(f"min_snr_gamma={min_snr_gamma}: {cls.title} has no such loss weighting; give null")
+        if guidance_rescale and not cls.rescales_guidance:
+            raise UserError(f"guidance_rescale={guidance_rescale}: the pipelines of {cls.title} have none; give 0")
 
     # sizes
 
@@ -362,7 +379,7 @@ class TokenHead(nn.Module, ABC):
     ``uses`` is what it reads of the features, ``no_image`` what replaces them when the image is dropped: ``zeros``, or
     the features of the encoder's ``blank`` image or of a ``black`` one. The tokens of a head that ``depends_on_time``
     are computed anew at every denoising step; those of any other head, and their K′ and V′, are computed once per
-    prompt.
+    prompt. ``made_for`` is the only layout of branches (`Family.branches`) that reads its tokens; empty: all do.
     """
 
     uses: Uses
@@ -370,6 +387,7 @@ class TokenHead(nn.Module, ABC):
     num_tokens: int
     context_width: int
     depends_on_time: ClassVar[bool] = False
+    made_for: ClassVar[str] = ""
 
     @abstractmethod
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:

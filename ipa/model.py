@@ -381,13 +381,22 @@ def check_simple(conditions: Sequence[ImageCondition]) -> None:
 
 
 def check_combination(family: Family, head: TokenHead, adapter: AdapterKind, min_snr_gamma: float | None) -> None:
-    if head.depends_on_time and adapter.name == "simple":
+    check_head(head, adapter.name, family.branches)
+    family.check_options(min_snr_gamma)
+
+
+def check_head(head: TokenHead, kind: str, branches: str) -> None:
+    """Raise UserError for a head whose tokens the adapters of this kind, with these branches, cannot read."""
+    if head.depends_on_time and kind == "simple":
         raise UserError(
             f"tokens: the head {type(head).__name__} depends on the time, but kind=simple gives its tokens to the text "
             "once: choose a decoupled experiment, or another head"
         )
-    if min_snr_gamma is not None and not family.supports_min_snr:
-        raise UserError(f"min_snr_gamma={min_snr_gamma}: {family.title} has no such loss weighting; give null")
+    if head.made_for not in ("", branches):
+        raise UserError(
+            f"tokens: the tokens of {type(head).__name__} are for the branches of {head.made_for}, and this base has "
+            "others: choose another experiment"
+        )
 
 
 def public_source(source: str) -> str:

@@ -29,6 +29,7 @@ class TimeResamplerHead(Head):
 
     uses = "patches"
     depends_on_time = True
+    made_for = "sd3"
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ def load_model(
     layer = adapter.file.layer
     try:
         family_class = family_of(base, base_config)
-        own = adapter.file.base_options
+        own = {**adapter.file.base_options, **family_class.recorded_options(adapter.metadata)}
         widths = family_class.read_widths(base, config=base_config, **own), read_widths(encoder, encoder_weights, layer)
         check_fits(adapter.file, *widths, source=str(path), base=base, encoder=encoder)
         family = family_class.from_pretrained(base, dtype=dtype, config=base_config, **own)

@@ -23,7 +23,7 @@ from ipa.types import TextCondition, TextInputs
 class Chroma(Flux):
     name = "chroma"
     title = "Chroma"
-    advice = "base=chroma (recipe=chroma)"
+    advice = "base=chroma (recipe=flux)"
     guidance = 5.0
     guidance_option = "guidance_scale"
     pipeline_class = ChromaPipeline

@@ -227,8 +227,7 @@ class FlowFamily(PipelineFamily):
         return 1 - float(time_B[0]) / self.time_factor
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
-        if guidance_rescale:
-            raise UserError(f"guidance_rescale={guidance_rescale}: the pipelines of {self.title} have none; give 0")
+        self.check_options(guidance_rescale=guidance_rescale)
         return {self.guidance_option: guidance}
 
     def describe(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ipa.errors import MissingWeights
 from ipa.families import hollow_transformers
-from ipa.families.sources import is_single_file, read_config, read_index
+from ipa.families.sources import is_single_file, parts_in, read_config, read_index
 from ipa.families.stored import BITS, store
 from ipa.families.transformer_file import check_exists, is_gguf
 from ipa.weights import read_dtype
@@ -66,8 +66,7 @@ def make_parts(family: Any, layout: str) -> Parts:
     if layout in PUBLISHED and not Path(layout).exists():
         return PUBLISHED[layout]()
     index = read_index(layout, "base.path")
-    names = [name for name, kind in index.items() if isinstance(kind, list) and name not in family.absent]
-    return {name: make_part(layout, name, *index[name]) for name in names}
+    return {name: make_part(layout, name, *index[name]) for name in parts_in(index) if name not in family.absent}
 
 
 def quantize_hollow(

@@ -36,6 +36,7 @@ class LatentDiffusion(PipelineFamily):
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     kept = ("attn2",)  # cross-attention: adapters start from copies of its K and V
     supports_min_snr = True
+    rescales_guidance = True
     supports_absence = True
     scalings = SCALINGS
 

@@ -23,7 +23,7 @@ from ipa.contracts import DenoiserCall, Family, Part
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.quantization import load_quantized
-from ipa.families.sources import read_config, read_index
+from ipa.families.sources import check_files, parts_in, read_config, read_index
 from ipa.types import Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
@@ -271,6 +271,7 @@ def load_folder(
     ``schemes`` quantize parts, except for the layers ``kept`` (`ipa.families.quantization`). Raises UserError for a
     folder that lacks a file.
     """
+    check_files(path, [name for name in parts_in(read_index(path, "base.path")) if name not in given])
     wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
     try:
         quantized = {

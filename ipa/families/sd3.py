@@ -8,6 +8,7 @@ text of both (Esser et al. 2024, section 4).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -150,6 +151,13 @@ class StableDiffusion3(FlowFamily):
         else:
             t5_BLD = clip_BLD.new_zeros(len(clip_BLD), self.text_tokens, self.text_width)
         return TextCondition(torch.cat([clip_BLD, t5_BLD], dim=1), states["pooled"])
+
+    def describe(self) -> dict[str, str]:
+        return super().describe() | ({} if self.t5 else {"t5": "false"})
+
+    @classmethod
+    def recorded_options(cls, metadata: Mapping[str, str]) -> dict[str, Any]:
+        return {"t5": False} if metadata.get("t5") == "false" else {}
 
     # denoising
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ipa.errors import MissingWeights, UserError, brief
 from ipa.files import is_hub_id
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)  # stable_diffusion: diffusers' safety checker
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # parts
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,13 +40,28 @@ def check_libraries(index: dict[str, Any], path: str, key: str) -> None:
             )
 
 
+def parts_in(index: dict[str, Any]) -> list[str]:
+    return [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+
+
+def check_files(path: str, parts: Iterable[str]) -> None:
+    """Refuse a local folder that lacks files of a part; raises MissingWeights.
+
+    In place of a missing tokenizer, transformers would make an empty one.
+    """
+    for name in parts if Path(path).is_dir() else ():
+        endings = {file.suffix for file in Path(path, name).glob("*")}
+        if not endings or not (name.startswith(WITHOUT_WEIGHTS) or endings & {".safetensors", ".bin"}):
+            raise MissingWeights(f"base.path={path}: the files of its {name} are missing. Give a complete folder")
+
+
 def read_config(part: Any, path: str, key: str, **location: str) -> dict[str, Any]:
     """A part's configuration as diffusers finds it; raises UserError naming ``key`` if it is not available."""
     try:
         return part.load_config(path, **location)
     except OSError as error:
         if Path(path).is_dir():
-            raise MissingWeights(f"{key}={path}: {brief(error)}") from error
+            raise MissingWeights(f"{key}={Path(path, *location.values())}: {brief(error)}") from error
         raise MissingWeights(
             f"{key}={path}: neither the hub nor its cache has this ({brief(error)}). Without the hub, give a folder."
         ) from error

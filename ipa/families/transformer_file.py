@@ -17,6 +17,7 @@ from ipa.families.quantization import make_config, require_package
 from ipa.families.sources import Shapes, is_single_file, read_header
 
 OPTION = "base.transformer_file"
+PREFIX = "model.diffusion_model."  # of the transformer in a file that has other parts, too
 
 
 def is_gguf(file: str) -> bool:
@@ -48,17 +49,24 @@ def check_file(file: str, transformer: Any, path: str, scheme: str | None) -> No
 
 
 def in_names_of_diffusers(shapes: Shapes, transformer: Any, file: str) -> Shapes:
+    """The shapes under diffusers' names; raises UserError for tensors that its conversion does not read."""
     if shapes.keys() == transformer.state_dict().keys():
         return shapes
     loadable: Any = SINGLE_FILE_LOADABLE_CLASSES
     convert = loadable[type(transformer).__name__]["checkpoint_mapping_fn"]
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    own = {name.removeprefix(PREFIX) for name in shapes if name.startswith(PREFIX)} or shapes.keys()
     try:
         converted = convert(checkpoint=weights, config=dict(transformer.config))
     except (LookupError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{OPTION}={file} has no {type(transformer).__name__}, or not under known names ({brief(error)})"
         ) from error
+    if unread := sorted(own & weights.keys()):  # diffusers would leave them out without a word
+        raise UserError(
+            f"{OPTION}={file} has {len(unread)} tensors that {type(transformer).__name__} does not know, such as "
+            f"{unread[0]}: scales of weights in fp8, for example. Give a file in bf16 or fp16, or a .gguf"
+        )
     return {name: tuple(value.shape) for name, value in converted.items()}
 
 

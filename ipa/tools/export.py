@@ -77,10 +77,9 @@ def check_without_metadata(adapter: Any) -> None:
     metadata = {**adapter.metadata, **adapter.file.metadata()}
 
     def is_needed(name: str) -> bool:
+        left_out = {name, "base_family"} if name == "branches" else {name}  # a family implies its branches
         try:
-            return (
-                identify(shapes, {other: value for other, value in metadata.items() if other != name}) != adapter.file
-            )
+            return identify(shapes, {key: metadata[key] for key in metadata.keys() - left_out}) != adapter.file
         except UserError:
             return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from ipa.references import open_image
 from ipa.sampling import SamplingOptions
 
 T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
+PIPELINES: dict[str, Any] = {
+    "start_image": diffusers.AutoPipelineForImage2Image,
+    "inpaint": diffusers.AutoPipelineForInpainting,
+}
+# of families that diffusers' automatic choice does not know; its ChromaInpaintPipeline (0.42) ends in an AttributeError
+OWN_PIPELINES: dict[str, dict[str, Any]] = {"chroma": {"start_image": diffusers.ChromaImg2ImgPipeline}}
+FLOW = "FlowMatch"  # begins the names of the schedulers for rectified flow
+UNETS = ("stable_diffusion", "sdxl")
 T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(
@@ -49,13 +58,14 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
         strength = settings["strength"]
         if int(num_steps * strength) < 1:
             raise UserError(f"strength={strength} num_steps={num_steps}: strength × num_steps is at least 1")
-        kind: Any = diffusers.AutoPipelineForInpainting if settings["inpaint"] else diffusers.AutoPipelineForImage2Image
-        pipeline = kind.from_pipe(pipeline, **parts)
+        task = "inpaint" if settings["inpaint"] else "start_image"
+        pipeline = pipeline_for(task, prompter.family).from_pipe(pipeline, **parts)
         if parts:
             arguments["control_image"] = arguments.pop("image")
         arguments |= {"image": read(prompter, settings, "start_image"), "strength": settings["strength"]}
         if settings["inpaint"]:
-            if (channels := pipeline.unet.config.in_channels) not in (4, 9):
+            unet = getattr(pipeline, "unet", None)  # transformers inpaint with any number of channels
+            if unet is not None and (channels := unet.config.in_channels) not in (4, 9):
                 raise UserError(f"inpaint=: diffusers needs a base of 4 or 9 input channels, this one has {channels}")
             arguments["mask_image"] = read(prompter, settings, "inpaint")
     elif parts:
@@ -66,13 +76,27 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
     return pipeline, arguments
 
 
+def pipeline_for(task: str, family: Any) -> Any:
+    """The class; raises UserError if diffusers has none."""
+    known = OWN_PIPELINES.get(family.name, PIPELINES)
+    if task not in known:
+        raise UserError(f"{task}=: diffusers has no pipeline that does this with {family.title}")
+    return known[task]
+
+
 def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
     """Raises UserError for a scheduler of other pipelines, and for steps that it cannot divide, as PNDM."""
-    scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
-    if not all(hasattr(scheduler, part) for part in ("init_noise_sigma", "order", "scale_model_input")):
-        raise UserError(f"scheduler={name} is for other pipelines: give another one")
+    kind, flow = scheduler_class(name), type(pipeline.scheduler).__name__.startswith(FLOW)
+    scheduler = kind.from_config(pipeline.scheduler.config)
+    if flow:  # the pipelines of transformers give their own noise levels
+        fits = name.startswith(FLOW) and "sigmas" in signature(kind.set_timesteps).parameters
+    else:
+        fits = all(hasattr(scheduler, part) for part in ("init_noise_sigma", "order", "scale_model_input"))
+    if not fits:
+        advice = "FlowMatchEulerDiscreteScheduler or FlowMatchLCMScheduler" if flow else "another one"
+        raise UserError(f"scheduler={name} is for other pipelines: give {advice}")
     try:
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(num_steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
     except Exception as error:  # each scheduler has its own
         raise UserError(f"scheduler={name} cannot make num_steps={num_steps} ({brief(error)}): give more") from error
     pipeline.scheduler = scheduler
@@ -82,6 +106,11 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
     """Pipeline, parts that it lacks, and arguments, for a ControlNet, a T2I-Adapter, or neither."""
     if settings["control"] is None:
         return prompter.pipeline(), {}, {}
+    if prompter.family.name not in UNETS:
+        raise UserError(
+            f"control_model=: this command has no controls for {prompter.family.title}. In Python, give Prompter a "
+            "pipeline with a ControlNet, as docs/use.md shows"
+        )
     control = load_control(settings["control_model"]).to(prompter.family.device, prompter.family.dtype)
     image, weight = read(prompter, settings, "control"), settings["control_weight"]
     if isinstance(control, diffusers.T2IAdapter):

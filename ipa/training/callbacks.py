@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 
 from ipa.errors import UserError, brief
+from ipa.export.heads import name_of
 from ipa.export.published import to_published, write_adapter
 from ipa.model import IPAdapterModel
 from ipa.training.checkpointing import check_finite
@@ -186,4 +187,4 @@ class ExportAdapter(TrainingCallback):
         tensors = to_published(whole(model.trainable.state_dict()), self.dtype, model.family.branches)
         check_finite(tensors, pl_module.global_step)
         if pl_module.global_rank == 0:
-            write_adapter(path, tensors, pl_module.describe())
+            write_adapter(path, tensors, {"head": name_of(model.head), **pl_module.describe()})

@@ -17,30 +17,34 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from ipa.data.cache.datamodule import CachedDataModule
 from ipa.errors import MissingWeights, UserError
 from ipa.families.hollow import make_hollow, quantize_hollow
 from ipa.families.sources import is_single_file
 from ipa.model import IPAdapterModel
 from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
 from ipa.training.optimizers import optimizer_for_estimate
-from ipa.training.parts import make_head_of
+from ipa.training.parts import check_parts, make_head_of
 from ipa.types import Batch
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
 QUANTIZING = ("quantization", "text_quantization", "transformer_file")  # options of the base
 FP32 = 4  # bytes; what the hub stores, and the trained weights, their average and their two moments
-LEAST_MEMORY = "gradient_checkpointing=true, or a smaller data.batch_size with more trainer.accumulate_grad_batches"
+SMALLER_BATCH = "a smaller data.batch_size with more trainer.accumulate_grad_batches"
 
 
 def dry_run(cfg: DictConfig) -> str:
     """The report, a line for each question; raises UserError for parts that cannot be trained together."""
+    if Path(cfg.base.path).exists():
+        check_parts(cfg)
     lines: dict[str, str] = {}
     samples = cfg.trainer.max_steps * global_batch(cfg)
-    lines["data"], number = describe_data(cfg)
+    data = open_data(cfg)
+    lines["data"], number = describe_data(data)
     passes = f", {samples / number:,.1f} passes over the data" if number else ""
     lines["steps"] = f"{cfg.trainer.max_steps:,} of {global_batch(cfg):,} samples: {samples:,}{passes}"
     try:
-        model = hollow_model(cfg)
+        model = hollow_model(cfg, has_states=getattr(data, "texts", None) is not None)
     except MissingWeights as error:
         lines["not known"] = f"parameters, disk, download and memory: {error}"
     else:
@@ -51,8 +55,11 @@ def dry_run(cfg: DictConfig) -> str:
     return "\n".join(f"{name:12}{text}" for name, text in lines.items())
 
 
-def hollow_model(cfg: DictConfig) -> IPAdapterModel:
-    """All parts that are trained or run in a step, on the meta device, in their types."""
+def hollow_model(cfg: DictConfig, has_states: bool = False) -> IPAdapterModel:
+    """All parts that are trained or run in a step, on the meta device, in their types.
+
+    With ``has_states`` the data have text states, so there are no text encoders.
+    """
     family_class: Any = get_class(cfg.base._target_.rpartition(".")[0])
     with torch.device("meta"):
         family = make_hollow(family_class, **instantiate({**cfg.base, "_target_": "builtins.dict"}))
@@ -61,7 +68,18 @@ def hollow_model(cfg: DictConfig) -> IPAdapterModel:
         adapter = instantiate(cfg.adapter.make)(family.hosts())
         model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
         model.trainable.float()
+    if has_states:
+        leave_out_text(family)
     return model
+
+
+def leave_out_text(family: Any) -> None:
+    """Text states of the right shapes in place of the text encoders."""
+    states = family.text_states(family.prepare_text([""]))
+    family.known_texts = {"": {name: torch.zeros(x.shape[1:], dtype=x.dtype) for name, x in states.items()}}
+    for name in family.part_names:
+        if name.startswith("text_encoder"):
+            setattr(family, name, None)
 
 
 def with_method(target: str, method: str) -> str:
@@ -112,15 +130,23 @@ def in_millions(module: nn.Module) -> str:
     return f"{count(module) / 1e6:,.1f} M"
 
 
-def describe_data(cfg: DictConfig) -> tuple[str, int | None]:
-    """In words, and the number of samples if the statistics next to all shards tell it."""
+def open_data(cfg: DictConfig) -> Any:
+    """The datamodule, or in words why there is none."""
     try:
-        sources = instantiate(cfg.data).train_order.sources
+        return instantiate(cfg.data)
     except (UserError, InstantiationException) as error:
         if not isinstance(reason := error.__cause__ or error, UserError):
             raise
-        return f"unknown: {reason}", None
-    shards = [str(shard) for source in sources for shard in source.shards]
+        return f"unknown: {reason}"
+
+
+def describe_data(data: Any) -> tuple[str, int | None]:
+    """In words, and the number of samples if the statistics next to all shards tell it."""
+    if isinstance(data, str):
+        return data, None
+    shards = [str(shard) for source in data.train_order.sources for shard in source.shards]
+    if isinstance(data, CachedDataModule):
+        return f"{len(shards):,} shards of features" + ", with text states" * (data.texts is not None), None
     counts = [samples_in(Path(shard)) for shard in shards]
     known = [number for number in counts if number is not None]
     if len(known) < len(shards):
@@ -200,7 +226,7 @@ def clip_parameters(name: str) -> int:
 def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     """Estimated for one process; the last line, since the estimate gives the model fake weights."""
     batch = cfg.data.batch_size or -(-cfg.global_batch_size // (processes(cfg) * cfg.trainer.accumulate_grad_batches))
-    cached = cfg.data._target_.endswith("CachedDataModule")
+    cached = cfg.data._target_.endswith(CachedDataModule.__name__)
     average = FP32 * count(model.trainable) * (cfg.ema.decay is not None)
     quantize_hollow(model.family, **{name: cfg.base.get(name) for name in QUANTIZING})
     peak = average + estimate_peak(model, step_maker(cfg), batch, image_size_px(cfg, model), cached)
@@ -209,9 +235,9 @@ def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     if cfg.trainer.accelerator == "cpu":
         return told
     card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
-    if card is None:
-        return f"{told}: no card has that much. Less with {LEAST_MEMORY}"
-    return f"{told}: a card of {card} GB. Less with {LEAST_MEMORY}"
+    saving = SMALLER_BATCH if cfg.gradient_checkpointing else f"gradient_checkpointing=true, or {SMALLER_BATCH}"
+    fits = "no card has that much" if card is None else f"a card of {card} GB"
+    return f"{told}: {fits}. Less with {saving}"
 
 
 def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], object]]:

@@ -121,10 +121,14 @@ def make_batch(model: IPAdapterModel, batch: int, image_px: int, cached: bool, s
         drop_text_B=torch.rand(batch, generator=draw) < 0.1,
         drop_image_B=torch.rand(batch, generator=draw) < 0.1,
     )
-    texts = ["a picture of a thing"] * batch
     rest: dict[str, Any] = cached_parts(model, normal, latents, batch) if cached else pixels
-    inputs = model.family.prepare_text(texts)
-    return Batch(text=texts, draws=draws, text_inputs=inputs, **rest).to(model.device)
+    if model.family.known_texts is None:
+        texts = ["a picture of a thing"] * batch
+        rest["text_inputs"] = model.family.prepare_text(texts)
+    else:
+        texts = [""] * batch
+        rest["text_states"] = model.family.states_of(texts)
+    return Batch(text=texts, draws=draws, **rest).to(model.device)
 
 
 def cached_parts(model: IPAdapterModel, normal: Callable[..., Tensor], latents: Any, batch: int) -> dict[str, Any]:

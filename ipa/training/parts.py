@@ -17,7 +17,7 @@ from ipa.export.adapter_file import make_head
 from ipa.export.layouts import check_layout, check_same_sizes, other_no_image
 from ipa.export.published import check_fits
 from ipa.export.reading import read_adapter
-from ipa.model import IPAdapterModel
+from ipa.model import IPAdapterModel, check_head
 from ipa.objective import MaskedLoss
 from ipa.training.checkpointing import load
 from ipa.training.module import AVERAGE
@@ -39,6 +39,7 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     encoder: EncoderWidths = read_widths(cfg.encoder)
     head, kind = make_head_of(cfg, encoder, base), kind_of(cfg).name
     layout: str = cfg.callbacks.export.layout
+    check_head(head, kind, base.branches)
     check_layout(head, kind, layout, base.branches)
     if warning := other_no_image(head, layout, base.branches):
         log.warning("%s", warning)
@@ -79,8 +80,16 @@ def check_training(cfg: DictConfig, kind: str, donor: str | Path | None) -> None
     if freeze is not None and (freeze not in ("head", "branches") or kind == "simple"):
         others = "it has nothing but a head" if kind == "simple" else "head, branches, or null to train both"
         raise UserError(f"adapter.freeze={freeze}, of a {kind} adapter: {others}")
-    supported: bool = get_class(cfg.base._target_.rpartition(".")[0]).supports_absence  # type: ignore[attr-defined]
-    if sum(chance > 0 for chance in chances[1:]) and (kind == "simple" or not supported):
+    if kind == "simple" and cfg.scale_warmup_steps:
+        raise UserError(
+            f"scale_warmup_steps={cfg.scale_warmup_steps}: a simple adapter has no branches whose λ could grow; give 0"
+        )
+    width, time_width = cfg.tokens.get("width"), cfg.base.get("time_width")
+    if "time_channels" in cfg.tokens and time_width not in (None, width):
+        raise UserError(f"base.time_width={time_width}: the head's time embedding is {width} wide; give the same")
+    family: Any = get_class(cfg.base._target_.rpartition(".")[0])
+    family.check_options(cfg.min_snr_gamma, cfg.sampling.get("guidance_rescale", 0.0))
+    if sum(chance > 0 for chance in chances[1:]) and (kind == "simple" or not family.supports_absence):
         what = (
             "a simple adapter's tokens are a part of the text"
             if kind == "simple"

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ipa.errors import UserError, brief
 from ipa.export.loading import load_into
+from ipa.families.quantization import TORCHAO
 from ipa.files import read_json, write_json
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions
@@ -234,6 +235,11 @@ def check_compile(cfg: DictConfig, strategy: Strategy) -> None:
         raise UserError(
             "compile=true does not work with trainer=fsdp or zero2, which gather weights while a block runs: give one "
             "of them, or trainer=ddp"
+        )
+    if cfg.compile and (scheme := cfg.base.get("quantization")) in TORCHAO:
+        raise UserError(
+            f"compile=true does not work with base.quantization={scheme}: torch does not compile the backward pass of "
+            "torchao's tensors. Give one of them, or a .gguf file as base.transformer_file"
         )
 
 

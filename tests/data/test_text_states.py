@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cache import HEADER, address, make_record, make_tensors
 
+from ipa.data.cache.format import HEADER as HEADER_NAME
 from ipa.data.cache.format import Header, WrongCache, pack, unpack, with_states
 from ipa.data.cache.preparation import CachedPreparation
 from ipa.data.cache.states import TEXTS, Texts, from_stored, shapes_of, to_stored, without_unread
@@ -81,6 +82,15 @@ def test_headers_with_impossible_states_are_refused(text: Any) -> None:
     header = Header("train", {}, {}, HEADER.sizes | {"text": text})
     with pytest.raises(WrongCache, match=r"is damaged: text: "):
         Header.read("cache.header.json", header.written(), "00000.tar")
+
+
+def test_a_header_does_not_depend_on_the_order_of_its_states() -> None:
+    """Or the command that made a cache would refuse it, and could add no texts."""
+    made = Header("train").with_states("states", {"t5": [7, 6], "pooled": [3]}, "encoder")
+    read = Header.read(HEADER_NAME, made.written(), "00000.tar")
+
+    assert not read.differences(made)
+    assert read.differences(Header("train").with_states("states", {"t5": [7, 5], "pooled": [3]}, "encoder"))
 
 
 def test_texts_are_read_as_written_or_refused_by_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_flow
 import tiny_sdxl
 import torch
 from torch import Tensor
@@ -72,6 +73,22 @@ def test_parts_come_from_the_metadata(
     assert (model.adapter.name, type(model.head), type(model.family)) == (kind, type(trained.head), type(family))
     assert (model.family.source, model.encoder.source) == (str(base), clip_name)
     torch.testing.assert_close(predict(model), predict(trained), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_was_trained_without_t5_is_used_without_it(clip_name: str, tmp_path: Path) -> None:
+    """Also on a base that has none."""
+    trained = tiny.shake(tiny_flow.make_model(tiny_flow.make_sd3, t5=False))
+    parts = {"base": tiny_flow.save(trained.family, tmp_path / "base"), "encoder": clip_name}
+    tensors = to_published(trained.trainable.state_dict(), torch.float32, branches="sd3")
+    save_adapter(tmp_path / "a.safetensors", tensors, with_metadata(tensors, {**trained.describe(), **parts}))
+    model = load_model(tmp_path / "a.safetensors")
+    texts = [each.family.encode_text(["cat"]).states_BLD for each in (model, trained)]
+
+    torch.testing.assert_close(*texts)
+    metadata = {name: value for name, value in trained.describe().items() if name != "t5"}
+    save_adapter(tmp_path / "b.safetensors", tensors, with_metadata(tensors, {**metadata, **parts}))
+    with pytest.raises(UserError, match="has no text_encoder_3, its T5"):
+        load_model(tmp_path / "b.safetensors")
 
 
 def test_a_published_file_takes_the_parts_that_are_given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_a_base_without_t5_is_refused_before_weights_are_read(folders: dict[str,
         with pytest.raises(UserError, match=rf"has no {part}, its T5 text encoder"):
             family_of(str(folder)).from_pretrained(str(folder))
     assert StableDiffusion3.read_widths(str(tmp_path / "sd35_medium"), t5=False).branches == "sd3"
+
+
+@pytest.mark.parametrize(
+    ("part", "pattern"), [("tokenizer_2", "*"), ("text_encoder_2", "*.safetensors"), ("scheduler", "*")]
+)
+def test_a_folder_without_files_of_a_part_is_refused(
+    part: str, pattern: str, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would make an empty tokenizer, which encodes all texts alike."""
+    shutil.copytree(folders["flux"], tmp_path / "base")
+    for file in (tmp_path / "base" / part).glob(pattern):
+        file.unlink()
+    monkeypatch.setattr(Flux.pipeline_class, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=rf"base\.path=.*: the files of its {part} are missing"):
+        Flux.from_pretrained(str(tmp_path / "base"))
 
 
 def test_stable_diffusion_3_without_t5_reads_zeros_as_the_pipeline_does() -> None:

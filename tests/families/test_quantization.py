@@ -63,19 +63,25 @@ def load(folder_of: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> Ca
         options |= {"time_width": tiny_flow.TIME_WIDTH} if name.startswith("sd3") else {}
         family = type(MAKERS[name]())
         if scheme == "gguf":
-            return family.from_pretrained(folder, transformer_file=write_gguf(Path(folder), family), **options)
+            return family.from_pretrained(folder, transformer_file=gguf_of(Path(folder), family), **options)
         return family.from_pretrained(folder, quantization=scheme, **options)
 
     return load
 
 
-def write_gguf(folder: Path, family: Any) -> str:
-    """The transformer in 8 bits (Q8_0: a scale for each 32 weights) under diffusers' names."""
+def gguf_of(folder: Path, family: Any) -> str:
+    """The transformer under diffusers' names."""
+    transformer = family.transformer_class.from_pretrained(folder / "transformer")
+    return write_gguf(folder / "tiny-Q8_0.gguf", transformer.state_dict())
+
+
+def write_gguf(file: Path, weights: dict[str, Tensor]) -> str:
+    """In 8 bits (Q8_0: a scale for each 32 weights)."""
     import gguf
 
-    file, kind = folder / "tiny-Q8_0.gguf", gguf.GGMLQuantizationType.Q8_0
+    kind = gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(file, "tiny")
-    for name, value in family.transformer_class.from_pretrained(folder / "transformer").state_dict().items():
+    for name, value in weights.items():
         if value.ndim == 2 and value.shape[1] % 32 == 0:
             writer.add_tensor(name, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
         else:
@@ -240,4 +246,4 @@ def test_a_file_must_be_the_transformer_of_its_base(folder_of: Callable[[str], s
     with pytest.raises(UserError, match=r"broken\.gguf is not a GGUF file"):
         read(flux, transformer_file=str(broken))
     with pytest.raises(UserError, match=r"base\.quantization=fp8: .* is quantized already; give null"):
-        read(flux, transformer_file=write_gguf(Path(flux), tiny_flow.Flux), quantization="fp8")
+        read(flux, transformer_file=gguf_of(Path(flux), tiny_flow.Flux), quantization="fp8")

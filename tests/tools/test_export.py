@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_flow
 import torch
 
 from ipa.export.published import to_published, with_metadata
+from ipa.export.reading import read_adapter
 from ipa.export.storage import load_adapter, save_adapter
 from ipa.tools.export import main
 from ipa.training import checkpointing
@@ -65,6 +67,17 @@ def test_there_and_back_gives_the_same_tensors(export: Export, tmp_path: Path) -
     back, metadata = load_adapter(tmp_path / "c.safetensors")
     assert set(back) == set(tensors) and all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert metadata["head"] == "global" and metadata["kind"] == "decoupled"
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "sd35_medium"])
+def test_a_pickle_shows_the_layout_of_a_transformer(name: str, export: Export, tmp_path: Path) -> None:
+    model = tiny.shake(tiny_flow.make_model(tiny_flow.MAKERS[name]))
+    tensors = to_published(model.trainable.state_dict(), branches=model.family.branches)
+    save_adapter(tmp_path / "a.safetensors", tensors, with_metadata(tensors, model.describe()))
+
+    assert "the metadata is omitted" in export(adapter=tmp_path / "a.safetensors", out=tmp_path / "b.bin", layout="ipa")
+    read, again = (read_adapter(tmp_path / name).file for name in ("a.safetensors", "b.bin"))
+    assert read == again and again.branches == model.family.branches
 
 
 def test_type_and_licence_are_written(export: Export, tmp_path: Path) -> None:

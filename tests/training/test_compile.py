@@ -8,7 +8,7 @@ import pytest
 import torch
 from bystanders import stopping
 from conftest import SIX, Run, assert_same_run, checkpoint, column
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch._inductor.exc import InvalidCxxCompiler
 
 from ipa.training.failures import explain_compiler
@@ -18,12 +18,23 @@ from ipa.training.strategies import AdapterDDP, AdapterFSDP, AdapterZeRO2
 BUSY = (*SIX, "preview.every_n_steps=2", "preview.num_prompts=2", "preview.num_scored=2")
 
 
+def options(compiled: bool, quantization: str | None = None) -> DictConfig:
+    return OmegaConf.create({"compile": compiled, "base": {"quantization": quantization}})
+
+
 @pytest.mark.parametrize("strategy", [AdapterFSDP, AdapterZeRO2])
 def test_it_is_refused_with_sharded_weights(strategy: type[AdapterFSDP]) -> None:
     with pytest.raises(ValueError, match=r"compile=true.*trainer=fsdp"):
-        check_compile(OmegaConf.create({"compile": True}), strategy())
-    check_compile(OmegaConf.create({"compile": True}), AdapterDDP())
-    check_compile(OmegaConf.create({"compile": False}), strategy())
+        check_compile(options(True), strategy())
+    check_compile(options(True), AdapterDDP())
+    check_compile(options(False), strategy())
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_it_is_refused_with_weights_of_torchao(scheme: str) -> None:
+    with pytest.raises(ValueError, match=rf"compile=true.*base\.quantization={scheme}"):
+        check_compile(options(True, scheme), AdapterDDP())
+    check_compile(options(False, scheme), AdapterDDP())
 
 
 def test_a_compiler_that_is_missing_is_told() -> None:

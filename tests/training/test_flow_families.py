@@ -29,8 +29,9 @@ from ipa.prompter import Prompter
 from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
+from ipa.training.dry_run import dry_run
 from ipa.training.memory import make_batch
-from ipa.training.parts import build_model
+from ipa.training.parts import build_model, check_training
 from ipa.training.run import make_trainer
 from ipa.training.stopping import Signals, StopOnSignal
 from ipa.training.strategies import frozen_blocks
@@ -199,6 +200,17 @@ def test_cached_states_are_what_the_text_encoders_give_in_bfloat16(
             assert (getattr(online, part) is None) or torch.equal(getattr(cached, part), getattr(online, part))
 
 
+@pytest.mark.parametrize("name", CACHED)
+def test_a_dry_run_with_states_counts_no_text_encoders(name: str, world: World, features: Any, tmp_path: Path) -> None:
+    reports = {}
+    for text in ("ids", "states"):
+        cfg = compose(tmp_path / "run", *world.overrides(), *features(name, f"text={text}", "base.dtype=bfloat16"))
+        reports[text] = dict(line.split(maxsplit=1) for line in dry_run(cfg).splitlines())
+
+    assert "text_encoder" in reports["ids"]["base"] and "text_encoder" not in reports["states"]["base"]
+    assert "with text states" in reports["states"]["data"] and "estimated" in reports["states"]["memory"]
+
+
 @pytest.mark.slow
 def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_path: Path) -> None:
     overrides = [*QUIET, *features("flux", "text=states_fp8"), "preview.text=null"]
@@ -214,7 +226,7 @@ def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_
     ("given", "message"),
     [
         (["preview.text=horse"], "preview.text=horse is not among .* ipa.tools.precompute"),
-        (["base.text_tokens=6"], "fingerprints: tokenizer"),
+        (["base.text_tokens=6"], r"fingerprints: tokenizer .* \(base.path, base.text_tokens"),
         (["data.pairs.strip=[json.artist]"], r"choices: pairs\.strip"),
         (["data.texts=nowhere.safetensors"], r"nowhere\.safetensors cannot be read"),
     ],
@@ -238,6 +250,10 @@ def test_other_texts_than_the_cache_has_are_refused(
         (["base=chroma"], "is a FLUX.1 pipeline: use base=flux_dev"),
         (["base.quantization=int3"], r"base\.quantization=int3: give fp8, int8, nf4, or null"),
         (["base.times.timesteps=odd"], r"base\.times\.timesteps=odd"),
+        (["experiment=decoupled_time_aware", "adapter.layout=ipa"], "tokens: the tokens of TimeResamplerHead are for"),
+        (["experiment=simple_global", "scale_warmup_steps=9"], "scale_warmup_steps=9: a simple adapter"),
+        (["min_snr_gamma=5"], "min_snr_gamma=5: FLUX.1 has no such loss weighting"),
+        (["+sampling.guidance_rescale=0.7"], "guidance_rescale=0.7: the pipelines of FLUX.1 have none"),
     ],
 )
 def test_bad_options_are_refused_before_weights_are_read(
@@ -248,9 +264,16 @@ def test_bad_options_are_refused_before_weights_are_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ipa.training.run.build_model", lambda cfg: pytest.fail("weights were read"))
+    monkeypatch.setattr("ipa.training.run.build_model", lambda *_: pytest.fail("weights were read"))
     with pytest.raises((UserError, InstantiationException), match=message):
         train_in(tmp_path / "run", *QUIET, *overrides_of("flux"), *given)
+
+
+def test_the_time_embedding_is_as_wide_as_the_base_expects(tmp_path: Path) -> None:
+    given = ("base=sd35_medium", "experiment=decoupled_time_aware")
+    check_training(compose(tmp_path / "x", *given), "decoupled", None)
+    with pytest.raises(UserError, match=r"base\.time_width=9: "):
+        check_training(compose(tmp_path / "x", *given, "base.time_width=9"), "decoupled", None)
 
 
 def test_warm_up_of_λ_follows_the_step() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HELDOUT, SOME_EXPERIMENTS, checkpoint, saved_configuration
+from conftest import HELDOUT, QUIET, SOME_EXPERIMENTS, Run, checkpoint, saved_configuration
 from hydra.utils import instantiate
 from PIL import Image
 from safetensors.torch import load_file
@@ -110,3 +110,11 @@ def test_final_scores_are_the_averages(variant: Callable[[str], Path]) -> None:
 
     average, raw = (abs(scored(name)["border_lab"] - told["border_lab"]) for name in FILES)
     assert average < 0.1 * raw
+
+
+def test_the_file_names_a_head_that_its_tensors_do_not_show(train_in: Run, tmp_path: Path) -> None:
+    """InstantX' head on a UNet looks like a FaceID adapter's."""
+    options = ("experiment=decoupled_mlp", "tokens.num_tokens=4", "adapter.layout=ipa", "trainer.max_steps=1")
+    folder = train_in(tmp_path / "run", *QUIET, *options)
+
+    assert read_adapter(folder / "adapter.safetensors").file.head == "mlp"

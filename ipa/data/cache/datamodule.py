@@ -31,6 +31,12 @@ from ipa.types import TextInputs
 
 log = logging.getLogger(__name__)
 
+# the options behind fingerprints, for messages
+DECIDED_BY = {
+    "vae": " (base.path, base.dtype, base.vae_dtype)",
+    "tokenizer": " (base.path, base.text_tokens, base.t5)",
+    "encoder": " (encoder.name or encoder.path, encoder.dtype)",
+}
 WINDOW_GB = 4  # of text states that a process keeps to shuffle, without a warning
 # entries of the header that may differ between the caches of one training
 PER_SOURCE = {"source", *(f"choices {name}" for name in ("captions", "filters", "image", "max_pixels", "reference"))}
@@ -115,7 +121,9 @@ class CachedDataModule(StreamDataModule):
         made = getattr(self.header, part)
         different = {name: value for name, value in asked.items() if made.get(name) != value}
         if different:
-            wrong = [f"{name} {made.get(name)}, not {value}" for name, value in different.items()]
+            wrong = [
+                f"{name} {made.get(name)}, not {value}{DECIDED_BY.get(name, '')}" for name, value in different.items()
+            ]
             raise WrongCache(
                 f"{self.where()} was made with other {part}: {'; '.join(wrong)}. Train with what it was made with, or "
                 "make another one"

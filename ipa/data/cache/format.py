@@ -166,7 +166,7 @@ def flat(entries: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in entries.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
-        found |= {f"{name} {key}".strip(): json.dumps(entry) for key, entry in inner}
+        found |= {f"{name} {key}".strip(): json.dumps(entry, sort_keys=True) for key, entry in inner}
     return found
 
 

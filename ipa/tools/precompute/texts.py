@@ -32,7 +32,7 @@ from ipa.data.rejects import Rejected
 from ipa.data.shards.tar import Member, read_members
 from ipa.errors import UserError
 from ipa.families.hollow import make_part
-from ipa.families.sources import is_single_file, read_index
+from ipa.families.sources import is_single_file, parts_in, read_index
 from ipa.files import write_atomically
 from ipa.tools.precompute.shards import OTHER_FOLDER, Job, Made
 from ipa.training.dry_run import samples_in, size
@@ -200,7 +200,7 @@ def text_bytes(cfg: DictConfig, family: Any) -> int:
     index = read_index(layout, "base.path") if layout else {}
     inputs = family.prepare_text([""])
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without content: text encoders of no weight
-        for name in [name for name, kind in index.items() if name.startswith("text_encoder") and kind[0]]:
+        for name in (name for name in parts_in(index) if name.startswith("text_encoder")):
             setattr(family, name, make_part(layout, name, *index[name]))
         shapes = shapes_of(family.text_states(inputs))
     if cfg.text == "states":
