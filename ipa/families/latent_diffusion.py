@@ -1,6 +1,6 @@
-"""What the families of latent diffusion with a UNet share: loading, sizes, VAE, noise schedule, hosts, sampling.
+"""Base class of the families with a UNet: loading, sizes, noise schedule, hosts, sampling.
 
-A subclass adds its text: how it is encoded, and what of it the UNet and the public pipeline get besides the states.
+A subclass encodes the text, and says what the UNet and the public pipeline get besides the text states.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ipa import objective
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
-from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.pipeline_family import PROBES, PipelineFamily, load_folder
 from ipa.families.quantization import check_part, make_config
 from ipa.families.sources import is_single_file
-from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size, read_unet
+from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
 from ipa.presets import SCALINGS
-from ipa.types import BaseWidths, Corrupted, TextCondition
+from ipa.types import BaseWidths, Corrupted, TextCondition, TextInputs
 from ipa.weights import read_dtype
 
 
@@ -32,6 +32,7 @@ class LatentDiffusion(PipelineFamily):
     """VAE, text encoders and UNet; ``parts`` have the names that the public pipeline gives them."""
 
     denoiser_name = "unet"
+    denoiser_class = UNet2DConditionModel
     branches = "unet"
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     kept = ("attn2",)  # cross-attention: adapters start from copies of its K and V
@@ -41,7 +42,7 @@ class LatentDiffusion(PipelineFamily):
 
     unet: Any
 
-    def __init__(self, source: str, **parts: Any) -> None:
+    def __init__(self, source: str = "", **parts: Any) -> None:
         super().__init__(source, **parts)
         if not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
@@ -96,7 +97,7 @@ class LatentDiffusion(PipelineFamily):
 
     @classmethod
     def check(cls, path: str, config: str | None, quantization: str | None = None, **options: Any) -> None:
-        """Refuse a base, or a layout for its file, of another family, and an unfit scheme; raises UserError."""
+        """Raise UserError for a base, or a layout for its file, of another family, and for an unfit scheme."""
         cls.check_family(path)
         check_part(quantization, path, "unet")
         if config is None or not is_single_file(path):
@@ -110,10 +111,6 @@ class LatentDiffusion(PipelineFamily):
                 f"base.config={config} is the layout of {layout.title} with context width {contexts[0]}, but "
                 f"base.path={path} holds {cls.title} with {contexts[1]}: give the layout of its own base"
             )
-
-    @classmethod
-    def read_denoiser(cls, path: str) -> Any:
-        return read_unet(path)
 
     @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
@@ -145,6 +142,17 @@ class LatentDiffusion(PipelineFamily):
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type
 
+    def prepare_text(self, texts: list[str]) -> TextInputs:
+        """``ids``, B × (N L): the ids of all N tokenizers concatenated, each cut and padded to its length."""
+        return {"ids": torch.cat(list(super().prepare_text(texts).values()), dim=1)}
+
+    def split_ids(self, inputs: TextInputs) -> list[Tensor]:
+        """The ids of each tokenizer, ids_BL."""
+        return list(inputs["ids"].split([length for _, length in self.tokenized.values()], dim=1))
+
+    def probe_ids(self) -> Any:
+        return torch.stack(self.split_ids(self.prepare_text(PROBES)), dim=1).tolist()
+
     def hosts(self) -> list[CrossAttentionHost]:
         return find_hosts(self.unet)
 
@@ -153,7 +161,7 @@ class LatentDiffusion(PipelineFamily):
 
     @classmethod
     def read_blocks(cls, path: str) -> list[str]:
-        return blocks_of(read_unet(path, "base"))
+        return blocks_of(cls.read_denoiser(path, "base"))
 
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
@@ -172,7 +180,7 @@ class LatentDiffusion(PipelineFamily):
 
     @abstractmethod
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
-        """What the UNet gets of the text besides its states."""
+        """What the UNet reads of the text besides its states."""
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         return {"guidance_scale": guidance, "guidance_rescale": guidance_rescale}

@@ -34,10 +34,9 @@ WEIGHT_NAME = "adapter.safetensors"
 SCALES = [1.0, 0.6, 0.0]
 SEEDS = [3, 4]
 TEXTS = ["cat", "a red dog"]
-FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
 # the sizes that diffusers finds in the file are unlike those of the published ones
 HEADS: dict[str, dict[str, int]] = {"global": {}, "fine_grained": {"num_tokens": 6, "heads": 2}, "full": {}}
-PUBLISHED = [(family, head) for family in FAMILIES for head in ("global", "fine_grained")]
+PUBLISHED = [(family, head) for family in tiny_sdxl.FAMILIES for head in ("global", "fine_grained")]
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +118,11 @@ class Pair:
 
 def load_pair(family: str, head: str, folder: Path, **options: Any) -> Pair:
     options, file = options | HEADS[head], folder / WEIGHT_NAME
-    tiny.write_adapter(file, head=head, family=FAMILIES[family](), **options)
-    ours = tiny.make_model(head=head, family=FAMILIES[family](), **options)
+    tiny.write_adapter(file, head=head, family=tiny_sdxl.FAMILIES[family](), **options)
+    ours = tiny.make_model(head=head, family=tiny_sdxl.FAMILIES[family](), **options)
     load_into(ours, file)
     ours.adapter.install()
-    stock = FAMILIES[family]().pipeline()
+    stock = tiny_sdxl.FAMILIES[family]().pipeline()
     stock.load_ip_adapter(str(folder), subfolder="", weight_name=WEIGHT_NAME, image_encoder_folder=None)
     return Pair(ours, stock, file)
 
@@ -228,23 +227,3 @@ def test_another_no_image_agrees_with_its_negative_given(head: str, no_image: st
 
     torch.testing.assert_close(ours, agrees, rtol=0, atol=1e-4)
     assert (ours - by_itself).abs().max() > 0.01
-
-
-@pytest.mark.parametrize(("family", "head"), [("sd15", "global"), ("sd21", "fine_grained"), ("sdxl", "global")])
-@torch.no_grad()
-def test_a_simple_adapter_serves_a_stock_pipeline_through_its_text(family: str, head: str, tmp_path: Path) -> None:
-    """``prompt_embeds`` of the public call: the text, and λ times the tokens behind it; no tokens at λ = 0."""
-    ours = tiny.make_model(head=head, kind="simple", family=FAMILIES[family]())
-    tiny.write_adapter(tmp_path / WEIGHT_NAME, head=head, kind="simple", family=FAMILIES[family]())
-    load_into(ours, tmp_path / WEIGHT_NAME)
-    stock = FAMILIES[family]().pipeline()
-    latents, t_B, text, _ = tiny.make_inputs(ours)
-    one, two = (ours.image_tokens(*make_images(ours, number)) for number in (1, 2))
-    assert (one.shape[1], two.shape[1]) == (ours.head.num_tokens, 2 * ours.head.num_tokens)
-    for tokens_BTD, scale in ((one, 0.0), (one, 0.5), (two, 1.0)):
-        added = [scale * tokens_BTD] if scale else []
-        states_BLD = torch.cat([text.states_BLD, *added], dim=1)
-        theirs = stock.unet(latents, t_B, states_BLD, added_cond_kwargs=ours.family.added_conditions(text)).sample
-        prediction = ours.predict(latents, t_B, text, tokens_BTD, scale)
-
-        torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)

@@ -75,7 +75,7 @@ def write_gguf(folder: Path, family: Any) -> str:
 
     file, kind = folder / "tiny-Q8_0.gguf", gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(file, "tiny")
-    for name, value in family.transformer_class.from_pretrained(folder / "transformer").state_dict().items():
+    for name, value in family.denoiser_class.from_pretrained(folder / "transformer").state_dict().items():
         if value.ndim == 2 and value.shape[1] % 32 == 0:
             writer.add_tensor(name, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
         else:
