@@ -1,4 +1,4 @@
-"""What holds for the tensors of any module: hashes and names of precisions."""
+"""Hashes, precisions and devices of weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Precision and hash of a frozen part, to tell whether work done with it can be reused."""
+    """Precision and hash of a frozen part, which show whether cached results can be reused."""
     return f"{dtype_name(next(module.parameters()).dtype)} {hash_weights(module)[:32]}"
 
 
@@ -61,7 +61,7 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def hash_tensor(tensor: Tensor) -> bytes:
-    """For a tensor that is sharded across ranks: of this rank's part; for a quantized one: of what it is stored as."""
+    """Of a tensor that is sharded across ranks, this rank's part; of a quantized tensor, its stored form."""
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     wrapper: Any = tensor
     if is_traceable_wrapper_subclass(wrapper):

@@ -1,4 +1,4 @@
-"""Public pipelines for what `ipa.tools.sample` is asked: image to image, inpainting, structure controls, schedulers."""
+"""Public pipelines for options of `ipa.tools.sample`: image to image, inpainting, structure controls, schedulers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def check_pipeline(settings: dict[str, Any]) -> None:
-    """Raise UserError for options that need others, and for pictures that are not there."""
+    """Raise UserError for options that need others, and for images that do not exist."""
     if (settings["control"] is None) != (settings["control_model"] is None):
         raise UserError("control= and control_model=: give both or neither")
     if settings["inpaint"] and not settings["start_image"]:
@@ -67,7 +67,7 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
 
 
 def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
-    """Raises UserError for a scheduler of other pipelines, and for steps that it cannot divide, as PNDM."""
+    """Raises UserError for a scheduler of other pipelines, or one that cannot make so few steps, as PNDM."""
     scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
     if not all(hasattr(scheduler, part) for part in ("init_noise_sigma", "order", "scale_model_input")):
         raise UserError(f"scheduler={name} is for other pipelines: give another one")
@@ -90,7 +90,7 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
     return prompter.pipeline(), {"controlnet": control}, {"image": image, "controlnet_conditioning_scale": weight}
 
 
-@functools.lru_cache(maxsize=1)  # the page takes the same one again and again
+@functools.lru_cache(maxsize=1)  # the page uses the same one for every job
 def load_control(path: str) -> Any:
     """A ControlNet or a T2I-Adapter; raises UserError for anything else."""
     try:
