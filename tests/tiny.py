@@ -49,6 +49,16 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end":
 KINDS = [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False)]
 
 
+class Harmful:
+    """Creates ``file`` when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
 def plain_attention(query_BQd: Tensor, key_BTd: Tensor, value_BTd: Tensor, heads: int) -> Tensor:
     """softmax(Q Kᵀ / √d) V, one head after another."""
     out = []

@@ -120,22 +120,12 @@ def test_weights_are_read_from_a_file(small_model: str, encoder, image, suffix: 
     assert OpenClipEncoder.read_widths(small_model, str(file)) == loaded.widths
 
 
-class Trap:
-    """Unpickling it would make a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.file,))
-
-
 def test_a_pickle_that_runs_code_and_weights_of_another_model_are_refused(
     small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # it must not undo what we ask for
-    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "weights.pt")
+    torch.save({"state_dict": tiny.Harmful(tmp_path / "sprung")}, tmp_path / "weights.pt")
 
     with pytest.raises(UserError, match=r"weights\.pt: the weights cannot be loaded: .*[Ww]eights.only"):
         OpenClipEncoder.from_pretrained(small_model, pretrained=str(tmp_path / "weights.pt"))
