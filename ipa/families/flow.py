@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ipa import objective
 from ipa.errors import UserError
-from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.pipeline_family import PipelineFamily
 from ipa.families.quantization import check_part
 from ipa.families.sources import is_single_file, read_cell_px, read_index, read_part
 from ipa.families.transformer_file import check_file, load_file
@@ -114,9 +114,8 @@ class FlowFamily(PipelineFamily):
         if transformer_file and "denoiser" not in leave_out:
             stored = (cls.denoiser_class, transformer_file, path)
             given["transformer"] = load_file(*stored, quantization, dtypes["default"])
-        pipeline = load_folder(cls.pipeline_class, path, dtypes, given, cls.quantized_parts(**schemes))
-        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
-        family = cls(**parts, source=path, **options)
+        pipeline = cls.load_folder(path, dtypes, given, cls.quantized_parts(**schemes))
+        family = cls.around(pipeline, path, **options)
         family.quantization = " ".join(filter(None, [quantization, transformer_file and Path(transformer_file).name]))
         return family
 

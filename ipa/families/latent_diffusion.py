@@ -19,7 +19,7 @@ from ipa import objective
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
-from ipa.families.pipeline_family import PROBES, PipelineFamily, load_folder
+from ipa.families.pipeline_family import PROBES, PipelineFamily
 from ipa.families.quantization import check_part, make_config
 from ipa.families.sources import is_single_file
 from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
@@ -68,8 +68,7 @@ class LatentDiffusion(PipelineFamily):
         folder or hub id of a diffusers pipeline with the layout of a single file; None asks the hub, folders do not
         need it. ``channels_last`` stores the convolutions' weights as their kernels read them, which changes rounding.
         ``quantization`` of the UNet is a scheme of `ipa.families.quantization`; cross-attention stays as it is, since
-        adapters start from copies of its K and V.
-        Nothing is loaded of what ``leave_out`` names (``stand_ins``).
+        adapters start from copies of its K and V. Parts that ``leave_out`` names are not loaded (``stand_ins``).
 
         Raises UserError for a base of another family, of which only configuration and headers are read, and for one
         that cannot be read.
@@ -77,18 +76,17 @@ class LatentDiffusion(PipelineFamily):
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
         cls.check(path, config, quantization)
         if is_single_file(path):
-            # one file is read whole
+            # other parts of a single file are always read
             given = cls.absent | cls.stand_ins(path, [each for each in leave_out if each == "text"])
             pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, given, quantization, cls.kept)
         else:
             given, schemes = cls.absent | cls.stand_ins(path, leave_out), cls.quantized_parts(quantization)
-            pipeline = load_folder(cls.pipeline_class, path, dtypes, given, schemes, cls.kept)
-        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
-        if channels_last:
-            for name in ("unet", "vae"):
-                parts[name].to(memory_format=torch.channels_last)
-        family = cls(**parts, source=path)
+            pipeline = cls.load_folder(path, dtypes, given, schemes)
+        family = cls.around(pipeline, path)
         family.quantization = quantization
+        if channels_last:
+            for part in (family.unet, family.vae):
+                part.to(memory_format=torch.channels_last)
         return family
 
     @classmethod

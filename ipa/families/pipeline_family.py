@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
@@ -22,7 +22,7 @@ from ipa.contracts import Family
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.quantization import load_quantized
-from ipa.families.sources import make_part, read_index
+from ipa.families.sources import make_without_weights, read_index
 from ipa.types import DenoiserCall, Part, Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
@@ -62,12 +62,12 @@ class PipelineFamily(Family):
         names = inspect.signature(cls.pipeline_class.__init__).parameters
         found = {name: None for name in names if name.startswith("text_encoder") and "text" in leave_out}
         found |= {cls.denoiser_name: cls.read_denoiser(path)} if "denoiser" in leave_out else {}
-        return found | ({"vae": make_part(AutoencoderKL, path, "vae")} if "vae" in leave_out else {})
+        return found | ({"vae": make_without_weights(AutoencoderKL, path, "vae")} if "vae" in leave_out else {})
 
     @classmethod
     def read_denoiser(cls, path: str, key: str = "base.path") -> Any:
         """The denoiser of a folder or hub id on the meta device, without weights."""
-        return make_part(cls.denoiser_class, path, cls.denoiser_name, key)
+        return make_without_weights(cls.denoiser_class, path, cls.denoiser_name, key)
 
     @classmethod
     def left_out(cls, **options: Any) -> dict[str, Any]:
@@ -78,6 +78,30 @@ class PipelineFamily(Family):
     def quantized_parts(cls, quantization: str | None, text_quantization: str | None = None) -> dict[str, str | None]:
         """The parts that can be quantized, with their schemes."""
         return {cls.denoiser_name: quantization}
+
+    @classmethod
+    def load_folder(
+        cls, path: str, dtypes: dict[str, torch.dtype], given: dict[str, Any], schemes: Mapping[str, str | None]
+    ) -> Any:
+        """The pipeline of a folder or hub id, around the parts that are ``given``; None leaves a part out.
+
+        ``schemes`` quantize parts (`ipa.families.quantization`). Raises UserError for a folder that lacks a file.
+        """
+        wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
+        try:
+            quantized = {
+                name: load_quantized(path, name, class_of(path, name), scheme, dtypes["default"], cls.kept)
+                for name, scheme in wanted.items()
+            }
+            return cls.pipeline_class.from_pretrained(path, dtype=dtypes, **given, **quantized)
+        except OSError as error:
+            raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
+
+    @classmethod
+    def around(cls, pipeline: Any, source: str, **options: Any) -> Self:
+        """The family of a loaded pipeline's parts."""
+        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
+        return cls(source, **parts, **options)
 
     @property
     def denoiser(self) -> Any:
@@ -245,30 +269,6 @@ PROBES = ["", "A naïve red-haired girl's café, 1987!", "über 東京 🙂 " * 
 def tokenize(tokenizer: Any, length: int, texts: list[str]) -> Any:
     """Tokens, cut and padded to ``length``."""
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-
-
-def load_folder(
-    pipeline_class: Any,
-    path: str,
-    dtypes: dict[str, torch.dtype],
-    given: dict[str, Any],
-    schemes: Mapping[str, str | None],
-    kept: Sequence[str] = (),
-) -> Any:
-    """A pipeline from a folder or hub id, around the parts that are ``given``; None leaves a part out.
-
-    ``schemes`` quantize parts, except for the layers ``kept`` (`ipa.families.quantization`). Raises UserError for a
-    folder that lacks a file.
-    """
-    wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
-    try:
-        quantized = {
-            name: load_quantized(path, name, class_of(path, name), scheme, dtypes["default"], kept)
-            for name, scheme in wanted.items()
-        }
-        return pipeline_class.from_pretrained(path, dtype=dtypes, **given, **quantized)
-    except OSError as error:
-        raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
 
 
 def class_of(path: str, part: str) -> Any:

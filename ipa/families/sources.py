@@ -57,7 +57,7 @@ def read_part(kind: Any, path: str, name: str, key: str = "base.path") -> dict[s
     return read_config(kind, path, key, subfolder=name)
 
 
-def make_part(kind: Any, path: str, name: str, key: str = "base.path") -> Any:
+def make_without_weights(kind: Any, path: str, name: str, key: str = "base.path") -> Any:
     """The part on the meta device, without weights."""
     config = read_part(kind, path, name, key)
     with torch.device("meta"):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from diffusers import UNet2DConditionModel
 
 from ipa.families.cross_attention import find_hosts
-from ipa.families.sources import Shapes, is_single_file, make_part, read_cell_px, read_header, read_index, read_part
+from ipa.families.sources import (
+    Shapes,
+    is_single_file,
+    make_without_weights,
+    read_cell_px,
+    read_header,
+    read_index,
+    read_part,
+)
 from ipa.types import BaseWidths
 
 UNET = "model.diffusion_model."
@@ -50,16 +57,11 @@ def conditions_of_folder(path: str, key: str) -> str | None:
     return {None: TEXT_ALONE, "text_time": TEXT_AND_SIZES}.get(config.get("addition_embed_type"))
 
 
-def read_unet(path: str, key: str = "base.path") -> Any:
-    """The UNet of a folder or hub id on the meta device, without weights."""
-    return make_part(UNet2DConditionModel, path, "unet", key)
-
-
 def read_host_widths(path: str) -> BaseWidths:
     """Context width, and the inner width of every host in order; no weight is read."""
     if is_single_file(path):
         return host_widths_of_header(read_header(path))
-    unet = read_unet(path)
+    unet = make_without_weights(UNet2DConditionModel, path, "unet")
     context = unet.config.cross_attention_dim
     return BaseWidths(context, [host.width for host in find_hosts(unet)], context, "unet")
 
