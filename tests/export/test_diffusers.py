@@ -31,7 +31,6 @@ from ipa.tools.export import Options, export
 from ipa.types import Features
 
 WEIGHT_NAME = "adapter.safetensors"
-SCALES = [1.0, 0.6, 0.0]
 SEEDS = [3, 4]
 TEXTS = ["cat", "a red dog"]
 # the sizes that diffusers finds in the file are unlike those of the published ones
@@ -136,7 +135,7 @@ def make_images(model: IPAdapterModel, count: int) -> list[Features]:
     return [model.encode_reference(tiny.make_pictures(2, tiny.REFERENCE_PX, seed)) for seed in range(count)]
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 0.7])
 @torch.no_grad()
 def test_the_prediction_is_that_of_diffusers(pair: Pair, scale: float) -> None:
     """With the full head too: diffusers' 257 stands for its deprecated way in, else it has a token for every patch.
@@ -168,10 +167,9 @@ def test_what_the_tool_converted_gives_the_same_prediction(pair: Pair, tmp_path:
     torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "scale"), [(1.0, 0.6), (3.0, 1.0), (3.0, 0.0)])
 def test_pictures_are_those_of_the_stock_call_with_embeddings(
-    ours, stock, pooled, scale: float, guidance: float
+    ours, stock, pooled, guidance: float, scale: float
 ) -> None:
     options = SamplingOptions(num_steps=3, guidance=guidance, scale=scale)
     stock.set_ip_adapter_scale(scale)
@@ -185,14 +183,13 @@ def test_pictures_are_those_of_the_stock_call_with_embeddings(
     assert pictures.std() > 0.05
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_pictures_are_those_of_the_stock_call_with_a_picture(ours, run_folder: Path, scale: float) -> None:
+def test_pictures_are_those_of_the_stock_call_with_a_picture(ours, run_folder: Path) -> None:
     """``ip_adapter_image=`` through transformers' image encoder with the same weights and its own preprocessing."""
     stock = load_stock(run_folder, **image_parts(ours))
-    stock.set_ip_adapter_scale(scale)
+    stock.set_ip_adapter_scale(0.6)
     references = tiny.make_pictures(2, tiny.REFERENCE_PX)
     images = [Image.fromarray(np.asarray(picture.permute(1, 2, 0))) for picture in references]
-    options = SamplingOptions(num_steps=3, guidance=3.0, scale=scale)
+    options = SamplingOptions(num_steps=3, guidance=3.0, scale=0.6)
     theirs = stock_pictures(stock, options, ip_adapter_image=images)
 
     torch.testing.assert_close(

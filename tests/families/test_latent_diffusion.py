@@ -139,6 +139,22 @@ def test_the_base_stays_frozen_and_in_eval_mode_and_its_vae_in_its_type(
         assert torch.equal(family.decode_latents(expected), decoded)
 
 
+@pytest.mark.parametrize(
+    ("make", "context", "hidden"),
+    zip(MAKERS, (tiny.CONTEXT_WIDTH, 20, 28), (tiny.HIDDEN, tiny.HIDDEN, tiny_sdxl.HIDDEN), strict=True),
+)
+def test_sizes_and_hosts_follow_from_the_parts(
+    make: Callable[[], LatentDiffusion], context: int, hidden: list[int]
+) -> None:
+    family = make()
+    published = [name.removesuffix(".processor") for name in family.unet.attn_processors if "attn2" in name]
+
+    assert (family.size_multiple_px, family.image_size_px, family.context_width) == (2, tiny.IMAGE_PX, context)
+    assert family.latent_shape(32) == (4, 16, 16)
+    assert [(host.name, host.width) for host in family.hosts()] == list(zip(published, hidden, strict=True))
+    assert all(host.attention is family.unet.get_submodule(host.name) for host in family.hosts())
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_text_is_its_ids_encoded(make: Callable[[], LatentDiffusion]) -> None:
     family, texts, sizes = make(), ["cat", "", "a much longer red dog than fits"], torch.arange(18).view(3, 6)

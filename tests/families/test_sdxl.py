@@ -59,15 +59,6 @@ def halves(negative: TextCondition, positive: TextCondition) -> TextCondition:
     return TextCondition(*(None if pair[0] is None else torch.cat(pair) for pair in pairs))
 
 
-def test_sizes_follow_from_the_parts(family: StableDiffusionXL) -> None:
-    assert family.name == "sdxl"
-    assert (family.size_multiple_px, family.image_size_px, family.context_width) == (2, 16, tiny_sdxl.CONTEXT_WIDTH)
-    assert family.latent_shape(32) == (4, 16, 16)
-    assert [host.attention.to_k.out_features for host in family.hosts()] == tiny_sdxl.HIDDEN
-    published = [name.removesuffix(".processor") for name in family.unet.attn_processors if "attn2" in name]
-    assert [host.name for host in family.hosts()] == published
-
-
 def test_the_text_is_encoded_as_the_public_pipeline_does(
     family: StableDiffusionXL, public: StableDiffusionXLPipeline
 ) -> None:
