@@ -33,7 +33,6 @@ def method(request: pytest.FixtureRequest) -> Any:
 
 def test_they_keep_what_every_method_promises(method: Any) -> None:
     parts.check_promises(method)
-    parts.check_without_guidance(method)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_folders_are_read(file: Path, base_folder: Path, tmp_path: Path, monkeyp
     parts.make_vision().save_pretrained(tmp_path / "encoder")
     method = UniControlNet.from_pretrained(**given, dtype="float32")
     assert method.trained == count_parameters(SYSTEMS[UniControlNet]()) and method.source == f"{file} on {base_folder}"
-    parts.check_without_guidance(method)
+    assert method.generate(parts.make_prompts(), parts.FAST).isfinite().all()
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -48,7 +48,6 @@ def method() -> SeeCoder:
 
 def test_it_keeps_what_every_method_promises(method: SeeCoder) -> None:
     parts.check_promises(method)
-    parts.check_without_guidance(method)
 
 
 def test_the_encoder_at_full_size() -> None:
