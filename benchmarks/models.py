@@ -18,7 +18,8 @@ from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.families.chroma import Chroma
 from ipa.families.flux import Flux
-from ipa.families.hollow import make_hollow, sd15, sdxl
+from ipa.families.hollow import make_hollow
+from ipa.families.published import sd15, sdxl
 from ipa.families.sd3 import StableDiffusion3
 from ipa.families.sdxl import StableDiffusionXL
 from ipa.families.stable_diffusion import StableDiffusion

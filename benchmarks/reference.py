@@ -59,7 +59,7 @@ class ReferenceStep:
             empty_L = family.prepare_text([""])["ids"][0].to(ids_BL.device)
             pairs = zip(ids_BL, draws.drop_text_B, strict=True)
             kept_BL = torch.stack([empty_L if drop else ids_L for ids_L, drop in pairs])
-            text = family.encode_text_inputs({"ids": kept_BL}, batch.size_B6)
+            text = family.text_condition(family.text_states({"ids": kept_BL}), batch.size_B6)
         added = {**(family.added_conditions(text) or {}), "image_embeds": [torch.stack(kept)[:, None]]}
         predicted = self.unet(noisy, t_B, text.states_BLD, added_cond_kwargs=added).sample
         if family.prediction_type == "v_prediction":

@@ -72,7 +72,9 @@ def stock_pipeline(model: IPAdapterModel) -> Any:
 
 
 def ours(model: IPAdapterModel, features: Features, texts: list[str], options: Mapping[str, Any]) -> Tensor:
-    with prompt_arguments(model, [ImageCondition([features])], texts, size_px=options["height"]) as arguments:
+    with prompt_arguments(
+        [(model, [ImageCondition([features])])], texts, (options["width"], options["height"])
+    ) as arguments:
         return model.family.pipeline()(**arguments, **options).images
 
 

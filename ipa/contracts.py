@@ -1,7 +1,7 @@
-"""The contracts between the parts: what a base model, an image encoder, a head and an adapter kind promise each other.
+"""The contracts of the parts: base model, image encoder, head, adapter kind, and the hosts of branches.
 
-`ipa.model` combines one of each. A new part implements its contract in one file; nothing else in the project asks what
-kind of part it got. Shape letters are those of `ipa.types`.
+`ipa.model` combines one of each. A new part implements its contract in one file; no other code depends on its class.
+Shape letters are those of `ipa.types`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ipa.types import (
     BaseWidths,
     Channel,
     Corrupted,
+    DenoiserCall,
     EncoderWidths,
     Features,
     ImagePrompt,
@@ -26,87 +27,63 @@ from ipa.types import (
     TextCondition,
     TextInputs,
 )
+from ipa.weights import Frozen
 
 Uses = Literal["pooled", "patches"]
 NoImage = Literal["zeros", "blank", "black"]
-Part = Literal["joint", "positive", "negative"]  # of a guided batch
-ADD_TEXTS = (
-    "the command of `python -m ipa.tools.precompute` with this preview.text=, data.val= and "
-    "heldout_check.every_n_steps= adds it"
-)
+ADD_TEXTS = "repeat ipa.tools.precompute with this preview.text=, data.val= and heldout_check.every_n_steps="
 
 
 class Host(Protocol):
-    """A place in a frozen base where a branch can be plugged in: an attention layer or a whole block."""
+    """A position in a frozen base where a branch can be plugged in: an attention layer or a whole block."""
 
     name: str
 
     @property
     def block(self) -> str:
         """Name of the block that the host belongs to; λ may differ between blocks."""
-        ...
 
     @property
     def width(self) -> int:
         """Inner width of the branch, for checking and describing adapter files."""
-        ...
 
     def make_branch(self) -> nn.Module:
         """Return a new trainable branch with this host's initialisation (for UNets: copies of the layer's K and V).
 
         The host calls the branch with (query, tokens_BTD, time embedding or None, scale, once), where ``once`` is
-        `ImagePrompt.once`, which keeps what depends on the tokens alone. A family that ``supports_absence`` also gives
-        it `ImagePrompt.present_BT`.
+        `ImagePrompt.once`, which keeps what depends only on the tokens. A family that ``supports_absence`` also passes
+        `ImagePrompt.present_BT`.
         """
-        ...
 
     def plug(self, branch: nn.Module, channel: Channel) -> None:
         """Add the branch's result to the host's output whenever ``channel`` carries a prompt."""
-        ...
 
     def unplug(self) -> None:
         """Restore the host to its original state."""
-        ...
 
 
-class DenoiserCall(NamedTuple):
-    """One call of the denoiser inside a public pipeline: its time and the part of the guided batch it computes."""
-
-    time_B: Tensor
-    part: Part
-
-
-class Family(nn.Module, ABC):
+class Family(Frozen, ABC):
     """A frozen base model: VAE, text encoders, denoiser, noise path, and the public pipeline around them.
 
     Always in eval mode and without gradients. Pixels are float in [-1, 1]. Latents are B × C × H × W as the VAE encodes
-    them, scaled to about unit variance; only the denoiser inside ``denoise`` and the pipeline see a packed layout.
+    them, scaled to about unit variance; only the pipeline and the denoiser inside ``denoise`` see a packed layout.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]  # for messages
     advice: ClassVar[str]  # the option that selects this family, for messages
     source: str  # path or hub id that loads the same weights again
-    vae: Any  # a module, and all that encode_pixels and decode_latents need
+    vae: Any  # the only module that encode_pixels and decode_latents need
     # how the pipeline applies guidance: one call per step on [negative; positive], or two calls
     guidance_calls: ClassVar[Literal["joint", "separate"]] = "joint"
     supports_min_snr: ClassVar[bool] = False
     rescales_guidance: ClassVar[bool] = False  # whether its pipelines have guidance_rescale
-    scalings: ClassVar[tuple[str, ...]] = ("V only",)  # of `ipa.presets.SCALINGS`, those that its branches know
-    supports_absence: ClassVar[bool] = False  # whether its branches leave out tokens that are not present
+    scalings: ClassVar[tuple[str, ...]] = ("V only",)  # those of `ipa.presets.SCALINGS` that its branches support
+    supports_absence: ClassVar[bool] = False  # whether its branches ignore tokens that are not present
     guidance: ClassVar[float] = 7.5  # the usual scale
-    # states of texts, in place of text encoders that are not loaded: text → its row of ``text_states``
+    # replaces text encoders that are not loaded: text → its row of ``text_states``
     known_texts: Mapping[str, TextInputs] | None = None
-    branches: str = ""  # name of its branches' published layout (`ipa.export.branches`); none: only ipa reads its files
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode whatever the trainer asks: frozen parts have no dropout."""
-        return super().train(False)
-
-    @classmethod
-    def recorded_options(cls, metadata: Mapping[str, str]) -> dict[str, Any]:
-        """Options of ``from_pretrained`` that an adapter was trained with, from its metadata (``describe``)."""
-        return {}
+    branches: str = ""  # published layout of its branches (`ipa.export.branches`); only ipa reads files without one
 
     @classmethod
     def check_options(cls, min_snr_gamma: float | None = None, guidance_rescale: float = 0.0) -> None:
@@ -116,8 +93,6 @@ class Family(nn.Module, ABC):
         if guidance_rescale and not cls.rescales_guidance:
             raise UserError(f"guidance_rescale={guidance_rescale}: the pipelines of {cls.title} have none; give 0")
 
-    # sizes
-
     @classmethod
     @abstractmethod
     def from_pretrained(
@@ -125,13 +100,13 @@ class Family(nn.Module, ABC):
     ) -> Self:
         """Load a folder, hub id or file; raises UserError for a base that this family does not read.
 
-        Weights of what ``leave_out`` names, text, denoiser or vae, are not needed and may be left out.
+        ``leave_out`` names parts (text, denoiser, vae) whose weights are not needed.
         """
 
     @classmethod
     @abstractmethod
     def recognises(cls, path: str, key: str = "base.path") -> bool:
-        """Whether this family reads the base at ``path``, judged by configuration files and headers alone."""
+        """Whether this family reads the base at ``path``, from configuration files and headers alone."""
 
     @classmethod
     @abstractmethod
@@ -178,13 +153,10 @@ class Family(nn.Module, ABC):
 
     def check_size(self, image_size_px: int, option: str = "image_size_px") -> int:
         """Return a valid image size; raises UserError naming ``option``."""
-        if image_size_px < self.size_multiple_px or image_size_px % self.size_multiple_px:
-            raise UserError(
-                f"{option}={image_size_px}: the base {self.source} takes multiples of {self.size_multiple_px} px"
-            )
+        multiple = self.size_multiple_px
+        if image_size_px < multiple or image_size_px % multiple:
+            raise UserError(f"{option}={image_size_px}: the base {self.source} takes multiples of {multiple} px")
         return image_size_px
-
-    # latents
 
     @abstractmethod
     def encode_pixels(self, pixels_B3HW: Tensor) -> Posterior:
@@ -202,45 +174,38 @@ class Family(nn.Module, ABC):
         """Inverse of ``pack``."""
         return packed
 
-    # text
-
     @abstractmethod
     def prepare_text(self, texts: list[str]) -> TextInputs:
-        """What the text encoders read and a feature cache stores: named tensors with one row per text.
+        """Input of the text encoders, which a feature cache may store: named tensors with one row per text.
 
         Tensors may have different lengths, as the tokenizers do.
         """
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """What ``text_states`` runs, each on a device of its own; with ``known_texts`` there may be none."""
+        """What ``text_states`` runs, each on its own device; there may be none with ``known_texts``."""
         return []
 
     @abstractmethod
     def text_states(self, inputs: TextInputs) -> TextInputs:
-        """Result of ``prepare_text`` → what the text encoders make of it: named tensors with one row per text.
+        """Result of ``prepare_text`` → output of the text encoders: named tensors with one row per text.
 
-        A feature cache may store them: tensors B × L × D without the tokens at the end that the condition's mask
-        leaves out.
+        A feature cache may store it; tensors B × L × D without the last tokens that the condition's mask leaves out.
         """
 
     @abstractmethod
     def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
         """Result of ``text_states`` → what ``denoise`` takes; ``size_B6`` as in `TextCondition`."""
 
-    def encode_text_inputs(self, inputs: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """Result of ``prepare_text`` → what ``denoise`` takes."""
-        return self.text_condition(self.text_states(inputs), size_B6)
-
     def cut_off(self, text: str) -> str:
-        """The end of a text that is too long for the tokenizers, which ``prepare_text`` leaves out."""
+        """The end of a text that is too long for the tokenizers and so ignored."""
         return ""
 
     def encode_text(self, texts: list[str], size_B6: Tensor | None = None) -> TextCondition:
         return self.text_condition(self.states_of(texts), size_B6)
 
     def states_of(self, texts: list[str]) -> TextInputs:
-        """``text_states`` of texts, or what ``known_texts`` has of them; raises UserError for one that is not known."""
+        """``text_states`` of texts, from ``known_texts`` if there are any; raises UserError for an unknown text."""
         if self.known_texts is None:
             return self.text_states(self.prepare_text(texts))
         self.check_texts(texts)
@@ -248,7 +213,7 @@ class Family(nn.Module, ABC):
         return self.place_states({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def check_texts(self, texts: list[str]) -> None:
-        """Raise UserError for a text that cannot be encoded, since the text encoders are not loaded."""
+        """Raise UserError for a text that cannot be encoded because the text encoders are not loaded."""
         unknown = [text for text in texts if self.known_texts is not None and text not in self.known_texts]
         if unknown:
             raise UserError(f"the text {unknown[0]!r} is not among the texts of the feature cache: {ADD_TEXTS}")
@@ -256,8 +221,6 @@ class Family(nn.Module, ABC):
     def place_states(self, states: TextInputs) -> TextInputs:
         """Stored ``text_states`` on the base's device and in its precision."""
         return {name: x.to(self.device, self.dtype if x.is_floating_point() else None) for name, x in states.items()}
-
-    # noise path
 
     @abstractmethod
     def corrupt(
@@ -272,15 +235,13 @@ class Family(nn.Module, ABC):
     def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
         """The denoiser's prediction of ``Corrupted.target``, for ``Corrupted.noisy`` and its ``time_B``."""
 
-    # branches
-
     @abstractmethod
     def hosts(self) -> list[Any]:
         """All `Host`s in the published order, enumerated from the modules."""
 
-    @abstractmethod
     def blocks(self) -> list[str]:
-        """Names of the blocks that have hosts, in the order in which the denoiser runs them."""
+        """Names of the blocks that have hosts, in the denoiser's order."""
+        return list(dict.fromkeys(host.block for host in self.hosts()))
 
     @classmethod
     def read_blocks(cls, path: str) -> list[str]:
@@ -292,10 +253,8 @@ class Family(nn.Module, ABC):
         return BaseWidths(self.context_width, [host.width for host in self.hosts()], self.text_width, self.branches)
 
     def describe(self) -> dict[str, str]:
-        """What an adapter file's metadata must record of this family's options."""
+        """This family's options that an adapter file's metadata must record."""
         return {}
-
-    # sampling
 
     @abstractmethod
     def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
@@ -306,7 +265,7 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        """Encoded text as keyword arguments of the pipeline; without ``negative`` its arguments are left out."""
+        """Encoded text as keyword arguments of the pipeline, those of ``negative`` only if it is given."""
 
     @abstractmethod
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
@@ -314,18 +273,16 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def progress(self, time_B: Tensor) -> float:
-        """How far the denoising is at this time: the share of the training's noise schedule that is passed, 0 to 1."""
+        """The fraction of the training's noise schedule that is denoised at this time, 0 to 1."""
 
     @abstractmethod
     def before_calls(
         self, function: Callable[[DenoiserCall], None], negative: TextCondition | None
     ) -> AbstractContextManager[None]:
-        """While inside, ``function`` is called before every call of the denoiser, also by a public pipeline.
+        """While inside, ``function`` is called before every call of the denoiser, including those of a pipeline.
 
         ``negative`` is the negative text given to the pipeline; None without guidance.
         """
-
-    # training
 
     @abstractmethod
     def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
@@ -333,14 +290,14 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def compile_blocks(self) -> None:
-        """Let torch compile the denoiser's repeated blocks at their first call."""
+        """Compile the denoiser's repeated blocks at their first call."""
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
         """Precision and hash of what a feature cache depends on: ``vae``, and ``tokenizer`` for the text."""
 
 
-class ImageEncoder(nn.Module, ABC):
+class ImageEncoder(Frozen, ABC):
     """A frozen image encoder; ``source`` and ``weights`` load it again (`ipa.encoders.open_encoder`)."""
 
     source: str
@@ -348,9 +305,9 @@ class ImageEncoder(nn.Module, ABC):
     widths: EncoderWidths
 
     @property
-    @abstractmethod
     def image_size_px(self) -> int:
         """Edge of the square images that it reads."""
+        return self.widths.image_size_px
 
     @abstractmethod
     def encode(self, image_B3HW: Tensor, uses: Uses = "pooled") -> Features:
@@ -358,11 +315,11 @@ class ImageEncoder(nn.Module, ABC):
 
     @abstractmethod
     def blank(self, batch: int, uses: Uses = "pooled") -> Features:
-        """Features of a blank image, which some heads take for "no image"."""
+        """Features of a blank image, which some heads use as "no image"."""
 
-    @abstractmethod
     def embed_text(self, text: str) -> Tensor:
         """Text in the space of ``pooled_BE``, not normalised: embedding_1E. Raises UserError without a text tower."""
+        raise UserError(f"the encoder {self.source} has no text tower: give an open_clip model or a whole CLIP")
 
     @abstractmethod
     def layer_name(self, uses: Uses) -> str:
@@ -376,10 +333,10 @@ class ImageEncoder(nn.Module, ABC):
 class TokenHead(nn.Module, ABC):
     """Trainable: image features → image tokens.
 
-    ``uses`` is what it reads of the features, ``no_image`` what replaces them when the image is dropped: ``zeros``, or
-    the features of the encoder's ``blank`` image or of a ``black`` one. The tokens of a head that ``depends_on_time``
-    are computed anew at every denoising step; those of any other head, and their K′ and V′, are computed once per
-    prompt. ``made_for`` is the only layout of branches (`Family.branches`) that reads its tokens; empty: all do.
+    ``uses`` says which features it reads, ``no_image`` what replaces them when the image is dropped: ``zeros``, or the
+    features of the encoder's ``blank`` image or of a ``black`` one. The tokens of a head that ``depends_on_time`` are
+    computed at every denoising step; those of other heads, with their K′ and V′, once per prompt. ``made_for`` is the
+    only layout of branches (`Family.branches`) that reads its tokens; empty: all do.
     """
 
     uses: Uses
@@ -399,9 +356,13 @@ class TokenHead(nn.Module, ABC):
 
 
 class AdapterKind(nn.Module, ABC):
-    """Trainable: brings image tokens to the frozen denoiser. Making one leaves the base unchanged."""
+    """Trainable: brings image tokens to the frozen denoiser. The constructor leaves the base unchanged."""
 
     name: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channel = Channel()  # installed branches read the prompt from it
 
     @classmethod
     def token_width(cls, widths: BaseWidths) -> int:
@@ -410,27 +371,27 @@ class AdapterKind(nn.Module, ABC):
 
     @abstractmethod
     def install(self) -> Self:
-        """Plug the branches in; with no prompt, or λ = 0, the base's output stays the same to the bit."""
+        """Plug the branches in. Without a prompt, or with λ = 0, the base's output stays bit-identical."""
 
     @abstractmethod
     def remove(self) -> Self:
         """Undo ``install``."""
 
-    @abstractmethod
     def extend(self, text: TextCondition, prompt: ImagePrompt | None) -> TextCondition:
         """The text that the denoiser reads: unchanged, or followed by the image tokens."""
+        return text
 
-    @abstractmethod
     def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
         """While inside, installed branches see ``prompt``."""
+        return self.channel.carrying(prompt)
 
-    @abstractmethod
     def show(self, prompt: ImagePrompt | None) -> None:
         """Replace the prompt inside ``carrying``."""
+        self.channel.prompt = prompt
 
-    @abstractmethod
     def again(self) -> AbstractContextManager[None]:
-        """A context, entered later, in which branches see the present prompt: recomputing a block needs it."""
+        """A context, entered later to recompute a block, in which branches see the current prompt."""
+        return self.channel.carrying(self.channel.prompt)
 
     @contextmanager
     def condition(self, text: TextCondition, prompt: ImagePrompt | None) -> Iterator[TextCondition]:

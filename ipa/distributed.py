@@ -1,4 +1,4 @@
-"""Rank, gather and reductions, the same with one process or several. All ranks call these together."""
+"""Rank, gather and reductions, with one process or several. All ranks must call them together."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def max_over_ranks(flags: Tensor) -> Tensor:
-    """In place; on a GPU the stream waits for the other ranks, the host does not."""
+    """In place; on a GPU only the stream waits for the other ranks, not the host."""
     if is_distributed():
         distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return flags

@@ -15,23 +15,10 @@ from typing import Any
 
 from ipa.errors import UserError, brief
 
-# all that ``data.images.opening`` reads; of a sample's members the first in this order is its picture
+# the extensions that ``data.images.opening`` reads; the first in this order is a sample's image
 PICTURES = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "avif",
-    "jfif",
-    "jpe",
-    "jp2",
-    "ppm",
-    "heic",
-    "heif",
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *("avif", "jfif", "jpe", "jp2", "ppm", "heic", "heif"),
 )
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICTURE_EXTENSIONS = tuple(f".{extension}" for extension in PICTURES)
@@ -65,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], otherwise: str
 
 
 def remove_temporaries(paths: Iterable[Path]) -> None:
-    """What ``write_atomically`` left of these files when its process was killed; nobody may be writing them now."""
+    """Remove temporary files that a killed ``write_atomically`` left; no process may be writing these files."""
     wanted = set(paths)
     for folder in {path.parent for path in wanted}:
         for leftover in folder.glob(".*.tmp"):
@@ -87,7 +74,7 @@ def fsync(path: Path) -> None:
 
 
 def mode_of_new_file(path: Path) -> int:
-    """Permissions that a new file gets there; calling ``os.umask`` would change it for every thread."""
+    """Permissions of a new file there; ``os.umask`` would change the mask for every thread."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     path.unlink()  # a writer that fails silently must not leave an empty file
@@ -101,7 +88,7 @@ def write_json(path: Path, content: Any, indent: int = 1, otherwise: str = OTHER
 
 
 def read_json(path: Path, advice: str = "remove it") -> dict[str, Any]:
-    """A JSON object; raises UserError with ``advice`` for a file that holds anything else."""
+    """A JSON object; raises UserError with ``advice`` for a file with anything else."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:  # invalid JSON, or bytes that are not text
@@ -158,3 +145,9 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def public_source(source: str) -> str:
+    """A hub id or relative path unchanged; of an absolute path the name, since adapter files are published."""
+    prefix, _, path = source.rpartition(":")  # local-dir:/data/clip
+    return source if not Path(path).is_absolute() else f"{prefix}:{Path(path).name}".lstrip(":")

@@ -1,4 +1,4 @@
-"""Family, encoder, head, adapter and objective together: the only module where they meet.
+"""Combines family, encoder, head, adapter and objective; the only module where they meet.
 
 L = E w ‖ prediction(x_t, t, c_text, c_image) − target ‖²,   with c_text and c_image dropped at random
 (Ye et al. 2023, equations 6 and 7; the family defines x_t, target and weight w)
@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ipa import objective
-from ipa.contracts import AdapterKind, DenoiserCall, Family, ImageEncoder, TokenHead
+from ipa.contracts import AdapterKind, Family, ImageEncoder, TokenHead
 from ipa.data.images.transforms import fit_named
 from ipa.errors import UserError
+from ipa.files import public_source
 from ipa.types import (
     Batch,
-    Corrupted,
+    DenoiserCall,
     Features,
     ImageCondition,
     ImagePrompt,
@@ -54,10 +54,10 @@ class Errors:
 class IPAdapterModel(nn.Module):
     """A frozen base and image encoder with a trainable head and adapter.
 
-    ``trainable`` is the one declaration of what is trained: optimizer, checkpoint, export and parameter count use it.
-    ``min_snr_gamma`` weighs the loss over time (see `ipa.objective`), None does not. ``reference_fit`` says how
-    references are cropped to the encoder's square (see ``transforms.FITS``); it is recorded in the metadata.
-    ``masked_loss`` is for batches that have a mask. Raises UserError for parts that do not work together.
+    ``trainable`` declares what is trained, for optimizer, checkpoint, export and parameter count alike.
+    ``min_snr_gamma`` weights the loss over time (see `ipa.objective`); None means no weights. ``reference_fit`` says
+    how references are cropped to the encoder's square (see ``transforms.FITS``) and is recorded in the metadata.
+    ``masked_loss`` is for batches with a mask. Raises UserError for parts that do not work together.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class IPAdapterModel(nn.Module):
         self.masked_loss = masked_loss
         self.is_compiled = False
         self.recomputes = True  # blocks in the backward pass, after checkpoint_gradients
-        # names the parts of a step, for a profiler or a timer
+        # marks the parts of a step for a profiler or a timer
         self.part: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
-        self.watch: Watch | None = None  # of the attention in the hosts, in training and ``predict``
+        self.watch: Watch | None = None  # sees the attention in the hosts, in training and ``predict``
         self._blank: Features | None = None
         self._no_text: TextInputs | None = None
         self.trainable = nn.ModuleDict({"image_proj": head, "ip_adapter": adapter})
@@ -98,7 +98,7 @@ class IPAdapterModel(nn.Module):
         return next(self.trainable.parameters()).device
 
     def checkpoint_gradients(self) -> None:
-        """Keep only the inputs of the denoiser's blocks and recompute the blocks in the backward pass, to save memory.
+        """To save memory, keep only the inputs of the denoiser's blocks and recompute the blocks in the backward pass.
 
         The recomputation sees the prompt of the first pass.
         """
@@ -114,7 +114,7 @@ class IPAdapterModel(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch compile the denoiser's blocks at their first call, once per shape.
 
-        More than MAX_COMPILED_SHAPES shapes are an error rather than run uncompiled; ``eagerly`` is for rare shapes.
+        More than MAX_COMPILED_SHAPES shapes are an error; run rare shapes uncompiled, with ``eagerly``.
         """
         import torch._dynamo
 
@@ -127,7 +127,7 @@ class IPAdapterModel(nn.Module):
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def freeze(self, part: str) -> None:
-        """Keep ``head`` or ``branches`` as they are: a part of the adapter's files still, but not trained."""
+        """Do not train ``head`` or ``branches``; the adapter's files still contain them."""
         {"head": self.head, "branches": self.adapter}[part].requires_grad_(False)
 
     def trained(self) -> list[nn.Parameter]:
@@ -142,14 +142,15 @@ class IPAdapterModel(nn.Module):
         return {"base": hash_weights(self.family), "encoder": hash_weights(self.encoder)}
 
     def fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.family, self.encoder)
+        """What a feature cache depends on: precision and hash of the weights of each frozen part."""
+        return self.family.fingerprints() | {"encoder": self.encoder.fingerprint()}
 
     def encode_reference(self, reference_B3HW: Tensor) -> Features:
         """uint8 reference images at the encoder's size → the features that the head reads."""
         return self.encoder.encode(to_unit_range(reference_B3HW), uses=self.head.uses)
 
     def no_image(self, batch: int) -> Features:
-        """What the head reads without an image: zeros, or the features of the encoder's blank image or a black one."""
+        """What the head reads without an image: zeros, or the features of the encoder's blank or of a black image."""
         if self._blank is None:  # one row, computed once
             edge, uses = self.encoder.image_size_px, self.head.uses
             black = self.head.no_image == "black"
@@ -159,7 +160,7 @@ class IPAdapterModel(nn.Module):
         return empty.map(lambda x: x.to(self.device).expand(batch, *x.shape[1:]))
 
     def describe(self) -> dict[str, str]:
-        """Metadata that a reader of the adapter file needs about the parts it was trained with."""
+        """Metadata of an adapter file: the parts that it was trained with."""
         return {
             "base_family": self.family.name,
             "branches": self.family.branches,
@@ -211,7 +212,7 @@ class IPAdapterModel(nn.Module):
         """
         negatives = None if negative is None else len(negative.states_BLD)
         prompts = GuidedPrompts(self, conditions, negatives)
-        texts = self._extended(positive, negative, prompts)
+        texts = (positive, negative) if prompts.change else prompts.extended(positive, negative)
         if not prompts.change and (negative is None or self.family.guidance_calls == "joint"):
             with self.adapter.carrying(prompts.at(None, "positive" if negative is None else "joint")):
                 yield texts
@@ -222,14 +223,6 @@ class IPAdapterModel(nn.Module):
 
         with self.adapter.carrying(None), self.family.before_calls(refill, texts[1]):
             yield texts
-
-    def _extended(
-        self, positive: TextCondition, negative: TextCondition | None, prompts: GuidedPrompts
-    ) -> tuple[TextCondition, TextCondition | None]:
-        if prompts.change:  # such prompts are never combined with an adapter that extends the text
-            return positive, negative
-        extended = self.adapter.extend(positive, prompts.at(None, "positive"))
-        return extended, None if negative is None else self.adapter.extend(negative, prompts.at(None, "negative"))
 
     def predict(
         self,
@@ -258,31 +251,29 @@ class IPAdapterModel(nn.Module):
             error_B = objective.squared_error(prediction, corrupted.target)
         else:
             inside = (batch.loss_mask_B1HW.float() / 255).expand_as(x0_BCHW)
-            base = self._base_prediction(corrupted, text) if self.masked_loss.prior else None
+            base = None
+            if self.masked_loss.prior:
+                with torch.no_grad(), self.part("denoiser"):
+                    base = self.predict(corrupted.noisy, corrupted.time_B, text, None, 0.0)
             error_B = self.masked_loss.error(inside, prediction, corrupted.target, base)
         return Errors(error_B, corrupted.weight_B, draws.time_B)
 
-    @torch.no_grad()
-    def _base_prediction(self, corrupted: Corrupted, text: TextCondition) -> Tensor:
-        with self.part("denoiser"):
-            return self.predict(corrupted.noisy, corrupted.time_B, text, None, 0.0)
-
     def posterior_of(self, batch: Batch) -> Posterior:
-        """The target's, from the cache or from the VAE."""
+        """The target's posterior, from the cache or from the VAE."""
         if batch.posterior is not None:
             return batch.posterior.map(Tensor.float)
         assert batch.image_B3HW is not None, "a batch has its targets as pixels or as posterior"
         return self.family.encode_pixels(to_unit_range(batch.image_B3HW))
 
     def features_of(self, batch: Batch) -> Features:
-        """The reference's, from the cache or from the encoder."""
+        """The reference's features, from the cache or from the encoder."""
         if batch.features is not None and batch.features.has(self.head.uses):
             return batch.features
         assert batch.reference_B3HW is not None, f"a batch has references, or {self.head.uses} features of them"
         return self.encode_reference(batch.reference_B3HW)
 
     def text_of(self, batch: Batch) -> TextCondition:
-        """The encoded text, the empty one where the text is dropped."""
+        """The encoded text; where the text is dropped, that of the empty text."""
         family, drop_B = self.family, batch.draws.drop_text_B
         if family.known_texts is not None:
             states = family.states_of(batch.text) if batch.text_states is None else batch.text_states
@@ -290,24 +281,21 @@ class IPAdapterModel(nn.Module):
             return family.text_condition(kept, batch.size_B6)
         inputs = family.prepare_text(batch.text) if batch.text_inputs is None else batch.text_inputs
         kept = objective.drop_rows(inputs, family.prepare_text([""]), drop_B, self.device)
-        return family.encode_text_inputs(kept, batch.size_B6)
+        return family.text_condition(family.text_states(kept), batch.size_B6)
 
     def _no_text_states(self) -> TextInputs:
-        """Of the empty text, which stay on the device."""
+        """Of the empty text; they stay on the device."""
         self._no_text = self.family.place_states(self._no_text or self.family.states_of([""]))
         return self._no_text
 
     def _training_tokens(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens, and which are present (None: all); where the image is dropped, "no image" is there once."""
+        """The tokens, and which are present (None: all); a dropped image becomes "no image" once."""
         more = batch.more
         with self.part("image encoder"):
             features, empty, drop_B = self.features_of(batch), self.no_image(1), batch.draws.drop_image_B
             further = None if more is None else self.encode_reference(more.reference_R3HW)
         with self.part("image tokens"):
-            kept = Features(
-                replace(features.pooled_BE, drop_B, empty.pooled_BE),
-                replace(features.patches_BPF, drop_B, empty.patches_BPF),
-            )
+            kept = Features.join(lambda pair: objective.replace_rows(pair[0], drop_B, pair[1]), [features, empty])
             tokens_BTD = self.image_tokens(kept, t_B=time_B)
             if more is None or further is None:
                 return tokens_BTD, None
@@ -318,8 +306,9 @@ class IPAdapterModel(nn.Module):
 class GuidedPrompts:
     """The image prompts of a sampling, for each part of the guided batch.
 
-    ``negatives`` is the number of rows of the negative part, None without guidance. Prompts are kept as long as their
-    tokens do not depend on the time. They ``change`` if tokens or λ do.
+    ``negatives`` is the number of rows of the negative part, None without guidance. Prompts whose tokens do not depend
+    on the time are made once. They ``change`` during the sampling if tokens or λ depend on the time; an adapter that
+    extends the text has no such prompts.
     """
 
     def __init__(self, model: IPAdapterModel, conditions: Sequence[ImageCondition], negatives: int | None) -> None:
@@ -328,6 +317,14 @@ class GuidedPrompts:
         self.change = model.head.depends_on_time or any(each.over_time for each in conditions)
         if model.adapter.name == "simple":
             check_simple(conditions)
+
+    def extended(
+        self, positive: TextCondition, negative: TextCondition | None
+    ) -> tuple[TextCondition, TextCondition | None]:
+        """The texts as the adapter extends them."""
+        extend = self.model.adapter.extend
+        extended = extend(positive, self.at(None, "positive"))
+        return extended, None if negative is None else extend(negative, self.at(None, "negative"))
 
     def at(self, time_B: Tensor | None, part: str) -> ImagePrompt | None:
         if part not in self.kept or self.model.head.depends_on_time:
@@ -399,20 +396,5 @@ def check_head(head: TokenHead, kind: str, branches: str) -> None:
         )
 
 
-def public_source(source: str) -> str:
-    """A hub id or relative path as it is; of an absolute one only the name, since adapter files are published."""
-    prefix, _, path = source.rpartition(":")  # local-dir:/data/clip
-    return source if not Path(path).is_absolute() else f"{prefix}:{Path(path).name}".lstrip(":")
-
-
 def as_weight(scale: float | Tensor) -> Tensor:
     return torch.as_tensor(scale, dtype=torch.float32)
-
-
-def replace(states: Tensor | None, drop_B: Tensor, empty: Tensor | None) -> Tensor | None:
-    return None if states is None or empty is None else objective.replace_rows(states, drop_B, empty)
-
-
-def fingerprints(family: Family, encoder: ImageEncoder) -> dict[str, str]:
-    """Identifies the frozen parts that a feature cache depends on: precision, then a hash of the weights."""
-    return family.fingerprints() | {"encoder": encoder.fingerprint()}

@@ -17,7 +17,7 @@ How often each σ is trained (``noise_quantile``; Esser et al. 2024, section 3.1
 
 A table of noise levels, or a resolution shift (``shift_noise``), then turns the quantile q into σ.
 
-Min-SNR-γ (Hang et al. 2023) weighs the error of x_0 by min(SNR, γ), SNR = α_t² / σ_t², whatever is predicted:
+Min-SNR-γ (Hang et al. 2023) weights the error of x_0 by min(SNR, γ), SNR = α_t² / σ_t², for every prediction type:
 
     ε: min(SNR, γ) / SNR      v: min(SNR, γ) / (SNR + 1)      sample: min(SNR, γ)
 
@@ -104,7 +104,7 @@ def resolution_shift(
 def make_target(
     prediction_type: str, x0_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_S: Tensor, timestep_B: Tensor
 ) -> Tensor:
-    """What the denoiser should say; raises UserError for a prediction type that is not one of PREDICTION_TYPES."""
+    """The denoiser's target; raises UserError for a prediction type other than PREDICTION_TYPES."""
     if prediction_type == "epsilon":
         return noise_BCHW
     if prediction_type == "sample":
@@ -141,11 +141,11 @@ def squared_error(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_BCHW: Ten
 
 @dataclass(frozen=True)
 class MaskedLoss:
-    """What a loss mask m in [0, 1] (1: inside) does: cells outside count ``outside`` as much as those inside,
+    """The loss under a mask m in [0, 1] (1: inside); the weight of cells outside is w = ``outside``,
 
-        L = mean[(m + w (1 − m)) (prediction − target)² + p (1 − m) (prediction − base)²],    w = ``outside``
+        L = mean[(m + w (1 − m)) (prediction − target)² + p (1 − m) (prediction − base)²].
 
-    and with p = ``prior`` above 0 they are also drawn to the base's own prediction, without the image.
+    With p = ``prior`` above 0 these cells are also pulled towards the base's prediction without the image.
     """
 
     outside: float = 0.0

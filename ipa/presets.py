@@ -1,13 +1,13 @@
-"""λ per block: the presets that artists know by name, and mappings of one's own.
+"""λ per block: presets by their usual names, and mappings of your own.
 
     read_blocks("ease in", blocks)                        # block → factor of λ
     read_blocks({"up_blocks.1": 1.0, "mid": 0.5}, blocks)  # blocks that are left out get 0
 
-Blocks are the denoiser's transformer stacks in the order in which they run (down, mid, up), numbered from 0 as in
+Blocks are the denoiser's transformer stacks in their order of execution (down, mid, up), numbered from 0 as in
 ComfyUI_IPAdapter_plus; the presets are defined as there. ``style`` and ``layout`` of SDXL were found by InstantStyle
 (Wang et al. 2024). ``python -m ipa.tools.blocks`` prints the blocks of a base and the presets.
 
-A base's folder may have presets of its own, ``presets.yaml``, which maps names to such mappings; they come first:
+A base's folder may have its own presets, ``presets.yaml``, which maps names to such mappings; they take precedence:
 
     style: {up_blocks.1: 1.0}
     composition: {mid_block: 1.0, down_blocks: 0.5}
@@ -27,7 +27,7 @@ import yaml
 from ipa.errors import UserError, brief
 
 FILE = "presets.yaml"
-FLOOR = 0.05  # what an easing leaves of λ
+FLOOR = 0.05  # smallest factor of an easing
 WEAK = 0.2
 
 # where λ enters a branch: the first multiplies its result, the others its keys and values

@@ -1,4 +1,4 @@
-"""Adapters on a base, ready to be used: images and text in, images out.
+"""Adapters on a base, ready to use: images and text in, images out.
 
     prompter = Prompter.load("adapter.safetensors")
     (image,) = prompter("cat.png", "on a beach", scale=0.7, seed=1)
@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from ipa.contracts import Family
 from ipa.errors import UserError
-from ipa.export.loading import load_model, load_onto
+from ipa.export.loading import load_model
 from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.presets import own_presets, read_blocks
@@ -48,8 +48,8 @@ from ipa.references import (
     read_mask,
     regions,
 )
-from ipa.sampling import SamplingOptions, latent_shape, recorded_options, run_pipeline
-from ipa.types import ImageCondition, TextCondition, first_not_finite, to_uint8
+from ipa.sampling import SamplingOptions, latent_shape, prompt_arguments, recorded_options, run_pipeline
+from ipa.types import ImageCondition, first_not_finite, to_uint8
 from ipa.weights import choose_device
 
 log = logging.getLogger(__name__)
@@ -71,14 +71,14 @@ class Prompter:
 
     @classmethod
     def load(cls, adapter: str | Path | Sequence[str | Path], device: str | None = None, **options: Any) -> Self:
-        """Adapter files onto the base of the first one; ``options`` are those of `ipa.export.loading.load_model`.
+        """Load adapter files onto the base of the first; ``options`` are those of `ipa.export.loading.load_model`.
 
         ``device`` is by default a GPU if there is one. Raises UserError for adapters that do not fit the base.
         """
         first, *others = as_list(adapter)
         models = [load_model(Path(first), **options)]
         shared = {name: options[name] for name in ("encoder", "encoder_weights", "dtype") if name in options}
-        models += [load_onto(models[0].family, Path(each), **shared) for each in others]
+        models += [load_model(Path(each), family=models[0].family, **shared) for each in others]
         metadata = read_adapter(Path(first)).metadata
         defaults = {"guidance": models[0].family.guidance, "batch_size": 8} | recorded_options(metadata)
         return cls([model.to(choose_device(device)) for model in models], defaults)
@@ -153,7 +153,7 @@ class Prompter:
     ) -> dict[str, Any]:
         """The argument of a pipeline that keeps the base's latents outside the items' masks."""
         if AFTER_STEP not in inspect.signature(pipeline.__call__).parameters:
-            raise UserError(f"keep_outside: {type(pipeline).__name__} lets nobody change its latents ({AFTER_STEP})")
+            raise UserError(f"keep_outside: {type(pipeline).__name__} has no {AFTER_STEP} to change its latents with")
         if AFTER_STEP in arguments:
             raise UserError(f"keep_outside uses {AFTER_STEP} itself: leave it out of the arguments")
         steps: list[Tensor] = []
@@ -203,15 +203,10 @@ class Prompter:
                 log.warning("the text is too long for this base, which does not read its end: … %s", rest)
         width, height = size or (self.family.image_size_px,) * 2
         items = [item.tiled((width, height)) for item in items]
-        size_B6 = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(items), -1)
-        positive = self.family.encode_text([item.text for item in items], size_B6)
-        negative = self.family.encode_text([item.negative_text for item in items], size_B6) if guided else None
-        conditions = self.conditions(items, (width, height), guided)
-        with ExitStack() as stack:
-            texts: tuple[TextCondition, TextCondition | None] = positive, negative
-            for model, own in zip(self.models, conditions, strict=True):
-                texts = stack.enter_context(model.guided(*texts, own))
-            yield self.family.prompt_arguments(*texts)
+        prompts = list(zip(self.models, self.conditions(items, (width, height), guided), strict=True))
+        texts, negatives = [item.text for item in items], [item.negative_text for item in items]
+        with prompt_arguments(prompts, texts, (width, height), guided, negatives) as arguments:
+            yield arguments
 
     def conditions(self, items: Sequence[Item], size: tuple[int, int], guided: bool) -> list[list[ImageCondition]]:
         """The image prompts of each adapter; row i of each belongs to item i."""

@@ -1,4 +1,4 @@
-"""What an image is made from: image prompts, and how each of them acts; their features and masks for a model."""
+"""Image prompts in use: their images and how each of them acts; their features and masks for a model."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ipa.types import Features
 Picture = str | Path | Image.Image
 Pictures = Picture | Sequence[Picture]
 
-# on the encoder's features, before the head; N images, all with weights applied
-COMBINE: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
-    "concat": lambda each: each,
-    "add": lambda each: [torch.stack(each).sum(0)],
-    "average": lambda each: [torch.stack(each).mean(0)],
-    "subtract": lambda each: [each[0] - torch.stack(each[1:]).mean(0)],
-    "norm average": lambda each: [torch.stack([x / x.norm(dim=-1, keepdim=True) for x in each]).mean(0)],
-    "max": lambda each: [torch.stack(each).amax(0)],
-    "min": lambda each: [torch.stack(each).amin(0)],
+# functions of the features of N images, before the head and after their weights; None concatenates the tokens instead
+COMBINE: dict[str, Callable[[list[Tensor]], Tensor] | None] = {
+    "concat": None,
+    "add": lambda each: torch.stack(each).sum(0),
+    "average": lambda each: torch.stack(each).mean(0),
+    "subtract": lambda each: each[0] - torch.stack(each[1:]).mean(0),
+    "norm average": lambda each: torch.stack([x / x.norm(dim=-1, keepdim=True) for x in each]).mean(0),
+    "max": lambda each: torch.stack(each).amax(0),
+    "min": lambda each: torch.stack(each).amin(0),
 }
 TILE_PX, MAX_TILES = 256, 4
-SQUARE = (0.75, 1.33)  # height / width of pictures that are tiled as squares
+SQUARE = (0.75, 1.33)  # height / width of images that are tiled as squares
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Reference:
     """One image prompt: its images, and how they act.
 
     ``scale`` is λ. ``blocks`` is a preset's name or a mapping of blocks to factors of λ (`ipa.presets`). The prompt
-    acts from ``start`` to ``end``, fractions of the training's noise schedule, with ``curve`` of the progress in
-    between. ``mask`` is white where it acts. ``combine`` says how several images become one prompt, one of ``COMBINE``;
-    ``weights`` multiply their features. ``negative`` images take the place of "no image" in guidance's negative part.
-    ``adapter`` is the adapter's number.
+    acts from ``start`` to ``end``, fractions of the training's noise schedule; ``curve`` is a factor of λ as a function
+    of the progress in between. ``mask`` is white where it acts. ``combine``, one of ``COMBINE``, merges several images
+    into one prompt; ``weights`` multiply their features. ``negative`` images replace "no image" in guidance's negative
+    part. ``adapter`` is the adapter's number.
 
-    ``embeds_scaling`` says where λ enters: it multiplies the attention's result (``V only``), or acts inside the
-    softmax, one of `ipa.presets.SCALINGS`. ``subtract_text`` names content to take out of the image's embedding,
+    ``embeds_scaling``, one of `ipa.presets.SCALINGS`, says where λ enters: it multiplies the attention's result
+    (``V only``) or acts inside the softmax. ``subtract_text`` names content to remove from the image's embedding,
     e ← e − s · e_text with s = ``subtract_strength`` (InstantStyle, Wang et al. 2024); for adapters that read the
-    pooled embedding of an encoder with a text tower. ``tiles`` divides the image (see ``tiles_of``): each tile is a
-    prompt that acts in its own rectangle.
+    pooled embedding of an encoder with a text tower. ``tiles`` divides the image (see ``tiles_of``); each tile becomes
+    a prompt that acts in its own rectangle.
     """
 
     images: Pictures
@@ -72,7 +72,7 @@ class Reference:
     tiles: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UserError for values that mean nothing."""
+        """Raises UserError for impossible values."""
         self.check_types()
         count = len(as_list(self.images))
         if not (self.scale >= 0 and self.scale < float("inf")):
@@ -94,7 +94,7 @@ class Reference:
         pictures = [*as_list(self.images), *([] if self.negative is None else as_list(self.negative))]
         for each in [*pictures, *([] if self.mask is None else [self.mask])]:
             if not isinstance(each, str | Path | Image.Image):
-                raise UserError(f"{each!r} is no picture: images, negative and mask are files or pictures of PIL")
+                raise UserError(f"{each!r} is no picture: images, negative and mask are files or PIL images")
         for name in ("scale", "start", "end", "adapter", "subtract_strength"):
             if not isinstance(getattr(self, name), Real):
                 raise UserError(f"{name}={getattr(self, name)}: give a number")
@@ -109,11 +109,11 @@ class Reference:
             raise UserError(f"curve={self.curve}: it is a function, and cannot be given outside of Python")
 
     def form(self) -> Any:
-        """Prompts of one form can be in one batch; images, masks and λ may differ."""
+        """Prompts of the same form can share a batch; their images, masks and λ may differ."""
         blocks = tuple(self.blocks.items()) if hasattr(self.blocks, "items") else self.blocks
         negatives = None if self.negative is None else len(as_list(self.negative))
         when = (self.start, self.end, self.curve)
-        none = self.scale == 0  # for all of a batch or for no item: a simple adapter has no tokens then
+        none = self.scale == 0  # the same for a whole batch, since a simple adapter then has no tokens
         how = (self.combine, self.embeds_scaling, self.subtract_text, self.subtract_strength, none)
         return self.adapter, len(as_list(self.images)), negatives, blocks, when, self.mask is None, how
 
@@ -155,10 +155,10 @@ class Item:
 
 
 def tiles_of(picture: Image.Image) -> list[tuple[Image.Image, tuple[float, float, float, float]]]:
-    """Tiles of 256 px with their left, top, right and bottom as fractions of the picture, as ComfyUI_IPAdapter_plus.
+    """Tiles of 256 px, each with its left, top, right and bottom as fractions of the image, as ComfyUI_IPAdapter_plus.
 
-    The centre square of a picture that is nearly square gives 2 × 2; a longer one up to four in a row, which overlap
-    evenly (of one longer than four squares the middle).
+    A nearly square image is cropped to a square of 2 × 2 tiles. A longer one gives up to four in a row, which overlap
+    evenly; an image longer than four squares is cropped to its middle.
     """
     ratio = picture.height / picture.width
     if SQUARE[0] < ratio < SQUARE[1]:
@@ -198,18 +198,14 @@ def encode(
     combine: str = "concat",
     without: Tensor | None = None,
 ) -> list[Features]:
-    """Features of one prompt's images after combining them; one row each. ``without`` is subtracted from each image."""
+    """Features of one prompt's images after combining them, one row each; ``without`` is first subtracted from each."""
     features = [model.encode_reference(reference(model, each)[None]) for each in images]
     if without is not None:
         features = [each.map(lambda embedding: embedding - without) for each in features]
     if weights is not None:
         features = [each.map(partial(torch.mul, float(w))) for each, w in zip(features, weights, strict=True)]
-    merged: dict[str, list[Tensor]] = {}
-    for name in ("pooled_BE", "patches_BPF"):
-        tensors = [value for each in features if (value := getattr(each, name)) is not None]
-        if tensors:
-            merged[name] = COMBINE[combine](tensors)
-    return [Features(**dict(zip(merged, values, strict=True))) for values in zip(*merged.values(), strict=True)]
+    function = COMBINE[combine]
+    return features if function is None else [Features.join(function, features)]
 
 
 def content_of(model: IPAdapterModel, prompt: Reference) -> Tensor | None:
@@ -218,8 +214,8 @@ def content_of(model: IPAdapterModel, prompt: Reference) -> Tensor | None:
         return None
     if model.head.uses != "pooled":
         raise UserError(
-            f"subtract_text={prompt.subtract_text}: this adapter reads {model.head.uses}, from which no text can be "
-            "subtracted: use an adapter with global tokens"
+            f"subtract_text={prompt.subtract_text}: texts cannot be subtracted from the {model.head.uses} that this "
+            "adapter reads: use an adapter with global tokens"
         )
     return prompt.subtract_strength * model.encoder.embed_text(prompt.subtract_text)
 
@@ -240,20 +236,14 @@ def open_image(picture: Picture, option: str, background: str = "white") -> Imag
 
 
 def columns(rows: Sequence[list[Features]]) -> list[Features]:
-    """Per item its images → per image its items."""
-
-    def stacked(each: Sequence[Features], name: str) -> Tensor | None:
-        tensors = [value for one in each if (value := getattr(one, name)) is not None]
-        return torch.cat(tensors) if tensors else None
-
-    pairs = zip(*rows, strict=True)
-    return [Features(stacked(each, "pooled_BE"), stacked(each, "patches_BPF")) for each in pairs]
+    """For each item its images → for each image its items."""
+    return [Features.join(torch.cat, each) for each in zip(*rows, strict=True)]
 
 
 def read_mask(mask: Picture, size: tuple[int, int]) -> Tensor:
-    """mask_1HW in {0, 1} at the images' size, as diffusers prepares it; what is transparent is 0.
+    """mask_1HW in {0, 1} at the images' size, as diffusers prepares it; transparent pixels are 0.
 
-    Raises UserError for other proportions, and for a picture that cannot be read.
+    Raises UserError for other proportions, and for an image that cannot be read.
     """
     picture = open_image(mask, "mask", "black")
     width, height = size

@@ -1,13 +1,13 @@
-"""Images from a trained model: public diffusers pipelines with our denoiser inside. No samplers are written here.
+"""Images from a trained model, by public diffusers pipelines around its denoiser.
 
-Every image has its own seed, so it does not depend on the other images of its batch beyond rounding.
+Every image has its own seed, so the other images of its batch change only its rounding.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ipa.contracts import Family
 from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 from ipa.ranges import TRAINING_STEPS
-from ipa.types import Features, ImageCondition
+from ipa.types import Features, ImageCondition, TextCondition
 
 RECORDED = ("num_steps", "guidance", "guidance_rescale", "image_size_px")
 
@@ -27,10 +27,10 @@ RECORDED = ("num_steps", "guidance", "guidance_rescale", "image_size_px")
 class SamplingOptions:
     """``guidance`` as in diffusers (1 means none); ``scale`` is λ; images are ``image_size_px`` square.
 
-    ``guidance_rescale`` φ in [0, 1] removes contrast that guidance adds,
-    x = φ · x_cfg · std(x_pos) / std(x_cfg) + (1 − φ) · x_cfg (Lin et al. 2023, eq. 15 and 16, who take 0.7);
+    ``guidance_rescale`` φ in [0, 1] removes the contrast that guidance adds,
+    x = φ · x_cfg · std(x_pos) / std(x_cfg) + (1 − φ) · x_cfg (Lin et al. 2023, eq. 15 and 16, who use 0.7);
     for bases with zero terminal SNR, such as the demo's.
-    Raises UserError for any other φ, for a number of steps that no schedule has, and for batches of none.
+    Raises UserError for any other φ, for an impossible number of steps, and for empty batches.
     """
 
     num_steps: int = 25
@@ -49,7 +49,7 @@ class SamplingOptions:
             raise UserError(f"guidance_rescale={self.guidance_rescale}: from 0 (none) to 1; 0.7 is usual")
 
     def describe(self) -> dict[str, str]:
-        """Metadata of an adapter file: how its training sampled, which `ipa.tools.sample` takes as defaults."""
+        """Metadata of an adapter file: the sampling of its training, which `ipa.tools.sample` uses as defaults."""
         options = {name: getattr(self, name) for name in RECORDED}
         return {f"sampling_{name}": str(value) for name, value in options.items() if value is not None}
 
@@ -58,7 +58,7 @@ class SamplingOptions:
 
 
 def recorded_options(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The options that ``SamplingOptions.describe`` put into the metadata, as far as they are there and are numbers."""
+    """The options that ``SamplingOptions.describe`` wrote into the metadata, without those that are no numbers."""
     found: dict[str, Any] = {}
     for name in RECORDED:
         with suppress(KeyError, ValueError):
@@ -77,7 +77,7 @@ def generate(
     """One image per row of ``features``, or of each of several image prompts: pixels_B3HW in [-1, 1] on the CPU.
 
     The unconditional half of guidance gets the empty text and the "no image" tokens at the same λ. With λ = 0 the
-    image has no influence at all.
+    image has no influence.
     """
     images = [features] if isinstance(features, Features) else list(features)
     pieces = []
@@ -92,9 +92,9 @@ def _generate_batch(
 ) -> Tensor:
     family = model.family
     size_px = family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px")
-    conditions = [ImageCondition(images, scale=options.scale)]
-    with prompt_arguments(model, conditions, texts, size_px, options.guidance > 1) as arguments:
-        return run_pipeline(family, family.pipeline(), arguments, seeds, (size_px, size_px), options)
+    size, prompts = (size_px, size_px), [ImageCondition(images, scale=options.scale)]
+    with prompt_arguments([(model, prompts)], texts, size, options.guidance > 1) as arguments:
+        return run_pipeline(family, family.pipeline(), arguments, seeds, size, options)
 
 
 def run_pipeline(
@@ -107,7 +107,7 @@ def run_pipeline(
 ) -> Tensor:
     """One call of a public pipeline: an image per seed, pixels_B3HW in [-1, 1] on the CPU; ``size`` is (width, height).
 
-    Noise, guidance and size are given under the names that the pipeline knows.
+    Noise, guidance and size are passed under the names that the pipeline knows.
     """
     latents = pipeline(
         **arguments,
@@ -128,7 +128,7 @@ def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds: Sequence[int]) -> dict[str, Any]:
-    """Each image's noise as latents, and a generator for what else is drawn, where the pipeline takes them."""
+    """Each image's noise as latents, and a generator for further noise, where the pipeline takes them."""
     known = inspect.signature(pipeline.__call__).parameters
     noise = family.pack(draw_noise(latent_shape(family, size), seeds)).to(family.device, family.dtype)
     drawn = {"latents": noise, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
@@ -154,27 +154,28 @@ def size_arguments(pipeline: Any, size: tuple[int, int]) -> dict[str, int]:
 
 @contextmanager
 def prompt_arguments(
-    model: IPAdapterModel,
-    conditions: Sequence[ImageCondition],
+    prompts: Sequence[tuple[IPAdapterModel, Sequence[ImageCondition]]],
     texts: Sequence[str],
-    size_px: int | None = None,
+    size: tuple[int, int] | None = None,
     guided: bool = True,
+    negative_texts: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """While inside, ``model.family.pipeline()`` sees the image prompts; yields the arguments to call it with.
+    """While inside, pipelines of the base see the image prompts; yields the arguments to call them with.
 
-    They are the encoded text, for a simple adapter followed by the image tokens. The latter serve any public pipeline
-    on the same base, as ``prompt_embeds`` and ``negative_prompt_embeds``, also after leaving.
+    ``prompts`` are models of one base, each with its image prompts; ``size`` is the images' width and height.
+    The arguments are the encoded text, followed by the image tokens of a simple adapter. The latter work with any
+    public pipeline on the same base, as ``prompt_embeds`` and ``negative_prompt_embeds``, also after leaving.
     """
-    size_B6 = uncropped(size_px or model.family.image_size_px, len(texts))
-    positive = model.family.encode_text(list(texts), size_B6)
-    negative = model.family.encode_text([""] * len(texts), size_B6) if guided else None
-    with model.guided(positive, negative, conditions) as (with_image, without_image):
-        yield model.family.prompt_arguments(with_image, without_image)
-
-
-def uncropped(size_px: int, batch: int) -> Tensor:
-    """The size condition of square images that are not cropped: size_B6."""
-    return torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]]).expand(batch, -1)
+    family = prompts[0][0].family
+    width, height = size or (family.image_size_px,) * 2
+    size_B6 = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(texts), -1)
+    encoded: tuple[TextCondition, TextCondition | None] = family.encode_text(list(texts), size_B6), None
+    if guided:
+        encoded = encoded[0], family.encode_text(list(negative_texts or [""] * len(texts)), size_B6)
+    with ExitStack() as stack:
+        for model, conditions in prompts:
+            encoded = stack.enter_context(model.guided(*encoded, conditions))
+        yield family.prompt_arguments(*encoded)
 
 
 def rows(features: Features, index: Tensor) -> Features:
@@ -182,5 +183,5 @@ def rows(features: Features, index: Tensor) -> Features:
 
 
 def draw_noise(shape_CHW: tuple[int, int, int], seeds: Sequence[int]) -> Tensor:
-    """Initial noise, each image's from its own seed, drawn on the CPU so that every device starts from the same."""
+    """Initial noise from each image's own seed, drawn on the CPU so that it is the same on every device."""
     return torch.stack([torch.randn(shape_CHW, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -1,4 +1,4 @@
-"""What crosses the borders between modules: shape letters, units and ranges, and the few data classes that carry them.
+"""Shape letters, units and ranges, and the data classes that modules exchange.
 
 Shape letters, used as suffixes of tensor names everywhere:
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,38 +26,55 @@ from torch import Tensor
 
 Made = TypeVar("Made")
 Watch = Callable[[str, Tensor, Tensor], None]  # gets a host's name, its own attention, and λ times the image's
+Part = Literal["joint", "positive", "negative"]  # of a guided batch
 TextInputs = dict[str, Tensor]  # see `ipa.contracts.Family.prepare_text`
 
 
-@dataclass
-class Features:
-    """What a frozen image encoder says of a picture; a head reads one of the two and a cache holds what it reads.
+class Tensors:
+    """A data class with tensors in its fields, in dicts, or in other such data classes."""
 
-    ``pooled_BE`` is the projected embedding, not normalised; ``patches_BPF`` the penultimate layer's hidden states,
-    class token first, not normalised.
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with ``function`` applied to every tensor."""
+        fields: dict[str, Any] = {name: mapped(value, function) for name, value in vars(self).items()}
+        return type(self)(**fields)
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: mapped(each, function) for name, each in value.items()}
+    return value.map(function) if isinstance(value, Tensors) else value
+
+
+@dataclass
+class Features(Tensors):
+    """Features of images from a frozen encoder. A head reads one of the two, and a cache stores that one.
+
+    ``pooled_BE`` is the projected embedding; ``patches_BPF`` are the penultimate layer's hidden states, class token
+    first. Neither is normalised.
     """
 
     pooled_BE: Tensor | None = None
     patches_BPF: Tensor | None = None
 
     def has(self, uses: str) -> bool:
-        """Whether what a head ``uses`` is there: pooled or patches."""
+        """Whether the features that a head ``uses``, pooled or patches, are present."""
         return {"pooled": self.pooled_BE, "patches": self.patches_BPF}[uses] is not None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Features:
-        """The same features with ``function`` applied to what is there."""
-        return Features(*(None if x is None else function(x) for x in (self.pooled_BE, self.patches_BPF)))
+    @classmethod
+    def join(cls, function: Callable[[list[Tensor]], Tensor], parts: Sequence[Features]) -> Features:
+        """``function`` of the pooled features of all parts, and of all their patches; None where a part has none."""
+        columns: Any = [[each.pooled_BE for each in parts], [each.patches_BPF for each in parts]]
+        return cls(*(None if any(x is None for x in column) else function(column) for column in columns))
 
 
 @dataclass
-class Posterior:
-    """Diagonal normal over the latents of a picture: scaled mean and log-variance, both BCHW."""
+class Posterior(Tensors):
+    """Diagonal normal distribution over an image's latents: scaled mean and log-variance, both BCHW."""
 
     mean_BCHW: Tensor
     logvar_BCHW: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Posterior:
-        return Posterior(function(self.mean_BCHW), function(self.logvar_BCHW))
 
     def sample(self, noise_BCHW: Tensor) -> Tensor:
         """z = mean + exp(logvar / 2) · noise, already in the scale that the denoiser expects."""
@@ -66,11 +83,11 @@ class Posterior:
 
 @dataclass
 class TextCondition:
-    """Encoded text: the states that cross-attention reads, and what SDXL wants besides.
+    """Encoded text: the states that cross-attention reads, and the other conditions of some bases.
 
-    ``pooled_BE`` is the pooled text; ``size_B6`` the picture's original height and width, the top and left of its crop,
+    ``pooled_BE`` is the pooled text; ``size_B6`` the image's original height and width, the top and left of its crop,
     and its height and width now, all in pixels (Podell et al. 2023, section 2.2). ``mask_BL`` is 1 for the text tokens
-    that the denoiser may read; None is all of them.
+    that the denoiser may read; None means all of them.
     """
 
     states_BLD: Tensor
@@ -93,8 +110,8 @@ class Corrupted:
 
 
 @dataclass
-class Draws:
-    """All randomness of a batch, each row drawn by a generator with the sample's own address.
+class Draws(Tensors):
+    """All random numbers of a batch; each row comes from a generator with the sample's own address.
 
     ``time_B`` is uniform in [0, 1); the objective turns it into timesteps. ``drop_*_B`` are booleans.
     """
@@ -105,16 +122,12 @@ class Draws:
     drop_text_B: Tensor
     drop_image_B: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
-        """The same draws with ``function`` applied to every tensor."""
-        return Draws(**{name: function(tensor) for name, tensor in vars(self).items()})
-
 
 @dataclass
-class MoreReferences:
-    """The references of a batch's samples beyond the first that each has, one after another, uint8 as those.
+class MoreReferences(Tensors):
+    """The references of a batch beyond the first one of each sample, concatenated; uint8.
 
-    ``row_R`` is the sample that each belongs to, ``slot_R`` its number among the sample's own, from 0 to ``slots`` - 1.
+    ``row_R`` is the sample that a reference belongs to, ``slot_R`` its number in that sample, from 0 to ``slots`` - 1.
     Slots without a reference are absent: nothing attends to them.
     """
 
@@ -122,9 +135,6 @@ class MoreReferences:
     row_R: Tensor
     slot_R: Tensor
     slots: int
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> MoreReferences:
-        return MoreReferences(function(self.reference_R3HW), function(self.row_R), function(self.slot_R), self.slots)
 
     def after(self, first_BTD: Tensor, tokens_RTD: Tensor, present_R: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of the first references and of these, padded: B × ((1 + slots) T) × D, and which are present."""
@@ -136,10 +146,10 @@ class MoreReferences:
 
 
 class SourcePlace(NamedTuple):
-    """A place in a source's endless order as one lane reads it, told by the window of records that is open there.
+    """A position in a source's endless order as one lane reads it: the open window of records, and how far it is read.
 
     In pass ``epoch`` the window begins at sample number ``record`` (good and bad ones counted) of the pass's shard
-    number ``shard``; ``offset`` samples of the window lie behind.
+    number ``shard``; ``offset`` samples of the window have been read.
     """
 
     epoch: int = 0
@@ -149,7 +159,7 @@ class SourcePlace(NamedTuple):
 
 
 class LanePlace(NamedTuple):
-    """A place in a lane: how many choices of a source lie behind, and where each source stands."""
+    """A position in a lane: how many times a source was chosen, and the position in each source."""
 
     choices: int
     sources: tuple[SourcePlace, ...]
@@ -157,9 +167,9 @@ class LanePlace(NamedTuple):
 
 @dataclass
 class Position:
-    """A place in the training order: ``step`` batches of every rank lie behind, and each lane stands where it says.
+    """A position in the training order: every rank has read ``step`` batches, and each lane is at its own position.
 
-    A batch tells of the lanes that it was made from, a checkpoint of all that were read.
+    A batch has the lanes that it was made from, a checkpoint all lanes that were read.
     """
 
     step: int = 0
@@ -167,19 +177,19 @@ class Position:
 
 
 @dataclass
-class Batch:
-    """Samples as the data room delivers them.
+class Batch(Tensors):
+    """Collated samples.
 
-    ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A cache has
-    in their place what frozen parts made of them, in fp16: ``posterior`` for the target, and for the reference the
-    ``features`` that a head reads, or the reference still. ``text_inputs`` is the result of the family's
-    ``prepare_text``, or ``text_states`` that of its ``text_states``, where a cache has one of them. ``more`` has
-    further references, where a sample may have several.
-    ``loss_mask_B1HW`` says how much of each latent cell is inside the loss mask, 255 is all of it.
-    ``size_B6`` says how the target was cut (see ``TextCondition``); None is a whole picture of the target's size.
-    ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason what was skipped on
-    the way to this batch, ``reject_examples`` has the place and the fault of the first. ``position`` is where training
-    goes on after it; validation has none.
+    ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A feature
+    cache has fp16 results of the frozen parts instead: ``posterior`` for the target; for the reference either the
+    ``features`` that a head reads, or still the reference itself. ``text_inputs`` is the result of the family's
+    ``prepare_text``, ``text_states`` that of its ``text_states``, where a cache has one of them. ``more`` has further
+    references, where a sample may have several.
+    ``loss_mask_B1HW`` says how much of each latent cell is inside the loss mask; 255 means all of it.
+    ``size_B6`` says how the target was cropped (see ``TextCondition``); None means a whole image of the target's size.
+    ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason the samples skipped
+    before this batch; ``reject_examples`` has the position and the fault of the first ones. ``position`` is where
+    training continues after the batch; None in validation.
     """
 
     text: list[str]
@@ -208,7 +218,7 @@ class Batch:
         return replace(self, draws=replace(self.draws, drop_text_B=keep, drop_image_B=keep))
 
     def with_neighbours_image(self) -> Batch:
-        """The same batch with each sample prompted by the picture, or pictures, of the one before it."""
+        """The same batch, each sample prompted by the image, or images, of the sample before it."""
         before = [(row or len(self)) - 1 for row in range(len(self))]  # roll() refuses half precision under autocast
         moved: dict[str, Any] = {
             "reference_B3HW": None if self.reference_B3HW is None else self.reference_B3HW[before],
@@ -217,20 +227,8 @@ class Batch:
         }
         return replace(self, **moved)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with ``function`` applied to every tensor."""
-        mapped: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                mapped[name] = function(value)
-            elif isinstance(value, Draws | Posterior | Features | MoreReferences):
-                mapped[name] = value.map(function)
-            elif isinstance(value, dict) and name.startswith("text_"):
-                mapped[name] = {inner: function(tensor) for inner, tensor in value.items()}
-        return replace(self, **mapped)
-
     def to(self, device: torch.device | str) -> Batch:
-        """On ``device``; copies from pinned memory do not wait."""
+        """On ``device``; copies from pinned memory are asynchronous."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
@@ -260,14 +258,14 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
 class ImagePrompt:
     """Image tokens for calls of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1).
 
-    A scalar may lie on the CPU whatever the device of the tokens. What branches make of the tokens is kept as long as
-    the prompt lives, so neither tokens nor branches may change between calls without gradients that see one prompt.
+    A scalar may be on the CPU whatever the device of the tokens. Without gradients, what branches compute from the
+    tokens is kept as long as the prompt exists, so neither tokens nor branches may change between such calls.
 
-    ``hosts`` maps names of hosts to a factor of λ, hosts without one are left alone; None is 1 everywhere. ``mask_BHW``
-    in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. ``scaling`` is one of
-    `ipa.presets.SCALINGS`. ``present_BT`` is False for tokens that pad the batch, to which nothing attends; None: all
-    are there. ``watch`` is called in every host that can be watched. The results of the prompts ``also`` given are
-    added to this one's.
+    ``hosts`` maps names of hosts to a factor of λ; hosts that are left out get no prompt, None means 1 everywhere.
+    ``mask_BHW`` in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. ``scaling`` is one of
+    `ipa.presets.SCALINGS`. ``present_BT`` is False for tokens that pad the batch, to which nothing attends; None means
+    that all are present. ``watch`` is called in every host that supports it. The results of the prompts in ``also``
+    are added to this one's.
     """
 
     tokens_BTD: Tensor
@@ -281,9 +279,9 @@ class ImagePrompt:
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` gives: made at the first call with ``key``, and at every call where gradients are recorded.
+        """The result of ``make``, computed once per ``key``, or in every call where gradients are recorded.
 
-        Compiled code makes it every time, too, since what it keeps would have to be guarded.
+        Compiled code computes it in every call too, since a kept result would need guards.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
@@ -295,14 +293,21 @@ class ImagePrompt:
         return self.scale if self.hosts is None else self.scale * self.hosts.get(host, 0.0)
 
 
+class DenoiserCall(NamedTuple):
+    """One call of the denoiser inside a public pipeline: its time and its part of the guided batch."""
+
+    time_B: Tensor
+    part: Part
+
+
 @dataclass(frozen=True)
 class ImageCondition:
-    """One image prompt of a sampling: the features of its ``images``, whose tokens are concatenated, and how they act.
+    """One image prompt for sampling: the features of its ``images``, whose tokens are concatenated, and how they act.
 
-    ``negative`` is the image prompt of guidance's negative part, None is "no image". ``scale`` is λ; ``hosts``,
-    ``mask_BHW`` and ``scaling`` are those of `ImagePrompt`. ``over_time`` gives a factor of λ for the progress of the
-    denoising, from 0 (noise) to 1. A prompt that is ``reversed`` pushes away from its images: they take part in
-    guidance's negative part, with weight λ (g − 1) for guidance g, and zero tokens in the positive part.
+    ``negative`` is the image prompt of guidance's negative part; None means "no image". ``scale`` is λ; ``hosts``,
+    ``mask_BHW`` and ``scaling`` are those of `ImagePrompt`. ``over_time`` returns a factor of λ for the progress of
+    the denoising, from 0 (noise) to 1. A ``reversed`` prompt pushes away from its images: they are in guidance's
+    negative part, with weight λ (g − 1) for guidance g, and the positive part gets zero tokens.
     """
 
     images: Sequence[Features]
@@ -316,7 +321,7 @@ class ImageCondition:
 
 
 class Channel:
-    """Carries the image prompt to the branches inside a frozen model: set around a call, empty outside."""
+    """Carries the image prompt to the branches inside a frozen model: set during a call, empty otherwise."""
 
     def __init__(self) -> None:
         self.prompt: ImagePrompt | None = None
@@ -336,7 +341,7 @@ class Channel:
 
 
 class BaseWidths(NamedTuple):
-    """What an adapter needs to know of a base before any weight is read.
+    """Sizes of a base, known before any weight is read.
 
     ``context`` is D; ``hosts`` the inner width of every host, in the order of the hosts; ``text`` the width of the text
     states, 0 if it is D; ``branches`` the name of the published layout (`ipa.contracts.Family.branches`).
@@ -349,9 +354,9 @@ class BaseWidths(NamedTuple):
 
 
 class EncoderWidths(NamedTuple):
-    """What a head needs to know of an image encoder before any weight is read.
+    """Sizes of an image encoder, known before any weight is read: E, F, P, and the edge of its images in pixels.
 
-    E, F, P (class token included; F and P are 0 where there are no patch features), and the edge of its pictures.
+    P includes the class token; F and P are 0 without patch features.
     """
 
     pooled: int

@@ -1,10 +1,10 @@
-"""What holds for the tensors of any module: hashes and names of precisions."""
+"""Frozen modules: hashes, precisions and devices of their weights."""
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,16 @@ HASHING_THREADS = 4
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class Frozen(nn.Module):
+    """A module that is never trained and has no dropout."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode regardless of ``mode``."""
+        return super().train(False)
+
+
 def fingerprint(module: nn.Module) -> str:
-    """Precision and hash of a frozen part, to tell whether work done with it can be reused."""
+    """Precision and hash of a frozen part, which show whether cached results can be reused."""
     return f"{dtype_name(next(module.parameters()).dtype)} {hash_weights(module)[:32]}"
 
 
@@ -61,7 +69,7 @@ def hash_weights(module: nn.Module) -> str:
 
 
 def hash_tensor(tensor: Tensor) -> bytes:
-    """For a tensor that is sharded across ranks: of this rank's part; for a quantized one: of what it is stored as."""
+    """Of a tensor that is sharded across ranks, this rank's part; of a quantized tensor, its stored form."""
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     wrapper: Any = tensor
     if is_traceable_wrapper_subclass(wrapper):

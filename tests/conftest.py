@@ -57,6 +57,20 @@ def _logs() -> Iterator[None]:
 
 
 @pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a tool's ``main`` in this process with these arguments and options; returns its output."""
+
+    def run(main: Callable[[], None], *arguments: object, **options: object) -> str:
+        words = [*map(str, arguments), *(f"{name}={value}" for name, value in options.items())]
+        monkeypatch.setattr(sys, "argv", [main.__module__.rpartition(".")[2], *words])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def model() -> IPAdapterModel:
     """A tiny model with random adapter weights; the adapter is not installed."""
     return tiny.shake(tiny.make_model())

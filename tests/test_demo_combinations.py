@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ipa.evaluation.blocks import pixels_of
-from ipa.families.cross_attention import blocks_of
-from ipa.families.unet_layout import read_unet
+from ipa.families.stable_diffusion import StableDiffusion
 from ipa.metrics.edges import edge_overlap, edges_at_one_size
 from ipa.presets import own_presets, read_blocks
 from ipa.prompter import Prompter
@@ -26,7 +25,7 @@ PX, STEPS, COUNT = 64, 10, 8
 
 
 def test_the_demo_bases_presets_name_its_blocks() -> None:
-    blocks = blocks_of(read_unet(str(DEMO / "base"), "base"))
+    blocks = StableDiffusion.read_blocks(str(DEMO / "base"))
     own = own_presets(str(DEMO / "base"))
     chosen = {name: read_blocks(name, blocks, own).shown for name in own}
 

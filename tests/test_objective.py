@@ -2,7 +2,6 @@
 
 import pytest
 import tiny
-import tiny_sdxl
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
@@ -52,25 +51,6 @@ def test_noise_path_and_targets_are_those_of_diffusers(scheduler, x0_and_noise) 
     assert torch.equal(make_target("sample", x0, noise, bars, TIMESTEPS), x0)
 
 
-@pytest.mark.parametrize(
-    ("make_family", "prediction_type"),
-    [(tiny.make_family, "epsilon"), (tiny_sdxl.make_family_2_1, "v_prediction"), (tiny_sdxl.make_family, "epsilon")],
-)
-def test_a_familys_noise_path_and_target_are_those_of_its_own_scheduler(
-    make_family, prediction_type: str, x0_and_noise
-) -> None:
-    (x0, noise), family = x0_and_noise, make_family()
-    scheduler = DDPMScheduler.from_config(family.scheduler.config)
-    bars, kind = family.alphas_cumprod, family.prediction_type
-    targets = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, TIMESTEPS)}
-
-    assert (kind, len(bars)) == (prediction_type, scheduler.config.num_train_timesteps)
-    torch.testing.assert_close(
-        add_noise(x0, noise, bars, TIMESTEPS), scheduler.add_noise(x0, noise, TIMESTEPS), rtol=1e-6, atol=1e-6
-    )
-    torch.testing.assert_close(make_target(kind, x0, noise, bars, TIMESTEPS), targets[kind], rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_are_those_of_diffusers_training_scripts(scheduler, gamma: float) -> None:
@@ -113,19 +93,6 @@ def test_min_snr_weights_at_both_ends_are_the_limits_and_without_gamma_all_are_1
     assert loss_weight("epsilon", bars, ends, 5.0).tolist() == [0, 1, 1]
     assert loss_weight("v_prediction", bars, ends, 5.0).tolist() == [0, 0.5, 0]
     assert loss_weight("sample", bars, ends, 5.0).tolist() == [5, 1, 0]
-
-
-def test_a_schedule_that_ends_without_signal(x0_and_noise) -> None:
-    x0, noise = x0_and_noise
-    bars = SCHEDULERS[3].alphas_cumprod
-    last = torch.full((6,), 999)
-
-    alpha, sigma = alpha_sigma(bars, TIMESTEPS)
-    assert alpha.shape == sigma.shape == (6, 1, 1, 1)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(6, 1, 1, 1))
-    assert bars[-1] == 0
-    assert torch.equal(add_noise(x0, noise, bars, last), noise)
-    assert torch.equal(make_target("v_prediction", x0, noise, bars, last), -x0)
 
 
 def test_an_unknown_prediction_type_is_named_with_what_is_possible(x0_and_noise) -> None:

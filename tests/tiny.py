@@ -49,6 +49,24 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end":
 KINDS = [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False)]
 
 
+class Harmful:
+    """Creates ``file`` when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def plain_attention(query_BQd: Tensor, key_BTd: Tensor, value_BTd: Tensor, heads: int) -> Tensor:
+    """softmax(Q Kᵀ / √d) V, one head after another."""
+    out = []
+    for q, k, v in zip(query_BQd.chunk(heads, -1), key_BTd.chunk(heads, -1), value_BTd.chunk(heads, -1), strict=True):
+        out.append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v)
+    return torch.cat(out, dim=-1)
+
+
 def make_tokenizer() -> CLIPTokenizer:
     """Letters as tokens, no merges; end-of-text has the highest id, where open_clip looks for it."""
     vocab = {piece: index for index, piece in enumerate(VOCABULARY)}
@@ -96,7 +114,14 @@ def make_family(prediction_type: str = "epsilon", zero_snr: bool = False, seed: 
         timestep_spacing="trailing",
         steps_offset=1,
     )
-    family = StableDiffusion(make_vae(), make_text_encoder(), make_tokenizer(), make_unet(), scheduler, source="tiny")
+    family = StableDiffusion(
+        "tiny",
+        vae=make_vae(),
+        text_encoder=make_text_encoder(),
+        tokenizer=make_tokenizer(),
+        unet=make_unet(),
+        scheduler=scheduler,
+    )
     make_loud(family)
     lay_out(family)
     return family

@@ -77,3 +77,6 @@ def make_family_2_1() -> StableDiffusion:
     tiny.make_loud(family)
     tiny.lay_out(family)
     return family
+
+
+FAMILIES = {"sd15": tiny.make_family, "sd21": make_family_2_1, "sdxl": make_family}

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ipa import families, objective
 from ipa.adapter.heads import GlobalHead
-from ipa.contracts import DenoiserCall, Family
+from ipa.contracts import Family
 from ipa.errors import UserError
 from ipa.export.heads import HEADS, HeadRow, read_global
-from ipa.types import BaseWidths, Channel, Corrupted, Posterior, TextCondition, TextInputs
+from ipa.types import BaseWidths, Channel, Corrupted, DenoiserCall, Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
 WIDTH, CONTEXT, CHANNELS, PATCH, CELLS = 24, 20, 4, 2, 8
@@ -212,9 +212,6 @@ class ToyFamily(Family):
 
     def hosts(self) -> list[Any]:
         return [ToyHost(f"blocks.{i}", block) for i, block in enumerate(self.transformer.blocks)]
-
-    def blocks(self) -> list[str]:
-        return [host.block for host in self.hosts()]
 
     def progress(self, time_B: Tensor) -> float:
         return 1 - float(time_B[0])

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,17 @@ NO_IMAGE = ("black", "blank", "zeros")
 
 
 def patch_width(encoder: EncoderWidths) -> int:
-    """F; raises UserError for an encoder that has no patch features."""
+    """F; raises UserError for an encoder without patch features."""
     if not encoder.patch:
         raise UserError(
-            "this image encoder has no patch features, which a fine-grained head reads: choose tokens=global, or a "
+            "this image encoder has no patch features, which a fine-grained head needs: choose tokens=global, or a "
             "vision transformer as the encoder"
         )
     return encoder.patch
 
 
 class Head(TokenHead):
-    """Base class of the heads here; checks what they share."""
+    """Base class of the heads here; checks their common options."""
 
     def __init__(self, num_tokens: int, context_width: int, no_image: str) -> None:
         super().__init__()
@@ -41,6 +41,12 @@ class Head(TokenHead):
         if no_image not in NO_IMAGE:
             raise UserError(f"tokens.no_image={no_image}: give one of {', '.join(NO_IMAGE)}")
         self.num_tokens, self.context_width, self.no_image = num_tokens, context_width, cast(NoImage, no_image)
+
+    @classmethod
+    def fitting(cls, encoder: EncoderWidths, context_width: int, **options: Any) -> Self:
+        """The head for these widths; ``options`` are the constructor's other arguments."""
+        head: Any = cls
+        return head(encoder.pooled if cls.uses == "pooled" else patch_width(encoder), context_width, **options)
 
 
 class GlobalHead(Head):
@@ -54,50 +60,35 @@ class GlobalHead(Head):
     def __init__(self, embedding_width: int, context_width: int, num_tokens: int = 4, no_image: str = "zeros") -> None:
         super().__init__(num_tokens, context_width, no_image)
         self.embedding_width = embedding_width
-        self.proj = nn.Linear(embedding_width, num_tokens * context_width)
+        self.proj = self.make_proj(embedding_width, num_tokens * context_width)
         self.norm = nn.LayerNorm(context_width)
 
-    @classmethod
-    def fitting(cls, encoder: EncoderWidths, context_width: int, num_tokens: int = 4, no_image: str = "zeros") -> Self:
-        return cls(encoder.pooled, context_width, num_tokens, no_image)
-
-    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
-        """Read ``features.pooled_BE``; ignore ``t_B``. Return tokens_BTD."""
-        assert features.pooled_BE is not None, "the global head reads pooled features"
-        tokens = self.proj(features.pooled_BE.to(self.proj.weight.dtype))
-        return self.norm(tokens.unflatten(-1, (self.num_tokens, self.context_width)))
-
-
-class MLPHead(Head):
-    """Two linear layers and LayerNorm from the pooled embedding to many tokens, as InstantX' adapters for FLUX have.
-
-    tokens = LayerNorm(reshape(W₂ GELU(W₁ e + b₁) + b₂)); the middle layer is twice as wide as the embedding.
-    """
-
-    uses = "pooled"
-
-    def __init__(
-        self, embedding_width: int, context_width: int, num_tokens: int = 128, no_image: str = "zeros"
-    ) -> None:
-        super().__init__(num_tokens, context_width, no_image)
-        self.proj = nn.Sequential(
-            nn.Linear(embedding_width, 2 * embedding_width),
-            nn.GELU(),
-            nn.Linear(2 * embedding_width, num_tokens * context_width),
-        )
-        self.norm = nn.LayerNorm(context_width)
-
-    @classmethod
-    def fitting(
-        cls, encoder: EncoderWidths, context_width: int, num_tokens: int = 128, no_image: str = "zeros"
-    ) -> Self:
-        return cls(encoder.pooled, context_width, num_tokens, no_image)
+    @staticmethod
+    def make_proj(embedding_width: int, width: int) -> nn.Module:
+        return nn.Linear(embedding_width, width)
 
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
         """Read ``features.pooled_BE``; ignore ``t_B``. Return tokens_BTD."""
         assert features.pooled_BE is not None, "this head reads pooled features"
         tokens = self.proj(features.pooled_BE.to(self.norm.weight.dtype))
         return self.norm(tokens.unflatten(-1, (self.num_tokens, self.context_width)))
+
+
+class MLPHead(GlobalHead):
+    """Two linear layers and LayerNorm from the pooled embedding to many tokens, as in InstantX' adapters for FLUX.
+
+    tokens = LayerNorm(reshape(W₂ GELU(W₁ e + b₁) + b₂)); the middle layer is twice as wide as the embedding.
+    """
+
+    def __init__(
+        self, embedding_width: int, context_width: int, num_tokens: int = 128, no_image: str = "zeros"
+    ) -> None:
+        super().__init__(embedding_width, context_width, num_tokens, no_image)
+
+    @staticmethod
+    def make_proj(embedding_width: int, width: int) -> nn.Module:
+        middle = 2 * embedding_width
+        return nn.Sequential(nn.Linear(embedding_width, middle), nn.GELU(), nn.Linear(middle, width))
 
 
 class ResamplerHead(Head):
@@ -111,6 +102,7 @@ class ResamplerHead(Head):
     """
 
     uses = "patches"
+    layer_class: ClassVar[type[PerceiverLayer]] = PerceiverLayer
 
     def __init__(
         self,
@@ -131,20 +123,12 @@ class ResamplerHead(Head):
         self.proj_in = nn.Linear(patch_width, width)
         self.proj_out = nn.Linear(width, context_width)
         self.norm_out = nn.LayerNorm(context_width)
-        self.layers = nn.ModuleList(PerceiverLayer(width, heads, head_width, expansion) for _ in range(depth))
+        self.layers = nn.ModuleList(self.layer_class(width, heads, head_width, expansion) for _ in range(depth))
 
     @classmethod
-    def fitting(
-        cls,
-        encoder: EncoderWidths,
-        context_width: int,
-        num_tokens: int = 16,
-        width: int | None = None,
-        no_image: str = "blank",
-        **sizes: int,
-    ) -> Self:
-        """``width`` None is the base's context width; ``sizes`` are the constructor's other sizes."""
-        return cls(patch_width(encoder), context_width, num_tokens, width or context_width, no_image=no_image, **sizes)
+    def fitting(cls, encoder: EncoderWidths, context_width: int, width: int | None = None, **options: Any) -> Self:
+        """``width`` None is the base's context width."""
+        return super().fitting(encoder, context_width, width=width or context_width, **options)
 
     def describe(self) -> dict[str, str]:
         return {"head_width": str(self.head_width)}
@@ -177,8 +161,8 @@ class FullHead(Head):
         )
 
     @classmethod
-    def fitting(cls, encoder: EncoderWidths, context_width: int, no_image: str = "blank") -> Self:
-        return cls(patch_width(encoder), context_width, encoder.num_patches, no_image)
+    def fitting(cls, encoder: EncoderWidths, context_width: int, **options: Any) -> Self:
+        return super().fitting(encoder, context_width, num_tokens=encoder.num_patches, **options)
 
     def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
         """Read ``features.patches_BPF``; ignore ``t_B``. Return tokens_BTD."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ipa.contracts import AdapterKind, Host
 from ipa.errors import UserError
-from ipa.types import BaseWidths, Channel, ImagePrompt, TextCondition
+from ipa.types import BaseWidths, ImagePrompt, TextCondition
 
 
 class DecoupledAdapter(AdapterKind):
@@ -23,14 +22,13 @@ class DecoupledAdapter(AdapterKind):
     def __init__(self, hosts: Sequence[Host]) -> None:
         super().__init__()
         if not hosts:
-            raise UserError("the base has no cross-attention to plug a branch into")
+            raise UserError("the base has no cross-attention layers for the branches")
         self.branches = nn.ModuleList(host.make_branch() for host in hosts)
         self._hosts = list(hosts)
-        self._channel = Channel()
 
     def install(self) -> Self:
         for host, branch in zip(self._hosts, self.branches, strict=True):
-            host.plug(branch, self._channel)
+            host.plug(branch, self.channel)
         return self
 
     def remove(self) -> Self:
@@ -38,24 +36,12 @@ class DecoupledAdapter(AdapterKind):
             host.unplug()
         return self
 
-    def extend(self, text: TextCondition, prompt: ImagePrompt | None) -> TextCondition:
-        return text
-
-    def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
-        return self._channel.carrying(prompt)
-
-    def show(self, prompt: ImagePrompt | None) -> None:
-        self._channel.prompt = prompt
-
-    def again(self) -> AbstractContextManager[None]:
-        return self._channel.carrying(self._channel.prompt)
-
 
 class SimpleAdapter(AdapterKind):
     """The image tokens, times λ, follow the text tokens through the frozen K and V; only the head is trained.
 
-    This is the paper's "simple adapter" (Ye et al. 2023, section 4.4.1); it has no weights of its own. λ = 0 drops the
-    tokens, since zeroed tokens would still take their share of the softmax: the output jumps at 0.
+    This is the paper's "simple adapter" (Ye et al. 2023, section 4.4.1), without weights of its own. λ = 0 drops the
+    tokens, since zero tokens would still take their share of the softmax: the output is discontinuous at 0.
     """
 
     name = "simple"
@@ -85,18 +71,9 @@ class SimpleAdapter(AdapterKind):
             mask_BL = torch.nn.functional.pad(mask_BL, (0, states_BLD.shape[1] - mask_BL.shape[1]), value=True)
         return replace(text, states_BLD=states_BLD, mask_BL=mask_BL)
 
-    def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def show(self, prompt: ImagePrompt | None) -> None:
-        """Nothing to do: the tokens are in the text."""
-
-    def again(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
 
 def nonzero(scale: Tensor) -> bool:
-    """Whether λ is not 0; a plain number is kept on the CPU, so that asking does not synchronise with the device."""
+    """Whether λ is not 0; a plain number stays on the CPU, so this does not synchronise with the device."""
     if bool((scale == 0).all()):
         return False
     if bool((scale == 0).any()):

@@ -27,7 +27,7 @@ class PerceiverAttention(nn.Module):
         return self.attend(self.norm1(states_BPW), self.norm2(queries_BTW))
 
     def attend(self, states_BPW: Tensor, queries_BTW: Tensor) -> Tensor:
-        """The attention of what is normalised."""
+        """Attention over inputs that are normalised already."""
         keys_values = self.to_kv(torch.cat([states_BPW, queries_BTW], dim=1)).chunk(2, dim=-1)
         query_BMTd, key_BMNd, value_BMNd = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(queries_BTW), *keys_values)

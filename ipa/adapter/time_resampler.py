@@ -6,72 +6,22 @@
     q ← q + FeedForward(LayerNorm(q) · (1 + scale₂) + shift₂)
     tokens = LayerNorm(W_out q)
 
-Every token carries e in its last columns, since the branches are modulated by it: tokens of several images, and of rows
-at different times, can so be concatenated. Source: InstantX SD3.5-Large-IP-Adapter, ``IPAdapterTimeImageProjection`` of
+Every token has e in its last columns, which modulates the branches: so tokens of several images, and of rows at
+different times, can be concatenated. Source: InstantX SD3.5-Large-IP-Adapter, ``IPAdapterTimeImageProjection`` of
 diffusers. Letters here: W width of the queries and of e; the rest as in ``ipa.types``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ipa.adapter.heads import Head, patch_width
+from ipa.adapter.heads import ResamplerHead
 from ipa.adapter.resampler import PerceiverLayer
 from ipa.types import EncoderWidths, Features
-
-
-class TimeResamplerHead(Head):
-    """``time_channels`` is the width of the sinusoid; the other sizes are those of ``ResamplerHead``."""
-
-    uses = "patches"
-    depends_on_time = True
-    made_for = "sd3"
-
-    def __init__(
-        self,
-        patch_width: int,
-        context_width: int,
-        num_tokens: int = 64,
-        width: int = 1280,
-        heads: int = 20,
-        depth: int = 4,
-        head_width: int = 64,
-        expansion: int = 4,
-        time_channels: int = 320,
-        no_image: str = "zeros",
-    ) -> None:
-        super().__init__(num_tokens, context_width, no_image)
-        self.width, self.heads, self.depth, self.head_width = width, heads, depth, head_width
-        self.expansion, self.time_channels = expansion, time_channels
-        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
-        self.proj_in = nn.Linear(patch_width, width)
-        self.proj_out = nn.Linear(width, context_width)
-        self.norm_out = nn.LayerNorm(context_width)
-        self.layers = nn.ModuleList(TimePerceiverLayer(width, heads, head_width, expansion) for _ in range(depth))
-        self.time_embedding = TimeEmbedding(time_channels, width)
-
-    @classmethod
-    def fitting(cls, encoder: EncoderWidths, context_width: int, **sizes: int | str) -> Self:
-        """``sizes`` are the constructor's; ``width`` must be the base's ``time_width``."""
-        return cls(patch_width(encoder), context_width, **sizes)  # type: ignore[arg-type]
-
-    def describe(self) -> dict[str, str]:
-        return {"head_width": str(self.head_width)}
-
-    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
-        """Read ``features.patches_BPF`` and the times, 0 … 1000. Return tokens, B × T × (D + W)."""
-        assert features.patches_BPF is not None and t_B is not None, "this head reads patch features and the time"
-        time_BW = self.time_embedding(t_B.expand(len(features.patches_BPF)))
-        states_BPW = self.proj_in(features.patches_BPF.to(self.proj_in.weight.dtype)) + time_BW[:, None]
-        queries_BTW = self.latents.expand(len(states_BPW), -1, -1)
-        for layer in self.layers:
-            queries_BTW = layer(states_BPW, queries_BTW, time_BW)
-        tokens_BTD = self.norm_out(self.proj_out(queries_BTW))
-        return torch.cat([tokens_BTD, time_BW[:, None].expand(-1, tokens_BTD.shape[1], -1).to(tokens_BTD)], dim=-1)
 
 
 class TimePerceiverLayer(PerceiverLayer):
@@ -92,6 +42,47 @@ class TimePerceiverLayer(PerceiverLayer):
         for layer in layers:
             modulated_BTW = layer(modulated_BTW)
         return queries_BTW + modulated_BTW
+
+
+class TimeResamplerHead(ResamplerHead):
+    """``time_channels`` is the width of the sinusoid; the other sizes are those of ``ResamplerHead``."""
+
+    depends_on_time = True
+    made_for = "sd3"
+    layer_class: ClassVar[type[PerceiverLayer]] = TimePerceiverLayer
+
+    def __init__(
+        self,
+        patch_width: int,
+        context_width: int,
+        num_tokens: int = 64,
+        width: int = 1280,
+        heads: int = 20,
+        depth: int = 4,
+        head_width: int = 64,
+        expansion: int = 4,
+        time_channels: int = 320,
+        no_image: str = "zeros",
+    ) -> None:
+        super().__init__(patch_width, context_width, num_tokens, width, heads, depth, head_width, expansion, no_image)
+        self.time_channels = time_channels
+        self.time_embedding = TimeEmbedding(time_channels, width)
+
+    @classmethod
+    def fitting(cls, encoder: EncoderWidths, context_width: int, width: int | None = 1280, **options: Any) -> Self:
+        """``width`` must be the base's ``time_width``."""
+        return super().fitting(encoder, context_width, width, **options)
+
+    def forward(self, features: Features, t_B: Tensor | None = None) -> Tensor:
+        """Read ``features.patches_BPF`` and the times, 0 … 1000. Return tokens, B × T × (D + W)."""
+        assert features.patches_BPF is not None and t_B is not None, "this head reads patch features and the time"
+        time_BW = self.time_embedding(t_B.expand(len(features.patches_BPF)))
+        states_BPW = self.proj_in(features.patches_BPF.to(self.proj_in.weight.dtype)) + time_BW[:, None]
+        queries_BTW = self.latents.expand(len(states_BPW), -1, -1)
+        for layer in self.layers:
+            queries_BTW = layer(states_BPW, queries_BTW, time_BW)
+        tokens_BTD = self.norm_out(self.proj_out(queries_BTW))
+        return torch.cat([tokens_BTD, time_BW[:, None].expand(-1, tokens_BTD.shape[1], -1).to(tokens_BTD)], dim=-1)
 
 
 class TimeEmbedding(nn.Module):

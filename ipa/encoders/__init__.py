@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ipa.errors import UserError
 
 if TYPE_CHECKING:
-    from ipa.encoders.image_encoder import ImageEncoder, Uses
+    from ipa.encoders.image_encoder import ImageEncoder
     from ipa.types import EncoderWidths
 
-# encoders of published adapters and related ones, by the features that a head reads and their width
-PUBLIC = {
+# for messages: encoders of published adapters and related ones, by the features that a head reads and their width
+PUBLIC: dict[tuple[str, int], str] = {
     ("pooled", 768): "CLIP ViT-L/14 (openai)",
     ("pooled", 1024): "OpenCLIP ViT-H/14 (laion2b_s32b_b79k)",
     ("pooled", 1280): "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)",
@@ -24,7 +24,7 @@ PUBLIC = {
     ("patches", 1664): "OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)",
 }
 
-# encoders of other libraries, by the prefix of their source; their ``from_pretrained`` takes path, dtype and layer
+# encoders of other libraries by the prefix of their source; ``from_pretrained`` takes path, dtype and layer
 EXTRA: dict[str, type[ImageEncoder]] = {}
 
 
@@ -70,8 +70,3 @@ def is_transformers(source: str, weights: str | None = None) -> bool:
     if is_path and weights:
         raise UserError(f"the encoder {source} has its own weights: omit {weights}, or give an open_clip name")
     return is_path
-
-
-def public_name(uses: Uses, width: int) -> str | None:
-    """The public encoder whose features of this kind have this width, for error messages."""
-    return PUBLIC.get((uses, width))

@@ -1,7 +1,7 @@
-"""What all image encoders share: frozen weights in their own precision, normalisation, widths, the blank image.
+"""Base class of image encoders: frozen weights in their own precision, normalisation, widths, the blank image.
 
-A new encoder is a subclass that loads a network and runs it in ``forward``. Its widths are not declared anywhere: the
-network is run once on torch's meta device, which computes shapes without weights.
+A subclass loads a network and runs it in ``forward``. It declares no widths: the network runs once on torch's meta
+device, which computes shapes without weights.
 """
 
 from __future__ import annotations
@@ -88,14 +88,6 @@ class ImageEncoder(contracts.ImageEncoder):
         num_patches, patch_width = (0, 0) if patches_BPF is None else patches_BPF.shape[1:]
         return EncoderWidths(0 if pooled_BE is None else pooled_BE.shape[1], patch_width, num_patches, image_size_px)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode regardless of ``mode``."""
-        return super().train(False)
-
-    @property
-    def image_size_px(self) -> int:
-        return self.widths.image_size_px
-
     def width(self, uses: Uses) -> int:
         """Width of the features that a head ``uses``: E or F. Raises UserError if the network does not have them."""
         width = {"pooled": self.widths.pooled, "patches": self.widths.patch}[uses]
@@ -108,12 +100,10 @@ class ImageEncoder(contracts.ImageEncoder):
         return fingerprint(self) + ("" if self.layer == PENULTIMATE else f" layer {self.layer}")
 
     def layer_name(self, uses: Uses) -> str:
-        """Which layer the features come from, as adapter files record it."""
         return "projected" if uses == "pooled" else layer_name(self.layer)
 
     @torch.no_grad()
     def encode(self, image_B3HW: Tensor, uses: Uses = "pooled") -> Features:
-        """Pixels in [-1, 1] at ``image_size_px`` → the features that the head ``uses``, in the weights' precision."""
         return self._run(((image_B3HW.float() + 1) / 2 - self.mean) / self.std, uses)
 
     @torch.no_grad()
@@ -121,10 +111,6 @@ class ImageEncoder(contracts.ImageEncoder):
         """Features of an image of zeros after normalisation: "no image" for the published fine-grained adapters."""
         features = self._run(self.mean.new_zeros(1, 3, self.image_size_px, self.image_size_px), uses)
         return features.map(lambda x: x.expand(batch, *x.shape[1:]))
-
-    def embed_text(self, text: str) -> Tensor:
-        """Text in the space of the pooled features, not normalised: embedding_1E. Raises UserError without a tower."""
-        raise UserError(f"the encoder {self.source} has no text tower: give an open_clip model or a whole CLIP")
 
     def _run(self, normalized_B3HW: Tensor, uses: Uses) -> Features:
         """Run in the weights' own precision even inside autocast, so that features do not depend on the caller."""

@@ -1,4 +1,4 @@
-"""Items, each an image prompt with captions, and the plan of images to make from each.
+"""Benchmark items, each an image prompt with captions, and the plan of images to make from them.
 
 Items come from *benchmarks*: ``ShardBenchmark`` (the demo world, or any shards), ``FolderBenchmark``, ``CocoBenchmark``
 (the paper's: 5,000 images of COCO val2017). A benchmark has a ``name``, ``settings`` that say how its items were chosen

@@ -1,11 +1,11 @@
-"""What each block of a base carries of an image prompt: λ in one block at a time.
+"""Measures what each block of a base carries of an image prompt, with λ in one block at a time.
 
     for name, values in sweep(prompter, pictures, texts, measures): ...
     print(as_table(rows))
 
-The text and the noise of an image are the same in every row, so that its difference to the row without any block is
-the block's work. What an image has of its prompt is measured against the prompt; what it keeps of the text and the
-noise, against the image of the first row.
+The text and the noise of an image are the same in every row, so its difference to the first row, which has no block, is
+the block's effect. What an image takes from its prompt is measured against the prompt; what it keeps of text and noise,
+against the image of the first row.
 """
 
 from __future__ import annotations

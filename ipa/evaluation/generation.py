@@ -1,11 +1,11 @@
-"""The first half of an evaluation: images, written one by one and never made twice.
+"""The first half of an evaluation: generates images and writes each one once.
 
     FOLDER/items.json, references/ID.png      the benchmark, the same for every system
     FOLDER/LABEL/manifest.json                how a system was run
     FOLDER/LABEL/pictures/ITEM_NUMBER.png     its images
 
-Images are made in batches, a fixed partition of the plan. An unfinished batch is made again as a whole, since
-rounding depends on the batch size: restarts, order and the number of processes change no bit.
+Batches are a fixed partition of the plan. An unfinished batch is repeated as a whole, since rounding depends on the
+batch size; so restarts, order and the number of processes change no bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 THUMBNAIL_PX = 256
-UNANNOUNCED_STEPS = 200  # of all images together: on a CPU, more get an estimate, which costs eight
+UNANNOUNCED_STEPS = 200  # more steps in total start with an estimate on a CPU, which takes eight more
 COMPLETE, UNFINISHED, SKIPPED = "complete", "unfinished", "skipped"
 Read = Callable[[Item], Tensor]
 
@@ -68,12 +68,12 @@ def write_items(folder: Path, benchmark: Benchmark, items: Sequence[Item], num_s
 
 
 def identity(benchmark: Benchmark) -> dict[str, Any]:
-    """What a manifest records of its benchmark, to detect a folder that was moved to another benchmark's."""
+    """The manifest's record of its benchmark, which detects a folder that was moved to another benchmark."""
     return {"name": benchmark.name, "fingerprint": benchmark.settings.get("fingerprint")}
 
 
 def recorded(sampling: SamplingOptions) -> dict[str, Any]:
-    """The options as a manifest has them: without the batch size, which is an entry of its own."""
+    """The options in a manifest, without the batch size, which has its own entry."""
     return {name: value for name, value in asdict(sampling).items() if name != "batch_size"}
 
 
@@ -194,7 +194,7 @@ def announce(label: str, method: Method, prompt: Prompt, sampling: SamplingOptio
 
 
 def check_finite(pixels_B3HW: Tensor, label: str) -> None:
-    """Raise UserError for pixels that overflowed, as in half precision, which a PNG would show as black."""
+    """Raise UserError for pixels that overflowed, as half precision can; a PNG would show them black."""
     if broken := first_not_finite({label: pixels_B3HW}):
         raise UserError(
             f"{label}: image {broken[1]} of a batch is not finite. If the system runs in half precision, give "
@@ -223,7 +223,7 @@ def finish(folder: Path, tasks: Sequence[Task], seconds: float, device: str) -> 
 
 
 def skip(folder: Path, label: str, name: str, reason: str) -> bool:
-    """Record why a system could not be run, for the report; False if the folder has images, which stay."""
+    """Record for the report why a system could not run; False if the folder has images, which are kept."""
     if (folder / "pictures").is_dir():
         return False
     content = {"label": label, "method": {"name": name}, "status": SKIPPED, "reason": reason}

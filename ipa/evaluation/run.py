@@ -35,7 +35,7 @@ from ipa.weights import choose_device
 
 log = logging.getLogger(__name__)
 
-# options that change no image, or that the folder already shows, and so are not part of a label
+# options that change no image, or that the folder shows already: they are not part of a label
 NOT_IN_LABEL = {
     *("benchmark", "out", "label", "device", "generate", "name", "num_seeds"),
     *("paths", "judge", "metric", "metrics", "hydra", "method", "sweep"),
@@ -50,7 +50,7 @@ ADAPTER = "adapter.safetensors"  # in a run's folder
 def evaluate(cfg: DictConfig) -> None:
     """Run one system; raises UserError.
 
-    Missing weights are not an error: the folder records what to download, and the report shows it.
+    Missing weights are no error: the folder records what to download, and the report shows it.
     """
     if cfg.adapter is not None and (file := Path(cfg.adapter) / ADAPTER).is_file():
         cfg.adapter = str(file)  # of a run's folder
@@ -88,9 +88,9 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def ask_hub(cfg: DictConfig) -> None:
-    """Without the hub, say before the first image which metrics will be missing.
+    """Without the hub, log before the first image which metrics will be missing.
 
-    It is asked once: without a network its libraries retry every file for half a minute.
+    The hub is asked once, since without a network its libraries retry every file for half a minute.
     """
     parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("metrics", "method")}
     for name in cfg.metrics if goes_offline(parts) else ():
@@ -101,9 +101,9 @@ def ask_hub(cfg: DictConfig) -> None:
 
 
 def goes_offline(parts: Mapping[str, Any]) -> bool:
-    """Whether parts that may come from the hub have to do without it: then only its cache is read in this process.
+    """Whether parts that may be on the hub must come from its cache, since the hub does not answer.
 
-    The hub is not asked if the configurations in ``parts`` name files and folders of this machine alone.
+    The hub is not asked if the configurations in ``parts`` name only files and folders of this machine.
     """
     from huggingface_hub import constants, get_session
 
@@ -119,7 +119,7 @@ def goes_offline(parts: Mapping[str, Any]) -> bool:
 
 
 def may_be_on_hub(node: Any, name: str = "") -> bool:
-    """Whether a configuration holds owner/name, or a tag of open_clip's weights, that is no path here."""
+    """Whether a configuration has an owner/name, or a tag of open_clip's weights, that is not a local path."""
     if isinstance(node, Mapping):
         return any(may_be_on_hub(child, key) for key, child in node.items())
     is_remote = isinstance(node, str) and not Path(node).exists()
@@ -150,7 +150,7 @@ def settings_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def problems_in(cfg: DictConfig, label: str) -> Iterator[str]:
-    """What ``ipa.ranges`` does not know, before anything is loaded; a label is the name of one folder."""
+    """Problems that ``ipa.ranges`` does not check, before anything is loaded; a label names one folder."""
     if (cfg.sampling.image_size_px or 0) % 8:
         yield f"sampling.image_size_px={cfg.sampling.image_size_px}: a multiple of 8, the pixels of a latent"
     if cfg.prompt not in PROMPTS:
@@ -183,7 +183,7 @@ def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def make(part: DictConfig) -> Any:
-    """Instantiate a part; a UserError of its own is raised as it is, without Hydra's around it."""
+    """Instantiate a part; its own UserError is raised without Hydra's exception around it."""
     try:
         return instantiate(part)
     except InstantiationException as error:

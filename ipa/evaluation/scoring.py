@@ -1,4 +1,4 @@
-"""The second half of an evaluation: metrics read the written images. A new metric needs no new images.
+"""The second half of an evaluation: metrics read the written images, so a new metric needs no new images.
 
 FOLDER/LABEL/scores.json     each metric's mean with a confidence interval, its values per item, or why it is missing
 """
@@ -28,7 +28,7 @@ BY_CONFIGURATION = ("settings", "made", "missing")
 
 
 class NotComputable(Exception):
-    """A metric that these images have no value of, such as a distance between sets of one."""
+    """A metric is undefined for these images, such as a distance between sets of one."""
 
 
 def score(

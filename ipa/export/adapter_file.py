@@ -1,9 +1,9 @@
-"""What an adapter file is, recognised by the names and shapes in it before any weight is read.
+"""Recognises what an adapter file is from names and shapes, before any weight is read.
 
     file = identify(shapes, metadata, source="ip-adapter-plus_sdxl_vit-h.safetensors")
     print(file.describe())  # a fine-grained IP-Adapter for Stable Diffusion XL (70 layers, context width 2048), …
 
-Metadata is used only for what shapes cannot show. Published files have none and are read as their authors' code does.
+Metadata are used only where shapes say nothing. Published files have none and are read as their authors' code does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from ipa import __version__
 from ipa.contracts import TokenHead
-from ipa.encoders import public_name
+from ipa.encoders import PUBLIC
 from ipa.errors import UserError
 from ipa.export.branches import BRANCHES, UNET, branches_in, first_branch, row_of
 from ipa.export.heads import HEAD, HEADS, Metadata, Shapes, recognise
@@ -89,20 +89,20 @@ class AdapterFile:
     @property
     def encoder(self) -> str:
         """The name of the image encoder, or its feature width."""
-        return public_name(self.uses, self.feature_width) or f"an encoder of width {self.feature_width}"
+        name = PUBLIC.get((self.uses, self.feature_width))
+        return f"{name} ({self.feature_width})" if name else f"an encoder of width {self.feature_width}"
 
     def describe(self) -> str:
         """For messages: ``a global IP-Adapter for …``."""
         layers = f"{len(self.hidden)} layers, " if self.hidden else ""
         kind = "simple adapter" if self.kind == "simple" else "IP-Adapter"
-        width = f" ({self.feature_width})" if public_name(self.uses, self.feature_width) else ""
         return (
             f"a {HEADS[self.head].title} {kind} for {self.base} ({layers}context width {self.context_width}), "
-            f"{self.num_tokens} tokens, which reads the {FEATURES[self.uses]} of {self.encoder}{width}"
+            f"{self.num_tokens} tokens, which reads the {FEATURES[self.uses]} of {self.encoder}"
         )
 
     def metadata(self) -> dict[str, str]:
-        """What a file of this kind should record, besides what it was trained with."""
+        """Metadata that describe the file itself, not its training."""
         return {
             "format": "ip-adapter",
             "head": self.head,
@@ -117,7 +117,7 @@ class AdapterFile:
 
 
 def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: str = "this file") -> AdapterFile:
-    """Recognise head, kind and sizes; raises UserError for what ipa does not read, with the reason, and for gaps."""
+    """Recognise head, kind and sizes; raises UserError, with the reason, for a file that ipa does not read."""
     metadata = metadata or {}
     if branches_in(shapes, metadata) and metadata.get("head") not in HEADS:
         refuse_foreign(shapes, source)
@@ -164,8 +164,13 @@ def read_sizes(shapes: Shapes, metadata: Metadata) -> AdapterFile:
         num_parameters=sum(math.prod(shape) for shape in shapes.values()),
         num_tensors=len(shapes),
         branches=branches,
-        base_options=layout.options(first_branch(shapes, layout)) if layers else {},
+        base_options=(layout.options(first_branch(shapes, layout)) if layers else {}) | without_t5(metadata),
     )
+
+
+def without_t5(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What Stable Diffusion 3 needs to know of an adapter that was trained without its T5."""
+    return {"t5": False} if metadata.get("t5") == "false" else {}
 
 
 def make_head(file: AdapterFile) -> TokenHead:
@@ -175,7 +180,7 @@ def make_head(file: AdapterFile) -> TokenHead:
 
 
 def expected_shapes(file: AdapterFile, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """All that a file of these sizes has to hold. Branches of unknown layouts are compared when they are loaded."""
+    """The tensors of a file of these sizes. Branches of unknown layouts are checked when they are loaded."""
     with torch.device("meta"):
         head = {f"{HEAD}{name}": tuple(tensor.shape) for name, tensor in make_head(file).state_dict().items()}
     if not file.branches:
@@ -191,14 +196,14 @@ def expected_shapes(file: AdapterFile, shapes: Shapes) -> dict[str, tuple[int, .
 
 
 def differences(shapes: Shapes, expected: Shapes) -> list[str]:
-    """What is missing, unknown or misshapen, one example each, in words."""
+    """What is missing, unknown or misshapen, in words, with one example each."""
     found = {
         "it lacks": [name for name in expected if name not in shapes],
         "it also holds": [name for name in shapes if name not in expected],
     }
-    told = [f"{words} {first(names)}" for words, names in found.items() if names]
+    gaps = [f"{words} {first(names)}" for words, names in found.items() if names]
     other = [name for name in expected if name in shapes and shapes[name] != expected[name]]
-    return told + [f"{name} has the shape {shapes[name]} instead of {expected[name]}" for name in other[:1]]
+    return gaps + [f"{name} has the shape {shapes[name]} instead of {expected[name]}" for name in other[:1]]
 
 
 def first(names: list[str]) -> str:

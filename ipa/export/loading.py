@@ -1,4 +1,4 @@
-"""Adapter files into models: for sampling and evaluation, and as the start of a training.
+"""Loads adapter files into models: for sampling and evaluation, and as the start of a training.
 
 model = load_model(Path("runs/…/adapter.safetensors"))
 """
@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ipa.adapter.kinds import DecoupledAdapter, SimpleAdapter
-from ipa.contracts import Family, ImageEncoder
+from ipa.contracts import Family
 from ipa.data.images.transforms import FITS
 from ipa.encoders import open_encoder, read_widths
 from ipa.errors import MissingWeights, UserError
@@ -23,7 +23,8 @@ from ipa.export.layouts import check_same_sizes
 from ipa.export.published import check_fits, from_published
 from ipa.export.reading import Adapter, read_adapter
 from ipa.families import family_of
-from ipa.model import IPAdapterModel, public_source
+from ipa.files import public_source
+from ipa.model import IPAdapterModel
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +38,22 @@ def load_model(
     encoder_weights: str | None = None,
     base_config: str | None = None,
     dtype: str = "float32",
+    family: Family | None = None,
 ) -> IPAdapterModel:
     """A model with the adapter of ``path`` (see `reading.read_adapter`), installed.
 
-    Base and encoder are those of its metadata unless given; what the metadata only name is found in the configuration
-    of the run that the file lies in. Raises UserError; misfits are reported before any weight of these is read.
+    ``family`` is a loaded base, which may have other adapters. Otherwise base, like encoder, is that of the metadata
+    unless it is given; paths that the metadata shorten are taken from the configuration of the run that the file is in.
+    Raises UserError; misfits are reported before the weights of base and encoder are read.
     """
     adapter = read_adapter(path)
-    read_fit(adapter.metadata, str(path))  # raises
+    fit, layer = read_fit(adapter.metadata, str(path)), adapter.file.layer
     known = known_sources(adapter.metadata, path)
     if encoder is None:
         encoder, encoder_weights = known.get("encoder"), encoder_weights or known.get("encoder_weights")
-    if base is None:
+    if family is not None:
+        base = family.source
+    elif base is None:
         base, base_config = known.get("base"), base_config or known.get("base_config")
     if not (base and encoder):
         missing = [name for name, source in {"base": base, "encoder": encoder}.items() if not source]
@@ -56,42 +61,22 @@ def load_model(
             f"{path} does not say which {' and '.join(missing)} it was trained with: give "
             f"{' and '.join(f'{name}=…' for name in missing)}. It is {adapter.file.describe()}."
         )
-    layer = adapter.file.layer
     try:
-        family_class = family_of(base, base_config)
-        own = {**adapter.file.base_options, **family_class.recorded_options(adapter.metadata)}
-        widths = family_class.read_widths(base, config=base_config, **own), read_widths(encoder, encoder_weights, layer)
-        check_fits(adapter.file, *widths, source=str(path), base=base, encoder=encoder)
-        family = family_class.from_pretrained(base, dtype=dtype, config=base_config, **own)
+        family_class = type(family) if family else family_of(base, base_config)
+        options = {"config": base_config, **adapter.file.base_options}
+        widths = family.widths if family else family_class.read_widths(base, **options)
+        vision_widths = read_widths(encoder, encoder_weights, layer)
+        check_fits(adapter.file, widths, vision_widths, source=str(path), base=base, encoder=encoder)
+        family = family or family_class.from_pretrained(base, dtype=dtype, **options)
         vision = open_encoder(encoder, encoder_weights, dtype, layer)
     except MissingWeights as error:
         raise MissingWeights(
             f"{error} {path} was trained with the base {base} and the encoder {encoder}; if they are elsewhere, give "
             "base=… or encoder=…"
         ) from error
-    return put_together(family, vision, adapter, str(path))
-
-
-def load_onto(
-    family: Family, path: Path, encoder: str | None = None, encoder_weights: str | None = None, dtype: str = "float32"
-) -> IPAdapterModel:
-    """A model of a loaded base with the adapter of ``path``, installed beside any others that the base has."""
-    adapter = read_adapter(path)
-    known = known_sources(adapter.metadata, path)
-    if encoder is None:
-        encoder, encoder_weights = known.get("encoder"), encoder_weights or known.get("encoder_weights")
-    if encoder is None:
-        raise UserError(f"{path} does not say which encoder it was trained with: give encoder=…")
-    widths = read_widths(encoder, encoder_weights, adapter.file.layer)
-    check_fits(adapter.file, family.widths, widths, source=str(path), base=family.source, encoder=encoder)
-    return put_together(family, open_encoder(encoder, encoder_weights, dtype, adapter.file.layer), adapter, str(path))
-
-
-def put_together(family: Family, vision: ImageEncoder, adapter: Adapter, source: str) -> IPAdapterModel:
-    fit = read_fit(adapter.metadata, source)
     kind = KINDS[adapter.file.kind](family.hosts())
     model = IPAdapterModel(family, vision, make_head(adapter.file), kind, reference_fit=fit)
-    fill(model, adapter, source)
+    fill(model, adapter, str(path))
     model.adapter.install()
     return model
 
@@ -99,8 +84,8 @@ def put_together(family: Family, vision: ImageEncoder, adapter: Adapter, source:
 def known_sources(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
     """``base``, ``base_config``, ``encoder`` and ``encoder_weights`` as far as they are known.
 
-    The metadata hold names fit for publishing (`ipa.model.public_source`); the paths behind them are in the
-    ``config.yaml`` of the run, if the file still lies there.
+    The metadata have names fit for publishing (`ipa.files.public_source`); their paths are in the run's
+    ``config.yaml``, if the file is still there.
     """
     known = {name: metadata[name] for name in ("base", "encoder", "encoder_weights") if metadata.get(name)}
     for folder in (path, path.parent, path.parent.parent):
@@ -116,7 +101,7 @@ def known_sources(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """``base`` and ``encoder`` of a run's configuration as plain data, nothing of it resolved; empty without one."""
+    """``base`` and ``encoder`` of a run's configuration as plain, unresolved data; empty without one."""
     try:
         content = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError):
@@ -126,7 +111,7 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_fit(metadata: Mapping[str, str], source: str) -> str:
-    """How references are cropped, as published adapters do if the metadata does not say. Raises UserError."""
+    """How references are cropped: as for published adapters, unless the metadata say otherwise. Raises UserError."""
     words = metadata.get("preprocessing") or FITS["crop"].words
     for name, fit in FITS.items():
         if fit.words == words:

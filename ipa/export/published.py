@@ -1,4 +1,4 @@
-"""The published IP-Adapter layouts: `image_proj.<k>` and `ip_adapter.<n>.to_{k,v}_ip.weight`, and what fits them.
+"""The published layouts: `image_proj.<k>` and `ip_adapter.<n>.to_{k,v}_ip.weight`; which base and encoder fit a file.
 
 ``<n>`` is the position in the base's list of attention processors. In a UNet's, self-attention takes the even numbers:
 the i-th cross-attention layer, in the order down, up, mid, is number 2 i + 1. Transformers number their blocks from 0
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipa.encoders import public_name
+from ipa.encoders import PUBLIC
 from ipa.errors import UserError
 from ipa.export.adapter_file import FEATURES, AdapterFile, base_name, identify
 from ipa.export.branches import BRANCHES, UNET, branches_in, row_of, written_name
@@ -60,7 +60,7 @@ def write_adapter(path: Path, published: Mapping[str, Tensor], metadata: Mapping
 
 
 def with_metadata(published: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """``metadata`` with what the tensors show of head, kind and sizes: what a file of them should record."""
+    """``metadata`` with head, kind and sizes, as the tensors show them: the metadata of a file of them."""
     shapes = {name: tuple(tensor.shape) for name, tensor in published.items()}
     return {**metadata, **identify(shapes, metadata, "the adapter").metadata()}
 
@@ -104,12 +104,12 @@ def base_misfits(file: AdapterFile, widths: BaseWidths, base: str) -> list[str]:
 
 def encoder_misfits(file: AdapterFile, widths: EncoderWidths, encoder: str) -> list[str]:
     width = widths.pooled if file.uses == "pooled" else widths.patch
-    needs = public_name(file.uses, file.feature_width)
+    needs = PUBLIC.get((file.uses, file.feature_width))
     ask = f": give {needs}" if needs else ""
     if not width:
         return [f"the encoder {encoder} gives no {FEATURES[file.uses]}{ask}"]
     if width != file.feature_width:
-        known = public_name(file.uses, width)
+        known = PUBLIC.get((file.uses, width))
         title = f" as {known}" if known else ""
         return [
             f"the encoder {encoder} gives {FEATURES[file.uses]} of width {width}{title}, the adapter reads "

@@ -1,11 +1,11 @@
-"""One reader for every file that holds an IP-Adapter: exported ones, checkpoints, and what other programs save.
+"""One reader for every file with an IP-Adapter: exported files, checkpoints, and files of other programs.
 
     adapter = read_adapter(Path("checkpoint-50000/pytorch_model.bin"))
     print(adapter.file.describe(), adapter.remarks)
 
-A name belongs to the adapter by its last part, whatever is in front of it: ``module`` of DDP and DeepSpeed, Lightning's
-``state_dict``. Names are those of the published files, of the public training script (``image_proj_model``,
-``adapter_modules``), and of diffusers' attention processors.
+Prefixes of a name, such as ``module`` of DDP and DeepSpeed or Lightning's ``state_dict``, are ignored. The names are
+those of published files, of the public training script (``image_proj_model``, ``adapter_modules``), and of diffusers'
+attention processors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FOLDER_FILES = ("adapter.safetensors", "model.safetensors", "pytorch_model.bin",
 
 @dataclass(frozen=True)
 class Adapter:
-    """Sound tensors by their published names, in the file's dtypes, and ``remarks`` on names and what was left out."""
+    """Valid tensors by published names, in the file's dtypes; ``remarks`` report other names and what was ignored."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -86,7 +86,7 @@ def read_adapter(path: Path, weights: str | None = None) -> Adapter:
 
 
 def find_file(path: Path) -> Path:
-    """The file that is meant by a folder; ``path`` if it is none or holds none."""
+    """The file to read for a folder; ``path`` itself if it is a file, or a folder without one."""
     for checkpoint in sorted((path / "checkpoints").glob("step_*.ckpt"), reverse=True):
         try:
             load_adapter(checkpoint)
@@ -110,9 +110,9 @@ def chosen_weights(entries: Mapping[str, Any], weights: str | None, path: Path, 
 
 
 def published_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in the file → published name, for all that belong to an adapter.
+    """Name in the file → published name, for all tensors of an adapter.
 
-    Layers that are named by their place in the UNet get the numbers of that order, as in ``unet.attn_processors``.
+    Layers named by their position in the UNet are numbered in the order of ``unet.attn_processors``.
     """
     matches = {name: (HEAD.fullmatch(name), BRANCH.fullmatch(name), PROCESSOR.fullmatch(name)) for name in names}
     layers = sorted({at[1] for _, _, at in matches.values() if at}, key=place_in_unet)
@@ -156,7 +156,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def check_sound(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError, by name, for tensors that no adapter has: each is dense and holds finite numbers."""
+    """Raise UserError, which names the tensor, unless all are dense and finite."""
     for name, tensor in tensors.items():
         if fault := fault_of(tensor):
             raise UserError(f"{source}: {name} {fault}. Save the adapter's weights as dense float16 or float32 tensors")
@@ -173,7 +173,7 @@ def fault_of(tensor: Tensor) -> str | None:
 
 
 def remarks(entries: Iterable[str], names: Mapping[str, str], branches: str) -> Iterator[str]:
-    """What a user should know of how a file of others was read, counted by the first word of the names."""
+    """Notes on how another program's file was read; names are counted by their first part."""
     others = [name for name, published in names.items() if name not in (published, written_name(published, branches))]
     if others:
         yield f"read under other names: {counted(others)}"

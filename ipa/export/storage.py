@@ -1,4 +1,4 @@
-"""File formats: the names, tensors and metadata of adapter files, whatever they mean.
+"""Reads and writes adapter files: names, tensors and metadata, without interpreting them.
 
 Two formats, by file ending: ``.safetensors`` with metadata, and pickles as torch saves them: the ``.bin`` of the first
 published adapters, ``{"image_proj": {…}, "ip_adapter": {…}}`` without metadata, and other programs' checkpoints.
@@ -79,7 +79,7 @@ def save_pickle(tensors: Mapping[str, Tensor], path: Path) -> None:
 def load_adapter(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """All entries by dotted names, memory-mapped if possible, and the metadata.
 
-    Entries of a safetensors file are tensors in the file's dtypes; a pickle can hold anything that runs no code.
+    Entries of a safetensors file are tensors in the file's dtypes; a pickle can contain anything that runs no code.
     Raises UserError for a file that is missing, damaged, or would run code.
     """
     if path.suffix not in (SAFETENSORS, *PICKLES):
@@ -115,7 +115,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def is_stored(path: Path, check: bool) -> bool:
-    """Whether no member of the archive is compressed; ``check`` compares their CRC-32, too."""
+    """Whether no member of the archive is compressed; ``check`` also verifies their CRC-32."""
     with zipfile.ZipFile(path) as archive:
         if check and (damaged := archive.testzip()):
             raise zipfile.BadZipFile(f"it is damaged (CRC-32 of {damaged})")
@@ -123,7 +123,7 @@ def is_stored(path: Path, check: bool) -> bool:
 
 
 def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings → dotted names; everything else is a leaf. Raises ValueError for mappings without an end."""
+    """Nested mappings → dotted names; everything else is a leaf. Raises ValueError for endless nesting."""
     if prefix.count(".") > MAX_NESTING:
         raise ValueError("it is nested too deeply")
     for name, value in content.items():

@@ -13,7 +13,7 @@ EXTRA: list[type[Family]] = []  # families from outside this package, asked firs
 
 
 def families() -> list[type[Family]]:
-    """Every known family; a new one is a line here."""
+    """Every known family; a new one needs a line here."""
     from ipa.families.chroma import Chroma
     from ipa.families.flux import Flux
     from ipa.families.sd3 import StableDiffusion3

@@ -1,4 +1,4 @@
-"""An attention layer of a diffusers model as a host for image branches: plugged into the layer's processor.
+"""An attention layer of a diffusers model as a host: its branches are plugged into the layer's processor.
 
 Letters here: Q queries (latent cells), M heads, d head width; the rest as in ``ipa.types``.
 """
@@ -9,11 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
 
 from ipa.types import Channel, ImagePrompt
 
+REFERENCE_WIDTH = 1280  # of the layers for which "C penalty" does not change λ
 Once = Callable[[Hashable, Callable[[], Any]], Any]
 
 
@@ -22,11 +25,65 @@ def every_time(key: Hashable, make: Callable[[], Any]) -> Any:
     return make()
 
 
-class BranchProcessor:
-    """Replaces a layer's processor, with the branch and the channel of each adapter that is plugged in there.
+class AttentionBranch(nn.Module):
+    """λ · Attention(Q, K′, V′) with K′ = W′_k c and V′ = W′_v c; a subclass initialises the weights."""
 
-    Subclasses compute the layer's attention with the branches. Without a prompt for this layer they call the processor
-    that was ``replaced``.
+    def __init__(self, heads: int, context_width: int, inner_width: int, device: Any, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_k_ip = nn.Linear(context_width, inner_width, bias, device, torch.float32)
+        self.to_v_ip = nn.Linear(context_width, inner_width, bias, device, torch.float32)
+
+    def forward(
+        self,
+        query_BMQd: Tensor,
+        tokens_BTD: Tensor,
+        time: Tensor | None,
+        scale: Tensor,
+        once: Once = every_time,
+        scaling: str = "V only",
+        present_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used.
+
+        Tokens that are not present have logits of −∞.
+        """
+        dtype = query_BMQd.dtype
+        key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
+        if scaling != "V only":
+            key_BMTd, value_BMTd = scale_keys_and_values(key_BMTd, value_BMTd, scale, scaling)
+            scale = (scale != 0).to(scale)  # λ = 0 must be an exact zero
+        mask_B11T = None if present_BT is None else present_BT[:, None, None]
+        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd, attn_mask=mask_B11T)
+        return scale.to(attended.dtype) * join_heads(attended)
+
+    def project(self, tokens_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K′ and V′, both B × M × T × d."""
+        key, value = self.to_k_ip(tokens_BTD), self.to_v_ip(tokens_BTD)
+        return split_heads(key, self.heads).to(dtype), split_heads(value, self.heads).to(dtype)
+
+
+def scale_keys_and_values(key_BMTd: Tensor, value_BMTd: Tensor, scale: Tensor, how: str) -> tuple[Tensor, Tensor]:
+    """λ inside the softmax, as in ComfyUI_IPAdapter_plus (`ipa.presets.SCALINGS`); C is the layer's width.
+
+    K+V                            Attention(Q, λ K′, λ V′)
+    K+V w/ C penalty               the same with w = λ C / 1280
+    K+mean(V) w/ C penalty         Attention(Q, w K′, V′ − V̄′ + w V̄′), V̄′ the mean over the tokens
+    """
+    width = key_BMTd.shape[1] * key_BMTd.shape[3]
+    weight = scale.to(key_BMTd) * (width / REFERENCE_WIDTH if "penalty" in how else 1.0)
+    weight = weight[..., None] if weight.ndim else weight
+    if how.startswith("K+V"):
+        return weight * key_BMTd, weight * value_BMTd
+    mean = value_BMTd.mean(2, keepdim=True)
+    return weight * key_BMTd, value_BMTd - mean + weight * mean
+
+
+class BranchProcessor:
+    """Replaces a layer's processor; has the branch and the channel of each adapter that is plugged in.
+
+    Subclasses compute the layer's attention with the branches. Without a prompt for this layer they call the
+    ``replaced`` processor.
     """
 
     def __init__(self, host: str, replaced: Any) -> None:
@@ -39,9 +96,9 @@ class BranchProcessor:
         return [(branch, prompt) for branch, channel in self.branches for prompt in channel.at(self.host)]
 
     def added(self, prompt: ImagePrompt, own_BQC: Tensor, image_BQC: Tensor) -> Tensor:
-        """What a branch adds: ``image``, limited to the prompt's mask if it has one.
+        """What a branch adds: ``image``, limited to the prompt's mask if there is one.
 
-        ``own`` is the layer's attention without the branch, which the prompt's ``watch`` compares it with.
+        ``own`` is the layer's attention without the branch, for the prompt's ``watch``.
         """
         if prompt.mask_BHW is not None:
             image_BQC = image_BQC * mask_of(prompt, *image_BQC.shape[:2]).to(image_BQC)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ipa.families.flow import FlowFamily, require
 from ipa.families.flux import Flux
+from ipa.families.pipeline_family import tokenize
 from ipa.types import TextCondition, TextInputs
 
 
@@ -27,15 +28,18 @@ class Chroma(Flux):
     guidance = 5.0
     guidance_option = "guidance_scale"
     pipeline_class = ChromaPipeline
-    transformer_class = ChromaTransformer2DModel
+    denoiser_class = ChromaTransformer2DModel
     needs: ClassVar = {"text_encoder": "its T5 text encoder", "tokenizer": "the T5 tokenizer", "vae": "its VAE"}
-    clip_parts = None
     t5_parts = ("text_encoder", "tokenizer")
     usual_text_tokens = 512
 
+    @property
+    def tokenized(self) -> dict[str, tuple[Any, int]]:
+        return {"t5_ids": (self.tokenizer, self.text_tokens)}
+
     def prepare_text(self, texts: list[str]) -> TextInputs:
         """``t5_ids`` and ``t5_mask``, 1 for the tokens of the text."""
-        found = self.ids(self.t5_parts[1], texts, self.text_tokens)
+        found = tokenize(self.tokenizer, self.text_tokens, texts)
         return {"t5_ids": found.input_ids, "t5_mask": found.attention_mask}
 
     @torch.no_grad()
@@ -57,7 +61,7 @@ class Chroma(Flux):
         return {"attention_mask": torch.cat([mask_BL, image_BN], dim=1)}
 
     def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
-        """diffusers recomputes single-stream blocks without their mask: it is added here."""
+        """diffusers recomputes single-stream blocks without their mask, which is added here."""
         masks: list[Tensor | None] = [None]
 
         def remember(module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
@@ -68,14 +72,6 @@ class Chroma(Flux):
 
         self.transformer.register_forward_pre_hook(remember, with_kwargs=True)
         super().checkpoint_gradients(run_again)
-
-    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        texts = {"": positive} if negative is None else {"": positive, "negative_": negative}
-        return {
-            f"{prefix}prompt_{name}": value
-            for prefix, text in texts.items()
-            for name, value in (("embeds", text.states_BLD), ("attention_mask", text.mask_BL))
-        }
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         return FlowFamily.guidance_arguments(self, guidance, guidance_rescale)

@@ -17,75 +17,18 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ipa.families.attention_host import (
-    AttentionHost,
-    BranchProcessor,
-    Once,
-    every_time,
-    join_heads,
-    split_heads,
-)
-
-REFERENCE_WIDTH = 1280  # of the layers for which "C penalty" leaves λ as it is
+from ipa.families.attention_host import AttentionBranch, AttentionHost, BranchProcessor, join_heads, split_heads
 
 
-def scale_keys_and_values(key_BMTd: Tensor, value_BMTd: Tensor, scale: Tensor, how: str) -> tuple[Tensor, Tensor]:
-    """λ inside the softmax, as in ComfyUI_IPAdapter_plus (`ipa.presets.SCALINGS`); C is the layer's width.
-
-    K+V                            Attention(Q, λ K′, λ V′)
-    K+V w/ C penalty               the same with w = λ C / 1280
-    K+mean(V) w/ C penalty         Attention(Q, w K′, V′ − V̄′ + w V̄′), V̄′ the mean over the tokens
-    """
-    width = key_BMTd.shape[1] * key_BMTd.shape[3]
-    weight = scale.to(key_BMTd) * (width / REFERENCE_WIDTH if "penalty" in how else 1.0)
-    weight = weight[..., None] if weight.ndim else weight
-    if how.startswith("K+V"):
-        return weight * key_BMTd, weight * value_BMTd
-    mean = value_BMTd.mean(2, keepdim=True)
-    return weight * key_BMTd, value_BMTd - mean + weight * mean
-
-
-class CrossAttentionBranch(nn.Module):
+class CrossAttentionBranch(AttentionBranch):
     """K′ and V′ of one layer, initialised as copies of the layer's own K and V."""
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        inner_width, context_width = attention.to_k.weight.shape
-        self.heads = attention.heads
-        factory = {"device": attention.to_k.weight.device, "dtype": torch.float32}
-        self.to_k_ip = nn.Linear(context_width, inner_width, bias=False, **factory)
-        self.to_v_ip = nn.Linear(context_width, inner_width, bias=False, **factory)
+        weight = attention.to_k.weight
+        super().__init__(attention.heads, weight.shape[1], weight.shape[0], weight.device)
         with torch.no_grad():
             self.to_k_ip.weight.copy_(attention.to_k.weight)
             self.to_v_ip.weight.copy_(attention.to_v.weight)
-
-    def forward(
-        self,
-        query_BMQd: Tensor,
-        tokens_BTD: Tensor,
-        time: Tensor | None,
-        scale: Tensor,
-        once: Once = every_time,
-        scaling: str = "V only",
-        present_BT: Tensor | None = None,
-    ) -> Tensor:
-        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family.
-
-        Tokens that are not present have logits of −∞.
-        """
-        dtype = query_BMQd.dtype
-        key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
-        if scaling != "V only":
-            key_BMTd, value_BMTd = scale_keys_and_values(key_BMTd, value_BMTd, scale, scaling)
-            scale = (scale != 0).to(scale)  # λ = 0 is exactly nothing
-        mask_B11T = None if present_BT is None else present_BT[:, None, None]
-        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd, attn_mask=mask_B11T)
-        return scale.to(attended.dtype) * join_heads(attended)
-
-    def project(self, tokens_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K′ and V′, both B × M × T × d."""
-        key, value = self.to_k_ip(tokens_BTD), self.to_v_ip(tokens_BTD)
-        return split_heads(key, self.heads).to(dtype), split_heads(value, self.heads).to(dtype)
 
 
 class CrossAttentionProcessor(BranchProcessor):
@@ -129,7 +72,7 @@ class CrossAttentionHost(AttentionHost):
 
 
 def attend_to_text(attn: Attention, query_BMQd: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
-    """The layer's own cross-attention up to, not including, its output projection."""
+    """The layer's own cross-attention, without its output projection."""
     if mask is not None:
         mask = attn.prepare_attention_mask(mask, text_BLD.shape[1], len(text_BLD))
         mask = mask.view(len(text_BLD), attn.heads, -1, mask.shape[-1])
@@ -139,7 +82,7 @@ def attend_to_text(attn: Attention, query_BMQd: Tensor, text_BLD: Tensor, mask: 
 
 
 def blocks_of(unet: nn.Module) -> list[str]:
-    """The transformer stacks in the order in which they run: down, mid, up."""
+    """The transformer stacks in the UNet's order: down, mid, up."""
     names = dict.fromkeys(host.block for host in find_hosts(unet))
     return sorted(names, key=lambda name: ("down", "mid", "up").index(name.partition("_")[0]))
 

@@ -1,8 +1,8 @@
-"""What the families of transformers with rectified flow share: loading, noise path, timestep sampling, two-axis sizes.
+"""Base class of the families with a transformer and rectified flow: loading, noise path, timestep sampling.
 
     x_σ = (1 − σ) x_0 + σ ε,     target = ε − x_0     (`ipa.objective`)
 
-σ comes from the checkpoint's own training table, drawn and weighed as in diffusers' training scripts.
+σ comes from the checkpoint's own training table, sampled and weighted as in diffusers' training scripts.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ipa import objective
-from ipa.contracts import Host
 from ipa.errors import UserError
-from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.pipeline_family import PipelineFamily
 from ipa.families.quantization import check_part
-from ipa.families.sources import check_pipeline_folder, is_single_file, read_config, read_index
+from ipa.families.sources import is_single_file, read_cell_px, read_index, read_part
 from ipa.families.transformer_file import check_file, load_file
-from ipa.types import BaseWidths, Corrupted, TextCondition
+from ipa.types import BaseWidths, Corrupted
 from ipa.weights import read_dtype
 
 TABLE, RESOLUTION = "scheduler", "resolution"
@@ -32,7 +30,7 @@ TABLE, RESOLUTION = "scheduler", "resolution"
 
 @dataclass(frozen=True)
 class FlowTimes:
-    """Which noise levels are trained, and their weight; see `ipa.objective`.
+    """Which noise levels are trained, and their weights; see `ipa.objective`.
 
     ``timesteps``: uniform, logit_normal (``logit_mean``, ``logit_std``) or mode (``mode_scale``). ``shift``: the
     checkpoint's training table (scheduler), that of sampling at the image's size (resolution), or a factor.
@@ -75,7 +73,6 @@ class FlowFamily(PipelineFamily):
 
     denoiser_name = "transformer"
     published_bytes = 2
-    transformer_class: ClassVar[Any]
     time_factor: ClassVar[float]
     patch: ClassVar[int] = 2  # latent cells along the edge of an image token
     needs: ClassVar[dict[str, str]]  # parts that a base must have → what they are, for messages
@@ -115,11 +112,10 @@ class FlowFamily(PipelineFamily):
         cls.check(path, transformer_file=transformer_file, **schemes, **options)
         given = cls.absent | cls.left_out(**options) | cls.stand_ins(path, leave_out)
         if transformer_file and "denoiser" not in leave_out:
-            stored = (cls.transformer_class, transformer_file, path)
+            stored = (cls.denoiser_class, transformer_file, path)
             given["transformer"] = load_file(*stored, quantization, dtypes["default"])
-        pipeline = load_folder(cls.pipeline_class, path, dtypes, given, cls.quantized_parts(**schemes))
-        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
-        family = cls(**parts, source=path, **options)
+        pipeline = cls.load_folder(path, dtypes, given, cls.quantized_parts(**schemes))
+        family = cls.around(pipeline, path, **options)
         family.quantization = " ".join(filter(None, [quantization, transformer_file and Path(transformer_file).name]))
         return family
 
@@ -132,9 +128,9 @@ class FlowFamily(PipelineFamily):
         if is_single_file(path):
             return False
         index = read_index(path, key)
-        if (index.get("transformer") or [None, None])[1] != cls.transformer_class.__name__:
+        if (index.get("transformer") or [None, None])[1] != cls.denoiser_class.__name__:
             return False
-        config = read_transformer_config(cls.transformer_class, path, key)
+        config = read_part(cls.denoiser_class, path, "transformer", key)
         return config.get("out_channels") in (None, config.get("in_channels"))  # others read a second image
 
     @classmethod
@@ -153,20 +149,16 @@ class FlowFamily(PipelineFamily):
             if (index.get(name) or [None])[0] is None and name not in absent:
                 raise UserError(f"base.path={path} has no {name}, {what}: give a folder with all parts of {cls.title}")
         if transformer_file:
-            check_file(transformer_file, read_transformer(cls.transformer_class, path), path, quantization)
+            check_file(transformer_file, cls.read_denoiser(path), path, quantization)
         else:
             check_part(quantization, path, "transformer")
         if cls.t5_parts[0] not in absent:
             check_part(text_quantization, path, cls.t5_parts[0], "base.text_quantization")
 
     @classmethod
-    def read_denoiser(cls, path: str) -> Any:
-        return read_transformer(cls.transformer_class, path)
-
-    @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
         cls.check(path, **options)
-        return cls.widths_of(read_transformer(cls.transformer_class, path), **options)
+        return cls.widths_of(cls.read_denoiser(path), **options)
 
     @classmethod
     @abstractmethod
@@ -176,22 +168,21 @@ class FlowFamily(PipelineFamily):
     @classmethod
     @abstractmethod
     def hosts_of(cls, transformer: Any) -> list[Any]:
-        """The hosts of a transformer with the usual options."""
+        """The hosts of a transformer with default options."""
 
     @classmethod
     def read_blocks(cls, path: str) -> list[str]:
-        return blocks_of(cls.hosts_of(read_transformer(cls.transformer_class, path, "base")))
+        return list(dict.fromkeys(host.block for host in cls.hosts_of(cls.read_denoiser(path, "base"))))
 
     @classmethod
     def read_image_size_px(cls, path: str, config: str | None = None, **options: Any) -> int:
         """The image size that the base was trained for, from its configuration."""
         cls.check(path, **options)
-        return read_config(AutoencoderKL, path, "base.path", subfolder="vae")["sample_size"]
+        return read_part(AutoencoderKL, path, "vae")["sample_size"]
 
     @classmethod
     def read_size_multiple_px(cls, path: str, config: str | None = None, **options: Any) -> int:
-        vae = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
-        return cls.patch * 2 ** (len(vae["block_out_channels"]) - 1)
+        return cls.patch * read_cell_px(path)
 
     @property
     def image_size_px(self) -> int:
@@ -204,9 +195,6 @@ class FlowFamily(PipelineFamily):
     @property
     def text_width(self) -> int:
         return self.transformer.config.joint_attention_dim
-
-    def blocks(self) -> list[str]:
-        return blocks_of(self.hosts())
 
     def compile_blocks(self) -> None:
         for stack in ("transformer_blocks", "single_transformer_blocks"):
@@ -234,30 +222,8 @@ class FlowFamily(PipelineFamily):
         return super().describe() | self.times.describe()
 
 
-def read_transformer_config(transformer_class: Any, path: str, key: str = "base.path") -> dict[str, Any]:
-    check_pipeline_folder(path, key)
-    return read_config(transformer_class, path, key, subfolder="transformer")
-
-
-def read_transformer(transformer_class: Any, path: str, key: str = "base.path") -> Any:
-    """The transformer of a folder or hub id on the meta device, without weights."""
-    config = read_transformer_config(transformer_class, path, key)
-    with torch.device("meta"):
-        return transformer_class.from_config(config)
-
-
-def blocks_of(hosts: Sequence[Host]) -> list[str]:
-    return list(dict.fromkeys(host.block for host in hosts))
-
-
 def require(value: Tensor | None, what: str) -> Tensor:
-    """A part of a text condition; raises UserError naming ``what`` is missing."""
+    """A part of a text condition; raises UserError, which names ``what``, if it is missing."""
     if value is None:
         raise UserError(f"{what} is missing: the text must come from this base's own encode_text")
     return value
-
-
-def pooled_arguments(positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-    """The pooled text under the pipelines' names."""
-    given = {"pooled_prompt_embeds": positive.pooled_BE}
-    return given if negative is None else given | {"negative_pooled_prompt_embeds": negative.pooled_BE}

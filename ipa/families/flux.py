@@ -16,9 +16,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.families.flow import FlowFamily, FlowTimes, pooled_arguments, require
+from ipa.families.flow import FlowFamily, FlowTimes, require
 from ipa.families.flux_attention import FluxHost, InstantXHost
-from ipa.families.pipeline_family import PROBES
 from ipa.types import BaseWidths, TextCondition, TextInputs
 
 HOSTS = ("double", "all")
@@ -40,7 +39,7 @@ class Flux(FlowFamily):
     time_factor = 1.0
     guidance_option = "true_cfg_scale"
     pipeline_class: ClassVar[Any] = FluxPipeline
-    transformer_class: ClassVar[Any] = FluxTransformer2DModel
+    denoiser_class: ClassVar[Any] = FluxTransformer2DModel
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None}
     needs: ClassVar = {
         "text_encoder": "its CLIP text encoder",
@@ -48,10 +47,10 @@ class Flux(FlowFamily):
         "tokenizer_2": "the T5 tokenizer",
         "vae": "its VAE",
     }
-    clip_parts: ClassVar[tuple[str, str] | None] = ("text_encoder", "tokenizer")
     t5_parts = ("text_encoder_2", "tokenizer_2")
 
     text_encoder: Any
+    tokenizer: Any
 
     def __init__(
         self,
@@ -97,8 +96,6 @@ class Flux(FlowFamily):
     def hosts(self) -> list[Any]:
         return find_hosts(self.transformer, self.host_choice, self.start)
 
-    # latents
-
     def pack(self, latents_BCHW: Tensor) -> Tensor:
         """B × C × H × W → B × (H W / 4) × 4 C, each token channel-major."""
         return torch.nn.functional.pixel_unshuffle(latents_BCHW, self.patch).flatten(2).transpose(1, 2)
@@ -108,25 +105,10 @@ class Flux(FlowFamily):
         tokens = packed.transpose(1, 2).unflatten(2, (height // self.patch, width // self.patch))
         return torch.nn.functional.pixel_shuffle(tokens, self.patch)
 
-    # text
-
-    def prepare_text(self, texts: list[str]) -> TextInputs:
-        """``t5_ids`` and ``clip_ids``, each B × its tokenizer's length."""
-        clip = {} if self.clip_parts is None else {"clip_ids": self.ids(self.clip_parts[1], texts).input_ids}
-        return {"t5_ids": self.ids(self.t5_parts[1], texts, self.text_tokens).input_ids, **clip}
-
-    def ids(self, tokenizer: str, texts: list[str], length: int | None = None) -> Any:
-        part = getattr(self, tokenizer)
-        length = length or part.model_max_length
-        return part(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-
-    def probe_ids(self) -> Any:
-        return {name: ids.tolist() for name, ids in self.prepare_text(PROBES).items()}
-
-    def cut_off(self, text: str) -> str:
-        tokenizer = getattr(self, self.t5_parts[1])
-        ids = tokenizer(text).input_ids
-        return str(tokenizer.decode(ids[self.text_tokens - 1 : -1])) if len(ids) > self.text_tokens else ""
+    @property
+    def tokenized(self) -> dict[str, tuple[Any, int]]:
+        clip = {"clip_ids": (self.tokenizer, self.tokenizer.model_max_length)}
+        return {"t5_ids": (getattr(self, self.t5_parts[1]), self.text_tokens)} | clip
 
     @torch.no_grad()
     def text_states(self, inputs: TextInputs) -> TextInputs:
@@ -138,8 +120,6 @@ class Flux(FlowFamily):
     def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
         """This family has no size condition."""
         return TextCondition(states["t5"], states["pooled"])
-
-    # denoising
 
     def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
         """Velocity, B × C × H × W as ``noisy``; the image tokens of a simple adapter share the text's position."""
@@ -161,11 +141,6 @@ class Flux(FlowFamily):
         guidance = tokens_BNK.new_full((len(tokens_BNK),), self.train_guidance) if guided else None
         pooled_BE = require(text.pooled_BE, "FLUX's pooled text")
         return {"pooled_projections": pooled_BE.to(self.dtype), "guidance": guidance}
-
-    # sampling
-
-    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        return super().prompt_arguments(positive, negative) | pooled_arguments(positive, negative)
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         return super().guidance_arguments(guidance, guidance_rescale) | {"guidance_scale": self.sample_guidance}

@@ -23,38 +23,20 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from ipa.errors import UserError
-from ipa.families.attention_host import AttentionHost, BranchProcessor, Once, every_time, join_heads, split_heads
+from ipa.families.attention_host import AttentionBranch, AttentionHost, BranchProcessor
 
 
-class FluxBranch(nn.Module):
-    """K′ and V′ of one block; V′ = 0 at the start changes nothing and lets V′ learn in the first step."""
+class FluxBranch(AttentionBranch):
+    """K′ and V′ of one block; V′ = 0 changes nothing at the start, and V′ still learns in the first step."""
 
     def __init__(
         self, attention: FluxAttention, context_width: int, key_std: float, value_std: float, bias: bool = True
     ) -> None:
-        super().__init__()
-        self.heads = attention.heads
-        factory = {"device": attention.to_q.weight.device, "dtype": torch.float32}
-        self.to_k_ip = nn.Linear(context_width, attention.inner_dim, bias, **factory)
-        self.to_v_ip = nn.Linear(context_width, attention.inner_dim, bias, **factory)
+        super().__init__(attention.heads, context_width, attention.inner_dim, attention.to_q.weight.device, bias)
         for layer, std in ((self.to_k_ip, key_std), (self.to_v_ip, value_std)):
             nn.init.normal_(layer.weight, std=std)
             if bias:
                 nn.init.zeros_(layer.bias)
-
-    def forward(
-        self, query_BMQd: Tensor, tokens_BTD: Tensor, time: Tensor | None, scale: Tensor, once: Once = every_time
-    ) -> Tensor:
-        """Return λ · Attention(Q, K′, V′) as B × Q × (M d). The time embedding is not used by this family."""
-        dtype = query_BMQd.dtype
-        key_BMTd, value_BMTd = once((self, dtype), lambda: self.project(tokens_BTD, dtype))
-        attended = F.scaled_dot_product_attention(query_BMQd, key_BMTd, value_BMTd)
-        return scale.to(attended.dtype) * join_heads(attended)
-
-    def project(self, tokens_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K′ and V′, both B × M × T × d."""
-        key, value = self.to_k_ip(tokens_BTD), self.to_v_ip(tokens_BTD)
-        return split_heads(key, self.heads).to(dtype), split_heads(value, self.heads).to(dtype)
 
 
 class InstantXBranch(FluxBranch):
@@ -69,7 +51,7 @@ class InstantXBranch(FluxBranch):
 
 
 class FluxProcessor(BranchProcessor):
-    """XLabs' way. Returns a third output, which diffusers' blocks add to the image stream at their end."""
+    """XLabs' way. Returns a third output, which diffusers' blocks add to the image stream at the end."""
 
     def __call__(
         self,

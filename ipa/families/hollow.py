@@ -1,36 +1,28 @@
-"""Base models without weights: their modules as configuration describes them, on whatever device torch makes them.
+"""Base models without weights: their modules as configuration describes them, on torch's default device.
 
     with torch.device("meta"):
         family = make_hollow(StableDiffusion, "demo/base")
 
-What a base weighs, and how much memory a step takes, are known from this before anything is downloaded. The public
-bases that the recipes name are described here, so that the hub is not needed for them.
+The size of a base and the memory of a step are estimated from this before anything is downloaded. The public bases that
+the recipes name are described in `ipa.families.published`, so they need no hub.
 """
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ipa.errors import MissingWeights
-from ipa.families import hollow_transformers
+from ipa.families.published import PUBLISHED, Parts
 from ipa.families.sources import is_single_file, parts_in, read_config, read_index
 from ipa.families.stored import BITS, store
 from ipa.families.transformer_file import check_exists, is_gguf
 from ipa.weights import read_dtype
-
-Parts = dict[str, Any]
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def make_hollow(
@@ -47,8 +39,8 @@ def make_hollow(
 ) -> Any:
     """A base of this class with random or no weights, as ``from_pretrained`` with these arguments would load it.
 
-    It is not quantized: see ``quantize_hollow``. Raises MissingWeights if neither a folder, the hub or its cache, nor
-    this module describes it.
+    It is not quantized: see ``quantize_hollow``. Raises MissingWeights for a base that is not published and has no
+    configuration in a folder, on the hub or in its cache.
     """
     layout = (config or path) if is_single_file(path) else path
     left_out = family.left_out(**options)
@@ -76,7 +68,7 @@ def quantize_hollow(
     transformer_file: str | None = None,
     **options: Any,
 ) -> None:
-    """Let layers take the memory that they have when quantized; raises MissingWeights for a file that is not there."""
+    """Give layers their quantized sizes; raises MissingWeights for a file that does not exist."""
     for name, scheme in family.quantized_parts(quantization, text_quantization).items():
         if scheme and (part := getattr(family, name)) is not None:
             store(part, BITS[scheme], remade=scheme == "nf4", kept=family.kept)
@@ -103,79 +95,3 @@ def read_transformers(kind: Any, layout: str, name: str) -> Any:
         return kind.from_pretrained(layout, subfolder=name)
     except OSError as error:
         raise MissingWeights(f"base.path={layout} has no readable {name}") from error
-
-
-def sd15() -> Parts:
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return {"text_encoder": CLIPTextModel(text), "unet": unet, **common(0.18215, 512)}
-
-
-def sd21() -> Parts:
-    text = CLIPTextConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
-    )
-    unet = UNet2DConditionModel(
-        sample_size=96, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
-    )
-    return {"text_encoder": CLIPTextModel(text), "unet": unet, **common(0.18215, 768, "v_prediction")}
-
-
-def sdxl() -> Parts:
-    first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    second = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-        hidden_act="gelu",
-    )
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10],
-        attention_head_dim=[5, 10, 20],
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    text = {"text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
-    return {**text, "tokenizer_2": make_tokenizer(), "unet": unet, **common(0.13025, 1024)}
-
-
-def with_tokenizer(make: Callable[[Any], Parts]) -> Parts:
-    return make(make_tokenizer())
-
-
-PUBLISHED: dict[str, Callable[[], Parts]] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": sd15,
-    "stabilityai/stable-diffusion-2-1": sd21,
-    "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
-    **{path: partial(with_tokenizer, make) for path, make in hollow_transformers.PUBLISHED.items()},
-}
-
-
-def common(scaling_factor: float, size_px: int, prediction_type: str = "epsilon") -> Parts:
-    """VAE, first tokenizer and schedule, which the public bases share but for these numbers."""
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=size_px,
-        scaling_factor=scaling_factor,
-    )
-    schedule = DDIMScheduler(**SCHEDULE, clip_sample=False, steps_offset=1, prediction_type=prediction_type)
-    return {"vae": vae, "tokenizer": make_tokenizer(), "scheduler": schedule}
-
-
-def make_tokenizer() -> CLIPTokenizer:
-    """Letters as tokens; what a text says costs nothing, how long it may be does."""
-    pieces = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
-    vocabulary = {piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)

@@ -1,6 +1,6 @@
-"""What the families of latent diffusion with a UNet share: loading, sizes, VAE, noise schedule, hosts, sampling.
+"""Base class of the families with a UNet: loading, sizes, noise schedule, hosts, sampling.
 
-A subclass adds its text: how it is encoded, and what of it the UNet and the public pipeline get besides the states.
+A subclass encodes the text, and says what the UNet and the public pipeline get besides the text states.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ipa import objective
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.cross_attention import CrossAttentionHost, blocks_of, find_hosts
-from ipa.families.pipeline_family import PipelineFamily, load_folder
+from ipa.families.pipeline_family import PROBES, PipelineFamily
 from ipa.families.quantization import check_part, make_config
 from ipa.families.sources import is_single_file
-from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size, read_unet
+from ipa.families.unet_layout import read_conditions, read_host_widths, read_image_size
 from ipa.presets import SCALINGS
-from ipa.types import BaseWidths, Corrupted, TextCondition
+from ipa.types import BaseWidths, Corrupted, TextCondition, TextInputs
 from ipa.weights import read_dtype
 
 
@@ -32,6 +32,7 @@ class LatentDiffusion(PipelineFamily):
     """VAE, text encoders and UNet; ``parts`` have the names that the public pipeline gives them."""
 
     denoiser_name = "unet"
+    denoiser_class = UNet2DConditionModel
     branches = "unet"
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     kept = ("attn2",)  # cross-attention: adapters start from copies of its K and V
@@ -42,7 +43,7 @@ class LatentDiffusion(PipelineFamily):
 
     unet: Any
 
-    def __init__(self, source: str, **parts: Any) -> None:
+    def __init__(self, source: str = "", **parts: Any) -> None:
         super().__init__(source, **parts)
         if not hasattr(self.scheduler, "alphas_cumprod"):
             raise UserError(
@@ -68,8 +69,7 @@ class LatentDiffusion(PipelineFamily):
         folder or hub id of a diffusers pipeline with the layout of a single file; None asks the hub, folders do not
         need it. ``channels_last`` stores the convolutions' weights as their kernels read them, which changes rounding.
         ``quantization`` of the UNet is a scheme of `ipa.families.quantization`; cross-attention stays as it is, since
-        adapters start from copies of its K and V.
-        Nothing is loaded of what ``leave_out`` names (``stand_ins``).
+        adapters start from copies of its K and V. Parts that ``leave_out`` names are not loaded (``stand_ins``).
 
         Raises UserError for a base of another family, of which only configuration and headers are read, and for one
         that cannot be read.
@@ -77,18 +77,17 @@ class LatentDiffusion(PipelineFamily):
         dtypes = {"default": read_dtype(dtype, "base.dtype"), "vae": read_dtype(vae_dtype or dtype, "base.vae_dtype")}
         cls.check(path, config, quantization)
         if is_single_file(path):
-            # one file is read whole
+            # other parts of a single file are always read
             given = cls.absent | cls.stand_ins(path, [each for each in leave_out if each == "text"])
             pipeline = load_single_file(cls.pipeline_class, path, config, dtypes, given, quantization, cls.kept)
         else:
             given, schemes = cls.absent | cls.stand_ins(path, leave_out), cls.quantized_parts(quantization)
-            pipeline = load_folder(cls.pipeline_class, path, dtypes, given, schemes, cls.kept)
-        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
-        if channels_last:
-            for name in ("unet", "vae"):
-                parts[name].to(memory_format=torch.channels_last)
-        family = cls(**parts, source=path)
+            pipeline = cls.load_folder(path, dtypes, given, schemes)
+        family = cls.around(pipeline, path)
         family.quantization = quantization
+        if channels_last:
+            for part in (family.unet, family.vae):
+                part.to(memory_format=torch.channels_last)
         return family
 
     @classmethod
@@ -97,7 +96,7 @@ class LatentDiffusion(PipelineFamily):
 
     @classmethod
     def check(cls, path: str, config: str | None, quantization: str | None = None, **options: Any) -> None:
-        """Refuse a base, or a layout for its file, of another family, and an unfit scheme; raises UserError."""
+        """Raise UserError for a base, or a layout for its file, of another family, and for an unfit scheme."""
         cls.check_family(path)
         check_part(quantization, path, "unet")
         if config is None or not is_single_file(path):
@@ -111,10 +110,6 @@ class LatentDiffusion(PipelineFamily):
                 f"base.config={config} is the layout of {layout.title} with context width {contexts[0]}, but "
                 f"base.path={path} holds {cls.title} with {contexts[1]}: give the layout of its own base"
             )
-
-    @classmethod
-    def read_denoiser(cls, path: str) -> Any:
-        return read_unet(path)
 
     @classmethod
     def read_widths(cls, path: str, config: str | None = None, **options: Any) -> BaseWidths:
@@ -146,6 +141,17 @@ class LatentDiffusion(PipelineFamily):
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type
 
+    def prepare_text(self, texts: list[str]) -> TextInputs:
+        """``ids``, B × (N L): the ids of all N tokenizers concatenated, each cut and padded to its length."""
+        return {"ids": torch.cat(list(super().prepare_text(texts).values()), dim=1)}
+
+    def split_ids(self, inputs: TextInputs) -> list[Tensor]:
+        """The ids of each tokenizer, ids_BL."""
+        return list(inputs["ids"].split([length for _, length in self.tokenized.values()], dim=1))
+
+    def probe_ids(self) -> Any:
+        return torch.stack(self.split_ids(self.prepare_text(PROBES)), dim=1).tolist()
+
     def hosts(self) -> list[CrossAttentionHost]:
         return find_hosts(self.unet)
 
@@ -154,7 +160,7 @@ class LatentDiffusion(PipelineFamily):
 
     @classmethod
     def read_blocks(cls, path: str) -> list[str]:
-        return blocks_of(read_unet(path, "base"))
+        return blocks_of(cls.read_denoiser(path, "base"))
 
     def corrupt(
         self, x0_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor, min_snr_gamma: float | None = None
@@ -173,7 +179,7 @@ class LatentDiffusion(PipelineFamily):
 
     @abstractmethod
     def added_conditions(self, text: TextCondition) -> dict[str, Tensor] | None:
-        """What the UNet gets of the text besides its states."""
+        """What the UNet reads of the text besides its states."""
 
     def guidance_arguments(self, guidance: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
         return {"guidance_scale": guidance, "guidance_rescale": guidance_rescale}

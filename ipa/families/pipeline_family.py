@@ -1,4 +1,4 @@
-"""What all families share that are diffusers pipelines: the parts, their VAE, tokenizers, and the pipeline around them.
+"""Base class of the families that are diffusers pipelines: parts, VAE, tokenizers, and the pipeline around them.
 
 A subclass names its denoiser and adds text encoding, noise path and hosts.
 """
@@ -9,22 +9,21 @@ import hashlib
 import inspect
 import json
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ipa.contracts import DenoiserCall, Family, Part
+from ipa.contracts import Family
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.families import family_of
 from ipa.families.quantization import load_quantized
-from ipa.families.sources import check_files, parts_in, read_config, read_index
-from ipa.types import Posterior, TextCondition, TextInputs
+from ipa.families.sources import check_files, make_without_weights, parts_in, read_index
+from ipa.types import DenoiserCall, Part, Posterior, TextCondition, TextInputs
 from ipa.weights import fingerprint
 
 
@@ -33,7 +32,8 @@ class PipelineFamily(Family):
 
     pipeline_class: ClassVar[Any]
     denoiser_name: ClassVar[str]
-    # components that the public pipeline can have besides the parts, and is built without
+    denoiser_class: ClassVar[Any]
+    # optional components of the public pipeline, which is built without them
     absent: ClassVar[dict[str, Any]]
     published_bytes: ClassVar[int] = 4  # of a weight on the hub
     kept: ClassVar[tuple[str, ...]] = ()  # layers of the denoiser that are never quantized
@@ -42,7 +42,7 @@ class PipelineFamily(Family):
     scheduler: Any
     quantization: str | None = None  # of the denoiser; see `ipa.families.quantization`
 
-    def __init__(self, source: str, **parts: Any) -> None:
+    def __init__(self, source: str = "", **parts: Any) -> None:
         super().__init__()
         self.source, self.part_names = source, tuple(parts)
         for name, part in parts.items():
@@ -58,29 +58,51 @@ class PipelineFamily(Family):
 
     @classmethod
     def stand_ins(cls, path: str, leave_out: Sequence[str]) -> dict[str, Any]:
-        """Components in place of those that are not loaded: no text encoders (text), others without weights.
-
-        ``leave_out`` has text, denoiser and vae.
-        """
+        """Components in place of those that ``leave_out`` names: no text encoders; denoiser and VAE without weights."""
         names = inspect.signature(cls.pipeline_class.__init__).parameters
         found = {name: None for name in names if name.startswith("text_encoder") and "text" in leave_out}
         found |= {cls.denoiser_name: cls.read_denoiser(path)} if "denoiser" in leave_out else {}
-        return found | ({"vae": read_vae(path)} if "vae" in leave_out else {})
+        return found | ({"vae": make_without_weights(AutoencoderKL, path, "vae")} if "vae" in leave_out else {})
 
     @classmethod
-    @abstractmethod
-    def read_denoiser(cls, path: str) -> Any:
+    def read_denoiser(cls, path: str, key: str = "base.path") -> Any:
         """The denoiser of a folder or hub id on the meta device, without weights."""
+        return make_without_weights(cls.denoiser_class, path, cls.denoiser_name, key)
 
     @classmethod
     def left_out(cls, **options: Any) -> dict[str, Any]:
-        """Parts that these options of the constructor do not need, which are not loaded."""
+        """Parts that a family with these options does not need and does not load."""
         return {}
 
     @classmethod
     def quantized_parts(cls, quantization: str | None, text_quantization: str | None = None) -> dict[str, str | None]:
         """The parts that can be quantized, with their schemes."""
         return {cls.denoiser_name: quantization}
+
+    @classmethod
+    def load_folder(
+        cls, path: str, dtypes: dict[str, torch.dtype], given: dict[str, Any], schemes: Mapping[str, str | None]
+    ) -> Any:
+        """The pipeline of a folder or hub id, around the parts that are ``given``; None leaves a part out.
+
+        ``schemes`` quantize parts (`ipa.families.quantization`). Raises UserError for a folder that lacks a file.
+        """
+        check_files(path, [name for name in parts_in(read_index(path, "base.path")) if name not in given])
+        wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
+        try:
+            quantized = {
+                name: load_quantized(path, name, class_of(path, name), scheme, dtypes["default"], cls.kept)
+                for name, scheme in wanted.items()
+            }
+            return cls.pipeline_class.from_pretrained(path, dtype=dtypes, **given, **quantized)
+        except OSError as error:
+            raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
+
+    @classmethod
+    def around(cls, pipeline: Any, source: str, **options: Any) -> Self:
+        """The family of a loaded pipeline's parts."""
+        parts = {name: part for name, part in pipeline.components.items() if name not in cls.absent}
+        return cls(source, **parts, **options)
 
     @property
     def denoiser(self) -> Any:
@@ -113,14 +135,12 @@ class PipelineFamily(Family):
         return (self.vae.config.latent_channels, cells, cells)
 
     def checkpoint_gradients(self, function: Callable[..., Any]) -> None:
-        """``function`` must restore, when it recomputes a block, the context of the block's first call."""
+        """When ``function`` recomputes a block, it must restore the context of the block's first call."""
         self.denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=function)
 
     def compile_blocks(self) -> None:
-        """Compiles the transformer blocks, which takes seconds; the whole denoiser would take minutes."""
+        """Only the transformer blocks, which takes seconds; the whole denoiser would take minutes."""
         self.denoiser.compile_repeated_blocks(fullgraph=True)
-
-    # latents
 
     @property
     def vae_scale(self) -> tuple[float, float]:
@@ -130,7 +150,7 @@ class PipelineFamily(Family):
 
     @torch.no_grad()
     def encode_pixels(self, pixels_B3HW: Tensor) -> Posterior:
-        """Scaled posterior: the mean shifted and scaled as the VAE's configuration has it, the variance to match."""
+        """Scaled posterior: the mean is shifted and scaled as in the VAE's configuration, the variance to match."""
         with self._in_own_dtype():
             posterior = self.vae.encode(pixels_B3HW.to(self.vae.dtype)).latent_dist
         shift, factor = self.vae_scale
@@ -144,30 +164,27 @@ class PipelineFamily(Family):
             return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     def _in_own_dtype(self) -> torch.autocast:
-        """Autocast would run a VAE in half precision that was loaded in float32 because it overflows there."""
+        """Without autocast, which would run a VAE in half precision that overflows there."""
         return torch.autocast(self.vae.device.type, enabled=False)
-
-    # text
 
     @property
     def tokenizers(self) -> list[Any]:
-        return [getattr(self, name) for name in self.part_names if name.startswith("tokenizer")]
+        parts = [getattr(self, name) for name in self.part_names if name.startswith("tokenizer")]
+        return [part for part in parts if part is not None]
+
+    @property
+    def tokenized(self) -> dict[str, tuple[Any, int]]:
+        """Name of a text input → its tokenizer and its length in tokens; the one that reads most of a text first."""
+        return {f"ids_{number}": (each, each.model_max_length) for number, each in enumerate(self.tokenizers)}
 
     def prepare_text(self, texts: list[str]) -> TextInputs:
-        """``ids``, B × (N L): the ids of all N tokenizers one after the other, each cut and padded to its length."""
-        return {"ids": torch.cat([tokenize(tokenizer, texts) for tokenizer in self.tokenizers], dim=1)}
-
-    def split_ids(self, inputs: TextInputs) -> list[Tensor]:
-        """The ids of each tokenizer, ids_BL."""
-        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
-        return list(inputs["ids"].split(lengths, dim=1))
+        """The ids of each tokenizer, B × its length."""
+        return {name: tokenize(*each, texts).input_ids for name, each in self.tokenized.items()}
 
     def cut_off(self, text: str) -> str:
-        for tokenizer in self.tokenizers:
-            ids = tokenizer(text).input_ids
-            if len(ids) > tokenizer.model_max_length:
-                return str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]))
-        return ""
+        tokenizer, length = next(iter(self.tokenized.values()))
+        ids = tokenizer(text).input_ids
+        return str(tokenizer.decode(ids[length - 1 : -1])) if len(ids) > length else ""
 
     def describe(self) -> dict[str, str]:
         return {"base_quantization": self.quantization} if self.quantization else {}
@@ -188,16 +205,21 @@ class PipelineFamily(Family):
         return hashlib.sha256(written.encode()).hexdigest()
 
     def probe_ids(self) -> Any:
-        """What the tokenizers make of texts that tell them apart."""
-        return torch.stack([tokenize(tokenizer, PROBES) for tokenizer in self.tokenizers], dim=1).tolist()
-
-    # sampling
+        """The tokens of texts in which tokenizers differ."""
+        return {name: ids.tolist() for name, ids in self.prepare_text(PROBES).items()}
 
     def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        arguments = {"prompt_embeds": positive.states_BLD}
-        if negative is not None:
-            arguments["negative_prompt_embeds"] = negative.states_BLD
-        return arguments
+        texts = {"": positive} if negative is None else {"": positive, "negative_": negative}
+        found = {
+            f"{prefix}{name}": value
+            for prefix, text in texts.items()
+            for name, value in (
+                ("prompt_embeds", text.states_BLD),
+                ("pooled_prompt_embeds", text.pooled_BE),
+                ("prompt_attention_mask", text.mask_BL),
+            )
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     @contextmanager
     def before_calls(self, function: Callable[[DenoiserCall], None], negative: TextCondition | None) -> Iterator[None]:
@@ -216,7 +238,7 @@ class PipelineFamily(Family):
             handle.remove()
 
     def part_of_call(self, states_BLD: Tensor, negative: TextCondition | None) -> Part:
-        """Which part of the guided batch a call with these text states computes."""
+        """The part of the guided batch that a call with these text states computes."""
         if negative is None:
             return "positive"
         if self.guidance_calls == "joint":
@@ -230,8 +252,8 @@ class PipelineFamily(Family):
     def pipeline(self, pipeline_class: Any = None, **parts: Any) -> Any:
         """Samples on the checkpoint's own schedule.
 
-        With a ``vae_dtype`` of its own the VAE cannot read the pipeline's latents: ask for ``output_type="latent"`` and
-        give them to ``decode_latents``.
+        A VAE with its own ``vae_dtype`` cannot read the pipeline's latents: call it with ``output_type="latent"`` and
+        give the result to ``decode_latents``.
         """
         own = {name: getattr(self, name) for name in self.part_names} | {"scheduler": self.make_sampler()}
         pipeline_class = pipeline_class or self.pipeline_class
@@ -241,46 +263,13 @@ class PipelineFamily(Family):
         return pipeline
 
 
-def read_vae(path: str) -> Any:
-    """The VAE of a folder or hub id on the meta device, without weights."""
-    config = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
-    with torch.device("meta"):
-        return AutoencoderKL.from_config(config)
-
-
 # letter case, accents, punctuation, digits, and more than fits
 PROBES = ["", "A naïve red-haired girl's café, 1987!", "über 東京 🙂 " * 40]
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Token ids, cut and padded to the tokenizer's length."""
-    length = tokenizer.model_max_length
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-
-
-def load_folder(
-    pipeline_class: Any,
-    path: str,
-    dtypes: dict[str, torch.dtype],
-    given: dict[str, Any],
-    schemes: Mapping[str, str | None],
-    kept: Sequence[str] = (),
-) -> Any:
-    """A pipeline from a folder or hub id, around the parts that are ``given``; None leaves a part out.
-
-    ``schemes`` quantize parts, except for the layers ``kept`` (`ipa.families.quantization`). Raises UserError for a
-    folder that lacks a file.
-    """
-    check_files(path, [name for name in parts_in(read_index(path, "base.path")) if name not in given])
-    wanted = {name: scheme for name, scheme in schemes.items() if scheme and name not in given}
-    try:
-        quantized = {
-            name: load_quantized(path, name, class_of(path, name), scheme, dtypes["default"], kept)
-            for name, scheme in wanted.items()
-        }
-        return pipeline_class.from_pretrained(path, dtype=dtypes, **given, **quantized)
-    except OSError as error:
-        raise MissingWeights(f"base.path={path} cannot be loaded: {brief(error)}") from error
+def tokenize(tokenizer: Any, length: int, texts: list[str]) -> Any:
+    """Tokens, cut and padded to ``length``."""
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
 def class_of(path: str, part: str) -> Any:

@@ -8,7 +8,6 @@ text of both (Esser et al. 2024, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +16,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.families.flow import FlowFamily, FlowTimes, pooled_arguments, require
-from ipa.families.pipeline_family import PROBES, tokenize
+from ipa.families.flow import FlowFamily, FlowTimes, require
 from ipa.families.sd3_attention import SD3Host, find_hosts
 from ipa.types import BaseWidths, TextCondition, TextInputs
 
@@ -39,7 +37,7 @@ class StableDiffusion3(FlowFamily):
     guidance = 7.0
     time_factor = 1000.0
     pipeline_class = StableDiffusion3Pipeline
-    transformer_class = SD3Transformer2DModel
+    denoiser_class = SD3Transformer2DModel
     t5_parts = ("text_encoder_3", "tokenizer_3")
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None}
     needs: ClassVar = {
@@ -52,6 +50,8 @@ class StableDiffusion3(FlowFamily):
     text_encoder: Any
     text_encoder_2: Any
     text_encoder_3: Any
+    tokenizer: Any
+    tokenizer_2: Any
     tokenizer_3: Any
 
     def __init__(
@@ -101,33 +101,11 @@ class StableDiffusion3(FlowFamily):
     def hosts(self) -> list[SD3Host]:
         return find_hosts(self.transformer, self.time_width, self.start)
 
-    # text
-
     @property
-    def clip_tokenizers(self) -> list[Any]:
-        return [self.tokenizer, self.tokenizer_2]
-
-    def prepare_text(self, texts: list[str]) -> TextInputs:
-        """``clip_ids`` and ``clip_2_ids``, and ``t5_ids`` with T5."""
-        names = ("clip_ids", "clip_2_ids")
-        ids = {name: tokenize(part, texts) for name, part in zip(names, self.clip_tokenizers, strict=True)}
-        if not self.t5:
-            return ids
-        t5 = {"padding": "max_length", "max_length": self.text_tokens, "truncation": True, "return_tensors": "pt"}
-        return ids | {"t5_ids": self.tokenizer_3(texts, **t5).input_ids}
-
-    @property
-    def tokenizers(self) -> list[Any]:
-        return [*self.clip_tokenizers, *([self.tokenizer_3] if self.t5 else [])]
-
-    def probe_ids(self) -> Any:
-        return {name: ids.tolist() for name, ids in self.prepare_text(PROBES).items()}
-
-    def cut_off(self, text: str) -> str:
-        if not self.t5:
-            return super().cut_off(text)
-        ids = self.tokenizer_3(text).input_ids
-        return str(self.tokenizer_3.decode(ids[self.text_tokens - 1 : -1])) if len(ids) > self.text_tokens else ""
+    def tokenized(self) -> dict[str, tuple[Any, int]]:
+        clips = {"clip_ids": self.tokenizer, "clip_2_ids": self.tokenizer_2}
+        t5 = {"t5_ids": (self.tokenizer_3, self.text_tokens)} if self.t5 else {}
+        return t5 | {name: (each, each.model_max_length) for name, each in clips.items()}
 
     @torch.no_grad()
     def text_states(self, inputs: TextInputs) -> TextInputs:
@@ -144,7 +122,7 @@ class StableDiffusion3(FlowFamily):
         return states | {"t5": self.text_encoder_3(t5_ids)[0]}
 
     def text_condition(self, states: TextInputs, size_B6: Tensor | None = None) -> TextCondition:
-        """States of CLIP and T5 one after the other, and both CLIPs' pooled text."""
+        """States of CLIP and T5, concatenated, and both CLIPs' pooled text."""
         clip_BLD = F.pad(states["clip"], (0, self.text_width - states["clip"].shape[-1]))
         if self.t5:
             t5_BLD = require(states.get("t5"), "the T5 text (t5)").to(clip_BLD)
@@ -155,12 +133,6 @@ class StableDiffusion3(FlowFamily):
     def describe(self) -> dict[str, str]:
         return super().describe() | ({} if self.t5 else {"t5": "false"})
 
-    @classmethod
-    def recorded_options(cls, metadata: Mapping[str, str]) -> dict[str, Any]:
-        return {"t5": False} if metadata.get("t5") == "false" else {}
-
-    # denoising
-
     def denoise(self, noisy: Tensor, time_B: Tensor, text: TextCondition) -> Tensor:
         return self.transformer(
             hidden_states=noisy.to(self.dtype),
@@ -168,8 +140,3 @@ class StableDiffusion3(FlowFamily):
             pooled_projections=require(text.pooled_BE, "the pooled text").to(self.dtype),
             timestep=time_B,
         ).sample
-
-    # sampling
-
-    def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
-        return super().prompt_arguments(positive, negative) | pooled_arguments(positive, negative)

@@ -6,8 +6,8 @@ more to itself and to the image tokens, without the text, before the output proj
     i = AdaLN(c; e),   K′ = RMSNorm(W′_k i),   V′ = W′_v i
     out += λ softmax(RMSNorm(Q) [RMSNorm(K), K′]ᵀ / √d) [V, V′]
 
-Q, K, V are the layer's own of the image stream, before the layer's norms: the norms here are the adapter's. V′ = 0 does
-not make this a no-op, since self-attention is repeated; only λ = 0 does. e is the head's time embedding, in the last
+Q, K and V are those of the layer's image stream before its norms; the norms above are the adapter's. V′ = 0 does not
+make this a no-op, since self-attention is repeated; only λ = 0 does. e is the head's time embedding, in the last
 columns of the tokens (`ipa.adapter.time_resampler`); tokens without it are modulated by the bias alone.
 
 Letters here: those of `ipa.families.attention_host`; W width of e.
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from ipa.families.attention_host import AttentionHost, BranchProcessor, Once, every_time, join_heads, split_heads
@@ -45,18 +46,6 @@ class TimeNorm(nn.Module):
         return F.layer_norm(tokens_BTD, tokens_BTD.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class RMSNorm(nn.Module):
-    """As diffusers computes it, in float32."""
-
-    def __init__(self, width: int, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, **factory))
-
-    def forward(self, states: Tensor) -> Tensor:
-        variance = states.to(torch.promote_types(states.dtype, torch.float32)).square().mean(-1, keepdim=True)
-        return (states * torch.rsqrt(variance + 1e-6)).to(self.weight.dtype) * self.weight
-
-
 class SD3Branch(nn.Module):
     """One layer's branch, under its published names."""
 
@@ -67,7 +56,8 @@ class SD3Branch(nn.Module):
         self.norm_ip = TimeNorm(time_width, width, **factory)
         self.to_k_ip = nn.Linear(width, width, bias=False, **factory)
         self.to_v_ip = nn.Linear(width, width, bias=False, **factory)
-        self.norm_q, self.norm_k, self.norm_ip_k = (RMSNorm(width // self.heads, **factory) for _ in range(3))
+        norms = (RMSNorm(width // self.heads, eps=1e-6).to(**factory) for _ in range(3))
+        self.norm_q, self.norm_k, self.norm_ip_k = norms
         for layer, std in ((self.to_k_ip, key_std), (self.to_v_ip, value_std)):
             nn.init.normal_(layer.weight, std=std)
 

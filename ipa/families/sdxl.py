@@ -32,30 +32,6 @@ class StableDiffusionXL(LatentDiffusion):
 
     text_encoder: Any
     text_encoder_2: Any
-    tokenizer: Any
-    tokenizer_2: Any
-
-    def __init__(
-        self,
-        vae: Any,
-        text_encoder: Any,
-        text_encoder_2: Any,
-        tokenizer: Any,
-        tokenizer_2: Any,
-        unet: Any,
-        scheduler: Any,
-        source: str = "",
-    ) -> None:
-        super().__init__(
-            source,
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-        )
 
     @torch.no_grad()
     def text_states(self, inputs: TextInputs) -> TextInputs:
@@ -82,9 +58,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     def prompt_arguments(self, positive: TextCondition, negative: TextCondition | None) -> dict[str, Any]:
         """The public pipeline takes one set of sizes per call: raises UserError if the rows differ."""
-        arguments = super().prompt_arguments(positive, negative) | {"pooled_prompt_embeds": positive.pooled_BE}
-        if negative is not None:
-            arguments["negative_pooled_prompt_embeds"] = negative.pooled_BE
+        arguments = super().prompt_arguments(positive, negative)
         sizes = [text.size_B6 for text in (positive, negative) if text is not None and text.size_B6 is not None]
         return arguments | (size_arguments(torch.cat(sizes)) if sizes else {})
 

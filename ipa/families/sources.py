@@ -1,4 +1,4 @@
-"""Reading what a base is before its weights: a diffusers folder, a hub id, or one file in the original layout."""
+"""Reads what a base is before its weights: a diffusers folder, a hub id, or one file in the original layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import safe_open
 
 from ipa.errors import MissingWeights, UserError, brief
@@ -65,6 +66,24 @@ def read_config(part: Any, path: str, key: str, **location: str) -> dict[str, An
         raise MissingWeights(
             f"{key}={path}: neither the hub nor its cache has this ({brief(error)}). Without the hub, give a folder."
         ) from error
+
+
+def read_part(kind: Any, path: str, name: str, key: str = "base.path") -> dict[str, Any]:
+    """The configuration of a pipeline's part ``name``, of diffusers' class ``kind``."""
+    check_pipeline_folder(path, key)
+    return read_config(kind, path, key, subfolder=name)
+
+
+def make_without_weights(kind: Any, path: str, name: str, key: str = "base.path") -> Any:
+    """The part on the meta device, without weights."""
+    config = read_part(kind, path, name, key)
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def read_cell_px(path: str) -> int:
+    """Pixels per latent cell of a base's VAE."""
+    return 2 ** (len(read_part(AutoencoderKL, path, "vae")["block_out_channels"]) - 1)
 
 
 def read_header(path: str, key: str = "base.path") -> Shapes:

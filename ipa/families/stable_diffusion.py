@@ -17,7 +17,7 @@ from ipa.types import TextCondition, TextInputs
 
 
 class StableDiffusion(LatentDiffusion):
-    """1.x and 2.x differ in their own configuration: widths, heads, prediction type."""
+    """1.x and 2.x differ only in their configuration: widths, heads, prediction type."""
 
     name = "stable_diffusion"
     title = "Stable Diffusion 1.x or 2.x"
@@ -32,14 +32,6 @@ class StableDiffusion(LatentDiffusion):
     }
 
     text_encoder: Any
-    tokenizer: Any
-
-    def __init__(
-        self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, source: str = ""
-    ) -> None:
-        super().__init__(
-            source, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler
-        )
 
     @torch.no_grad()
     def text_states(self, inputs: TextInputs) -> TextInputs:

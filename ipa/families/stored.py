@@ -1,8 +1,8 @@
-"""Quantized layers as they are for memory: what they store, and the weights that they make to compute with.
+"""Quantized layers for memory estimates: the size of what they store and of the weights they compute with.
 
-Stand-ins for the layers of torchao, bitsandbytes and GGUF (`ipa.families.quantization`) where there are no weights, to
-estimate memory without those packages. With torchao and GGUF, torch keeps the weights of a forward pass until its
-backward pass, so quantization saves little of the peak without gradient checkpointing; bitsandbytes makes them again.
+They replace the layers of torchao, bitsandbytes and GGUF (`ipa.families.quantization`) in bases without weights, so
+that memory can be estimated without those packages. With torchao and GGUF, torch keeps the dequantized weights until
+the backward pass, so quantization lowers the peak only with gradient checkpointing; bitsandbytes recomputes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BITS = {"fp8": 8.0, "int8": 8.0, "nf4": 4.5}  # of a weight, its share of the sc
 
 
 class StoredLinear(nn.Module):
-    """Its ``weight`` has shape and dtype and no memory."""
+    """Its ``weight`` has a shape and a dtype, but no memory."""
 
     stored: Tensor
 

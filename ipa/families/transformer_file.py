@@ -1,4 +1,4 @@
-"""A transformer of its own file, GGUF or safetensors, whose names are checked against a pipeline's configuration first.
+"""Loads a transformer from its own file, GGUF or safetensors, after checking its names against the configuration.
 
 The file has the names of the original code or of diffusers; the other parts come from the pipeline's folder or hub id.
 """
@@ -30,7 +30,7 @@ def check_exists(file: str) -> None:
 
 
 def check_file(file: str, transformer: Any, path: str, scheme: str | None) -> None:
-    """Raise UserError for a file that is not that of ``transformer``, which has no weights; reads only its header."""
+    """Raise UserError for a file that does not fit ``transformer``, which has no weights; reads only the header."""
     if is_gguf(file):
         require_package("gguf", f"{OPTION}={file}")
         if scheme is not None:
@@ -88,7 +88,7 @@ def read_gguf_header(file: str) -> Shapes:
 
 
 def load_file(kind: Any, file: str, path: str, scheme: str | None, dtype: torch.dtype) -> Any:
-    """The transformer of the class ``kind`` from a checked file, laid out as ``path`` has it."""
+    """The transformer of class ``kind`` from a checked file, with the configuration of ``path``."""
     import diffusers
 
     if is_gguf(file):

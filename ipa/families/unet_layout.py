@@ -1,15 +1,21 @@
-"""What a base with a UNet is, read from its configuration or header: kind of conditions, hosts, image size."""
+"""Reads from configuration or header what a base with a UNet is: its conditions, hosts and image size."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from ipa.families.cross_attention import find_hosts
-from ipa.families.sources import Shapes, check_pipeline_folder, is_single_file, read_config, read_header, read_index
+from ipa.families.sources import (
+    Shapes,
+    is_single_file,
+    make_without_weights,
+    read_cell_px,
+    read_header,
+    read_index,
+    read_part,
+)
 from ipa.types import BaseWidths
 
 UNET = "model.diffusion_model."
@@ -45,29 +51,17 @@ def conditions_of_folder(path: str, key: str) -> str | None:
     index = read_index(path, key)
     if "unet" not in index or index.get("text_encoder", [None])[0] is None:  # the refiner only has its second one
         return None
-    config = read_unet_config(path, key)
+    config = read_part(UNet2DConditionModel, path, "unet", key)
     if config.get("in_channels", 4) != config.get("out_channels", 4) or config.get("class_embed_type"):
         return None
     return {None: TEXT_ALONE, "text_time": TEXT_AND_SIZES}.get(config.get("addition_embed_type"))
-
-
-def read_unet_config(path: str, key: str = "base.path") -> dict[str, Any]:
-    check_pipeline_folder(path, key)
-    return read_config(UNet2DConditionModel, path, key, subfolder="unet")
-
-
-def read_unet(path: str, key: str = "base.path") -> Any:
-    """The UNet of a folder or hub id on the meta device, without weights."""
-    config = read_unet_config(path, key)
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
 
 
 def read_host_widths(path: str) -> BaseWidths:
     """Context width, and the inner width of every host in order; no weight is read."""
     if is_single_file(path):
         return host_widths_of_header(read_header(path))
-    unet = read_unet(path)
+    unet = make_without_weights(UNet2DConditionModel, path, "unet")
     context = unet.config.cross_attention_dim
     return BaseWidths(context, [host.width for host in find_hosts(unet)], context, "unet")
 
@@ -87,6 +81,4 @@ def host_widths_of_header(shapes: Shapes) -> BaseWidths:
 
 def read_image_size(path: str) -> int:
     """Edge in pixels of the images that a pipeline's UNet was trained for."""
-    unet = read_unet_config(path)
-    vae = read_config(AutoencoderKL, path, "base.path", subfolder="vae")
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return read_part(UNet2DConditionModel, path, "unet")["sample_size"] * read_cell_px(path)

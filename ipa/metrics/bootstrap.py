@@ -26,8 +26,8 @@ def confidence_interval(
 ) -> Interval:
     """Mean of the values with its confidence interval of this ``level``.
 
-    Items are drawn with replacement, each with all its images, since images of one prompt with different seeds are not
-    independent. The order does not matter. With a single item, low and high are nan.
+    Items are sampled with replacement, each with all its images, since images of one prompt with different seeds are
+    not independent. The order does not matter. With a single item, low and high are nan.
     """
     items = items.tolist() if isinstance(items, Tensor) else items  # elements of a tensor are all different keys
     if len(value_B) != len(items) or len(value_B) == 0:

@@ -1,4 +1,4 @@
-"""What all scores of generated images share.
+"""Base classes of the metrics of generated images.
 
     metric.update(generated, references, captions)              # per batch
     metric.compute()                                            # {"clip_i": 0.83}

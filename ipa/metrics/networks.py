@@ -1,4 +1,4 @@
-"""Frozen networks that embed images of any size, and the messages if one is missing.
+"""Frozen networks that embed images of any size, and the errors for missing ones.
 
 network = DinoNetwork.from_pretrained("facebook/dinov2-base")   # or a folder
 features_BE = network.embed_images(pixels_B3HW)
@@ -12,17 +12,18 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa.encoders.vision_model import load_network, locate, read_config
 from ipa.errors import MissingWeights, UserError, brief
 from ipa.metrics.image_metric import Images, fit_square, on_each_size
 from ipa.types import to_uint8
+from ipa.weights import Frozen
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageNetwork(nn.Module):
+class ImageNetwork(Frozen):
     """A frozen network with a row of features for every image; several metrics can share it.
 
     Images are moved to the network's device, resized (shortest side to ``size_px``, bicubic, antialias), cropped to the
@@ -43,10 +44,6 @@ class ImageNetwork(nn.Module):
     def freeze(self) -> Self:
         """For subclasses, after the network is assigned."""
         return self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode regardless of ``mode``."""
-        return super().train(False)
 
     @torch.no_grad()
     def embed_images(self, images: Images, batch_size: int = 64) -> Tensor:

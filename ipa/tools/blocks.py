@@ -78,8 +78,11 @@ def measure(options: Any) -> Path | None:
     pictures = [open_image(path, "images") for path in pictures_in(options.images, "images")[: options.limit]]
     quiet_libraries()
     prompter = Prompter.load(options.adapter, base=options.base)
+    blocks, own = prompter.family.blocks(), own_presets(prompter.family.source)
+    for name in options.presets:
+        read_blocks(name, blocks, own)  # raises
     measures = measures_of(options.judge, options.judge_weights)
-    chosen = selections(prompter.family.blocks()) | {name: name for name in options.presets}
+    chosen = selections(blocks) | {name: name for name in options.presets}
     texts = list(islice(cycle(options.text), len(pictures)))
     rows = sweep(prompter, pictures, texts, measures, chosen, options.scale)
     found = dict(tqdm(rows, total=len(chosen), desc="blocks"))

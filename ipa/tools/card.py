@@ -132,7 +132,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def training_of(config: Mapping[str, Any], metadata: Mapping[str, str], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of the table, without those that the run does not say."""
+    """Rows of the table, without those that are unknown."""
     optimizer, data, drops = config["optimizer"], config["data"], config["data"].get("drops") or {}
     sources = Path(str(data["train"])).name if data.get("train") else ", ".join(data.get("sources") or [])
     rates = [f"{drops[name]:g}" for name in ("text", "image", "both") if name in drops]
@@ -155,7 +155,7 @@ def training_of(config: Mapping[str, Any], metadata: Mapping[str, str], summary:
 def read_scores(
     run: Path, adapter: Path, evaluation: str | None, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, int, bool]:
-    """The table, over how many prompts, and whether it has intervals."""
+    """The table, its number of prompts, and whether it has intervals."""
     if evaluation is not None:
         return (*scores_of_evaluation(Path(evaluation), adapter), True)
     scores = read_summary(run).get("scores")
@@ -167,7 +167,7 @@ def read_scores(
 
 
 def scores_of_evaluation(folder: Path, adapter: Path) -> tuple[dict[str, Any], int]:
-    """Of the systems that were made with this very file; raises UserError without any."""
+    """Scores of the systems that used this file; raises UserError if there are none."""
     from ipa.evaluation.report.reading import read_evaluation
 
     found, own = read_evaluation(folder), hash_file(adapter)

@@ -1,4 +1,4 @@
-"""Images of the tools as files: with their settings, so that they can be made again, and as labelled grids."""
+"""Writes the tools' images: with their settings, which reproduce them, and as labelled grids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_format(out: Path) -> None:
 
 
 def write_picture(image: Image.Image, out: Path, settings: dict[str, Any]) -> None:
-    """Atomically; a PNG has its settings in a text chunk."""
+    """Write atomically; a PNG has its settings in a text chunk."""
     check_format(out)
     kind, options = FORMATS[out.suffix.lower()], {}
     if kind == "PNG":

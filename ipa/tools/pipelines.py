@@ -1,4 +1,4 @@
-"""Public pipelines for what `ipa.tools.sample` is asked: image to image, inpainting, structure controls, schedulers."""
+"""Public pipelines for options of `ipa.tools.sample`: image to image, inpainting, structure controls, schedulers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def check_pipeline(settings: dict[str, Any]) -> None:
-    """Raise UserError for options that need others, and for pictures that are not there."""
+    """Raise UserError for options that need others, and for images that do not exist."""
     if (settings["control"] is None) != (settings["control_model"] is None):
         raise UserError("control= and control_model=: give both or neither")
     if settings["inpaint"] and not settings["start_image"]:
@@ -85,7 +85,7 @@ def pipeline_for(task: str, family: Any) -> Any:
 
 
 def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
-    """Raises UserError for a scheduler of other pipelines, and for steps that it cannot divide, as PNDM."""
+    """Raises UserError for a scheduler of other pipelines, or one that cannot make so few steps, as PNDM."""
     kind, flow = scheduler_class(name), type(pipeline.scheduler).__name__.startswith(FLOW)
     scheduler = kind.from_config(pipeline.scheduler.config)
     if flow:  # the pipelines of transformers give their own noise levels
@@ -119,7 +119,7 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
     return prompter.pipeline(), {"controlnet": control}, {"image": image, "controlnet_conditioning_scale": weight}
 
 
-@functools.lru_cache(maxsize=1)  # the page takes the same one again and again
+@functools.lru_cache(maxsize=1)  # the page uses the same one for every job
 def load_control(path: str) -> Any:
     """A ControlNet or a T2I-Adapter; raises UserError for anything else."""
     try:

@@ -132,7 +132,7 @@ def sample(options: Any) -> Path:
 
 
 def settings_of(options: Any) -> dict[str, Any]:
-    """What decides on the images, as plain data, nothing of it resolved; raises UserError where it cannot be used."""
+    """Everything that determines the images, as plain, unresolved data; raises UserError for unusable values."""
     given: Any = OmegaConf.to_container(options)
     settings: dict[str, Any] = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
     if not settings["adapter"]:
@@ -145,7 +145,7 @@ def settings_of(options: Any) -> dict[str, Any]:
 
 
 def check(settings: dict[str, Any]) -> None:
-    """Report what cannot be used, and broken pictures, before the models are loaded; raises UserError."""
+    """Raise UserError for unusable options and broken images, before the models are loaded."""
     from ipa.references import open_reference
     from ipa.tools.pipelines import check_pipeline
 
@@ -158,7 +158,7 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def missing(pictures: list[Path], out: Path) -> list[tuple[Path, Path]]:
-    """The image prompts, and their files in ``out``, but for those that an earlier call made."""
+    """The image prompts and their files in ``out``, without those that exist already."""
     stems = Counter(each.stem for each in pictures)
     paths = [out / f"{each.stem if stems[each.stem] == 1 else each.name}.png" for each in pictures]
     return [(each, path) for each, path in zip(pictures, paths, strict=True) if not path.is_file()]

@@ -43,7 +43,7 @@ def sd3(config: dict[str, Any]) -> Callable[[], list[Any]]:
 
 
 def global_head(num_tokens: int) -> Callable[[], Any]:
-    return lambda: GlobalHead.fitting(CLIP_L, 4096, num_tokens)
+    return lambda: GlobalHead.fitting(CLIP_L, 4096, num_tokens=num_tokens)
 
 
 def mlp_head() -> Any:

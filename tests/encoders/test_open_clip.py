@@ -13,9 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tiny_encoders import VISION, save_tower
-from transformers import CLIPVisionModelWithProjection
 
-from ipa.encoders import public_name
+from ipa import encoders
 from ipa.encoders.open_clip import OpenClipEncoder, resolve_name
 from ipa.errors import UserError
 
@@ -38,34 +37,19 @@ def encoder() -> OpenClipEncoder:
     return tiny.make_encoder()
 
 
-@pytest.fixture
-def vision(encoder: OpenClipEncoder) -> CLIPVisionModelWithProjection:
-    """transformers' model with the encoder's weights."""
-    return tiny.make_vision(encoder)
-
-
 def normalized(encoder: OpenClipEncoder, image: torch.Tensor) -> torch.Tensor:
     return ((image + 1) / 2 - encoder.mean) / encoder.std
 
 
-def test_pooled_features_are_those_of_transformers(encoder, vision, image) -> None:
+def test_features_are_the_embeddings_and_penultimate_hidden_states_of_transformers(encoder, image) -> None:
     with torch.no_grad():
-        theirs = vision(normalized(encoder, image)).image_embeds
-    pooled = encoder.encode(image).pooled_BE
+        theirs = tiny.make_vision(encoder)(normalized(encoder, image), output_hidden_states=True)
+    pooled, patches = encoder.encode(image), encoder.encode(image, uses="patches")
 
-    assert pooled.shape == (3, encoder.width("pooled")) == (3, tiny.POOLED_WIDTH)
-    torch.testing.assert_close(pooled, theirs, rtol=0, atol=1e-4)
-    assert (pooled.norm(dim=-1) - 1).abs().min() > 0.1, "they are not to be normalised"
-
-
-def test_patch_features_are_the_penultimate_hidden_states(encoder, vision, image) -> None:
-    with torch.no_grad():
-        theirs = vision(normalized(encoder, image), output_hidden_states=True).hidden_states[-2]
-    features = encoder.encode(image, uses="patches")
-
-    assert features.pooled_BE is None
-    assert features.patches_BPF.shape == (3, 1 + 9, encoder.width("patches")) == (3, 10, tiny.PATCH_WIDTH)
-    torch.testing.assert_close(features.patches_BPF, theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(pooled.pooled_BE, theirs.image_embeds, rtol=0, atol=1e-4)
+    assert (pooled.pooled_BE.norm(dim=-1) - 1).abs().min() > 0.1, "they are not to be normalised"
+    torch.testing.assert_close(patches.patches_BPF, theirs.hidden_states[-2], rtol=0, atol=1e-4)
+    assert pooled.patches_BPF is patches.pooled_BE is None
 
 
 def test_a_folder_is_loaded_with_the_same_weights_also_by_a_relative_path(
@@ -91,9 +75,9 @@ def test_configurations_of_public_models_name_weights_that_exist(file: str) -> N
 
     assert node.pop("_target_") == "ipa.encoders.open_clip.OpenClipEncoder.from_pretrained"
     assert OpenClipEncoder.read_widths(**node) == widths
-    assert public_name("pooled", widths[0]) == public_name("patches", widths[1]) == public
+    assert encoders.PUBLIC["pooled", widths[0]] == encoders.PUBLIC["patches", widths[1]] == public
     assert node["pretrained"] in public
-    assert public_name("pooled", 1664) is None
+    assert ("pooled", 1664) not in encoders.PUBLIC
 
 
 def test_a_tower_for_oblong_images_is_refused(tmp_path: Path) -> None:
@@ -136,22 +120,12 @@ def test_weights_are_read_from_a_file(small_model: str, encoder, image, suffix: 
     assert OpenClipEncoder.read_widths(small_model, str(file)) == loaded.widths
 
 
-class Trap:
-    """Unpickling it would make a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.file,))
-
-
 def test_a_pickle_that_runs_code_and_weights_of_another_model_are_refused(
     small_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # it must not undo what we ask for
-    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "weights.pt")
+    torch.save({"state_dict": tiny.Harmful(tmp_path / "sprung")}, tmp_path / "weights.pt")
 
     with pytest.raises(UserError, match=r"weights\.pt: the weights cannot be loaded: .*[Ww]eights.only"):
         OpenClipEncoder.from_pretrained(small_model, pretrained=str(tmp_path / "weights.pt"))

@@ -27,8 +27,8 @@ from published_files import (
     resampler,
 )
 from torch import nn
+from toy_family import TimeHead
 
-from ipa.adapter.heads import GlobalHead
 from ipa.adapter.kinds import DecoupledAdapter
 from ipa.errors import UserError
 from ipa.export.adapter_file import identify, make_head
@@ -215,17 +215,6 @@ def test_metadata_that_makes_no_sense_is_refused(metadata: dict[str, str], words
         identify(PLUS, metadata, "a.safetensors")
 
     assert words in str(caught.value)
-
-
-class TimeHead(GlobalHead):
-    """A head that no program knows yet."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.time = nn.Linear(1, self.context_width)
-
-    def describe(self) -> dict[str, str]:
-        return {"head": "time"}
 
 
 def test_a_file_of_a_new_head_and_family_is_read_after_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

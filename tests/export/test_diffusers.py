@@ -31,13 +31,11 @@ from ipa.tools.export import Options, export
 from ipa.types import Features
 
 WEIGHT_NAME = "adapter.safetensors"
-SCALES = [1.0, 0.6, 0.0]
 SEEDS = [3, 4]
 TEXTS = ["cat", "a red dog"]
-FAMILIES = {"sd15": tiny.make_family, "sd21": tiny_sdxl.make_family_2_1, "sdxl": tiny_sdxl.make_family}
 # the sizes that diffusers finds in the file are unlike those of the published ones
 HEADS: dict[str, dict[str, int]] = {"global": {}, "fine_grained": {"num_tokens": 6, "heads": 2}, "full": {}}
-PUBLISHED = [(family, head) for family in FAMILIES for head in ("global", "fine_grained")]
+PUBLISHED = [(family, head) for family in tiny_sdxl.FAMILIES for head in ("global", "fine_grained")]
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +117,11 @@ class Pair:
 
 def load_pair(family: str, head: str, folder: Path, **options: Any) -> Pair:
     options, file = options | HEADS[head], folder / WEIGHT_NAME
-    tiny.write_adapter(file, head=head, family=FAMILIES[family](), **options)
-    ours = tiny.make_model(head=head, family=FAMILIES[family](), **options)
+    tiny.write_adapter(file, head=head, family=tiny_sdxl.FAMILIES[family](), **options)
+    ours = tiny.make_model(head=head, family=tiny_sdxl.FAMILIES[family](), **options)
     load_into(ours, file)
     ours.adapter.install()
-    stock = FAMILIES[family]().pipeline()
+    stock = tiny_sdxl.FAMILIES[family]().pipeline()
     stock.load_ip_adapter(str(folder), subfolder="", weight_name=WEIGHT_NAME, image_encoder_folder=None)
     return Pair(ours, stock, file)
 
@@ -137,7 +135,7 @@ def make_images(model: IPAdapterModel, count: int) -> list[Features]:
     return [model.encode_reference(tiny.make_pictures(2, tiny.REFERENCE_PX, seed)) for seed in range(count)]
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 0.7])
 @torch.no_grad()
 def test_the_prediction_is_that_of_diffusers(pair: Pair, scale: float) -> None:
     """With the full head too: diffusers' 257 stands for its deprecated way in, else it has a token for every patch.
@@ -169,10 +167,9 @@ def test_what_the_tool_converted_gives_the_same_prediction(pair: Pair, tmp_path:
     torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "scale"), [(1.0, 0.6), (3.0, 1.0), (3.0, 0.0)])
 def test_pictures_are_those_of_the_stock_call_with_embeddings(
-    ours, stock, pooled, scale: float, guidance: float
+    ours, stock, pooled, guidance: float, scale: float
 ) -> None:
     options = SamplingOptions(num_steps=3, guidance=guidance, scale=scale)
     stock.set_ip_adapter_scale(scale)
@@ -186,14 +183,13 @@ def test_pictures_are_those_of_the_stock_call_with_embeddings(
     assert pictures.std() > 0.05
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_pictures_are_those_of_the_stock_call_with_a_picture(ours, run_folder: Path, scale: float) -> None:
+def test_pictures_are_those_of_the_stock_call_with_a_picture(ours, run_folder: Path) -> None:
     """``ip_adapter_image=`` through transformers' image encoder with the same weights and its own preprocessing."""
     stock = load_stock(run_folder, **image_parts(ours))
-    stock.set_ip_adapter_scale(scale)
+    stock.set_ip_adapter_scale(0.6)
     references = tiny.make_pictures(2, tiny.REFERENCE_PX)
     images = [Image.fromarray(np.asarray(picture.permute(1, 2, 0))) for picture in references]
-    options = SamplingOptions(num_steps=3, guidance=3.0, scale=scale)
+    options = SamplingOptions(num_steps=3, guidance=3.0, scale=0.6)
     theirs = stock_pictures(stock, options, ip_adapter_image=images)
 
     torch.testing.assert_close(
@@ -228,23 +224,3 @@ def test_another_no_image_agrees_with_its_negative_given(head: str, no_image: st
 
     torch.testing.assert_close(ours, agrees, rtol=0, atol=1e-4)
     assert (ours - by_itself).abs().max() > 0.01
-
-
-@pytest.mark.parametrize(("family", "head"), [("sd15", "global"), ("sd21", "fine_grained"), ("sdxl", "global")])
-@torch.no_grad()
-def test_a_simple_adapter_serves_a_stock_pipeline_through_its_text(family: str, head: str, tmp_path: Path) -> None:
-    """``prompt_embeds`` of the public call: the text, and λ times the tokens behind it; no tokens at λ = 0."""
-    ours = tiny.make_model(head=head, kind="simple", family=FAMILIES[family]())
-    tiny.write_adapter(tmp_path / WEIGHT_NAME, head=head, kind="simple", family=FAMILIES[family]())
-    load_into(ours, tmp_path / WEIGHT_NAME)
-    stock = FAMILIES[family]().pipeline()
-    latents, t_B, text, _ = tiny.make_inputs(ours)
-    one, two = (ours.image_tokens(*make_images(ours, number)) for number in (1, 2))
-    assert (one.shape[1], two.shape[1]) == (ours.head.num_tokens, 2 * ours.head.num_tokens)
-    for tokens_BTD, scale in ((one, 0.0), (one, 0.5), (two, 1.0)):
-        added = [scale * tokens_BTD] if scale else []
-        states_BLD = torch.cat([text.states_BLD, *added], dim=1)
-        theirs = stock.unet(latents, t_B, states_BLD, added_cond_kwargs=ours.family.added_conditions(text)).sample
-        prediction = ours.predict(latents, t_B, text, tokens_BTD, scale)
-
-        torch.testing.assert_close(prediction, theirs, rtol=0, atol=1e-5)

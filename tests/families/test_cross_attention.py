@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ipa.families.attention_host import BranchProcessor, join_heads, split_heads
+from ipa.families.attention_host import BranchProcessor, split_heads
 from ipa.families.cross_attention import CrossAttentionBranch, CrossAttentionHost, attend_to_text
 from ipa.presets import SCALINGS
 from ipa.types import Channel, ImagePrompt
@@ -16,14 +16,6 @@ from ipa.types import Channel, ImagePrompt
 def attention() -> Attention:
     """Two heads, inner width 8, context 16."""
     return tiny.make_unet().get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
-
-
-def plain_attention(query_BQd: Tensor, key_BTd: Tensor, value_BTd: Tensor, heads: int) -> Tensor:
-    """softmax(Q Kᵀ / √d) V, one head after another."""
-    out = []
-    for q, k, v in zip(query_BQd.chunk(heads, -1), key_BTd.chunk(heads, -1), value_BTd.chunk(heads, -1), strict=True):
-        out.append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v)
-    return torch.cat(out, dim=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,8 +48,8 @@ def test_a_layer_with_its_branch_is_equation_5(
         out = attention(states, text)
 
     query = attention.to_q(states)
-    attended = plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
-    attended = attended + scale * plain_attention(query, branch.to_k_ip(tokens), branch.to_v_ip(tokens), heads=2)
+    attended = tiny.plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
+    attended = attended + scale * tiny.plain_attention(query, branch.to_k_ip(tokens), branch.to_v_ip(tokens), heads=2)
     expected = (attention.to_out[0](attended) + residual * states) / factor
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -84,8 +76,8 @@ def test_where_the_weight_enters_is_as_written_out(attention: Attention, how: st
         "K+V w/ C penalty": (weight * key, weight * value),
         "K+mean(V) w/ C penalty": (weight * key, (value - mean + weight * mean) * (scale > 0)),
     }[how]
-    attended = plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
-    attended = attended + mask * plain_attention(query, key, value, heads=2)
+    attended = tiny.plain_attention(query, attention.to_k(text), attention.to_v(text), heads=2)
+    attended = attended + mask * tiny.plain_attention(query, key, value, heads=2)
     torch.testing.assert_close(out, attention.to_out[0](attended), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out[:, :4], base[:, :4])
     assert scale or torch.equal(out, attention.to_out[0](attend(attention, states, text)))
@@ -172,11 +164,3 @@ def test_a_prompt_that_gradients_are_recorded_of_is_read_anew(attention: Attenti
     assert tokens.grad is not None and tokens.grad.abs().sum() > 0
     assert branch.to_k_ip.weight.grad is not None and branch.to_v_ip.weight.grad is not None
     assert not torch.equal(changed, before)
-
-
-def test_heads_are_split_and_joined() -> None:
-    states = torch.randn(2, 5, 8)
-
-    assert split_heads(states, 2).shape == (2, 2, 5, 4)
-    assert torch.equal(split_heads(states, 2)[:, 1], states[..., 4:])
-    assert torch.equal(join_heads(split_heads(states, 2)), states)

@@ -168,7 +168,7 @@ def test_wrong_words_are_refused() -> None:
 def test_chroma_without_its_mask_is_refused() -> None:
     chroma, flux = tiny_flow.make_chroma(), tiny_flow.make_flux()
     with pytest.raises(UserError, match=r"mask of the text .* is missing"):
-        chroma.encode_text_inputs(flux.prepare_text(TEXTS))
+        chroma.text_states(flux.prepare_text(TEXTS))
     with pytest.raises(UserError, match="mask of the text is missing"):
         chroma.denoise(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.5]), flux.encode_text(TEXTS))
 

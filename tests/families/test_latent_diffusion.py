@@ -15,7 +15,6 @@ import torch
 from diffusers import EDMEulerScheduler, UNet2DConditionModel
 from original_layout import unet_to_original, write_header
 from published_files import HIDDEN, UNETS
-from torch.utils.checkpoint import checkpoint
 
 from ipa.errors import UserError
 from ipa.families import family_of
@@ -114,37 +113,15 @@ def test_a_folder_without_a_unet_or_its_configuration_is_refused(tmp_path: Path)
 def test_a_schedule_without_alphas_is_refused() -> None:
     made = tiny.make_family()
     with pytest.raises(ValueError, match=r"base\.path=mine samples with EDMEulerScheduler"):
-        StableDiffusion(made.vae, made.text_encoder, made.tokenizer, made.unet, EDMEulerScheduler(), source="mine")
+        StableDiffusion(
+            "mine", **{name: getattr(made, name) for name in made.part_names} | {"scheduler": EDMEulerScheduler()}
+        )
 
 
 def test_importing_the_room_is_light() -> None:
     command = "import sys, ipa.families; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
 
     assert run([sys.executable, "-c", command], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_checkpointed_gradients_are_the_same(make: Callable[[], LatentDiffusion]) -> None:
-    family, latents, t = make(), torch.randn(2, 4, 8, 8), torch.tensor([500, 3])
-    text = family.encode_text(["cat", "a red dog"])
-    kept: list[torch.nn.Module] = []
-
-    def run_again(module: torch.nn.Module, *inputs: Any) -> Any:
-        kept.append(module)
-        return checkpoint(module, *inputs, use_reentrant=False)
-
-    def gradients() -> tuple[torch.Tensor, ...]:
-        inputs = (latents.clone().requires_grad_(), text.states_BLD.clone().requires_grad_())
-        prediction = family.denoise(inputs[0], t, type(text)(inputs[1], text.pooled_BE, text.size_B6))
-        return torch.autograd.grad(prediction.square().sum(), inputs)
-
-    expected = gradients()
-    family.checkpoint_gradients(run_again)
-    found = gradients()
-
-    assert not family.training and len(kept) >= 5
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    assert all(gradient.abs().max() > 0 for gradient in expected)
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -162,11 +139,27 @@ def test_the_base_stays_frozen_and_in_eval_mode_and_its_vae_in_its_type(
         assert torch.equal(family.decode_latents(expected), decoded)
 
 
+@pytest.mark.parametrize(
+    ("make", "context", "hidden"),
+    zip(MAKERS, (tiny.CONTEXT_WIDTH, 20, 28), (tiny.HIDDEN, tiny.HIDDEN, tiny_sdxl.HIDDEN), strict=True),
+)
+def test_sizes_and_hosts_follow_from_the_parts(
+    make: Callable[[], LatentDiffusion], context: int, hidden: list[int]
+) -> None:
+    family = make()
+    published = [name.removesuffix(".processor") for name in family.unet.attn_processors if "attn2" in name]
+
+    assert (family.size_multiple_px, family.image_size_px, family.context_width) == (2, tiny.IMAGE_PX, context)
+    assert family.latent_shape(32) == (4, 16, 16)
+    assert [(host.name, host.width) for host in family.hosts()] == list(zip(published, hidden, strict=True))
+    assert all(host.attention is family.unet.get_submodule(host.name) for host in family.hosts())
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_text_is_its_ids_encoded(make: Callable[[], LatentDiffusion]) -> None:
     family, texts, sizes = make(), ["cat", "", "a much longer red dog than fits"], torch.arange(18).view(3, 6)
     inputs = family.prepare_text(texts)
-    expected, found = family.encode_text(texts, sizes), family.encode_text_inputs(inputs, sizes)
+    expected, found = family.encode_text(texts, sizes), family.text_condition(family.text_states(inputs), sizes)
     ids_BL = inputs["ids"]
 
     assert ids_BL.shape == (3, len(family.tokenizers) * tiny.TEXT_LENGTH) and ids_BL.dtype == torch.int64

@@ -71,7 +71,7 @@ def load(folder_of: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> Ca
 
 def gguf_of(folder: Path, family: Any) -> str:
     """The transformer under diffusers' names."""
-    transformer = family.transformer_class.from_pretrained(folder / "transformer")
+    transformer = family.denoiser_class.from_pretrained(folder / "transformer")
     return write_gguf(folder / "tiny-Q8_0.gguf", transformer.state_dict())
 
 

@@ -1,7 +1,7 @@
 """`python -m ipa.tools.ablation`: the table's values, the verdicts, the page with its figure."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,11 @@ def configuration(base: Path, pictures: Path) -> dict[str, object]:
     }
 
 
-def test_page_figure_and_copies_are_written(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_figure_and_copies_are_written(sweep: Path, tmp_path: Path, command: Callable[..., str]) -> None:
     (tmp_path / "notes.md").write_text("What we make of it.\n")
     out, adapters = tmp_path / "page.md", tmp_path / "adapters"
 
-    arguments = [f"sweep={sweep}", f"out={out}", f"notes={tmp_path / 'notes.md'}", f"adapters={adapters}", "rows=2"]
-    monkeypatch.setattr(sys, "argv", ["ablation", *arguments])
-    main()
+    command(main, sweep=sweep, out=out, notes=tmp_path / "notes.md", adapters=adapters, rows=2)
 
     lines = out.read_text().split("\n")
     assert lines[0] == "# The ablation" and lines[4] == "learning rate 0.001, seeds 1."

@@ -1,8 +1,8 @@
 """`python -m ipa.tools.blocks`: the presets of a base, and what its blocks carry."""
 
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,8 @@ BLOCK = "up_blocks.1.attentions.0"
 
 
 @pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Blocks:
-    def run(**options: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["blocks", *(f"{name}={value}" for name, value in options.items())])
-        capsys.readouterr()
-        main()
-        return capsys.readouterr().out
-
-    return run
+def blocks(command: Callable[..., str]) -> Blocks:
+    return partial(command, main)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The model card of a run: what it says, and how it says that something is missing."""
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,13 +42,8 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def make_card(monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["card", *(f"{name}={value}" for name, value in options.items())])
-    main()
-
-
-def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_card(monkeypatch, run=run)
+def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, command: Callable[..., str]) -> None:
+    command(main, run=run)
     card = run / "card"
     _, header, body = (card / "README.md").read_text().split("---\n", 2)
 
@@ -77,13 +72,13 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, monkeypatc
 
 
 def test_an_encoder_that_is_not_public_is_not_promised_to_other_programs(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, command: Callable[..., str]
 ) -> None:
     path = run / "adapter.safetensors"
     model = tiny.make_model()
     tensors = to_published(model.trainable.state_dict())
     save_adapter(path, tensors, with_metadata(tensors, model.describe() | {"encoder": "local-dir:mine"}))
-    make_card(monkeypatch, run=run)
+    command(main, run=run)
     page = (run / "card" / "README.md").read_text()
     assert "# FOLDER: the image encoder (mine" in page
     assert "only if *Load CLIP Vision* can load that encoder" in page
@@ -102,11 +97,16 @@ def test_an_encoder_that_is_not_public_is_not_promised_to_other_programs(
     ],
 )
 def test_what_is_missing_is_named(
-    run: Path, monkeypatch: pytest.MonkeyPatch, missing: str | None, options: dict[str, str], words: str
+    run: Path,
+    command: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str | None,
+    options: dict[str, str],
+    words: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     if missing:
         (run / missing).unlink()
     with pytest.raises(SystemExit, match=words):
-        make_card(monkeypatch, run=run, **options)
+        command(main, run=run, **options)
     assert not (run / "card").exists()

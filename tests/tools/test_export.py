@@ -1,6 +1,5 @@
 """`python -m ipa.tools.export`: descriptions, and conversions between formats, data types and sources."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,17 +20,14 @@ PUBLIC = {"width": 20, "heads": 1, "depth": 4, "head_width": 64, "expansion": 4}
 
 
 @pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Export:
+def export(command: Callable[..., str]) -> Export:
     """Run the command in this process; returns its output, or the message that ends it."""
 
     def run(**options: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["export", *(f"{name}={value}" for name, value in options.items())])
-        capsys.readouterr()
         try:
-            main()
+            return command(main, **options)
         except SystemExit as end:
             return str(end.code)
-        return capsys.readouterr().out
 
     return run
 

@@ -1,7 +1,7 @@
 """`python -m ipa.tools.report`: the command, its options, the errors for wrong ones."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,18 +21,9 @@ def evaluation(tmp_path: Path) -> Path:
     return tmp_path / "demo"
 
 
-def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", *arguments])
-    main()
-
-
 @pytest.mark.parametrize("argument", ["{}", "folder={}"])
-def test_a_folder_is_enough(
-    evaluation: Path, argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report(monkeypatch, argument.format(evaluation), "rows=3", "seed=1")
-
-    assert capsys.readouterr().out == f"wrote {evaluation / 'report.html'}\n"
+def test_a_folder_is_enough(evaluation: Path, argument: str, command: Callable[..., str]) -> None:
+    assert command(main, argument.format(evaluation), rows=3, seed=1) == f"wrote {evaluation / 'report.html'}\n"
     assert "skipped: download it" in (evaluation / "table.md").read_text()
     assert not (evaluation / "wandb").exists()
 
@@ -43,9 +34,9 @@ def test_a_folder_is_enough(
     + [("sytem=mine", "Did you mean system="), ("rows=many", "rows=many"), ("folder=/nowhere", "folder")],
 )
 def test_mistakes_end_with_a_message(
-    evaluation: Path, argument: str, message: str, monkeypatch: pytest.MonkeyPatch
+    evaluation: Path, argument: str, message: str, command: Callable[..., str]
 ) -> None:
     arguments = [argument] if argument.startswith("folder") else [str(evaluation), argument]
     with pytest.raises(SystemExit, match=message):
-        report(monkeypatch, *arguments)
+        command(main, *arguments)
     assert not (evaluation / "table.md").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ipa.export.storage import load_adapter
-from ipa.families.hollow import PUBLISHED
+from ipa.families.published import PUBLISHED
 from ipa.training.dry_run import GIB, count, dry_run, hollow_model, step_maker
 from ipa.training.memory import estimate_peak
 

@@ -62,19 +62,17 @@ class IPAdapterControl(IPAdapterMethod):
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         family, texts, seeds = self.model.family, [each.text for each in prompts], [each.seed for each in prompts]
-        size_px, guided = sampling.image_size_px or family.image_size_px, sampling.guidance > 1
+        size = (sampling.image_size_px or family.image_size_px,) * 2
         condition = ImageCondition([self.encode(prompts)], scale=sampling.scale)
-        control: dict[str, Any] = {"image": self.controls(prompts, size_px).to(self.model.device)}
+        control: dict[str, Any] = {"image": self.controls(prompts, size[0]).to(self.model.device)}
         control["controlnet_conditioning_scale"] = float(self.control_weight)
-        pipeline, text_length = (
-            controlnet_pipeline(family, self.controlnet),
-            family.encode_text([""]).states_BLD.shape[1],
-        )
+        pipeline = controlnet_pipeline(family, self.controlnet)
+        text_length = family.encode_text([""]).states_BLD.shape[1]
         with (
-            prompt_arguments(self.model, [condition], texts, size_px, guided) as arguments,
+            prompt_arguments([(self.model, [condition])], texts, size, sampling.guidance > 1) as arguments,
             context_cut(self.controlnet, text_length),
         ):
-            return run_pipeline(family, pipeline, arguments | control, seeds, (size_px, size_px), sampling)
+            return run_pipeline(family, pipeline, arguments | control, seeds, size, sampling)
 
     def controls(self, prompts: Sequence[Prompt], size_px: int) -> Tensor:
         """Edges of the images' centre squares: control_B3HW in [0, 1]."""

@@ -36,11 +36,11 @@ class Prompt:
 
 
 class Method(nn.Module, ABC):
-    """A frozen system: its parts are in eval mode and need no gradients.
+    """A frozen system: its parts are in eval mode and have no gradients.
 
     ``uses_text`` says whether the prompt's text has any effect, ``rescales_guidance`` whether the system's pipeline has
-    ``guidance_rescale``, ``source`` which weights were loaded, and ``recorded`` what else the manifest has of them.
-    Each image's noise comes from its own seed, drawn on the CPU, so that it starts from the same noise on every device.
+    ``guidance_rescale``; ``source`` is where the weights were loaded from, ``recorded`` more about them for the
+    manifest. Each image's noise comes from its own seed, drawn on the CPU, so that it is the same on every device.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def check(cls, sampling: SamplingOptions) -> None:
-        """Raise UserError for options that the system does not have; λ is ignored where there is none."""
+        """Raise UserError for options that the system does not have; a system without λ ignores it."""
         if sampling.guidance_rescale and not cls.rescales_guidance:
             raise UserError(
                 f"sampling.guidance_rescale={sampling.guidance_rescale}: the pipeline of {cls.name} has no "

@@ -1,4 +1,4 @@
-"""What is shown, and the templates: ``page.html.jinja``, one file that opens offline, and ``table.md.jinja``."""
+"""Fills the templates: ``page.html.jinja``, one file that opens offline, and ``table.md.jinja``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     python -m ipa.tools.app 'adapter=[a.safetensors,b.safetensors]' control_model=FOLDER
     python -m ipa.tools.app adapter=FILE host=0.0.0.0 'password=${oc.env:IPA_PASSWORD}'
 
-The page is for this machine alone unless host= is given, which needs a password. Everything that is set on it can be
+Only this machine can open the page unless host= is given, which needs a password. All settings of the page can be
 copied as a command of ipa.tools.sample. Several adapters share one base. Nothing is loaded from the network.
 """
 
@@ -33,7 +33,7 @@ class Options:
     adapter: list[str] = option(MISSING, "adapter file, checkpoint, or run folder; several on one base can be compared")
     host: str = option(LOCAL, "address to listen on, 0.0.0.0 for all; any other than this machine's needs password=")
     port: int = option(7860, "port to listen on", at_least=1, at_most=65535)
-    password: str | None = option(None, "who knows it may use the page; give it as '${oc.env:NAME}'")
+    password: str | None = option(None, "required to open the page; give it as '${oc.env:NAME}'")
     control_model: str | None = option(None, "ControlNet or T2I-Adapter for control images: folder or hub id")
     base: str | None = option(None, "base model in place of the metadata's: diffusers folder, hub id or .safetensors")
     base_config: str | None = option(None, "for a base in one file: diffusers folder or hub id with its layout")

@@ -1,10 +1,10 @@
-"""The jobs of all users: one after another, on one thread, each of which can be cancelled between two steps.
+"""The jobs of all users, one after another on one thread; each can be cancelled between two steps.
 
     queue = Queue()
     job = queue.submit(session, calls=2, work=lambda job: make(…))
     async for words in queue.watch(session, job): …
 
-The thread owns the model, so that nothing else is needed to keep two users apart.
+Only this thread uses the model, so users cannot interfere with each other.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ POLL_S = 0.2
 
 
 class Cancelled(Exception):
-    """The user does not want the images any more."""
+    """The user has cancelled the job."""
 
 
 class Job:
-    """One run of a pipeline, or of several ``calls`` of it; in place of a pipeline's progress bar, which it calls."""
+    """One or several ``calls`` of a pipeline; it replaces the pipeline's progress bar."""
 
     def __init__(self, calls: int) -> None:
         self.calls, self.call, self.step, self.num_steps = calls, 0, 0, 0
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def fraction(self) -> float:
-        """Of all steps, those that are made."""
+        """The fraction of all steps that is done."""
         return max(self.call - 1 + self.step / max(self.num_steps, 1), 0) / self.calls
 
     @property
@@ -99,7 +99,7 @@ class Queue:
             self.jobs.pop(session, None)
 
     def ahead(self, session: str) -> int:
-        """How many jobs are made before this one."""
+        """The number of jobs before this one."""
         with self.lock:
             return list(self.jobs).index(session) if session in self.jobs else 0
 
@@ -112,7 +112,7 @@ class Queue:
             job.future.cancel()
 
     async def watch(self, session: str, job: Job) -> AsyncIterator[tuple[float, str]]:
-        """The fraction that is made and what to tell the user, until the job has ended; a watcher that goes cancels."""
+        """The fraction done and a message for the user, until the job ends; closing the watcher cancels the job."""
         try:
             while not job.future.done():
                 yield job.fraction, self.describe(session, job)

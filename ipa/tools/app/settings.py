@@ -1,6 +1,6 @@
-"""What is set on the page → the settings of `ipa.tools.sample`, and these as a command and as Python.
+"""The values of the page → the settings of `ipa.tools.sample`, and these as a command and as Python.
 
-The page makes what the command makes: its values become the command's arguments, which the command's own reader checks.
+The page's values become the command's arguments, which the command's own parser checks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def scales_of(page: Mapping[str, Any]) -> list[float]:
 
 
 def check_limits(settings: Mapping[str, Any], native_px: int) -> None:
-    """What the command allows, but nobody should ask of a machine that is shared."""
+    """Limits for a shared machine, which the command does not have."""
     images = prod(len(settings[name]) or 1 for name in (*AXES, "seed"))
     largest = MAX_ENLARGEMENT * native_px
     if not 1 <= images <= MAX_IMAGES:
@@ -109,7 +109,7 @@ def pipeline_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Without those that are as in the command's defaults."""
+    """The settings of these ``names`` that differ from the command's defaults."""
     defaults = settings_of(read_options(["adapter=a", "image=a"], Options))
     return {name: settings[name] for name in names if settings[name] != defaults[name]}
 

@@ -1,4 +1,4 @@
-"""What users send to the page: its limits, and the pictures of one job as files."""
+"""Uploads to the page: their limits, and the images of one job as files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_pictures(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 @dataclass
 class Files:
-    """The pictures of a job in a folder of its own, under the names that its command has.
+    """The images of a job in its own folder, under the names in its command.
 
     ``made`` are those that the user does not have under this name.
     """
@@ -89,7 +89,7 @@ class Files:
         return name
 
     def free(self, path: Path) -> str:
-        """A plain name that no other picture has: phones call all their pictures alike."""
+        """A plain, unique name: phones use the same names for many pictures."""
         stem, suffix = (
             re.sub(r"[^\w.-]+", "_", part) for part in (path.stem[:60].lstrip(".") or "picture", path.suffix)
         )

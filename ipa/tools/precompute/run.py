@@ -26,7 +26,6 @@ from ipa.data.rejects import describe_rejects
 from ipa.data.shards.names import is_remote, some
 from ipa.errors import UserError
 from ipa.files import remove_temporaries
-from ipa.model import fingerprints
 from ipa.tools.precompute.decoding import Decoded, Decoding, Task
 from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
 from ipa.tools.precompute.texts import KEPT, describe_sizes, encode_texts, kept_of
@@ -67,7 +66,7 @@ def encode_pictures(
     encoder = instantiate(cfg.encoder)
     kept = kept_of(cfg, encoder.widths, family.widths)
     sizes = fit(data, family, encoder, cfg.image_size_px) | {"kept": kept}
-    headers = make_headers(data, sizes, fingerprints(family, encoder))
+    headers = make_headers(data, sizes, family.fingerprints() | {"encoder": encoder.fingerprint()})
     jobs = list_jobs(data.train_order, headers, Path(cfg.out), cfg.text)
     mine = jobs[rank::world]
     remove_temporaries(each.path for job in mine for each in (job, job.without_states))

@@ -72,17 +72,9 @@ def test_pickles_with_the_former_names_of_attention_layers_are_read(tmp_path: Pa
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in vae.state_dict().items())
 
 
-class Harmful:
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.file,)
-
-
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     made.save_parts(tmp_path, {"vae": tiny.make_vae()})
-    pickle_weights(tmp_path / "vae", {"encoder.conv_in.weight": Harmful(tmp_path / "harm")})
+    pickle_weights(tmp_path / "vae", {"encoder.conv_in.weight": tiny.Harmful(tmp_path / "harm")})
     with pytest.raises((MissingWeights, ValueError), match=r"cannot be read in vae/"):
         load_part(AutoencoderKL, tmp_path / "vae", Source(str(tmp_path)), torch.float32)
     assert not (tmp_path / "harm").exists()

@@ -1,6 +1,5 @@
 """Image tokens after the text, of Uni-ControlNet and T2I's style adapter, and how their files are read."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ def method(request: pytest.FixtureRequest) -> Any:
 
 def test_they_keep_what_every_method_promises(method: Any) -> None:
     parts.check_promises(method)
-    parts.check_without_guidance(method)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ def test_folders_are_read(file: Path, base_folder: Path, tmp_path: Path, monkeyp
     parts.make_vision().save_pretrained(tmp_path / "encoder")
     method = UniControlNet.from_pretrained(**given, dtype="float32")
     assert method.trained == count_parameters(SYSTEMS[UniControlNet]()) and method.source == f"{file} on {base_folder}"
-    parts.check_without_guidance(method)
+    assert method.generate(parts.make_prompts(), parts.FAST).isfinite().all()
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -181,23 +179,13 @@ def test_wrong_folders_and_precisions_are_told_with_our_key(load: Any, base_fold
         load(str(base_folder), "float12")
 
 
-class Wicked:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("old", [False, True])
 def test_a_checkpoint_runs_no_code(old: bool, tmp_path: Path) -> None:
     file, trace = tmp_path / "wicked.pth", tmp_path / "trace"
     if old:
-        file.write_bytes(pickle.dumps({"weight": Wicked(trace)}))
+        file.write_bytes(pickle.dumps({"weight": tiny.Harmful(trace)}))
     else:
-        torch.save({"weight": Wicked(trace)}, file)
+        torch.save({"weight": tiny.Harmful(trace)}, file)
     with pytest.raises(UserError, match=r"^method\.adapter=.*wicked\.pth is not a line"):
         load_module(lambda: nn.Linear(1, 1), str(file), "a line")
     assert not trace.exists()

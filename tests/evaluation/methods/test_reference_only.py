@@ -37,7 +37,6 @@ def predict_reading(unet: Any, reference: Tensor, style_fidelity: float = 0.5) -
 
 def test_it_keeps_what_every_method_promises() -> None:
     parts.check_promises(make_method())
-    parts.check_without_guidance(make_method())
 
 
 def test_the_unet_is_restored_also_after_an_error() -> None:

@@ -70,16 +70,17 @@ def differs(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs().amax((1, 2, 3)) > 1e-3).all())
 
 
-def check_promises(method: Any, sampling: SamplingOptions = FAST) -> None:
-    """What every method promises: see ``ipa.evaluation.methods.method``."""
+def check_promises(method: Any, sampling: SamplingOptions = FAST) -> Tensor:
+    """What every method promises: see ``ipa.evaluation.methods.method``; returns the pixels of ``make_prompts()``."""
     prompts = make_prompts()
+    others = [other_image(prompt) for prompt in prompts]
     pixels = method.generate(prompts, sampling)
     assert pixels.shape == (3, 3, tiny.IMAGE_PX, tiny.IMAGE_PX)
     assert pixels.dtype == torch.float32 and pixels.device.type == "cpu"
     assert pixels.isfinite().all() and pixels.abs().max() <= 1
     assert torch.equal(pixels, method.generate(prompts, sampling))
 
-    assert differs(pixels, method.generate([other_image(prompt) for prompt in prompts], sampling))
+    assert differs(pixels, method.generate(others, sampling))
     assert differs(pixels, method.generate([replace(prompt, seed=prompt.seed + 9) for prompt in prompts], sampling))
     other_text = method.generate([replace(prompt, text="blue z") for prompt in prompts], sampling)
     assert differs(pixels, other_text) if method.uses_text else torch.equal(pixels, other_text)
@@ -88,14 +89,10 @@ def check_promises(method: Any, sampling: SamplingOptions = FAST) -> None:
     torch.testing.assert_close(alone.flip(0), pixels, atol=1e-4, rtol=0)
     assert method.to("cpu") is method
     assert not any(parameter.requires_grad for parameter in method.parameters())
-
-
-def check_without_guidance(method: Any) -> None:
-    """Guidance 1 works and is another picture, but reads the image all the same."""
-    prompts, plain = make_prompts(), SamplingOptions(num_steps=2, guidance=1.0)
-    pixels = method.generate(prompts, plain)
-    assert differs(pixels, method.generate(prompts, FAST))
-    assert differs(pixels, method.generate([other_image(prompt) for prompt in prompts], plain))
+    unguided = replace(sampling, guidance=1.0)  # is another picture, but reads the image all the same
+    plain = method.generate(prompts, unguided)
+    assert differs(plain, pixels) and differs(plain, method.generate(others, unguided))
+    return pixels
 
 
 def check_missing(load: Any, key: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> str:
