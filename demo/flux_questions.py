@@ -3,7 +3,8 @@
     python demo/flux_questions.py train      # eight variants, three seeds each: an hour on two cores, resumable
     python demo/flux_questions.py draw       # docs/images/flux.png and a table, from the runs there are
 
-The first variant is `recipe=demo_flux experiment=decoupled_global`; each other one differs in one thing. Every run is
+The first variant is `recipe=demo_flux experiment=decoupled_global`. The other experiments differ from it in one thing,
+the other options from the second variant, which trains at the noise levels of the base's own training. Every run is
 scored at its end with 100 held-out image prompts, without text, by the independent CLIP.
 """
 
@@ -23,14 +24,15 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, PICTURE = ROOT / "runs", ROOT / "docs" / "images" / "flux.png"
-SEEDS, BATCH, BIN_STEPS = (1, 2, 3), 16, 50
-FREE_LAYOUT = "adapter.layout=ipa"  # diffusers reads the first, second and fifth alone
+SEEDS, BATCH, BIN, LAST = (1, 2, 3), 16, 800, 10
+LOGIT_NORMAL = "base.times.timesteps=logit_normal"
+FREE_LAYOUT = "adapter.layout=ipa"  # for what diffusers does not read
 VARIANTS = {
     "recipe=demo_flux": (),
-    "base.value_std=0.02": (),
-    "tokens.num_tokens=16": (FREE_LAYOUT,),
-    "base.hosts=all": (FREE_LAYOUT,),
-    "base.times.timesteps=uniform": (),
+    LOGIT_NORMAL: (),
+    "base.value_std=0.02": (LOGIT_NORMAL,),
+    "tokens.num_tokens=16": (LOGIT_NORMAL, FREE_LAYOUT),
+    "base.hosts=all": (LOGIT_NORMAL, FREE_LAYOUT),
     "experiment=decoupled_fine_grained": (FREE_LAYOUT,),
     "experiment=simple_global": (FREE_LAYOUT,),
     "experiment=simple_fine_grained": (FREE_LAYOUT,),
@@ -72,13 +74,18 @@ def runs_of(variant: str) -> list[Path]:
 
 
 def gaps(run: Path) -> dict[int, float]:
-    """Samples seen → the mean `image_prompt/gap` of the last ``BIN_STEPS`` steps, in per cent."""
-    bins: dict[int, list[float]] = {}
+    """Samples seen → `image_prompt/gap`, in per cent."""
     with (run / "log.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if value := row.get("image_prompt/gap"):
-                bins.setdefault(-(-int(row["step"]) // BIN_STEPS), []).append(float(value))
-    return {number * BIN_STEPS * BATCH: 100 * statistics.mean(values) for number, values in bins.items()}
+        rows = [row for row in csv.DictReader(file) if row.get("image_prompt/gap")]
+    return {int(row["step"]) * BATCH: 100 * float(row["image_prompt/gap"]) for row in rows}
+
+
+def smoothed(runs: list[dict[int, float]]) -> list[tuple[int, float]]:
+    """The mean of all runs in bins of ``BIN`` samples."""
+    bins: dict[int, list[float]] = {}
+    for samples, gap in (pair for run in runs for pair in run.items()):
+        bins.setdefault(-(-samples // BIN) * BIN, []).append(gap)
+    return [(samples, statistics.mean(values)) for samples, values in bins.items()]
 
 
 def scores(run: Path) -> dict[str, float]:
@@ -92,11 +99,11 @@ def draw() -> int:
         if not (runs := runs_of(variant)):
             continue
         curves = [gaps(run) for run in runs]
-        points = [(samples, statistics.mean(curve[samples] for curve in curves)) for samples in curves[0]]
         style = {"color": f"C{number}", "label": variant, "marker": "o", "markersize": 3}
-        for panel in panels if number == 0 else [panels[variant.startswith("experiment=")]]:
-            panel.plot(*zip(*points, strict=True), **style)
-        print(f"| `{variant}` | {len(runs)} | {spread([first_sign(curve) for curve in curves], 0)} | ", end="")
+        for panel in panels if number == 0 else [panels[int(variant.startswith("experiment="))]]:
+            panel.plot(*zip(*smoothed(curves), strict=True), **style)
+        last = [statistics.mean(list(curve.values())[-LAST:]) for curve in curves]
+        print(f"| `{variant}` | {spread([first_sign(curve) for curve in curves], 0)} | {spread(last, 1)} | ", end="")
         print(" | ".join(spread([scores(run)[name] for run in runs], digits) for name, digits in SCORES.items()), "|")
     for panel in panels:
         panel.axhline(0, color="#63625e", linewidth=0.7)
@@ -108,7 +115,7 @@ def draw() -> int:
 
 
 def first_sign(curve: dict[int, float]) -> float:
-    """How many samples were seen when the gap left 1 % for good."""
+    """How many samples were seen when the gap was last below 1 %."""
     below = [samples for samples, gap in curve.items() if gap < 1]
     return max(below, default=0)
 

@@ -106,7 +106,7 @@ def test_a_folder_without_a_unet_or_its_configuration_is_refused(tmp_path: Path)
         family_of(str(tmp_path))
     path = write_configuration(tmp_path / "base", SD)
     shutil.rmtree(tmp_path / "base/unet")
-    with pytest.raises(UserError, match=rf"base\.path={path}: .*config\.json"):
+    with pytest.raises(UserError, match=rf"base\.path={path}/unet: .*config\.json"):
         StableDiffusion.read_widths(path)
 
 
