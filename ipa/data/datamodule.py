@@ -56,6 +56,7 @@ class TrainLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.stream.begin_at(self.position())
+        self._iterator = None  # persistent workers would keep the stream that they were started with
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

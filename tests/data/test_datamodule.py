@@ -58,7 +58,7 @@ def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
     whole = take(make(clean_shards), 6)
     data = make(clean_shards, num_workers=2)
     loader, parts = data.train_dataloader(), []
-    for _ in range(3):  # the workers persist between these
+    for _ in range(3):  # each time with new workers
         for batch in islice(loader, 2):
             parts.append(seen(batch))
             data.consumed(batch)

@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 
 from ipa.data.order.lanes import Lane, Lanes, Share
 from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Preparation
 from ipa.data.rejects import Rejected, in_detail
-from ipa.types import Batch, LanePlace, Position, SourcePlace
+from ipa.types import Batch, Position
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +79,14 @@ class TrainStream(Stream):
         self.step_samples = self.batch_size * self.share.world
         self.take = self.step_samples // self.lanes.ranks
         assert self.take * self.lanes.ranks == self.step_samples, "the lanes of a row give equally many samples"
-        self.start = SharedPosition(self.lanes.number, len(self.order.sources))
-        self.begin_at(Position())
+        self.start = Position()
 
     def begin_at(self, position: Position) -> None:
-        """Lanes that the position lacks begin their first pass."""
-        self.start.set(position, self.order.begin())
+        """Lanes that the position lacks begin their first pass. Data workers that run already do not notice."""
+        self.start = Position(position.step, {**position.lanes})
 
     def batches(self, share: Share) -> Iterator[Batch]:
-        start = self.start.get()
+        start = self.start
         mine = self.lanes.read_by(share, start.step, self.step_samples)
         readers = {lane: self.reader(lane, start, share) for lane in sorted(mine)}
         for number in count():
@@ -133,27 +131,6 @@ class TrainStream(Stream):
                 if candidate is slot:
                     counted.append(reject.at())
         raise AssertionError("the order is endless")
-
-
-class SharedPosition:
-    """A position in shared memory: persistent workers hold a copy of the stream and must see a new start."""
-
-    def __init__(self, lanes: int, sources: int) -> None:
-        self.step = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.choices = torch.zeros(lanes, dtype=torch.int64).share_memory_()
-        self.places = torch.zeros(lanes, sources, len(SourcePlace._fields), dtype=torch.int64).share_memory_()
-
-    def set(self, position: Position, begin: LanePlace) -> None:
-        self.step.fill_(position.step)
-        for lane in range(len(self.choices)):
-            place = position.lanes.get(lane, begin)
-            self.choices[lane] = place.choices
-            self.places[lane] = torch.tensor(place.sources)
-
-    def get(self) -> Position:
-        pairs = zip(self.choices.tolist(), self.places.tolist(), strict=True)
-        lanes = [LanePlace(choices, tuple(SourcePlace(*place) for place in places)) for choices, places in pairs]
-        return Position(int(self.step), dict(enumerate(lanes)))
 
 
 @dataclass(eq=False)
