@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ipa.distributed import mean_over_ranks
 from ipa.model import IPAdapterModel
-from ipa.training.average import WeightAverage
+from ipa.training.average import Average, WeightAverage
 from ipa.training.optimizers import ScheduleFreeAverage, averages
 from ipa.training.strategies import like, shard, whole
 from ipa.types import Batch
@@ -44,7 +44,7 @@ class AdapterTraining(L.LightningModule):
         super().__init__()
         self.model = model
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
-        self.average: WeightAverage | ScheduleFreeAverage | None = None
+        self.average: Average | None = None
         if ema_decay is not None:
             self.average = WeightAverage(model.trainable, ema_decay)
         self.metadata = metadata or {}
