@@ -29,7 +29,7 @@ class Record:
     subject; without any the picture is its own reference. ``reference_masks`` has a mask for each, or one for the
     picture, where the source has masks. ``rejects`` are unusable neighbours, so that each is counted once. ``broken``
     is why the picture could not be decoded, once that was tried. ``source`` is set by the order; ``span`` is where the
-    sample begins and ends in its shard, in bytes.
+    sample begins and ends in its shard, in bytes. ``values`` are the metadata's entries that its layout keeps.
     """
 
     key: str
@@ -45,6 +45,7 @@ class Record:
     span: tuple[int, int] = (0, 0)
     loss_mask: Mask | None = None
     reference_masks: tuple[Mask, ...] = ()
+    values: tuple[Any, ...] = ()
 
     @property
     def size(self) -> Size | None:

@@ -34,9 +34,9 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     Widths come from the configuration files and headers of base and encoder. ``donor`` is the adapter file or the other
     run's checkpoint that the run begins with.
     """
-    base: BaseWidths = read_widths(cfg.base)
+    base: BaseWidths = read_from(cfg.base, "read_widths")
     check_size(cfg)
-    encoder: EncoderWidths = read_widths(cfg.encoder)
+    encoder: EncoderWidths = read_from(cfg.encoder, "read_widths")
     head, kind = make_head_of(cfg, encoder, base), kind_of(cfg).name
     layout: str = cfg.callbacks.export.layout
     check_layout(head, kind, layout, base.branches)
@@ -101,12 +101,8 @@ def check_average(cfg: DictConfig, checkpoint: Path) -> None:
         )
 
 
-def read_widths(part: DictConfig) -> Any:
-    """The widths of a part as its class reads them, without loading it."""
-    return read_from(part, "read_widths")
-
-
 def read_from(part: DictConfig, method: str) -> Any:
+    """What another class method of a part makes of its options, as ``read_widths``, which loads no weights."""
     return instantiate({**part, "_target_": part._target_.replace("from_pretrained", method)})
 
 

@@ -155,8 +155,7 @@ def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal, *callbacks_o
         profiler=clock,
         default_root_dir=folder,
     )
-    check_compile(cfg, trainer.strategy)
-    check_quantization(cfg, trainer.strategy)
+    check_sharding(cfg, trainer.strategy)
     check_launcher(trainer.world_size)
     stop.signals.launcher = launcher_of(trainer)
     for previews in found(callbacks, Previews):
@@ -229,20 +228,15 @@ def check_devices(cfg: DictConfig) -> None:
         )
 
 
-def check_compile(cfg: DictConfig, strategy: Strategy) -> None:
-    if cfg.compile and isinstance(strategy, AdapterFSDP):
+def check_sharding(cfg: DictConfig, strategy: Strategy) -> None:
+    """Raise UserError for what does not work with FSDP and ZeRO-2."""
+    quantizing = [f"base.{name}={cfg.base[name]}" for name in QUANTIZING if cfg.base.get(name)]
+    reasons = dict.fromkeys(quantizing, "shard weights in their own dtype")
+    reasons |= {"compile=true": "gather weights while a block runs"} if cfg.compile else {}
+    if reasons and isinstance(strategy, AdapterFSDP):
+        option, reason = reasons.popitem()
         raise UserError(
-            "compile=true does not work with trainer=fsdp or zero2, which gather weights while a block runs: give one "
-            "of them, or trainer=ddp"
-        )
-
-
-def check_quantization(cfg: DictConfig, strategy: Strategy) -> None:
-    given = {name: cfg.base.get(name) for name in QUANTIZING if cfg.base.get(name)}
-    if given and isinstance(strategy, AdapterFSDP):
-        raise UserError(
-            f"base.{next(iter(given))}={next(iter(given.values()))} does not work with trainer=fsdp or zero2, which "
-            "shard weights in their own dtype: give one of them, or trainer=ddp"
+            f"{option} does not work with trainer=fsdp or zero2, which {reason}: give one of them, or trainer=ddp"
         )
 
 

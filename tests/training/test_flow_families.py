@@ -29,12 +29,12 @@ from ipa.prompter import Prompter
 from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
+from ipa.training.callbacks import ScaleWarmup
 from ipa.training.memory import make_batch
 from ipa.training.parts import build_model
 from ipa.training.run import make_trainer
 from ipa.training.stopping import Signals, StopOnSignal
 from ipa.training.strategies import frozen_blocks
-from ipa.training.warmup import ScaleWarmup
 
 SLOW = ("chroma", "instantx", "schnell")
 FOUR = ("tokens.num_tokens=4",)

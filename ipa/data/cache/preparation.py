@@ -21,9 +21,11 @@ from ipa.data.pairs.index import Place
 from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
 from ipa.data.rejects import Rejected
-from ipa.types import Batch, Features, Position, Posterior, TextInputs
+from ipa.types import Batch, EncoderWidths, Features, Position, Posterior, TextInputs
 
 REFERENCE = ("pooled_E", "reference_3HW")
+# what a cache keeps of a reference, by what the head reads: patch features would need four times its space
+KEPT = {"pooled": "pooled", "patches": "reference"}
 HEAD_BYTES = 2048  # most headers of samples are shorter
 OTHER_BUCKET = "cached for another aspect-ratio bucket"
 
@@ -139,6 +141,12 @@ class CachedPreparation:
 
 def ids_of(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
+
+
+def cached_bytes(latent_shape: Sequence[int], encoder: EncoderWidths, kept: Sequence[str]) -> int:
+    """Of a sample without its captions: mean and logvar in fp16, and what is ``kept`` of the reference."""
+    reference = {"pooled": 2 * encoder.pooled, "reference": 3 * encoder.image_size_px**2}
+    return 4 * math.prod(latent_shape) + sum(reference[name] for name in kept)
 
 
 def state_bytes(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -94,6 +94,13 @@ class Fields:
             raise Rejected(BROKEN_METADATA, f"a {type(entries).__name__}, expected an object")
         return entries
 
+    def entry(self, name: str) -> Any:
+        """An entry of the metadata; None if it is missing or the metadata are broken. Raises nothing."""
+        try:
+            return self.metadata.get(name)
+        except Rejected:
+            return None
+
     def text(self, extension: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         """A member's text; may raise UnicodeDecodeError."""
         if len(self.members[extension]) > max_bytes:

@@ -12,7 +12,6 @@ import io
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
@@ -50,7 +49,8 @@ class Layout:
 
     ``images`` are the extensions that the picture may have, the preferred one first; by default ``files.PICTURES``.
     ``loss_mask`` is the picture's, ``reference_masks`` has one for each reference, or one for the picture: members'
-    extensions, or ``fields.ALPHA``. ``strip`` changes captions after the filters saw them.
+    extensions, or ``fields.ALPHA``. ``strip`` changes captions after the filters saw them. ``columns`` are entries of
+    the metadata that records keep.
     """
 
     captions: Captions = field(default_factory=Captions)
@@ -61,6 +61,7 @@ class Layout:
     loss_mask: str = field(default="", repr=False)
     reference_masks: tuple[str, ...] = field(default=(), repr=False)
     strip: Strip = field(default_factory=Strip, repr=False)
+    columns: tuple[str, ...] = field(default=(), repr=False)
 
     def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record:
         """Members: extension → content. The first fault of picture, caption, reference and filters is raised."""
@@ -80,6 +81,7 @@ class Layout:
         measured = vars(fields).get("size")  # if it was needed
         found = Record(key, shard, index, picture, captions, references, measured)
         found.loss_mask, found.reference_masks = loss_mask, reference_masks
+        found.values = tuple(fields.entry(name) for name in self.columns)
         return found
 
     def try_record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record | Rejected:
@@ -152,10 +154,6 @@ class ShardSource(Source):
         return repr(self.layout), *self.layout.images, *masks
 
     def fingerprint(self) -> str:
-        return self.identity
-
-    @cached_property
-    def identity(self) -> str:
         return f"{digest(*self.layout_parts, *self.layout.strip.parts, *map(shard_name, self.shards)):016x}"
 
 

@@ -29,7 +29,7 @@ from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.tools.pictures import grid
-from ipa.training.parts import read_widths
+from ipa.training.parts import read_from
 from ipa.types import Batch, to_uint8, to_unit_range
 
 MAX_TERMS, MAX_EXAMPLES = 12, 4
@@ -105,8 +105,8 @@ def inspect(cfg: DictConfig) -> None:
         raise UserError("a feature cache holds no pictures: give the data that it was made from")
     data.batch_size = min(16, cfg.pictures)
     data.fit_to(
-        image_size_px=cfg.image_size_px or read_image_size(cfg.base),
-        reference_size_px=read_widths(cfg.encoder).image_size_px,
+        image_size_px=cfg.image_size_px or read_from(cfg.base, "read_image_size_px"),
+        reference_size_px=read_from(cfg.encoder, "read_widths").image_size_px,
         latent_shape=(1, 8, 8),  # of the noise, which is not looked at
     )
     findings = read(data, cfg.samples)
@@ -123,11 +123,6 @@ def inspect(cfg: DictConfig) -> None:
     sheet = grid(lines, [""] * len(lines), [""] * len(lines[0]))
     write_atomically(Path(cfg.out), lambda temporary: sheet.save(temporary, format="PNG"), OTHER_FILE)
     print(f"wrote {cfg.out}")
-
-
-def read_image_size(base: DictConfig) -> int:
-    """The picture size that the base was trained at, from its configuration files."""
-    return instantiate({**base, "_target_": base._target_.replace("from_pretrained", "read_image_size_px")})
 
 
 def read(data: ShardDataModule, samples: int | None) -> Findings:

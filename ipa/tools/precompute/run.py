@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ipa.data.cache.datamodule import frozen_choices
 from ipa.data.cache.format import DTYPES, KINDS, Header
+from ipa.data.cache.preparation import KEPT
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.pairs.options import UNPAIRED
@@ -29,7 +30,7 @@ from ipa.files import remove_temporaries
 from ipa.model import fingerprints
 from ipa.tools.precompute.decoding import Decoded, Decoding, Task
 from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
-from ipa.tools.precompute.texts import KEPT, describe_sizes, encode_texts, kept_of
+from ipa.tools.precompute.texts import describe_sizes, encode_texts, kept_of
 from ipa.training.parts import check_parts
 from ipa.types import first_not_finite, to_unit_range
 
@@ -223,15 +224,5 @@ def make_loader(tasks: Iterator[Task], preparation: ImagePreparation, num_worker
     """Decoded tasks, in their order."""
     if num_workers is None:
         num_workers = min(8, len(os.sched_getaffinity(0)))
-    return DataLoader(
-        Decoding(preparation),
-        sampler=tasks,
-        batch_size=None,
-        collate_fn=as_it_is,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def as_it_is(decoded: Any) -> Any:
-    return decoded
+    loading: Any = {"batch_size": None, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(Decoding(preparation), sampler=tasks, **loading)

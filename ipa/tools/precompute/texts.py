@@ -22,7 +22,7 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 from ipa.data.cache.format import HEADER, SAMPLE, CacheWriter, Header, WrongCache, entries_of, with_states
-from ipa.data.cache.preparation import state_bytes
+from ipa.data.cache.preparation import KEPT, cached_bytes, state_bytes
 from ipa.data.cache.source import read_header
 from ipa.data.cache.states import TEXTS, Texts, known_in, shapes_of, to_stored, without_unread
 from ipa.data.datamodule import ShardDataModule
@@ -36,12 +36,9 @@ from ipa.families.sources import is_single_file, read_index
 from ipa.files import write_atomically
 from ipa.tools.precompute.shards import OTHER_FOLDER, Job, Made
 from ipa.training.dry_run import samples_in, size
-from ipa.training.parts import make_head_of, read_widths
+from ipa.training.parts import make_head_of, read_from
 from ipa.types import BaseWidths, EncoderWidths, TextInputs
 from ipa.weights import fingerprint
-
-# what is kept of a reference, by what the head reads: patch features need four times its space
-KEPT = {"pooled": "pooled", "patches": "reference"}
 
 
 def encode_texts(
@@ -172,16 +169,14 @@ def whole_members(path: Path) -> Iterator[Member]:
 def describe_sizes(cfg: DictConfig, data: ShardDataModule) -> str:
     """How much disk the cache takes; no weight of a folder or hub id is read for it."""
     family: Any = instantiate(cfg.base, leave_out=["text", "denoiser", "vae"])
-    encoder = read_widths(cfg.encoder)
-    reference = {"pooled": 2 * encoder.pooled, "reference": 3 * encoder.image_size_px**2}
-    picture = 4 * math.prod(family.latent_shape(cfg.image_size_px or family.image_size_px))
-    sample = picture + sum(reference[name] for name in kept_of(cfg, encoder, family.widths))
+    encoder = read_from(cfg.encoder, "read_widths")
+    latent_shape = family.latent_shape(cfg.image_size_px or family.image_size_px)
+    sample = cached_bytes(latent_shape, encoder, kept_of(cfg, encoder, family.widths))
     caption = text_bytes(cfg, family)
-    shards: list[str] = [shard for source in data.train_order.sources for shard in source.shards]
-    counts = [samples_in(Path(shard)) for shard in shards]
-    number = sum(count for count in counts if count is not None)
+    shards = [Path(shard) for source in data.train_order.sources for shard in source.shards]
+    number = samples_in(shards)
     each = f"each sample takes {size(sample)}, each of its captions at most {size(caption)} of {cfg.text}"
-    if None in counts:
+    if number is None:
         return f"{each}; {len(shards):,} shards, of an unknown number of samples"
     total = number * (sample + caption)
     return f"{each}: {size(total)} for {number:,} samples with a caption each, in {len(shards):,} shards"
