@@ -40,7 +40,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ipa.errors import UserError
-from ipa.overrides import as_typed
+from ipa.overrides import as_typed, quote_value
 
 ALWAYS_NAMED = {"experiment", "seed"}  # so that an extended sweep finds the folders of its earlier jobs
 DECIDED = {"hydra.run.dir", "hydra.mode"}  # by the launcher
@@ -260,8 +260,8 @@ class SweepLauncher(Launcher):
         place = {"name": subdir, "group": str(self.sweep.name or Path(self.config.hydra.sweep.dir).name)}
         chosen = {key_and_value(override)[0] for override in given}
         place = {key: value for key, value in place.items() if key in config and key not in chosen}
-        command = [*this_command(), "hydra.mode=RUN", *hydra, *given, f"hydra.run.dir={quoted(str(folder))}"]
-        command += [f"{key}={quoted(value)}" for key, value in place.items()]
+        command = [*this_command(), "hydra.mode=RUN", *hydra, *given, f"hydra.run.dir={quote_value(str(folder))}"]
+        command += [f"{key}={quote_value(value)}" for key, value in place.items()]
         return Job(number, subdir, overrides, folder, command, folder / f"{config.hydra.job.name}.log")
 
 
@@ -304,11 +304,6 @@ def this_command() -> list[str]:
 def key_and_value(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
     return key.lstrip("+~"), value
-
-
-def quoted(value: str) -> str:
-    """Quoted for Hydra's grammar: the name of a folder may contain ``=`` or ``,``."""
-    return "'" + value.replace("'", r"\'") + "'"
 
 
 def named_value(key: str, value: str) -> str:

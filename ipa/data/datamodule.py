@@ -32,7 +32,7 @@ from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.pairs.options import Pairs
 from ipa.data.pairs.partners import open_partners
 from ipa.data.records import Preparation
-from ipa.data.rejects import Examples, add_examples, describe_rejects, in_detail
+from ipa.data.rejects import Examples, add_examples, in_detail
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.distributed import gather
@@ -220,13 +220,6 @@ class StreamDataModule(LightningDataModule):
     def all_rejects(self) -> Counter[str]:
         """What all ranks rejected, by reason; all of them must call it."""
         return sum(gather(self.rejects), Counter[str]())
-
-    def describe_rejects(self) -> list[str]:
-        """A line per reason, with the first samples since this process began; all ranks must call it."""
-        examples: Examples = {}
-        for known in gather(self.reject_examples):
-            add_examples(examples, known)
-        return describe_rejects(self.all_rejects(), examples)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every lane, gathered from all ranks; all of them must call it.

@@ -26,7 +26,7 @@ from torch import Tensor
 from ipa.distributed import gather
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
-from ipa.training.hooks import Order, TrainingCallback, is_due, our_callbacks
+from ipa.training.hooks import Order, TrainingCallback, callbacks_of, is_due
 from ipa.types import first_not_finite
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -132,7 +132,7 @@ class Checkpoints(TrainingCallback):
         step = trainer.global_step
         if step == self.saved_step:
             return
-        for callback in our_callbacks(trainer):
+        for callback in callbacks_of(trainer, TrainingCallback):
             callback.before_checkpoint(trainer, pl_module)
         check_finite(pl_module.state_dict(), step)
         trainer.save_checkpoint(self.folder / file_name(step))

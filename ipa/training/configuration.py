@@ -75,7 +75,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
             f"{path} is not the configuration of a run ({brief(error)}), so the run cannot be resumed. Restore the "
             "file, or start another run with name=… resume=CHECKPOINT"
         ) from error
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Differences:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ipa.distributed import mean_over_ranks
 from ipa.model import IPAdapterModel
 from ipa.training.average import Average, WeightAverage
+from ipa.training.hooks import ends_step
 from ipa.training.optimizers import ScheduleFreeAverage, averages
 from ipa.training.strategies import like, shard, whole
 from ipa.types import Batch
@@ -71,8 +72,7 @@ class AdapterTraining(L.LightningModule):
     def will_log(self, batch_idx: int) -> bool:
         """Whether the step that this batch ends is logged."""
         trainer: Any = self.trainer
-        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        return ends_step and (self.global_step + 1) % trainer.log_every_n_steps == 0
+        return ends_step(trainer, batch_idx) and (self.global_step + 1) % trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model.trained())

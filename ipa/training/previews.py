@@ -38,11 +38,13 @@ log = logging.getLogger(__name__)
 SCALES = (0.0, 0.5, 1.0)
 
 
+@dataclass
 class HeldOutPrompts:
-    """Held-out images as image prompts: uint8 images and references (B3HW) and their captions."""
+    """Held-out images as image prompts, uint8, and their captions."""
 
-    def __init__(self, images_B3HW: Tensor, references_B3HW: Tensor, captions: list[str]) -> None:
-        self.images_B3HW, self.references_B3HW, self.captions = images_B3HW, references_B3HW, captions
+    images_B3HW: Tensor
+    references_B3HW: Tensor
+    captions: list[str]
 
     @classmethod
     def from_datamodule(cls, datamodule: Any, count: int) -> HeldOutPrompts | None:

@@ -13,7 +13,7 @@ from tars import good, png, write_tar
 
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.order.lanes import Lanes, Share
-from ipa.data.rejects import NoGoodSamples
+from ipa.data.rejects import NoGoodSamples, describe_rejects
 from ipa.data.shards.names import NoShards
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
@@ -185,7 +185,7 @@ def test_rejects_are_described_with_their_first_samples(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         list(data.val_dataloader())
         take(data, 1)
-    [line] = data.describe_rejects()
+    [line] = describe_rejects(data.rejects, data.reject_examples)
     assert re.fullmatch(
         r"2 × broken picture: [bc] of 0\.tar, [bc] of 0\.tar \(SVG is not read: convert it to PNG\)", line
     )

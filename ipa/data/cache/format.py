@@ -130,17 +130,15 @@ class Header:
 
     def with_ids(self) -> Header:
         """The inverse of ``with_states``."""
-        return replace(self, sizes=without(self.sizes, "text"), fingerprints=without(self.fingerprints, "text_encoder"))
+        sizes = {name: value for name, value in self.sizes.items() if name != "text"}
+        found = {name: value for name, value in self.fingerprints.items() if name != "text_encoder"}
+        return replace(self, sizes=sizes, fingerprints=found)
 
     def differences(self, other: Header) -> list[str]:
         """Each entry that differs, with this header's value and the other's."""
         mine, others = flat(asdict(self)), flat(asdict(other))
         names = sorted(mine.keys() | others.keys())
         return [f"{n}: {mine.get(n)}, here {others.get(n)}" for n in names if mine.get(n) != others.get(n)]
-
-
-def without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key != name}
 
 
 def is_text(text: Any) -> bool:

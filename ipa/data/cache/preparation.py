@@ -81,7 +81,8 @@ class CachedPreparation:
         text = address.choose("caption", record.captions)
         chosen = [known for known, _ in record.captions].index(text)
         row = {name: array[chosen] for name, array in rows.items()}
-        ids, states = ids_of(row), self.states_of(row)
+        ids = {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
+        states = self.states_of(row)
         if bool(ids) == bool(states):
             raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
         return CachedSample(arrays, text, ids, states, record, address)
@@ -137,10 +138,6 @@ class CachedPreparation:
             size_B6=stacked["size_6"].long(),
             loss_mask_B1HW=masks,
         )
-
-
-def ids_of(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
 
 
 def cached_bytes(latent_shape: Sequence[int], encoder: EncoderWidths, kept: Sequence[str]) -> int:

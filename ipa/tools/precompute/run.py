@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ipa.data.cache.datamodule import frozen_choices
-from ipa.data.cache.format import DTYPES, KINDS, Header
+from ipa.data.cache.format import DTYPES, KINDS, TEXT, Header
 from ipa.data.cache.preparation import KEPT
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
@@ -151,15 +151,10 @@ class FrozenParts:
         arrived = {name: tensor.cpu() for name, tensor in tensors.items()}
         check_finite(arrived, records)
         numbers = [len(record.captions) for record in records]
-        texts = text_tensors(self.family, [text for record in records for text, _ in record.captions])
-        split = {name: tensor.split(numbers) for name, tensor in texts.items()}
+        texts = self.family.prepare_text([text for record in records for text, _ in record.captions])
+        split = {f"{TEXT}{name}": tensor.split(numbers) for name, tensor in texts.items()}
         columns: dict[str, Any] = arrived | split
         return [{name: column[i] for name, column in columns.items()} for i in range(len(records))]
-
-
-def text_tensors(family: Any, texts: list[str]) -> dict[str, Tensor]:
-    """What the cache keeps of texts: a row per text."""
-    return {f"text.{name}": rows for name, rows in family.prepare_text(texts).items()}
 
 
 def check_finite(tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
