@@ -331,7 +331,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def register(variables: Mapping[str, str], *launchers: type[SweepLauncher]) -> Sweep:
-    """Register the launchers with Hydra for one command, whose jobs get these variables; returns the sweep to be."""
+    """Register the launchers with Hydra for one command, whose jobs get these variables; returns its (empty) sweep."""
     SweepLauncher.sweep = sweep = Sweep(variables)
     plugins = Plugins.instance()  # searches for installed plug-ins, so it comes before the fake package
     for launcher in launchers:

@@ -47,7 +47,7 @@ class Range:
     lists: bool = False
 
     def read(self, value: Any) -> Any:
-        """The value that is meant: 1e5 as an integer, None for a 0 that means none. Raises ValueError if it is out."""
+        """The normalized value: 1e5 as an integer, None for a 0 that means none. Raises ValueError if out of range."""
         named = isinstance(value, str) and value in self.words
         if named or (value is None and self.null) or (self.lists and OmegaConf.is_list(value)):
             return value
@@ -210,7 +210,7 @@ def range_of(option: str) -> Range | None:
 def check(cfg: DictConfig) -> None:
     """Raise UserError that names all values out of range.
 
-    Others become what is meant by them: 1e5 an integer, a 0 that means none null.
+    Accepted values are normalized: 1e5 becomes an integer, a 0 that means none becomes null.
     """
     complaints = []
     for option in options_in(OmegaConf.to_container(cfg)):

@@ -331,7 +331,7 @@ def choose_sources(
     """Name → values of ``ShardSource.of``; raises UserError unless one of ``train`` and known ``names`` is given."""
     if (train is None) == (names is None):
         both = "data.train and data.sources are both given" if names is not None else "no data are given"
-        raise UserError(f"{both}: say data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
+        raise UserError(f"{both}: give data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
     if names is None:
         return {"train": {"shards": train, **layout}}
     unknown = [name for name in names if name not in known]

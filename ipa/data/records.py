@@ -1,4 +1,4 @@
-"""What the folders of this room exchange: a ``Source`` gives ``Record``s, a ``Preparation`` makes batches of them."""
+"""Types that the data folders share: a ``Source`` yields ``Record``s, a ``Preparation`` makes batches of them."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ MB = 1_000_000
 
 
 def begin(worker: int, grace_s: float) -> None:
-    """Outlive a signal to the whole group, as Slurm and a terminal send it, while the main process ends its step.
+    """Keep running after a signal to the whole group, as Slurm and a terminal send it.
 
-    It may want batches for ``grace_s`` more. SIGTERM is also how a loader ends a worker that does not end by itself, so
-    it is not ignored: it sets an alarm.
+    The main process finishes its step and may need batches for ``grace_s`` more. A loader ends stuck workers with
+    SIGTERM, so that is not ignored: it sets an alarm.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

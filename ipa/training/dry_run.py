@@ -110,7 +110,7 @@ def in_millions(module: nn.Module) -> str:
 
 
 def describe_data(cfg: DictConfig) -> tuple[str, int | None]:
-    """In words, and the number of samples if the statistics next to all shards tell it."""
+    """A description, and the number of samples if every shard has a statistics file."""
     try:
         sources = instantiate(cfg.data).train_order.sources
     except (UserError, InstantiationException) as error:
@@ -197,13 +197,13 @@ def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     quantize_hollow(model.family, **{name: cfg.base.get(name) for name in QUANTIZING})
     peak = average + estimate_peak(model, step_maker(cfg), batch, image_size_px(cfg, model), cached)
     where = "in one process" if processes(cfg) == 1 else f"in each of {processes(cfg)} processes"
-    told = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
+    text = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
     if cfg.trainer.accelerator == "cpu":
-        return told
+        return text
     card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
     if card is None:
-        return f"{told}: no card has that much. Less with {LEAST_MEMORY}"
-    return f"{told}: a card of {card} GB. Less with {LEAST_MEMORY}"
+        return f"{text}: no card has that much. Less with {LEAST_MEMORY}"
+    return f"{text}: a card of {card} GB. Less with {LEAST_MEMORY}"
 
 
 def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], object]]:

@@ -155,7 +155,7 @@ def row_of_step(trainer: Any) -> dict[str, float]:
 
 
 class RunWandb(WandbLogger):
-    """wandb's logger for a run that goes on whatever happens to wandb: ``log.csv`` and ``previews/`` have the same."""
+    """wandb's logger; the run continues if wandb fails: ``log.csv`` and ``previews/`` have the same data."""
 
     lost = False
 
@@ -237,7 +237,7 @@ def check_wandb(mode: str | None, project: str, options: Mapping[str, Any]) -> N
 
 
 def answers(address: str) -> bool:
-    """Whether a server is there, also behind a proxy; within seconds, although looking up a name may take minutes."""
+    """Whether a server responds, also through a proxy; takes seconds, although a name lookup may take minutes."""
     found: Queue[bool] = Queue()
 
     def ask() -> None:

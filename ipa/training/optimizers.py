@@ -1,4 +1,4 @@
-"""Optimizers beside AdamW: its 8-bit and schedule-free variants and Prodigy, whose packages are optional, and Muon.
+"""Optimizers other than AdamW: its 8-bit and schedule-free variants and Prodigy (optional packages), and Muon.
 
     python train.py optimizer=schedule_free schedule=constant ema.decay=null optimizer.lr=3e-3
 

@@ -52,7 +52,7 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
 
 
 def check_size(cfg: DictConfig) -> None:
-    """Refuse an image size that the base cannot take, as far as its configuration tells; raises UserError."""
+    """Raise UserError for an image size that the base's configuration rules out."""
     multiple = read_from(cfg.base, "read_size_multiple_px")
     if cfg.image_size_px and cfg.image_size_px % multiple:
         raise UserError(f"image_size_px={cfg.image_size_px}: the base {cfg.base.path} takes multiples of {multiple} px")
@@ -102,7 +102,7 @@ def check_average(cfg: DictConfig, checkpoint: Path) -> None:
 
 
 def read_from(part: DictConfig, method: str) -> Any:
-    """What another class method of a part makes of its options, as ``read_widths``, which loads no weights."""
+    """Call another class method of a part with its options, such as ``read_widths``, which loads no weights."""
     return instantiate({**part, "_target_": part._target_.replace("from_pretrained", method)})
 
 

@@ -151,7 +151,7 @@ def test_sources_are_chosen_by_name(clean_shards: list[str]) -> None:
         make(None, sources=["oen"], known=known)
     with pytest.raises(ValueError, match=r"give the shards: data.known.none.shards="):
         make(None, sources=["one", "none"], known=known)
-    with pytest.raises(ValueError, match=r"no data are given: say data.train=SHARDS, or data.sources="):
+    with pytest.raises(ValueError, match=r"no data are given: give data.train=SHARDS, or data.sources="):
         make(None, known=known)
     with pytest.raises(ValueError, match="both given"):
         make(clean_shards, sources=["one"], known=known)

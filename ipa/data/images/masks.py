@@ -56,7 +56,7 @@ def masked(picture: Opened, mask: Image.Image, colour: str = PAD_COLOUR) -> Open
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """mask_B1HW, all inside where a sample has no mask; None if none has."""
+    """mask_B1HW; a sample without a mask is inside everywhere. None if no sample has one."""
     known = next((mask for mask in masks if mask is not None), None)
     if known is None:
         return None

@@ -3,9 +3,9 @@
     size = picture_size(data)                                   # from the header, nothing is decoded
     picture = with_picture(data, upright)                       # a PIL image, RGB or RGBA
 
-What is stored next to the pixels decides nothing: EXIF that cannot be read means not rotated, ancillary data that PIL
-refuses is left out, and limits count what comes before the image's end. ICC profiles do count: they say which colours
-the numbers mean, so those of other colour spaces are converted to sRGB (littleCMS, perceptual intent).
+Metadata never makes an image unusable: unreadable EXIF means no rotation, ancillary data that PIL refuses are dropped,
+and limits apply up to the end of the image. ICC profiles are applied: images in other colour spaces are converted to
+sRGB (littleCMS, perceptual intent).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Found = TypeVar("Found")
 # the web's formats; PIL knows more, but runs Ghostscript for one of them
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 JPEGS = ("JPEG", "MPO")
-# how the bytes of other files begin, and what to say of them
+# first bytes of other files, and the message for them
 OTHERS = (
     (rb"$", "it is empty"),
     (rb"\s*<(!doctype html|html)", "it is a web page"),
@@ -60,7 +60,7 @@ TURNS = {
 
 
 def with_picture(data: bytes, use: Callable[[Image.Image], Found]) -> Found:
-    """What ``use`` makes of the opened picture; raises ``Rejected`` for everything that PIL raises on damaged bytes."""
+    """Open a picture and return ``use(picture)``; raises ``Rejected`` for anything that PIL raises on damaged bytes."""
     with rejecting(data):
         try:
             return use(open_header(data))

@@ -75,7 +75,7 @@ class Job:
 
 
 def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
-    """A row for every sample of the shard; one that training rejects has no values, so it is nobody's partner."""
+    """A row per sample of the shard. A sample that training rejects has no values, so it is never a partner."""
     layout = replace(job.source.layout, columns=tuple(columns))
     found = [
         (each.index, (each.span[0], each.span[1] - each.span[0], key_hash(each.key), *map(value_hash, each.values)))
@@ -272,7 +272,7 @@ def known_names(shard: str) -> str:
 
 
 def describe_levels(arrays: Mapping[str, Array], usable: Array, have_value: Sequence[Array]) -> dict[str, Any]:
-    """Counts of usable samples: per level its groups and what becomes of its samples, and those left ``alone``."""
+    """Counts of usable samples: the groups and paired samples of each level, and the samples left ``alone``."""
     waiting, levels = usable.copy(), []
     for level, have in enumerate(have_value):
         starts, members = arrays[f"starts.{level}"], arrays[f"members.{level}"]

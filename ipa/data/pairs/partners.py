@@ -1,4 +1,4 @@
-"""Records → the records that lend them their reference.
+"""Choose a partner for each record: another record, whose image becomes its reference.
 
 The partner is a pure function of the sample's address and of the index, so ranks, workers, batch size and resume change
 nothing. It is read from its shard directly, at its offset.
@@ -35,7 +35,7 @@ HALF = 1 << 32
 
 
 class BrokenPartner(Rejected):
-    """The partner cannot be used, which is no fault of the sample."""
+    """The partner is unusable; the sample itself is fine."""
 
     @classmethod
     def of(cls, reject: Rejected, place: Record | Place) -> BrokenPartner:

@@ -69,7 +69,7 @@ class Fields:
 
     @property
     def what_there_is(self) -> str:
-        """The members, and how one that is missed may be found."""
+        """The members, and a hint at how to find a missing one."""
         if "safetensors" in self.members:
             return "it is a sample of a feature cache, which data=cache reads"
         names = [*self.members][:MAX_NAMES_SHOWN]

@@ -1,4 +1,4 @@
-"""The frozen parts, and all that is done with them."""
+"""Encode pictures with the frozen parts, and write feature shards."""
 
 from __future__ import annotations
 

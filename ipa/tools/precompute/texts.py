@@ -79,7 +79,7 @@ def free_memory() -> None:
 
 
 def fixed_texts(cfg: DictConfig, data: ShardDataModule) -> list[str]:
-    """What a training encodes besides its captions: nothing, the previews' text, captions of held-out samples."""
+    """Texts that training encodes in addition to captions: the empty text, preview.text, held-out captions."""
     texts = ["", cfg.preview.text or ""]
     if cfg.heldout_check.every_n_steps is not None and data.val_order is not None:
         loader: Any = data.val_dataloader(Share())
