@@ -72,14 +72,12 @@ def test_a_pass_over_all_lanes_brings_every_sample_once(many_shards, make_order,
     assert len(seen) == SHARDS * SAMPLES and set(seen.values()) == {1}
 
 
-@pytest.mark.parametrize(("batch", "world", "workers"), [(4, 1, 1), (4, 1, 3), (2, 2, 1), (2, 2, 5), (1, 4, 2)])
 @pytest.mark.parametrize("lanes", [Lanes(), Lanes(2, 2), Lanes(4, 1), Lanes(1, 3)], ids=str)
-def test_the_order_belongs_to_the_lanes_whoever_reads_them(
-    many_shards, make_order, preparation, batch, world, workers, lanes
-) -> None:
+def test_the_order_belongs_to_the_lanes_whoever_reads_them(many_shards, make_order, preparation, lanes) -> None:
     order = make_order(many_shards)
     expected = train_rows(order, preparation, 4, 30, lanes=lanes)
-    assert train_rows(order, preparation, batch, 30, world, workers, lanes) == expected
+    for batch, world, workers in [(4, 1, 3), (2, 2, 1), (2, 2, 5), (1, 4, 2)]:
+        assert train_rows(order, preparation, batch, 30, world, workers, lanes) == expected
 
 
 @pytest.mark.parametrize("stop", [1, 7, 20, 23])

@@ -27,7 +27,6 @@ REFUSED = [
 # what is refused although not a weight of base or encoder could be read
 BEFORE_WEIGHTS = [
     ([], ["PLACE/base"]),  # the weights are missing, so the others are refused before
-    (["tokens.num_tokens=0"], ["tokens.num_tokens=0"]),
     (["tokens.num_tokens=3"], ["tokens.num_tokens=4", "adapter.layout=ipa"]),
     (["tokens.no_image=foo"], ["tokens.no_image=foo", "blank, zeros"]),
     (["experiment=simple_global", "adapter.layout=diffusers"], ["adapter.layout=ipa"]),
@@ -39,11 +38,9 @@ BEFORE_WEIGHTS = [
         *(["recipe=sd15", "base.path=not/asked", "trainer.devices=1"], ["torch finds no GPU"]),
         marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
     ),
-    (["trainer.devices=0"], ["trainer.devices=0"]),
     (["trainer.precision=abc"], ["trainer.precision=abc: give one of 32-true, bf16-mixed"]),
     (["data.schemes=5"], ["data.schemes=5: give a list of file"]),
     (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
-    (["ema.decay=1"], ["ema.decay=1"]),
     (
         ["data.batch_size=null", "global_batch_size=32", "trainer.accumulate_grad_batches=3"],
         ["global_batch_size=32", "accumulate_grad_batches=3", "a multiple of 3", "data.batch_size"],

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import tiny_flow
 import torch
-from conftest import QUIET, ROOT, Run, World, checkpoint, column, compose
+from conftest import QUIET, ROOT, Run, World, assert_resumes, checkpoint, column, compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from PIL import Image
@@ -73,19 +73,14 @@ def overrides_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], li
 def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
     name: str, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
 ) -> None:
-    overrides = overrides_of(name)
-    whole = train_in(tmp_path / "whole", *overrides)
-    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
-    resumed = train_in(tmp_path / "parts", *overrides)
-    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
+    whole = assert_resumes(train_in, tmp_path, *overrides_of(name))
+    saved = checkpoint(whole)["state_dict"]
 
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert column(whole, "train/loss") == column(resumed, "train/loss")
     assert sorted(path.name for path in (whole / "previews").iterdir()) == ["step_000002.png", "step_000004.png"]
     for source in (whole / "adapter.safetensors", whole):  # the folder's is its last checkpoint
         model = load_model(source)
         for key, value in model.trainable.state_dict().items():
-            stored = one[f"trainable.{key}"]
+            stored = saved[f"trainable.{key}"]
             assert torch.equal(value, stored if source is whole else stored.half().float())
     metadata = read_adapter(whole / "adapter.safetensors").metadata
     assert metadata.get("base_quantization") == ("int8" if name == "int8" else None)
@@ -201,13 +196,7 @@ def test_cached_states_are_what_the_text_encoders_give_in_bfloat16(
 
 @pytest.mark.slow
 def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_path: Path) -> None:
-    overrides = [*QUIET, *features("flux", "text=states_fp8"), "preview.text=null"]
-    whole = train_in(tmp_path / "whole", *overrides)
-    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
-    resumed = train_in(tmp_path / "parts", *overrides)
-    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
-
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert_resumes(train_in, tmp_path, *QUIET, *features("flux", "text=states_fp8"), "preview.text=null")
 
 
 @pytest.mark.parametrize(

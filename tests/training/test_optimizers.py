@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 import pytest
 import torch
-from conftest import QUIET, ROOT, Run, assert_same_run, checkpoint, compose, last_checkpoint
+from conftest import QUIET, ROOT, Run, assert_resumes, checkpoint, compose, last_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -47,9 +47,7 @@ FAST = (
 def test_a_run_resumes_to_the_bit(name: str, train_in: Run, tmp_path: Path) -> None:
     """With previews, for which a schedule-free optimizer exchanges the weights."""
     overrides = [*FAST, f"optimizer={name}", *CASES[name][1]]
-    whole = train_in(tmp_path / "whole", *overrides)
-    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
-    assert_same_run(whole, train_in(tmp_path / "parts", *overrides))
+    whole = assert_resumes(train_in, tmp_path, *overrides)
     if name == "schedule_free":
         seldom = train_in(tmp_path / "seldom", *overrides, "preview.every_n_steps=4")
         assert_average_is_written(whole, checkpoint(seldom))
