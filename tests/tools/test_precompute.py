@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
+from tars import Members, saved, write_tar
 
 from ipa.data.addresses import Address
 from ipa.data.cache.format import WrongCache
@@ -47,32 +47,25 @@ TWO_CAPTIONS = "data.captions={keys:[txt,alt],choice:random}"
 
 
 def picture(draw: random.Random, size: tuple[int, int] = (20, 24)) -> bytes:
-    out = io.BytesIO()
-    Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize(size, Image.Resampling.BICUBIC).save(out, "PNG")
-    return out.getvalue()
+    return saved(Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize(size, Image.Resampling.BICUBIC), "PNG")
 
 
-def write_shard(path: Path, number: int) -> Path:
-    """Every fifth sample has half a picture, every seventh no caption, every third another caption besides."""
-    draw = random.Random(number)
-    with tarfile.open(path, "w") as tar:
-        for i in range(SAMPLES):
-            content = {"txt": f"thing {i}".encode(), "png": picture(draw, (20 + i, 24))}
-            content |= {"png": content["png"][:60]} if i % 5 == 4 else {}
-            content |= {"alt": b"something else"} if i % 3 == 0 else {}
-            for extension, data in content.items():
-                if (i % 7, extension) != (6, "txt"):
-                    info = tarfile.TarInfo(f"{number:03d}{i:03d}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return path
+def samples(number: int) -> Members:
+    """Every fifth sample has half a picture, every seventh no caption, every third a second caption."""
+    draw, members = random.Random(number), Members()
+    for i in range(SAMPLES):
+        content = {"txt": f"thing {i}".encode(), "png": picture(draw, (20 + i, 24))}
+        content |= {"png": content["png"][:60]} if i % 5 == 4 else {}
+        content |= {"alt": b"something else"} if i % 3 == 0 else {}
+        members += [(f"{number:03d}{i:03d}.{name}", content[name]) for name in content if (i % 7, name) != (6, "txt")]
+    return members
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for number in range(SHARDS):
-        write_shard(folder / f"{number:05d}.tar", number)
+        write_tar(folder / f"{number:05d}.tar", samples(number))
     return folder
 
 
@@ -360,16 +353,12 @@ def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_pa
 
 
 def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
-    shard, draw = tmp_path / "masked" / "0.tar", random.Random(0)
-    shard.parent.mkdir()
-    with tarfile.open(shard, "w") as tar:
-        for i in range(6):
-            mask = Image.frombytes("L", (4, 4), draw.randbytes(16)).resize((24, 20))
-            for name, data in ((f"{i}.txt", b"a"), (f"{i}.png", picture(draw, (24, 20))), (f"{i}.mask.png", png(mask))):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    masks = [*parts, f"data.train={shard.parent}", "data.loss_mask=mask.png", "data.reference_mask=mask.png"]
+    draw, members = random.Random(0), Members()
+    for i in range(6):
+        mask = saved(Image.frombytes("L", (4, 4), draw.randbytes(16)).resize((24, 20)), "PNG")
+        members += [(f"{i}.txt", b"a"), (f"{i}.png", picture(draw, (24, 20))), (f"{i}.mask.png", mask)]
+    shard = write_tar(tmp_path / "masked/0.tar", members)
+    masks = [*parts, f"data.train={shard}", "data.loss_mask=mask.png", "data.reference_mask=mask.png"]
     made = run(tmp_path / "out", *masks)
     online = [*masks, "data.num_workers=0", "++data.window=8", "loss_mask_outside=0.1"]
     cached = [*online, "data=cache", f"data.train={made}", "data.lanes.ranks=1", "data.lanes.workers=1"]
@@ -388,12 +377,6 @@ def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
     ):
         with pytest.raises((WrongCache, InstantiationException), match=name):
             instantiate(compose("train", *cached, other).data)
-
-
-def png(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
 
 
 def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:

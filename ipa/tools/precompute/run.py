@@ -28,8 +28,7 @@ from ipa.data.shards.names import is_remote, some
 from ipa.errors import UserError
 from ipa.files import remove_temporaries
 from ipa.model import fingerprints
-from ipa.tools.precompute.decoding import Decoded, Decoding, Task
-from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
+from ipa.tools.precompute.shards import Decoded, Decoding, Job, Made, Rows, Task, list_jobs, read_share, tasks_of
 from ipa.tools.precompute.texts import describe_sizes, encode_texts, kept_of
 from ipa.training.parts import check_parts
 from ipa.types import first_not_finite, to_unit_range
