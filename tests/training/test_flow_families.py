@@ -10,13 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pytest
 import tiny
 import tiny_flow
 import torch
-from conftest import QUIET, ROOT, Run, World, assert_resumes, checkpoint, column, compose
+from composing import composed
+from conftest import QUIET, Run, World, assert_resumes, checkpoint, column, compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from PIL import Image
@@ -129,9 +129,8 @@ def features(
     @cache
     def made(name: str, *options: str) -> list[str]:
         out = tmp_path_factory.mktemp("features")
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            own = [*overrides_of(name), f"out={out}", "device=cpu", "num_workers=0", *options]
-            precompute(hydra.compose("precompute", [*world.overrides(), *own]))
+        own = [*overrides_of(name), f"out={out}", "device=cpu", "num_workers=0", *options]
+        precompute(composed("precompute", *world.overrides(), *own))
         return [*overrides_of(name), "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1"]
 
     return made
