@@ -32,7 +32,7 @@ from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.pairs.options import Pairs
 from ipa.data.pairs.partners import open_partners
 from ipa.data.records import Preparation
-from ipa.data.rejects import Examples, add_examples, in_detail
+from ipa.data.rejects import Tally, in_detail
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.distributed import gather
@@ -75,7 +75,7 @@ class StreamDataModule(LightningDataModule):
     order is made for; null values are those of the run that begins. ``pairs`` are options of ``Pairs``, ``images``
     those of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal.
     ``texts`` are states of texts that come with the data; None: the base encodes texts.
-    ``rejects`` counts what ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
+    ``rejected`` is what ``consumed`` batches skipped (on this rank).
     """
 
     texts: dict[str, TextInputs] | None = None
@@ -111,8 +111,7 @@ class StreamDataModule(LightningDataModule):
         self.lanes: Lanes | None = None
         self.readers: tuple[int, int] | None = None
         self.position = Position()
-        self.rejects: Counter[str] = Counter()
-        self.reject_examples: Examples = {}
+        self.rejected = Tally()
 
     def fit_to(self, *, image_size_px: int, reference_size_px: int, latent_shape: Sequence[int]) -> None:
         """Take the sizes that the loaded models need; before the first loader is made."""
@@ -168,9 +167,8 @@ class StreamDataModule(LightningDataModule):
         assert batch.position is not None, "not a training batch"
         self.position.step = batch.position.step
         self.position.lanes.update(batch.position.lanes)
-        self.rejects.update(batch.rejects)
-        for reason in add_examples(self.reject_examples, batch.reject_examples):
-            log.warning("data.train: rejected, %s: %s", reason, in_detail(self.reject_examples[reason]))
+        for reason in self.rejected.add(batch.rejects, batch.reject_examples):
+            log.warning("data.train: rejected, %s: %s", reason, in_detail(self.rejected.examples[reason]))
 
     def settle_lanes(self) -> Lanes:
         """Choose lanes for a run that begins; for one that resumes, check that its lanes can still be read."""
@@ -219,7 +217,7 @@ class StreamDataModule(LightningDataModule):
 
     def all_rejects(self) -> Counter[str]:
         """What all ranks rejected, by reason; all of them must call it."""
-        return sum(gather(self.rejects), Counter[str]())
+        return sum(gather(self.rejected.counts), Counter[str]())
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every lane, gathered from all ranks; all of them must call it.
@@ -260,7 +258,7 @@ class StreamDataModule(LightningDataModule):
         self.position = Position(state["step"])
         for lane, (choices, places) in state["lanes"].items():
             self.position.lanes[lane] = LanePlace(choices, tuple(SourcePlace(*place) for place in places))
-        self.rejects = Counter(state["rejects"] if self.share().rank == 0 else {})
+        self.rejected.counts = Counter(state["rejects"] if self.share().rank == 0 else {})
         if state["step_samples"] != self.step_samples():
             before, now = state["step_samples"], self.step_samples()
             log.warning("a step had %d samples, now it has %d; global_batch_size=%d keeps it", before, now, before)

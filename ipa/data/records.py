@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ipa.data.addresses import Address
 from ipa.data.images.opening import Size, picture_size
-from ipa.data.rejects import Rejected, count_reasons, examples_of
+from ipa.data.rejects import Rejected, Tally
 from ipa.types import Batch, Draws, Position
 
 
@@ -81,13 +81,14 @@ def make_batch(
     samples: Sequence[Any], draws: Draws, rejects: Sequence[Rejected], position: Position | None, **tensors: Any
 ) -> Batch:
     """What the batches of all preparations have, and their ``tensors``."""
+    tally = Tally.of(rejects)
     return Batch(
         text=[sample.text for sample in samples],
         draws=draws,
         keys=[sample.record.key for sample in samples],
         shards=[sample.record.shard for sample in samples],
-        rejects=count_reasons(rejects),
-        reject_examples=examples_of(rejects),
+        rejects=tally.counts,
+        reject_examples=tally.examples,
         position=position,
         **tensors,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ipa.errors import UserError
 from ipa.files import printable
@@ -50,31 +51,37 @@ class Rejected(Exception):
         return printable(" of ".join(filter(None, (self.key, self.shard)))), self.detail
 
 
-def count_reasons(rejects: Iterable[Rejected]) -> Counter[str]:
-    return Counter(reject.reason for reject in rejects)
+@dataclass
+class Tally:
+    """How many samples were rejected for each reason, and the first ``MAX_EXAMPLES`` of each."""
 
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: Examples = field(default_factory=dict)
 
-def examples_of(rejects: Iterable[Rejected]) -> Examples:
-    found: Examples = {}
-    for reject in rejects:
-        add_examples(found, {reject.reason: [reject.example]})
-    return found
+    @classmethod
+    def of(cls, rejects: Iterable[Rejected]) -> Tally:
+        tally = cls()
+        for reject in rejects:
+            tally.add({reject.reason: 1}, {reject.reason: [reject.example]})
+        return tally
 
+    def add(self, counts: Mapping[str, int], examples: Examples) -> list[str]:
+        """Returns the reasons that are new."""
+        new = [reason for reason in examples if reason not in self.examples]
+        self.counts.update(counts)
+        for reason, more in examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + more)[:MAX_EXAMPLES]
+        return new
 
-def add_examples(known: Examples, more: Examples) -> list[str]:
-    """Extend ``known`` up to ``MAX_EXAMPLES`` of each reason; returns the reasons that are new."""
-    new = [reason for reason in more if reason not in known]
-    for reason, examples in more.items():
-        known[reason] = (known.get(reason, []) + examples)[:MAX_EXAMPLES]
-    return new
+    def lines(self) -> list[str]:
+        """One for each reason, the most frequent first: its count and the first samples."""
+        return [
+            f"{count:,} × {reason}: {in_detail(self.examples.get(reason, []))}".removesuffix(": ")
+            for reason, count in self.counts.most_common()
+        ]
 
-
-def describe_rejects(counts: Mapping[str, int], examples: Examples) -> list[str]:
-    """A line for each reason, the most frequent first: its count and the first samples."""
-    return [
-        f"{count:,} × {reason}: {in_detail(examples.get(reason, []))}".removesuffix(": ")
-        for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])
-    ]
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
 
 
 def in_detail(examples: Sequence[Example]) -> str:
@@ -86,17 +93,13 @@ def in_detail(examples: Sequence[Example]) -> str:
     return "; ".join(f"{found} ({detail})" if found and detail else found or detail for found, detail in parts)
 
 
-def in_words(rejects: Sequence[Rejected]) -> str:
-    return "; ".join(describe_rejects(count_reasons(rejects), examples_of(rejects)))
-
-
 class NoGoodSamples(UserError):
     """A whole pass over the shards gave no usable sample."""
 
 
 def no_good_samples(rejects: Iterable[Rejected], shards: int, names: Iterable[str]) -> NoGoodSamples:
     """``names`` are those of the sources: train, val, or entries of ``data.known``."""
-    counts = in_words(list(rejects)) or "they are empty"
+    counts = str(Tally.of(rejects)) or "they are empty"
     return NoGoodSamples(
         f"data.{', '.join(names)}: no usable sample in a whole pass over {shards} shards ({counts}). Expected "
         "img2dataset's layout: a picture and its caption under one key per sample, adjacent in the archive. Check "

@@ -13,7 +13,7 @@ from tars import good, png, write_tar
 
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.order.lanes import Lanes, Share
-from ipa.data.rejects import NoGoodSamples, describe_rejects
+from ipa.data.rejects import NoGoodSamples
 from ipa.data.shards.names import NoShards
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
@@ -48,10 +48,10 @@ def test_resume_goes_on_after_the_last_consumed_batch(clean_shards: list[str], w
     whole = take(make(clean_shards), 9)
     stopped = make(clean_shards, num_workers=2)
     take(stopped, 3)
-    stopped.rejects["no caption"] = 3
+    stopped.rejected.counts["no caption"] = 3
     resumed = make(clean_shards, num_workers=workers_after)
     resumed.load_state_dict(stopped.state_dict())
-    assert resumed.rejects == {"no caption": 3} and take(resumed, 6) == whole[3:]
+    assert resumed.rejected.counts == {"no caption": 3} and take(resumed, 6) == whole[3:]
 
 
 def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
@@ -111,8 +111,8 @@ def test_a_second_checkpoint_of_several_ranks_keeps_what_each_of_them_read(clean
         data.load_state_dict(saved)
         data.position.step = 6
         data.position.lanes[rank] = LanePlace(10, (SourcePlace(0, 0, 0, 6),))
-        data.rejects["no caption"] += 1
-    parts = {Counter: [data.rejects for data in ranks], dict: [data.position.lanes for data in ranks]}
+        data.rejected.counts["no caption"] += 1
+    parts = {Counter: [data.rejected.counts for data in ranks], dict: [data.position.lanes for data in ranks]}
     monkeypatch.setattr("ipa.data.datamodule.gather", lambda part: parts[type(part)])
 
     state = ranks[0].state_dict()
@@ -185,7 +185,7 @@ def test_rejects_are_described_with_their_first_samples(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         list(data.val_dataloader())
         take(data, 1)
-    [line] = describe_rejects(data.rejects, data.reject_examples)
+    [line] = data.rejected.lines()
     assert re.fullmatch(
         r"2 × broken picture: [bc] of 0\.tar, [bc] of 0\.tar \(SVG is not read: convert it to PNG\)", line
     )

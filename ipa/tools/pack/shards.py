@@ -27,10 +27,7 @@ from ipa.data.rejects import (
     NO_CAPTION,
     NO_REFERENCE,
     Rejected,
-    count_reasons,
-    describe_rejects,
-    examples_of,
-    in_words,
+    Tally,
 )
 from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError, brief
@@ -92,7 +89,7 @@ def collect(options: Any) -> tuple[list[Sample], list[Rejected]]:
             stamps = files[name], references.get(reference)
             samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
     if not samples or (options.missing_caption == "error" and any(each.reason == NO_CAPTION for each in left_out)):
-        raise UserError(f"{in_words(left_out)}; missing_caption=skip leaves those out, empty packs them")
+        raise UserError(f"{Tally.of(left_out)}; missing_caption=skip leaves those out, empty packs them")
     return samples, left_out
 
 
@@ -101,14 +98,13 @@ def summary(stats: Sequence[dict[str, Any]], left_out: list[Rejected], out: str)
     left_out = [*left_out, *(Rejected(*failed) for each in stats for failed in each["failed"])]
     pictures, size = sum(each["successes"] for each in stats), sum(each["tar_bytes"] for each in stats)
     if not pictures:
-        raise UserError(f"none of the pictures could be packed: {in_words(left_out)}")
+        raise UserError(f"none of the pictures could be packed: {Tally.of(left_out)}")
     value = out if re.fullmatch(r"[\w./-]+", out, re.ASCII) else f'"{out}"'  # quoted for Hydra, then for the shell
     words = ["python", "train.py", "experiment=decoupled_global", "recipe=sd15", f"data.train={value}"]
     references = {kind for each in stats for kind in each["extensions"] if kind.startswith("ref.")}
     words += [f"data.reference=[{','.join(sorted(references))}]"] if references else []
     what = f"{out}: {pictures:,} pictures, shards: {len(stats):,}, {size / 1e6:,.1f} MB"
-    lines = describe_rejects(count_reasons(left_out), examples_of(left_out))
-    return [*(f"left out, {line}" for line in lines), what, f"next: {shlex.join(words)}"]
+    return [*(f"left out, {line}" for line in Tally.of(left_out).lines()), what, f"next: {shlex.join(words)}"]
 
 
 def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
@@ -164,7 +160,7 @@ def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | 
                 extensions, written = extensions | members.keys(), written + 1
     counts = {"count": len(samples), "successes": written, "failed_to_download": 0, "failed_to_resize": len(failed)}
     counts["tar_bytes"] = temporary.stat().st_size
-    details = {"status_dict": {"success": written} | count_reasons(failed), "extensions": sorted(extensions)}
+    details = {"status_dict": {"success": written} | Tally.of(failed).counts, "extensions": sorted(extensions)}
     write_json(stats, counts | details | {"failed": [each.args[:3] for each in failed]}, otherwise=OTHER_FOLDER)
 
 

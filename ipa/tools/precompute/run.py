@@ -23,7 +23,6 @@ from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.pairs.options import UNPAIRED
 from ipa.data.records import Record
-from ipa.data.rejects import describe_rejects
 from ipa.data.shards.names import is_remote, some
 from ipa.errors import UserError
 from ipa.files import remove_temporaries
@@ -94,7 +93,7 @@ def report(out: str, made: Made, found: int, missing: Sequence[Job]) -> None:
     lines += [f"{found} shards were complete"] * (found > 0)
     lines += [f"{len(missing)} shards are left to other processes"] * (len(missing) > 0)
     log.info(", ".join(lines))
-    for line in describe_rejects(made.rejects, made.reject_examples):
+    for line in made.rejected.lines():
         log.info("rejected: %s", line)
     if made.cut_off:
         raise UserError(

@@ -24,7 +24,7 @@ from ipa.data.images.masks import stack_masks
 from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_TAR, Examples, Rejected, add_examples, count_reasons, examples_of
+from ipa.data.rejects import BROKEN_TAR, Rejected, Tally
 from ipa.data.shards.names import is_remote, shard_name
 from ipa.errors import UserError
 from ipa.files import write_atomically
@@ -187,8 +187,7 @@ class Made:
     shards: int = 0
     samples: int = 0
     size_bytes: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    reject_examples: Examples = field(default_factory=dict)
+    rejected: Tally = field(default_factory=Tally)
     cut_off: list[str] = field(default_factory=list)
 
     def make(self, job: Job, encoded: Iterator[tuple[Decoded, Rows]], count: Callable[[int], object]) -> None:
@@ -218,13 +217,12 @@ class Made:
                     write_in_order(writer, waiting)
                 if decoded.task.ends_shard:
                     break
-            counts = count_reasons(rejects)
-            if counts[BROKEN_TAR] and is_remote(job.shard):
+            found = Tally.of(rejects)
+            if found.counts[BROKEN_TAR] and is_remote(job.shard):
                 raise CutOff
-            writer.close(counts)
+            writer.close(found.counts)
         self.samples += writer.samples
-        self.rejects += counts
-        add_examples(self.reject_examples, examples_of(rejects))
+        self.rejected.add(found.counts, found.examples)
 
 
 def write_in_order(writer: CacheWriter, waiting: dict[int, tuple[Record, Mapping[str, Tensor], Target]]) -> None:

@@ -47,7 +47,7 @@ def encode_texts(
     """Make the shards that are missing from those without states; ``pictures`` is what the other pass made."""
     texts, folders = fixed_texts(cfg, data), {job.path.parent for job in jobs}
     todo = [job for job in jobs if job.without_states.path.exists()]
-    made = Made(rejects=pictures.rejects, reject_examples=pictures.reject_examples, cut_off=pictures.cut_off)
+    made = Made(rejected=pictures.rejected, cut_off=pictures.cut_off)
     if not todo and all(known is not None and known.has(texts) for known in map(known_in, folders)):
         return made
     free_memory()
