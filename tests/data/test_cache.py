@@ -212,7 +212,7 @@ def test_caches_of_several_folders_are_compared_at_once(tmp_path: Path) -> None:
         CacheSource.of([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
-def test_a_fingerprint_hears_of_the_header_and_the_shards(tmp_path: Path) -> None:
+def test_a_fingerprint_covers_the_header_and_the_shards(tmp_path: Path) -> None:
     path = write_cache(tmp_path / "a/00000.tar")
     other = write_cache(tmp_path / "b/00000.tar", header=replace(HEADER, fingerprints={"vae": "2"}))
     moved = write_cache(tmp_path / "c/00000.tar")

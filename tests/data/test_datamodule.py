@@ -44,7 +44,7 @@ def take(data: ShardDataModule, number: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("workers_after", [0, 1])
-def test_resume_goes_on_after_the_last_consumed_batch(clean_shards: list[str], workers_after: int) -> None:
+def test_resume_continues_after_the_last_consumed_batch(clean_shards: list[str], workers_after: int) -> None:
     whole = take(make(clean_shards), 9)
     stopped = make(clean_shards, num_workers=2)
     take(stopped, 3)
@@ -54,7 +54,7 @@ def test_resume_goes_on_after_the_last_consumed_batch(clean_shards: list[str], w
     assert resumed.rejected.counts == {"no caption": 3} and take(resumed, 6) == whole[3:]
 
 
-def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
+def test_a_loader_iterated_again_continues(clean_shards: list[str]) -> None:
     whole = take(make(clean_shards), 6)
     data = make(clean_shards, num_workers=2)
     loader, parts = data.train_dataloader(), []
@@ -65,7 +65,7 @@ def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
     assert parts == whole
 
 
-def test_another_order_begins_a_new_pass_and_other_sizes_are_told(
+def test_another_order_begins_a_new_pass_and_other_sizes_are_logged(
     clean_shards: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped, other = make(clean_shards), make(clean_shards, seed=1)
@@ -157,7 +157,7 @@ def test_sources_are_chosen_by_name(clean_shards: list[str]) -> None:
         make(clean_shards, sources=["one"], known=known)
 
 
-def test_missing_shards_are_told_at_once(tmp_path: Path, clean_shards: list[str]) -> None:
+def test_missing_shards_are_reported_at_once(tmp_path: Path, clean_shards: list[str]) -> None:
     with pytest.raises(NoShards, match="no such shard"):
         ShardDataModule(f"{tmp_path}/nowhere/*.tar")
     with pytest.raises(NoShards, match="no such shard"):

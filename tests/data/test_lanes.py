@@ -73,7 +73,7 @@ def test_a_pass_over_all_lanes_brings_every_sample_once(many_shards, make_order,
 
 
 @pytest.mark.parametrize("lanes", [Lanes(), Lanes(2, 2), Lanes(4, 1), Lanes(1, 3)], ids=str)
-def test_the_order_belongs_to_the_lanes_whoever_reads_them(many_shards, make_order, preparation, lanes) -> None:
+def test_the_order_depends_on_the_lanes_not_on_their_readers(many_shards, make_order, preparation, lanes) -> None:
     order = make_order(many_shards)
     expected = train_rows(order, preparation, 4, 30, lanes=lanes)
     for batch, world, workers in [(4, 1, 3), (2, 2, 1), (2, 2, 5), (1, 4, 2)]:
@@ -81,7 +81,7 @@ def test_the_order_belongs_to_the_lanes_whoever_reads_them(many_shards, make_ord
 
 
 @pytest.mark.parametrize("stop", [1, 7, 20, 23])
-def test_other_readers_go_on_where_the_first_stopped(many_shards, make_order, preparation, stop) -> None:
+def test_other_readers_resume_where_the_first_stopped(many_shards, make_order, preparation, stop) -> None:
     """Two ranks with two workers, then one with three, then four with none but one."""
     lanes, order = Lanes(2, 2), make_order(many_shards)
     whole = train(order, preparation, 2, 40, 2, 2, lanes)

@@ -120,7 +120,7 @@ def test_batches_hold_what_they_promise(clean_shards, make_order, preparation) -
 
 @pytest.mark.parametrize("window", [6, 80])  # several in a pass of 20 samples, or one
 @pytest.mark.parametrize("steps_before", [1, 4, 5, 7])
-def test_going_on_from_a_position_continues_the_sequence(
+def test_resuming_from_a_position_continues_the_sequence(
     clean_shards, make_order, preparation, steps_before, window
 ) -> None:
     """Step 5 is the last of a pass."""
@@ -130,7 +130,7 @@ def test_going_on_from_a_position_continues_the_sequence(
     assert [rows(batch) for batch in islice(stream, 10 - steps_before)] == [rows(b) for b in whole[steps_before:]]
 
 
-def test_going_on_in_dirty_data(dirty_members: Members, make_order, preparation, tmp_path: Path) -> None:
+def test_resuming_in_dirty_data(dirty_members: Members, make_order, preparation, tmp_path: Path) -> None:
     stream = TrainStream(make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3), preparation, 3)
     whole = list(islice(stream, 9))
     for step, batch in enumerate(whole[:-1]):
@@ -157,7 +157,7 @@ def test_training_counts_every_reject_once_a_pass(dirty_members, make_order, pre
     assert set(keys(batches)) == {"good0", "good1", "good2", "good3"}
 
 
-def test_a_stand_in_keeps_the_draws_of_its_slot(make_order, preparation, tmp_path: Path) -> None:
+def test_a_replacement_keeps_the_draws_of_its_slot(make_order, preparation, tmp_path: Path) -> None:
     members = [*good("a"), ("b.txt", b"broken"), ("b.png", b"?"), *good("c")]
     repaired = [*good("a"), *good("b"), *good("c")]
     broken = next(iter(TrainStream(make_order([write_tar(tmp_path / "x/0.tar", members)]), preparation, 3)))
@@ -189,7 +189,7 @@ def test_validation_shares_are_disjoint_and_count_dirt_once(
         assert counted(batches) == DIRT
 
 
-def test_a_broken_tar_gives_what_lies_before_and_is_named_once(
+def test_a_broken_tar_gives_the_samples_before_the_break_and_is_logged_once(
     clean_shards, make_order, preparation, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(clean_shards[1])

@@ -99,7 +99,7 @@ def test_workers_change_no_byte(made: Path, parts: list[str], shards: Path, tmp_
     assert contents(run(tmp_path / "out", *parts, "num_workers=2")) == contents(made)
 
 
-def test_text_states_come_in_a_second_pass_that_a_restart_goes_on_with(
+def test_text_states_come_in_a_second_pass_that_a_restart_resumes(
     made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes after a kill between the passes; another text is added without another pass."""
@@ -309,7 +309,7 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
         (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),  # a batch script without srun
     ],
 )
-def test_shares_are_as_said_or_as_the_starter_says(
+def test_shares_come_from_the_options_or_from_the_launcher(
     rank: int | None, world: int | None, environment: dict[str, str], share: tuple[int, int]
 ) -> None:
     assert read_share(rank, world, environment) == share
@@ -346,7 +346,7 @@ def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
+def test_masks_are_kept_and_required(parts: list[str], tmp_path: Path) -> None:
     draw, members = random.Random(0), Members()
     for i in range(6):
         mask = saved(Image.frombytes("L", (4, 4), draw.randbytes(16)).resize((24, 20)), "PNG")
@@ -373,7 +373,7 @@ def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
             instantiate(composed("train", *cached, other).data)
 
 
-def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
+def test_a_fixed_background_is_kept_and_required(parts: list[str], tmp_path: Path) -> None:
     red = "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red]}"
     out = run(tmp_path / "out", *parts, red)
     assert read_header(str(out / "00000.tar")).choices["background"] == "red"

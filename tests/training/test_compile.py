@@ -27,7 +27,7 @@ def test_it_is_refused_with_sharded_weights() -> None:
     check_sharding(compiled, AdapterDDP())
 
 
-def test_a_compiler_that_is_missing_is_told() -> None:
+def test_a_missing_compiler_is_reported() -> None:
     error = RuntimeError("backend failed")
     error.__cause__ = InvalidCxxCompiler()
     with pytest.raises(ValueError, match=r"compile=true needs a compiler: g\+\+"):

@@ -128,7 +128,7 @@ def test_dirty_data_is_skipped_and_counted(train_in: Run, tmp_path: Path, world:
     assert "broken picture (2)" in describe(summary) and "broken tar (1)" in describe(summary)
 
 
-def test_weights_that_nobody_can_use_are_not_saved(train_in: Run, tmp_path: Path) -> None:
+def test_weights_that_overflow_fp16_are_not_saved(train_in: Run, tmp_path: Path) -> None:
     """Finite in fp32, but too large for the fp16 of the adapter file."""
     with pytest.raises(ValueError, match=r"after step 1 .* not finite or too large"):
         train_in(tmp_path / "x", "optimizer.lr=1e6", "preview.every_n_steps=1", "data.val=null", "scoring=null")

@@ -115,7 +115,7 @@ def internal(name: str) -> str:
     return name if part == "image_proj" else ".".join(["ip_adapter.branches", str(int(number) // 2), *rest])
 
 
-def test_another_no_image_than_diffusers_takes_is_said_at_the_start(
+def test_a_no_image_that_diffusers_does_not_read_is_logged_at_the_start(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for options in ([], ["adapter.layout=ipa", "tokens.no_image=blank"]):
