@@ -94,13 +94,9 @@ class HeldOutPrompts:
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
     pieces = [model.encode_reference(piece.to(model.device)) for piece in prompts.references_B3HW.split(batch_size)]
-    pooled, patches = [piece.pooled_BE for piece in pieces], [piece.patches_BPF for piece in pieces]
-    return Features(concatenate(pooled), concatenate(patches))
-
-
-def concatenate(pieces: list[Tensor | None]) -> Tensor | None:
-    tensors = [piece for piece in pieces if piece is not None]
-    return torch.cat(tensors) if tensors else None
+    pooled = [piece.pooled_BE for piece in pieces if piece.pooled_BE is not None]
+    patches = [piece.patches_BPF for piece in pieces if piece.patches_BPF is not None]
+    return Features(torch.cat(pooled) if pooled else None, torch.cat(patches) if patches else None)
 
 
 @dataclass

@@ -132,16 +132,12 @@ STRATEGIES: dict[str, Callable[[float], Strategy]] = {"ddp": AdapterDDP, "fsdp":
 
 
 def make_strategy(kind: str, accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:
-    """``kind`` is ddp, fsdp or zero2, for several processes; one process gets Lightning's choice."""
+    """``kind`` is ddp, fsdp or zero2, if several processes are configured or were started; else Lightning chooses."""
     if kind not in STRATEGIES:
         raise UserError(f"trainer.strategy.kind={kind}: give one of {', '.join(STRATEGIES)}")
-    return STRATEGIES[kind](timeout_minutes) if are_several(accelerator, devices, num_nodes) else "auto"
-
-
-def are_several(accelerator: str, devices: Any, num_nodes: int) -> bool:
-    """Whether several processes are configured or were started."""
     started = environment.world_size() if (environment := found_environment()) else 1
-    return max(num_nodes, started) > 1 or count_devices(accelerator, devices) > 1
+    are_several = max(num_nodes, started) > 1 or count_devices(accelerator, devices) > 1
+    return STRATEGIES[kind](timeout_minutes) if are_several else "auto"
 
 
 def count_devices(accelerator: str, devices: Any) -> int:
