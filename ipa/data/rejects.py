@@ -9,22 +9,29 @@ from dataclasses import dataclass, field
 from ipa.errors import UserError
 from ipa.files import printable
 
-BROKEN_TAR = "broken tar"
-NO_KEY = "member without a key"
-NO_PICTURE = "no picture"
-BROKEN_PICTURE = "broken picture"
-TOO_MANY_PIXELS = "too many pixels"
-NO_CAPTION = "no caption"
-EMPTY_CAPTION = "empty caption"
-NOT_UTF8 = "caption is not UTF-8"
-NO_REFERENCE = "no reference"
-BROKEN_PARTNER = "broken partner"  # the sample whose image is the reference of a pair
-NO_MASK = "no mask"
-WRONG_MASK = "mask of another size"
-BROKEN_METADATA = "broken metadata"
-DUPLICATE_KEY = "duplicate key"
-UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name
-TOO_LARGE = "too large a member"
+
+class Reason:
+    """Why a sample is rejected; filters add reasons with their own names."""
+
+    BROKEN_TAR = "broken tar"
+    NO_KEY = "member without a key"
+    NO_PICTURE = "no picture"
+    BROKEN_PICTURE = "broken picture"
+    TOO_MANY_PIXELS = "too many pixels"
+    NO_CAPTION = "no caption"
+    EMPTY_CAPTION = "empty caption"
+    NOT_UTF8 = "caption is not UTF-8"
+    NO_REFERENCE = "no reference"
+    BROKEN_PARTNER = "broken partner"  # the sample whose image is the reference of a pair
+    NO_MASK = "no mask"
+    WRONG_MASK = "mask of another size"
+    BROKEN_METADATA = "broken metadata"
+    DUPLICATE_KEY = "duplicate key"
+    UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name
+    TOO_LARGE = "too large a member"
+    BROKEN_MEMBER = "broken cached sample"
+    OTHER_BUCKET = "cached for another aspect-ratio bucket"
+
 
 MAX_EXAMPLES = 3  # of each reason
 
@@ -42,6 +49,11 @@ class Rejected(Exception):
     def at(self, key: str = "", shard: str = "") -> Rejected:
         """With its place; without a traceback, whose frames would keep the sample in memory."""
         return Rejected(self.reason, self.detail, self.key or key, self.shard or shard)
+
+    @property
+    def is_break(self) -> bool:
+        """Whether the rest of the shard cannot be read."""
+        return self.reason == Reason.BROKEN_TAR
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.reason, self.detail)))

@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from ipa.data.rejects import BROKEN_PICTURE, TOO_MANY_PIXELS, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.errors import brief
 
 Size = tuple[int, int]
@@ -80,13 +80,13 @@ def rejecting(data: bytes) -> Iterator[None]:
             warnings.simplefilter("ignore")  # PIL warns of odd metadata and of sizes that data.max_pixels decides on
             yield
     except Image.DecompressionBombError as error:
-        raise Rejected(TOO_MANY_PIXELS, str(error)) from error
+        raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from error
     except Rejected:
         raise
     except Exception as error:  # a decoder may raise nearly anything
         other = next((words for begin, words in OTHERS if re.match(begin, data, re.IGNORECASE | re.DOTALL)), None)
         unknown = "its format is not known" if isinstance(error, UnidentifiedImageError) else brief(error)
-        raise Rejected(BROKEN_PICTURE, other or unknown) from error
+        raise Rejected(Reason.BROKEN_PICTURE, other or unknown) from error
 
 
 def with_open(picture: Image.Image, use: Callable[[Image.Image], Found]) -> Found:
@@ -100,14 +100,14 @@ def open_header(data: bytes) -> Image.Image:
     """The picture before decoding; raises ``Rejected``, or whatever PIL raises on damaged bytes."""
     picture = Image.open(io.BytesIO(data), formats=known_formats())
     if picture.format in JPEGS and data.count(SCAN) > MAX_SCANS and (scans := count_scans(data)) > MAX_SCANS:
-        raise Rejected(BROKEN_PICTURE, f"a JPEG of {scans} scans")
+        raise Rejected(Reason.BROKEN_PICTURE, f"a JPEG of {scans} scans")
     check_size(picture)
     return picture
 
 
 def check_size(picture: Image.Image) -> None:
     if min(picture.size) < 1:
-        raise Rejected(BROKEN_PICTURE, "it has no pixels")
+        raise Rejected(Reason.BROKEN_PICTURE, "it has no pixels")
 
 
 @functools.cache
@@ -238,6 +238,6 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.float64)
     top = values.max()
     if not np.isfinite(values).all():
-        raise Rejected(BROKEN_PICTURE, "it has pixels that are no numbers")
+        raise Rejected(Reason.BROKEN_PICTURE, "it has pixels that are no numbers")
     white = next((white for white in WHITES[picture.mode[:4]] if top <= white), top)
     return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))

@@ -22,7 +22,7 @@ from ipa.data.addresses import Address, Item, digest, permuted, uniform_at
 from ipa.data.images.buckets import Buckets
 from ipa.data.order.lanes import Lane
 from ipa.data.records import Record, Size, Source
-from ipa.data.rejects import BROKEN_TAR, NoGoodSamples, Rejected, no_good_samples
+from ipa.data.rejects import NoGoodSamples, Rejected, no_good_samples
 from ipa.types import LanePlace, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Order:
     def read(self, source: Source, shard: str, loud: bool) -> Iterator[Record | Rejected]:
         """A shard's samples; ``loud``: log a broken shard, once."""
         for found in source.read(shard):
-            if loud and isinstance(found, Rejected) and found.reason == BROKEN_TAR and found.detail not in self.logged:
+            if loud and isinstance(found, Rejected) and found.is_break and found.detail not in self.logged:
                 self.logged.add(found.detail)
                 log.warning("%s, the rest of it is skipped: %s", found.reason, found.detail)
             if isinstance(found, Record):

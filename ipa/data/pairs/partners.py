@@ -21,7 +21,7 @@ from ipa.data.pairs.building import build_index, check_local, in_words, list_job
 from ipa.data.pairs.index import REMAKE, Index, Place, WrongIndex, key_hash, open_index
 from ipa.data.pairs.options import Pairs
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_PARTNER, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.names import shard_name, some
 from ipa.data.shards.source import ShardSource
 from ipa.data.shards.tar import BREAKS
@@ -40,7 +40,7 @@ class BrokenPartner(Rejected):
     @classmethod
     def of(cls, reject: Rejected, place: Record | Place) -> BrokenPartner:
         key = place.key if isinstance(place, Record) else f"sample {place.number}"
-        return cls(BROKEN_PARTNER, str(reject), key, place.shard)
+        return cls(Reason.BROKEN_PARTNER, str(reject), key, place.shard)
 
 
 @dataclass(frozen=True)

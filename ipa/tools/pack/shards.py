@@ -22,13 +22,7 @@ from webdataset.writer import TarWriter
 from ipa.data.images.opening import Size, picture_size, upright, upright_size, with_picture
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.transforms import open_picture
-from ipa.data.rejects import (
-    BROKEN_PICTURE,
-    NO_CAPTION,
-    NO_REFERENCE,
-    Rejected,
-    Tally,
-)
+from ipa.data.rejects import Reason, Rejected, Tally
 from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError, brief
 from ipa.files import printable, read_json, write_atomically, write_json
@@ -81,14 +75,15 @@ def collect(options: Any) -> tuple[list[Sample], list[Rejected]]:
     for number, name in enumerate(folder.pictures_in(files)):
         reference = stems.get(folder.stem(name), "")
         if name not in entries and options.missing_caption != "empty":
-            left_out.append(Rejected(NO_CAPTION, key=name))
+            left_out.append(Rejected(Reason.NO_CAPTION, key=name))
         elif options.references and not reference:
-            left_out.append(Rejected(NO_REFERENCE, key=name))
+            left_out.append(Rejected(Reason.NO_REFERENCE, key=name))
         else:
             key = f"{number:06d}_{re.sub('[/.]', '_', printable(folder.stem(name)))}"
             stamps = files[name], references.get(reference)
             samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
-    if not samples or (options.missing_caption == "error" and any(each.reason == NO_CAPTION for each in left_out)):
+    without_caption = any(each.reason == Reason.NO_CAPTION for each in left_out)
+    if not samples or (options.missing_caption == "error" and without_caption):
         raise UserError(f"{Tally.of(left_out)}; missing_caption=skip leaves those out, empty packs them")
     return samples, left_out
 
@@ -169,7 +164,7 @@ def members_of(sample: Sample, options: Any) -> Members | Rejected:
         picture, size, original = load(Path(options.folder, sample.picture), options.size)
         reference = load(Path(options.references, sample.reference), options.size)[0] if sample.reference else {}
     except OSError as error:
-        return Rejected(BROKEN_PICTURE, brief(error))
+        return Rejected(Reason.BROKEN_PICTURE, brief(error))
     except Rejected as reject:
         return reject.at()
     caption = next(iter(sample.captions), "")

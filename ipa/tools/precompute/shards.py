@@ -24,7 +24,7 @@ from ipa.data.images.masks import stack_masks
 from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_TAR, Rejected, Tally
+from ipa.data.rejects import Reason, Rejected, Tally
 from ipa.data.shards.names import is_remote, shard_name
 from ipa.errors import UserError
 from ipa.files import write_atomically
@@ -218,7 +218,7 @@ class Made:
                 if decoded.task.ends_shard:
                     break
             found = Tally.of(rejects)
-            if found.counts[BROKEN_TAR] and is_remote(job.shard):
+            if found.counts[Reason.BROKEN_TAR] and is_remote(job.shard):
                 raise CutOff
             writer.close(found.counts)
         self.samples += writer.samples
