@@ -178,10 +178,6 @@ def test_lanes_fit_readers_and_shards(share: Share, shards: int, lanes: Lanes, m
 @pytest.mark.parametrize("lanes", [Lanes(), Lanes(2, 2), Lanes(4, 3)], ids=str)
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 2), (4, 3), (2, 5)])
 @pytest.mark.parametrize("step", [0, 5])
-def test_every_lane_is_read_and_logged_by_one(lanes: Lanes, world: int, workers: int, step: int) -> None:
+def test_every_lane_is_read(lanes: Lanes, world: int, workers: int, step: int) -> None:
     shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
-    read = {share: lanes.read_by(share, step, 4 * world) for share in shares}
-    assert set.union(*read.values()) == set(range(lanes.number))
-    for lane in range(lanes.number):
-        tellers = [share for share in shares if lanes.is_logged_by(share, lane, step)]
-        assert len(tellers) == 1 and lane in read[tellers[0]]
+    assert set.union(*(lanes.read_by(share, step, 4 * world) for share in shares)) == set(range(lanes.number))

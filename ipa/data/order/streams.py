@@ -88,7 +88,7 @@ class TrainStream(Stream):
     def batches(self, share: Share) -> Iterator[Batch]:
         start = self.start
         mine = self.lanes.read_by(share, start.step, self.step_samples)
-        readers = {lane: self.reader(lane, start, share) for lane in sorted(mine)}
+        readers = {lane: self.reader(lane, start) for lane in sorted(mine)}
         for number in count():
             row = self.lanes.row(start.step + number)
             if number % share.workers == share.worker:
@@ -96,10 +96,9 @@ class TrainStream(Stream):
             for lane in mine.intersection(row):
                 readers[lane].drop(self.take)
 
-    def reader(self, lane: int, start: Position, share: Share) -> Lookahead:
-        loud = self.lanes.is_logged_by(share, lane, start.step)
+    def reader(self, lane: int, start: Position) -> Lookahead:
         place = start.lanes.get(lane, self.order.begin())
-        return Lookahead(self.order.lane(Lane(lane, self.lanes.number), self.take, loud).endless(place))
+        return Lookahead(self.order.lane(Lane(lane, self.lanes.number), self.take).endless(place))
 
     def make(self, readers: dict[int, Lookahead], row: Sequence[int], step: int) -> Batch:
         """Sample p of a step is number p div ranks of the step's samples from lane p mod ranks of the row."""
@@ -142,7 +141,7 @@ class ValStream(Stream):
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""
         rejects, delivered = list[Rejected](), False
-        for number, slots in enumerate(chunks(self.slots(share.reader == 0), self.batch_size)):
+        for number, slots in enumerate(chunks(self.slots(), self.batch_size)):
             if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
@@ -156,8 +155,8 @@ class ValStream(Stream):
         if rejects and not delivered:
             self.check_any()
 
-    def slots(self, loud: bool = False) -> Iterator[Slot]:
-        return islice(self.order.in_file_order(loud), self.limit)
+    def slots(self) -> Iterator[Slot]:
+        return islice(self.order.in_file_order(), self.limit)
 
     def good(self, slots: Iterable[Slot], rejects: list[Rejected]) -> list[Any]:
         """The usable ones; adds the others to ``rejects``."""
