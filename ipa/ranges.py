@@ -125,7 +125,6 @@ RANGES: Mapping[str, Range] = {
     # sizes of a step
     **dict.fromkeys(("global_batch_size", "batch_size", "sampling.batch_size"), whole(1, MAX_BATCH)),
     **dict.fromkeys(("data.batch_size", "data.val_batch_size"), whole(1, MAX_BATCH, null=True)),
-    "data.val_limit": whole(1, null=True),
     "image_size_px": EDGE_PX,
     "num_workers": whole(0, MAX_PROCESSES, null=True),
     "workers": whole(1, MAX_PROCESSES, null=True),

@@ -92,7 +92,6 @@ class StreamDataModule(LightningDataModule):
         schemes: Sequence[str] = TRUSTED,
         batch_size: int = 8,
         val_batch_size: int | None = None,
-        val_limit: int | None = None,
         num_workers: int = 2,
         lanes: Mapping[str, int | None] | None = None,
         pairs: Mapping[str, Any] | None = None,
@@ -105,7 +104,7 @@ class StreamDataModule(LightningDataModule):
             layout = {"captions": captions, "image": image, "reference": reference, "reference_mask": reference_mask}
             self.val_order = Order([ShardSource.of("val", shards=val, schemes=schemes, **layout)], train_order.seed)
         self.images = ImagePreparation(**{name: value for name, value in images.items() if value is not None})
-        self.batch_size, self.val_batch_size, self.val_limit = batch_size, val_batch_size or batch_size, val_limit
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.grace_s = num_workers, 25.0
         self.asked_lanes = {name: number for name, number in (lanes or {}).items() if number is not None}
         self.lanes: Lanes | None = None
@@ -144,8 +143,7 @@ class StreamDataModule(LightningDataModule):
         """``share`` is by default this process's part among the ranks. No loader without validation shards."""
         if self.val_order is None:
             return []
-        preparation, share = self.val_preparation(), share or self.share()
-        stream = ValStream(self.val_order, preparation, self.val_batch_size, share, self.val_limit)
+        stream = ValStream(self.val_order, self.val_preparation(), self.val_batch_size, share or self.share())
         return DataLoader(stream, **self.loader_options())
 
     def share(self) -> Share:

@@ -8,7 +8,7 @@ A slot whose picture is broken is filled with the next good record of its lane, 
 the draws stay the slot's own. This depends only on the data. So every rank makes equally many steps and waits for no
 other, and a resumed run decodes nothing that comes before its position.
 
-*Validation* is one pass: the first samples in file order, in fixed batches, regardless of which rank makes them.
+*Validation* is one pass in file order, in fixed batches, regardless of which rank makes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -134,14 +134,12 @@ class TrainStream(Stream):
 
 @dataclass(eq=False)
 class ValStream(Stream):
-    """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
-
-    limit: int | None = None
+    """All samples in file order; this share makes every (world · workers)-th batch."""
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""
         rejects, delivered = list[Rejected](), False
-        for number, slots in enumerate(chunks(self.slots(), self.batch_size)):
+        for number, slots in enumerate(chunks(self.order.in_file_order(), self.batch_size)):
             if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
@@ -154,9 +152,6 @@ class ValStream(Stream):
                 rejects, delivered = [], True
         if rejects and not delivered:
             self.check_any()
-
-    def slots(self) -> Iterator[Slot]:
-        return islice(self.order.in_file_order(), self.limit)
 
     def good(self, slots: Iterable[Slot], rejects: list[Rejected]) -> list[Any]:
         """The usable ones; adds the others to ``rejects``."""
@@ -172,5 +167,5 @@ class ValStream(Stream):
     def check_any(self) -> None:
         """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""
         rejects: list[Rejected] = []
-        if not any(self.good([slot], rejects) for slot in self.slots()):
+        if not any(self.good([slot], rejects) for slot in self.order.in_file_order()):
             raise self.order.no_good_samples(rejects)
