@@ -37,9 +37,8 @@ class HeldOutGap(TrainingCallback):
         num_samples: int = 64,
         patience: int | None = None,
         alarm: float = 0.5,
-        dtype: str = "float16",
     ) -> None:
-        self.export = ExportAdapter(path, 0, dtype=dtype)
+        self.export = ExportAdapter(path, every_n_steps=0)
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.patience, self.alarm = patience, alarm
         self.batches: list[Batch] = []

@@ -219,6 +219,7 @@ class Made:
                     break
             found = Tally.of(rejects)
             if found.counts[Reason.BROKEN_TAR] and is_remote(job.shard):
+                writer.tar.close()  # or it is closed after its file, which Python reports
                 raise CutOff
             writer.close(found.counts)
         self.samples += writer.samples
