@@ -40,7 +40,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ipa.errors import UserError
-from ipa.overrides import as_typed
+from ipa.overrides import as_typed, quote_value
 
 ALWAYS_NAMED = {"experiment", "seed"}  # so that an extended sweep finds the folders of its earlier jobs
 DECIDED = {"hydra.run.dir", "hydra.mode"}  # by the launcher
@@ -260,8 +260,8 @@ class SweepLauncher(Launcher):
         place = {"name": subdir, "group": str(self.sweep.name or Path(self.config.hydra.sweep.dir).name)}
         chosen = {key_and_value(override)[0] for override in given}
         place = {key: value for key, value in place.items() if key in config and key not in chosen}
-        command = [*this_command(), "hydra.mode=RUN", *hydra, *given, f"hydra.run.dir={quoted(str(folder))}"]
-        command += [f"{key}={quoted(value)}" for key, value in place.items()]
+        command = [*this_command(), "hydra.mode=RUN", *hydra, *given, f"hydra.run.dir={quote_value(str(folder))}"]
+        command += [f"{key}={quote_value(value)}" for key, value in place.items()]
         return Job(number, subdir, overrides, folder, command, folder / f"{config.hydra.job.name}.log")
 
 
@@ -306,11 +306,6 @@ def key_and_value(override: str) -> tuple[str, str]:
     return key.lstrip("+~"), value
 
 
-def quoted(value: str) -> str:
-    """Quoted for Hydra's grammar: the name of a folder may contain ``=`` or ``,``."""
-    return "'" + value.replace("'", r"\'") + "'"
-
-
 def named_value(key: str, value: str) -> str:
     """``seed1``, ``lr1e-4``, ``precision_bf16``: words are separated from the key by an underscore."""
     last, word = key.rpartition(".")[2], file_name(value)
@@ -336,7 +331,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def register(variables: Mapping[str, str], *launchers: type[SweepLauncher]) -> Sweep:
-    """Register the launchers with Hydra for one command, whose jobs get these variables; returns the sweep to be."""
+    """Register the launchers with Hydra for one command, whose jobs get these variables; returns its (empty) sweep."""
     SweepLauncher.sweep = sweep = Sweep(variables)
     plugins = Plugins.instance()  # searches for installed plug-ins, so it comes before the fake package
     for launcher in launchers:

@@ -95,6 +95,7 @@ def _parses(override: str) -> bool:
 
 
 def quote_value(value: str) -> str:
+    """Quoted for Hydra's grammar: the name of a folder may contain ``=`` or ``,``."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -47,7 +47,7 @@ class Range:
     lists: bool = False
 
     def read(self, value: Any) -> Any:
-        """The value that is meant: 1e5 as an integer, None for a 0 that means none. Raises ValueError if it is out."""
+        """The normalized value: 1e5 as an integer, None for a 0 that means none. Raises ValueError if out of range."""
         named = isinstance(value, str) and value in self.words
         if named or (value is None and self.null) or (self.lists and OmegaConf.is_list(value)):
             return value
@@ -125,7 +125,6 @@ RANGES: Mapping[str, Range] = {
     # sizes of a step
     **dict.fromkeys(("global_batch_size", "batch_size", "sampling.batch_size"), whole(1, MAX_BATCH)),
     **dict.fromkeys(("data.batch_size", "data.val_batch_size"), whole(1, MAX_BATCH, null=True)),
-    "data.val_limit": whole(1, null=True),
     "image_size_px": EDGE_PX,
     "num_workers": whole(0, MAX_PROCESSES, null=True),
     "workers": whole(1, MAX_PROCESSES, null=True),
@@ -210,7 +209,7 @@ def range_of(option: str) -> Range | None:
 def check(cfg: DictConfig) -> None:
     """Raise UserError that names all values out of range.
 
-    Others become what is meant by them: 1e5 an integer, a 0 that means none null.
+    Accepted values are normalized: 1e5 becomes an integer, a 0 that means none becomes null.
     """
     complaints = []
     for option in options_in(OmegaConf.to_container(cfg)):

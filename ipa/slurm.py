@@ -33,7 +33,7 @@ from ipa.errors import UserError
 from ipa.launcher import KILLED_BY_SIGNAL, Job, SweepLauncher, environment
 
 OF_ALL_EXECUTORS = {"nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name"}
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCONT") if hasattr(signal, name)]
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 POLL_S = 1.0
 ASK_SLURM_S = 10.0
 # After preemption with a grace time, Slurm counts a job that stops in time as failed. In a cancelled job, the script

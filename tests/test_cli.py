@@ -1,8 +1,11 @@
 """What the commands print before anything heavy is loaded, and how they report errors."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -13,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ipa.cli import explain_failure
+from ipa.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "open_clip", "webdataset", "wandb", "numpy", "PIL"}
@@ -147,9 +151,7 @@ DENIED = "raise PermissionError(13, 'Permission denied', '/data/shards/0.tar')"
     [
         ("from ipa.errors import UserError; raise UserError('give another')", [], "give another"),
         (DENIED, ["data.train=/data/shards"], "PermissionError: [Errno 13] Permission denied: '/data/shards/0.tar'"),
-        (DENIED, ["+data.more=[file:///data/shards/0.tar]"], "PermissionError: "),
-        ("open(cfg.paths.run + '/nowhere/a')", [], "FileNotFoundError: "),
-        ("cfg.missing_value", ["+missing_value=???"], "missing_value"),
+        ("open(cfg.paths.run + '/nowhere/a')", [], "FileNotFoundError: "),  # named by the configuration
     ],
 )
 def test_errors_that_the_user_can_fix_are_one_message(
@@ -164,25 +166,27 @@ def test_errors_that_the_user_can_fix_are_one_message(
     assert "Traceback" in (here / "runs/decoupled_global/x/fail.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [
-        ("list(zip([1], [], strict=True))", "ValueError: zip()"),
-        (
-            "from ipa.files import write_json; from pathlib import Path; write_json(Path('a'), {'a': {1}})",
-            "TypeError: ",
-        ),
-        ("raise OSError(28, 'No space left on device', '/tmp/torch_compile/a')", "OSError: [Errno 28]"),
-        (DENIED, "PermissionError: "),  # at a file that is not named
-        ("import json; json.loads('{')", "JSONDecodeError: "),
-    ],
-)
-def test_bugs_keep_their_traceback_without_hydras_frames(task, body: str, error: str) -> None:
-    result = task(body)
+def test_a_bug_keeps_its_traceback_without_hydras_frames_and_secrets(task) -> None:
+    result = task("raise ValueError(os.environ['MY_TOKEN'])", MY_TOKEN="0123456789")
 
     assert result.returncode == 1
-    assert "Traceback" in result.stderr and error in result.stderr
-    assert "run_job" not in result.stderr
+    assert "Traceback" in result.stderr and "ValueError: …" in result.stderr
+    assert "run_job" not in result.stderr and "0123456789" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: list(zip([1], [], strict=True)),
+        lambda: write_json(Path("a"), {"a": {1}}),  # type: ignore[dict-item]
+        lambda: os.stat("/nowhere/torch_compile/a"),  # a file that is not named
+        lambda: json.loads("{"),
+    ],
+)
+def test_what_is_no_error_of_the_user_has_no_message(fail: Callable[[], object]) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        fail()
+    assert explain_failure(caught.value, ["/data/shards"]) is None
 
 
 def test_braces_that_the_shell_expanded_are_noticed(train) -> None:
@@ -213,8 +217,7 @@ def test_ctrl_c_while_libraries_are_imported_prints_nothing(task) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["name="], "name=: give the name of a folder in runs/decoupled_global"),
-        (["name=../x"], "name=../x: "),
+        (["name=../x"], "name=../x: give the name of a folder in runs/decoupled_global"),
         (["paths.runs=/proc/x"], "cannot be created"),
         (["hydra.run.dir=/proc/x"], "cannot be written"),
         (["hydra.run.dir=.", "hydra.job.name=here/.."], "cannot be written"),  # the log file is a folder
@@ -225,13 +228,6 @@ def test_a_folder_that_cannot_be_used_is_one_line(train, options: list[str], mes
 
     assert result.returncode == 1 and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_console_hides_secrets_of_the_environment(task) -> None:
-    result = task("raise ValueError(os.environ['MY_TOKEN'])", MY_TOKEN="0123456789")
-
-    assert "ValueError: …" in result.stderr
-    assert "0123456789" not in result.stdout + result.stderr
 
 
 def refused(node: dict) -> str | None:

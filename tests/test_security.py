@@ -16,7 +16,7 @@ from tars import good, png, write_tar
 
 from ipa.cli import refuse_pickles
 from ipa.data.records import Record
-from ipa.data.rejects import TOO_LARGE, UNSAFE_MEMBER, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards import tar as tar_module
 from ipa.data.shards.names import NoShards, expand_shards
 from ipa.data.shards.opening import close_shard, open_shard
@@ -112,7 +112,7 @@ def test_unsafe_members_are_counted_and_split_no_sample(tmp_path: Path) -> None:
     found = list(read_shard(odd_shard(tmp_path / "00000.tar"), Layout()))
 
     assert [(item.key, item.index) for item in found if isinstance(item, Record)] == [("a", 0), ("b", 1)]
-    assert Counter(item.reason for item in found if isinstance(item, Rejected)) == {UNSAFE_MEMBER: 2 * 3 * 8}
+    assert Counter(item.reason for item in found if isinstance(item, Rejected)) == {Reason.UNSAFE_MEMBER: 2 * 3 * 8}
 
 
 def test_nothing_of_an_archive_is_written_to_disk(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_members_above_the_size_limit_are_rejected(tmp_path: Path, monkeypatch: 
     shard = write_tar(tmp_path / "00000.tar", [("a.jpg", bytes(5001)), ("a.txt", b"a"), *good("b")])
     found = list(read_members(shard))
 
-    assert [each.reason for each in found if isinstance(each, Rejected)] == [TOO_LARGE]
+    assert [each.reason for each in found if isinstance(each, Rejected)] == [Reason.TOO_LARGE]
     assert [each.name for each in found if isinstance(each, Member)] == ["a.txt", "b.json", "b.txt", "b.png"]
 
 

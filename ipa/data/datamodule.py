@@ -32,7 +32,7 @@ from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.pairs.options import Pairs
 from ipa.data.pairs.partners import open_partners
 from ipa.data.records import Preparation
-from ipa.data.rejects import Examples, add_examples, describe_rejects, in_detail
+from ipa.data.rejects import Tally, in_detail
 from ipa.data.shards.names import TRUSTED
 from ipa.data.shards.source import ShardSource
 from ipa.distributed import gather
@@ -56,6 +56,7 @@ class TrainLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.stream.begin_at(self.position())
+        self._iterator = None  # persistent workers would keep the stream that they were started with
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class StreamDataModule(LightningDataModule):
     order is made for; null values are those of the run that begins. ``pairs`` are options of ``Pairs``, ``images``
     those of ``ImagePreparation``; ``fit_to`` sets its sizes. Batches may be needed for ``grace_s`` after a signal.
     ``texts`` are states of texts that come with the data; None: the base encodes texts.
-    ``rejects`` counts what ``consumed`` batches skipped (on this rank), ``reject_examples`` has the first of each.
+    ``rejected`` is what ``consumed`` batches skipped (on this rank).
     """
 
     texts: dict[str, TextInputs] | None = None
@@ -91,7 +92,6 @@ class StreamDataModule(LightningDataModule):
         schemes: Sequence[str] = TRUSTED,
         batch_size: int = 8,
         val_batch_size: int | None = None,
-        val_limit: int | None = None,
         num_workers: int = 2,
         lanes: Mapping[str, int | None] | None = None,
         pairs: Mapping[str, Any] | None = None,
@@ -104,14 +104,13 @@ class StreamDataModule(LightningDataModule):
             layout = {"captions": captions, "image": image, "reference": reference, "reference_mask": reference_mask}
             self.val_order = Order([ShardSource.of("val", shards=val, schemes=schemes, **layout)], train_order.seed)
         self.images = ImagePreparation(**{name: value for name, value in images.items() if value is not None})
-        self.batch_size, self.val_batch_size, self.val_limit = batch_size, val_batch_size or batch_size, val_limit
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.grace_s = num_workers, 25.0
         self.asked_lanes = {name: number for name, number in (lanes or {}).items() if number is not None}
         self.lanes: Lanes | None = None
         self.readers: tuple[int, int] | None = None
         self.position = Position()
-        self.rejects: Counter[str] = Counter()
-        self.reject_examples: Examples = {}
+        self.rejected = Tally()
 
     def fit_to(self, *, image_size_px: int, reference_size_px: int, latent_shape: Sequence[int]) -> None:
         """Take the sizes that the loaded models need; before the first loader is made."""
@@ -144,8 +143,7 @@ class StreamDataModule(LightningDataModule):
         """``share`` is by default this process's part among the ranks. No loader without validation shards."""
         if self.val_order is None:
             return []
-        preparation, share = self.val_preparation(), share or self.share()
-        stream = ValStream(self.val_order, preparation, self.val_batch_size, share, self.val_limit)
+        stream = ValStream(self.val_order, self.val_preparation(), self.val_batch_size, share or self.share())
         return DataLoader(stream, **self.loader_options())
 
     def share(self) -> Share:
@@ -167,9 +165,8 @@ class StreamDataModule(LightningDataModule):
         assert batch.position is not None, "not a training batch"
         self.position.step = batch.position.step
         self.position.lanes.update(batch.position.lanes)
-        self.rejects.update(batch.rejects)
-        for reason in add_examples(self.reject_examples, batch.reject_examples):
-            log.warning("data.train: rejected, %s: %s", reason, in_detail(self.reject_examples[reason]))
+        for reason in self.rejected.add(batch.rejects, batch.reject_examples):
+            log.warning("data.train: rejected, %s: %s", reason, in_detail(self.rejected.examples[reason]))
 
     def settle_lanes(self) -> Lanes:
         """Choose lanes for a run that begins; for one that resumes, check that its lanes can still be read."""
@@ -218,14 +215,7 @@ class StreamDataModule(LightningDataModule):
 
     def all_rejects(self) -> Counter[str]:
         """What all ranks rejected, by reason; all of them must call it."""
-        return sum(gather(self.rejects), Counter[str]())
-
-    def describe_rejects(self) -> list[str]:
-        """A line per reason, with the first samples since this process began; all ranks must call it."""
-        examples: Examples = {}
-        for known in gather(self.reject_examples):
-            add_examples(examples, known)
-        return describe_rejects(self.all_rejects(), examples)
+        return sum(gather(self.rejected.counts), Counter[str]())
 
     def state_dict(self) -> dict[str, Any]:
         """The position of every lane, gathered from all ranks; all of them must call it.
@@ -266,7 +256,7 @@ class StreamDataModule(LightningDataModule):
         self.position = Position(state["step"])
         for lane, (choices, places) in state["lanes"].items():
             self.position.lanes[lane] = LanePlace(choices, tuple(SourcePlace(*place) for place in places))
-        self.rejects = Counter(state["rejects"] if self.share().rank == 0 else {})
+        self.rejected.counts = Counter(state["rejects"] if self.share().rank == 0 else {})
         if state["step_samples"] != self.step_samples():
             before, now = state["step_samples"], self.step_samples()
             log.warning("a step had %d samples, now it has %d; global_batch_size=%d keeps it", before, now, before)
@@ -337,7 +327,7 @@ def choose_sources(
     """Name → values of ``ShardSource.of``; raises UserError unless one of ``train`` and known ``names`` is given."""
     if (train is None) == (names is None):
         both = "data.train and data.sources are both given" if names is not None else "no data are given"
-        raise UserError(f"{both}: say data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
+        raise UserError(f"{both}: give data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
     if names is None:
         return {"train": {"shards": train, **layout}}
     unknown = [name for name in names if name not in known]

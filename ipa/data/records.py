@@ -1,4 +1,4 @@
-"""What the folders of this room exchange: a ``Source`` gives ``Record``s, a ``Preparation`` makes batches of them."""
+"""Types that the data folders share: a ``Source`` yields ``Record``s, a ``Preparation`` makes batches of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ipa.data.addresses import Address
 from ipa.data.images.opening import Size, picture_size
-from ipa.data.rejects import Rejected, count_reasons, examples_of
+from ipa.data.rejects import Rejected, Tally
 from ipa.types import Batch, Draws, Position
 
 
@@ -29,7 +29,7 @@ class Record:
     subject; without any the picture is its own reference. ``reference_masks`` has a mask for each, or one for the
     picture, where the source has masks. ``rejects`` are unusable neighbours, so that each is counted once. ``broken``
     is why the picture could not be decoded, once that was tried. ``source`` is set by the order; ``span`` is where the
-    sample begins and ends in its shard, in bytes.
+    sample begins and ends in its shard, in bytes. ``values`` are the metadata's entries that its layout keeps.
     """
 
     key: str
@@ -45,6 +45,7 @@ class Record:
     span: tuple[int, int] = (0, 0)
     loss_mask: Mask | None = None
     reference_masks: tuple[Mask, ...] = ()
+    values: tuple[Any, ...] = ()
 
     @property
     def size(self) -> Size | None:
@@ -80,13 +81,14 @@ def make_batch(
     samples: Sequence[Any], draws: Draws, rejects: Sequence[Rejected], position: Position | None, **tensors: Any
 ) -> Batch:
     """What the batches of all preparations have, and their ``tensors``."""
+    tally = Tally.of(rejects)
     return Batch(
         text=[sample.text for sample in samples],
         draws=draws,
         keys=[sample.record.key for sample in samples],
         shards=[sample.record.shard for sample in samples],
-        rejects=count_reasons(rejects),
-        reject_examples=examples_of(rejects),
+        rejects=tally.counts,
+        reject_examples=tally.examples,
         position=position,
         **tensors,
     )

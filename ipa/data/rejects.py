@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ipa.errors import UserError
 from ipa.files import printable
 
-BROKEN_TAR = "broken tar"
-NO_KEY = "member without a key"
-NO_PICTURE = "no picture"
-BROKEN_PICTURE = "broken picture"
-TOO_MANY_PIXELS = "too many pixels"
-NO_CAPTION = "no caption"
-EMPTY_CAPTION = "empty caption"
-NOT_UTF8 = "caption is not UTF-8"
-NO_REFERENCE = "no reference"
-BROKEN_PARTNER = "broken partner"  # the sample whose image is the reference of a pair
-NO_MASK = "no mask"
-WRONG_MASK = "mask of another size"
-BROKEN_METADATA = "broken metadata"
-DUPLICATE_KEY = "duplicate key"
-UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name
-TOO_LARGE = "too large a member"
+
+class Reason:
+    """Why a sample is rejected; filters add reasons with their own names."""
+
+    BROKEN_TAR = "broken tar"
+    NO_KEY = "member without a key"
+    NO_PICTURE = "no picture"
+    BROKEN_PICTURE = "broken picture"
+    TOO_MANY_PIXELS = "too many pixels"
+    NO_CAPTION = "no caption"
+    EMPTY_CAPTION = "empty caption"
+    NOT_UTF8 = "caption is not UTF-8"
+    NO_REFERENCE = "no reference"
+    BROKEN_PARTNER = "broken partner"  # the sample whose image is the reference of a pair
+    NO_MASK = "no mask"
+    WRONG_MASK = "mask of another size"
+    BROKEN_METADATA = "broken metadata"
+    DUPLICATE_KEY = "duplicate key"
+    UNSAFE_MEMBER = "unsafe member"  # a link, a device, a path outside the folder, or a reserved name
+    TOO_LARGE = "too large a member"
+    BROKEN_MEMBER = "broken cached sample"
+    OTHER_BUCKET = "cached for another aspect-ratio bucket"
+
 
 MAX_EXAMPLES = 3  # of each reason
 
@@ -42,6 +50,11 @@ class Rejected(Exception):
         """With its place; without a traceback, whose frames would keep the sample in memory."""
         return Rejected(self.reason, self.detail, self.key or key, self.shard or shard)
 
+    @property
+    def is_break(self) -> bool:
+        """Whether the rest of the shard cannot be read."""
+        return self.reason == Reason.BROKEN_TAR
+
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.reason, self.detail)))
 
@@ -50,31 +63,37 @@ class Rejected(Exception):
         return printable(" of ".join(filter(None, (self.key, self.shard)))), self.detail
 
 
-def count_reasons(rejects: Iterable[Rejected]) -> Counter[str]:
-    return Counter(reject.reason for reject in rejects)
+@dataclass
+class Tally:
+    """How many samples were rejected for each reason, and the first ``MAX_EXAMPLES`` of each."""
 
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: Examples = field(default_factory=dict)
 
-def examples_of(rejects: Iterable[Rejected]) -> Examples:
-    found: Examples = {}
-    for reject in rejects:
-        add_examples(found, {reject.reason: [reject.example]})
-    return found
+    @classmethod
+    def of(cls, rejects: Iterable[Rejected]) -> Tally:
+        tally = cls()
+        for reject in rejects:
+            tally.add({reject.reason: 1}, {reject.reason: [reject.example]})
+        return tally
 
+    def add(self, counts: Mapping[str, int], examples: Examples) -> list[str]:
+        """Returns the reasons that are new."""
+        new = [reason for reason in examples if reason not in self.examples]
+        self.counts.update(counts)
+        for reason, more in examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + more)[:MAX_EXAMPLES]
+        return new
 
-def add_examples(known: Examples, more: Examples) -> list[str]:
-    """Extend ``known`` up to ``MAX_EXAMPLES`` of each reason; returns the reasons that are new."""
-    new = [reason for reason in more if reason not in known]
-    for reason, examples in more.items():
-        known[reason] = (known.get(reason, []) + examples)[:MAX_EXAMPLES]
-    return new
+    def lines(self) -> list[str]:
+        """One for each reason, the most frequent first: its count and the first samples."""
+        return [
+            f"{count:,} × {reason}: {in_detail(self.examples.get(reason, []))}".removesuffix(": ")
+            for reason, count in self.counts.most_common()
+        ]
 
-
-def describe_rejects(counts: Mapping[str, int], examples: Examples) -> list[str]:
-    """A line for each reason, the most frequent first: its count and the first samples."""
-    return [
-        f"{count:,} × {reason}: {in_detail(examples.get(reason, []))}".removesuffix(": ")
-        for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])
-    ]
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
 
 
 def in_detail(examples: Sequence[Example]) -> str:
@@ -86,17 +105,13 @@ def in_detail(examples: Sequence[Example]) -> str:
     return "; ".join(f"{found} ({detail})" if found and detail else found or detail for found, detail in parts)
 
 
-def in_words(rejects: Sequence[Rejected]) -> str:
-    return "; ".join(describe_rejects(count_reasons(rejects), examples_of(rejects)))
-
-
 class NoGoodSamples(UserError):
     """A whole pass over the shards gave no usable sample."""
 
 
 def no_good_samples(rejects: Iterable[Rejected], shards: int, names: Iterable[str]) -> NoGoodSamples:
     """``names`` are those of the sources: train, val, or entries of ``data.known``."""
-    counts = in_words(list(rejects)) or "they are empty"
+    counts = str(Tally.of(rejects)) or "they are empty"
     return NoGoodSamples(
         f"data.{', '.join(names)}: no usable sample in a whole pass over {shards} shards ({counts}). Expected "
         "img2dataset's layout: a picture and its caption under one key per sample, adjacent in the archive. Check "

@@ -21,23 +21,21 @@ MB = 1_000_000
 
 
 def begin(worker: int, grace_s: float) -> None:
-    """Outlive a signal to the whole group, as Slurm and a terminal send it, while the main process ends its step.
+    """Keep running after a signal to the whole group, as Slurm and a terminal send it.
 
-    It may want batches for ``grace_s`` more. SIGTERM is also how a loader ends a worker that does not end by itself, so
-    it is not ignored: it sets an alarm.
+    The main process finishes its step and may need batches for ``grace_s`` more. A loader ends stuck workers with
+    SIGTERM, so that is not ignored: it sets an alarm.
     """
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, grace_s + LONGER_S))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, grace_s + LONGER_S))
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(die)  # type: ignore[attr-defined]
 
 
 def die(error: BaseException, batch: Any) -> None:
     """End the worker for a batch that it cannot send; Python would drop it, and training would wait for it forever."""
     traceback.print_exception(error)
-    os.kill(os.getpid(), getattr(signal, "SIGBUS", signal.SIGTERM))  # torch reports it as a lack of shared memory
+    os.kill(os.getpid(), signal.SIGBUS)  # torch reports it as a lack of shared memory
 
 
 def check_shared_memory(batch_bytes: int, workers: int, folder: Path = SHARED_MEMORY) -> None:

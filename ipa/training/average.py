@@ -22,19 +22,57 @@ from ipa.training.strategies import like, local
 COUNT = "count"
 
 
-class WeightAverage:
+class Average:
+    """Averaged weights of ``module``. This base is for those that an optimizer keeps; see ``WeightAverage``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = [name for name, _ in module.named_parameters()]
+        self.parameters = list(module.parameters())
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While inside, the module has the averaged weights; afterwards it has its own again, to the bit."""
+        current = [parameter.detach().clone() for parameter in self.parameters]
+        self.show()
+        try:
+            yield
+        finally:
+            self.hide()
+            self.put(current)
+
+    def show(self) -> None:
+        """Give the module the averaged weights."""
+
+    def hide(self) -> None:
+        """Called before the module gets its own weights again."""
+
+    def update(self, skip: Tensor | None = None) -> None:
+        """Take in the weights of one more step; nothing changes where ``skip``, a tensor on the device, is 1."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the module's names, sharded as they are, and the number of steps taken in."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a ``state_dict``."""
+
+    @torch.no_grad()
+    def put(self, weights: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+
+class WeightAverage(Average):
     """The average of ``module``'s parameters, on their device."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module)
         self.decay = decay
-        self.names = [name for name, _ in module.named_parameters()]
-        self.parameters = list(module.parameters())
         self.averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.count = torch.zeros((), dtype=torch.long)
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Take in the weights of one more step; nothing changes where ``skip``, a tensor on the device, is 1."""
         device = self.parameters[0].device
         self.averaged = [average.to(device) for average in self.averaged]  # Lightning moves the weights after __init__
         self.count = self.count.to(device)
@@ -47,26 +85,11 @@ class WeightAverage:
         torch._foreach_add_(averaged, steps)
         self.count += taken.long()
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """While inside, the module has the averaged weights."""
-        if not self.count:
-            yield
-            return
-        current = [parameter.detach().clone() for parameter in self.parameters]
-        self.put(self.averaged)
-        try:
-            yield
-        finally:
-            self.put(current)
-
-    @torch.no_grad()
-    def put(self, weights: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, weights, strict=True):
-            parameter.copy_(value)
+    def show(self) -> None:
+        if self.count:
+            self.put(self.averaged)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the module's names, sharded as they are, and the number of steps taken in."""
         return dict(zip(self.names, self.averaged, strict=True)) | {COUNT: self.count}
 
     @torch.no_grad()

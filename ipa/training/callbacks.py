@@ -1,4 +1,4 @@
-"""Throughput, the position in the data, and the adapter file."""
+"""Throughput, the position in the data, λ at the start, and the adapter file."""
 
 from __future__ import annotations
 
@@ -158,6 +158,21 @@ class SameParts(TrainingCallback):
                     f"was trained with. Give {name}={saved}, or where that was moved to; to train on with others: "
                     "name=… resume=CHECKPOINT"
                 )
+
+
+class ScaleWarmup(TrainingCallback):
+    """λ = step / ``num_steps`` in training, 1 from there on; 0 steps: always 1. It depends on the step alone.
+
+    A fresh adapter would change some bases at once (Stable Diffusion 3).
+    """
+
+    order = Order.DATA
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.model.train_scale = min(1.0, trainer.global_step / self.num_steps) if self.num_steps else 1.0
 
 
 class ExportAdapter(TrainingCallback):

@@ -26,7 +26,7 @@ from torch import Tensor
 from ipa.distributed import gather
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
-from ipa.training.hooks import Order, TrainingCallback, is_due, our_callbacks
+from ipa.training.hooks import Order, TrainingCallback, callbacks_of, is_due
 from ipa.types import first_not_finite
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -57,15 +57,9 @@ class BackgroundCheckpointIO(CheckpointIO):
         self.submit(lambda: write_checkpoint(Path(path), content))
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue ``work`` for the thread; it is skipped if the work before it failed."""
+        """Queue ``work`` for the thread."""
         self.thread = self.thread or ThreadPoolExecutor(1, "checkpoints")
-        before = self.pending[-1] if self.pending else None
-
-        def after() -> None:
-            if before is None or before.exception() is None:
-                work()
-
-        self.pending.append(self.thread.submit(after))
+        self.pending.append(self.thread.submit(work))
 
     def check(self) -> None:
         """Raise the thread's error if there is one by now."""
@@ -138,7 +132,7 @@ class Checkpoints(TrainingCallback):
         step = trainer.global_step
         if step == self.saved_step:
             return
-        for callback in our_callbacks(trainer):
+        for callback in callbacks_of(trainer, TrainingCallback):
             callback.before_checkpoint(trainer, pl_module)
         check_finite(pl_module.state_dict(), step)
         trainer.save_checkpoint(self.folder / file_name(step))
@@ -291,8 +285,10 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def prune(folder: Path, step: int, keep_last: int, best: str) -> None:
-    """Remove the checkpoints up to ``step`` except the last ``keep_last`` and the best."""
+    """Once the checkpoint of ``step`` is there, remove older ones except the last ``keep_last`` and the best."""
     known = [path for path in checkpoints_in(folder) if step_of(path) <= step]
+    if folder / file_name(step) not in known:
+        return  # it could not be written
     for path in known[keep_last:]:
         if path.name != best:
             path.unlink(missing_ok=True)

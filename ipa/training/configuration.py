@@ -27,13 +27,7 @@ log = logging.getLogger(__name__)
 
 # these change no step that was already made: where it runs, how far, and what is watched and written
 MAY_CHANGE = (
-    *(
-        "trainer.max_steps",
-        "schedule.num_training_steps",
-        "trainer.log_every_n_steps",
-        "data.val",
-        "data.val_batch_size",
-    ),
+    *("trainer.max_steps", "schedule.num_training_steps", "trainer.log_every_n_steps"),
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
     *("trainer.accumulate_grad_batches", "gradient_checkpointing", "compile", "data.num_workers", "data.schemes"),
     *("data.val", "data.val_batch_size"),
@@ -47,7 +41,6 @@ PLACES = (
 )
 MAX_NAMED = 12  # options in one message
 ABSENT = "(absent)"
-
 
 Differences = Mapping[str, tuple[Any, Any]]  # dotted name → (saved, given)
 
@@ -82,8 +75,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
             f"{path} is not the configuration of a run ({brief(error)}), so the run cannot be resumed. Restore the "
             "file, or start another run with name=… resume=CHECKPOINT"
         ) from error
-    saved: dict[str, Any] = content
-    return saved
+    return content
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Differences:

@@ -7,7 +7,7 @@ a step is estimated as `ipa.training.memory` says. What cannot be known here is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +18,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ipa.data.cache.datamodule import CachedDataModule
+from ipa.data.cache.preparation import KEPT, cached_bytes
 from ipa.errors import MissingWeights, UserError
 from ipa.families.hollow import make_hollow, quantize_hollow
 from ipa.families.sources import is_single_file
 from ipa.model import IPAdapterModel
 from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
 from ipa.training.optimizers import optimizer_for_estimate
-from ipa.training.parts import check_parts, make_head_of
+from ipa.training.parts import check_parts, make_head_of, name_of, read_from
 from ipa.types import Batch
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
@@ -63,7 +64,7 @@ def hollow_model(cfg: DictConfig, has_states: bool = False) -> IPAdapterModel:
     family_class: Any = get_class(cfg.base._target_.rpartition(".")[0])
     with torch.device("meta"):
         family = make_hollow(family_class, **instantiate({**cfg.base, "_target_": "builtins.dict"}))
-        encoder = instantiate({**cfg.encoder, "_target_": with_method(cfg.encoder._target_, "make_hollow")})
+        encoder = read_from(cfg.encoder, "make_hollow")
         head = make_head_of(cfg, encoder.widths, family.widths)
         adapter = instantiate(cfg.adapter.make)(family.hosts())
         model = IPAdapterModel(family, encoder, head, adapter, cfg.min_snr_gamma, cfg.data.reference_fit)
@@ -80,10 +81,6 @@ def leave_out_text(family: Any) -> None:
     for name in family.part_names:
         if name.startswith("text_encoder"):
             setattr(family, name, None)
-
-
-def with_method(target: str, method: str) -> str:
-    return f"{target.rpartition('.')[0]}.{method}"
 
 
 def global_batch(cfg: DictConfig) -> int:
@@ -112,7 +109,7 @@ def describe_parts(cfg: DictConfig, model: IPAdapterModel) -> dict[str, str]:
         "trained": f"{trained:,} parameters ({head:,} in the head, {trained - head:,} in the layers), "
         f"{model.head.num_tokens} image tokens",
         "base": f"{cfg.base.path}: {', '.join(parts)}; {cfg.base.dtype}",
-        "encoder": f"{cfg.encoder.get('name') or cfg.encoder.get('path')}: {in_millions(model.encoder)}; "
+        "encoder": f"{name_of(cfg.encoder)}: {in_millions(model.encoder)}; "
         f"{cfg.encoder.dtype}, {model.encoder.image_size_px} px",
         "image size": f"{image_size_px(cfg, model)} px",
     }
@@ -141,23 +138,23 @@ def open_data(cfg: DictConfig) -> Any:
 
 
 def describe_data(data: Any) -> tuple[str, int | None]:
-    """In words, and the number of samples if the statistics next to all shards tell it."""
+    """A description, and the number of samples if every shard has a statistics file."""
     if isinstance(data, str):
         return data, None
-    shards = [str(shard) for source in data.train_order.sources for shard in source.shards]
+    shards = [Path(shard) for source in data.train_order.sources for shard in source.shards]
     if isinstance(data, CachedDataModule):
         return f"{len(shards):,} shards of features" + ", with text states" * (data.texts is not None), None
-    counts = [samples_in(Path(shard)) for shard in shards]
-    known = [number for number in counts if number is not None]
-    if len(known) < len(shards):
+    number = samples_in(shards)
+    if number is None:
         return f"{len(shards):,} shards; python -m ipa.tools.inspect counts the samples", None
-    return f"{sum(known):,} samples in {len(shards):,} shards", sum(known)
+    return f"{number:,} samples in {len(shards):,} shards", number
 
 
-def samples_in(shard: Path) -> int | None:
-    """What img2dataset and `ipa.tools.pack` wrote next to a shard."""
+def samples_in(shards: Sequence[Path]) -> int | None:
+    """What img2dataset and `ipa.tools.pack` wrote next to the shards; None if one has no statistics."""
     try:
-        return int(json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text())["successes"])
+        stats = (shard.with_name(f"{shard.stem}_stats.json").read_text() for shard in shards)
+        return sum(int(json.loads(each)["successes"]) for each in stats)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -169,15 +166,10 @@ def describe_disk(cfg: DictConfig, model: IPAdapterModel, samples: int | None) -
     kept = cfg.checkpoint.keep_last + 1
     text = f"{kept} checkpoints of {size(checkpoint)}, the adapter {size(2 * trained)}"
     if samples and cfg.data._target_.endswith("ShardDataModule"):
-        text += f"; a feature cache of these samples would take {size(samples * cached_bytes(cfg, model))}"
+        latent_shape = model.family.latent_shape(image_size_px(cfg, model))
+        each = cached_bytes(latent_shape, model.encoder.widths, [KEPT[model.head.uses]])
+        text += f"; a feature cache of these samples would take {size(samples * each)}"
     return text
-
-
-def cached_bytes(cfg: DictConfig, model: IPAdapterModel) -> int:
-    """Of a cached sample: two moments of the latents, and an embedding in fp16 or the reference's pixels."""
-    latents = 2 * 2 * torch.Size(model.family.latent_shape(image_size_px(cfg, model))).numel()
-    widths = model.encoder.widths
-    return latents + (2 * widths.pooled if model.head.uses == "pooled" else 3 * widths.image_size_px**2)
 
 
 def describe_download(cfg: DictConfig, model: IPAdapterModel) -> str:
@@ -231,13 +223,13 @@ def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     quantize_hollow(model.family, **{name: cfg.base.get(name) for name in QUANTIZING})
     peak = average + estimate_peak(model, step_maker(cfg), batch, image_size_px(cfg, model), cached)
     where = "in one process" if processes(cfg) == 1 else f"in each of {processes(cfg)} processes"
-    told = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
+    text = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
     if cfg.trainer.accelerator == "cpu":
-        return told
+        return text
     card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
     saving = SMALLER_BATCH if cfg.gradient_checkpointing else f"gradient_checkpointing=true, or {SMALLER_BATCH}"
     fits = "no card has that much" if card is None else f"a card of {card} GB"
-    return f"{told}: {fits}. Less with {saving}"
+    return f"{text}: {fits}. Less with {saving}"
 
 
 def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], object]]:

@@ -1,4 +1,4 @@
-"""What a failed fit means to the user: out of memory, a missing compiler, an error in a data worker."""
+"""Explanations of a failed fit: out of memory, a missing compiler, an error in a data worker."""
 
 from __future__ import annotations
 

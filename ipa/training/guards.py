@@ -25,7 +25,7 @@ from ipa.errors import UserError
 from ipa.training.hooks import Order, TrainingCallback, ends_step, is_due, logs_now, send_to_host
 from ipa.training.strategies import local
 
-LAG_STEPS = 2  # the host waits for a device that is further behind
+LAG_STEPS = 2  # the host waits if the device lags further
 MAX_KEYS = 64  # named in a message
 CHOICES = ("stop", "skip")
 

@@ -11,7 +11,7 @@ import lightning as L
 from ipa.data.order.lanes import Share
 from ipa.errors import UserError
 from ipa.training.callbacks import ExportAdapter
-from ipa.training.hooks import TrainingCallback, is_due
+from ipa.training.hooks import TrainingCallback, callbacks_of, is_due
 from ipa.training.loggers import log_now
 from ipa.training.monitors import NUM_STANDARD_ERRORS, ImagePromptGuard, compare_images
 from ipa.types import Batch
@@ -37,9 +37,8 @@ class HeldOutGap(TrainingCallback):
         num_samples: int = 64,
         patience: int | None = None,
         alarm: float = 0.5,
-        dtype: str = "float16",
     ) -> None:
-        self.export = ExportAdapter(path, 0, dtype=dtype)
+        self.export = ExportAdapter(path, every_n_steps=0)
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.patience, self.alarm = patience, alarm
         self.batches: list[Batch] = []
@@ -75,8 +74,8 @@ class HeldOutGap(TrainingCallback):
         if self.every_n_steps is None or not is_due(trainer, batch_idx, self.every_n_steps):
             return
         gap = self.measure(trainer, pl_module)
-        values, guard = {"heldout_gap": gap}, guard_of(trainer)
-        if guard is not None and guard.gaps:
+        values = {"heldout_gap": gap}
+        for guard in [each for each in callbacks_of(trainer, ImagePromptGuard) if each.gaps]:
             values["overfit"] = guard.mean_gap()[0] - gap
             self.judge(guard, gap, trainer.global_step)
         log_now(trainer, {f"image_prompt/{name}": value for name, value in values.items()})
@@ -121,11 +120,6 @@ class HeldOutGap(TrainingCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best |= state_dict
-
-
-def guard_of(trainer: L.Trainer) -> ImagePromptGuard | None:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((each for each in callbacks if isinstance(each, ImagePromptGuard)), None)
 
 
 def end_here(trainer: Any) -> None:

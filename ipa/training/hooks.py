@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor
+
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class Order(IntEnum):
@@ -41,9 +43,8 @@ def in_order(callbacks: Iterable[L.Callback]) -> list[L.Callback]:
     return sorted(callbacks, key=lambda each: each.order if isinstance(each, TrainingCallback) else Order.MONITOR)
 
 
-def our_callbacks(trainer: L.Trainer) -> list[TrainingCallback]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, TrainingCallback)]
+def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
+    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
 
 
 def is_due(trainer: L.Trainer, batch_idx: int, every_n_steps: int) -> bool:

@@ -7,16 +7,10 @@ import logging
 import netrc
 import os
 from collections.abc import Callable, Mapping
-from http.client import HTTPException
 from inspect import signature
 from pathlib import Path
-from queue import Empty, Queue
-from ssl import SSLError
-from threading import Thread
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlparse
-from urllib.request import urlopen
 from uuid import NAMESPACE_URL, uuid5
 
 import lightning as L
@@ -29,12 +23,10 @@ from PIL import Image
 
 from ipa.errors import UserError, brief
 from ipa.files import write_atomically
-from ipa.identity import is_first_process
 from ipa.secrets import without_secrets
 from ipa.training.hooks import TrainingCallback
 
 WANDB_MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
-PROBE_S = 5.0
 # of wandb at its start and end; what is not uploaded by then stays in the run's folder
 INIT_S, FINISH_S = 20, 60
 
@@ -155,7 +147,7 @@ def row_of_step(trainer: Any) -> dict[str, float]:
 
 
 class RunWandb(WandbLogger):
-    """wandb's logger for a run that goes on whatever happens to wandb: ``log.csv`` and ``previews/`` have the same."""
+    """wandb's logger; the run continues if wandb fails: ``log.csv`` and ``previews/`` have the same data."""
 
     lost = False
 
@@ -202,14 +194,11 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
 
     The id of the run comes from its folder, so a resumed training continues the same wandb run (offline: another file,
     which `wandb sync` appends). wandb's staging and cache folders are in the run's folder too, not in the home folder.
-    Raises UserError for settings that wandb does not have; without network the run is offline, with a warning.
+    Raises UserError for settings that wandb does not have; if it does not start online, the run is offline.
     """
     mode = os.environ.get("WANDB_MODE")
     check_wandb(mode, project, options)
     offline = mode in ("offline", "dryrun") or (mode is None and not logged_in())
-    if not offline and mode != "disabled" and is_first_process(os.environ) and not answers(wandb_address()):
-        log.warning("%s does not answer: wandb works offline, `wandb sync` uploads it later", wandb_address())
-        options["mode"] = "offline"
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # a killed run would lose 15 s of its log
@@ -234,26 +223,6 @@ def check_wandb(mode: str | None, project: str, options: Mapping[str, Any]) -> N
     known = {name for call in (wandb.init, WandbLogger.__init__) for name in signature(call).parameters}
     if unknown := sorted(set(options) - known):
         raise UserError(f"logger.wandb has no option {', '.join(unknown)}: it takes those of wandb.init")
-
-
-def answers(address: str) -> bool:
-    """Whether a server is there, also behind a proxy; within seconds, although looking up a name may take minutes."""
-    found: Queue[bool] = Queue()
-
-    def ask() -> None:
-        try:
-            urlopen(address, timeout=PROBE_S).close()
-            found.put(True)
-        except (HTTPError, SSLError):  # an answer
-            found.put(True)
-        except (OSError, ValueError, HTTPException) as error:
-            found.put(isinstance(getattr(error, "reason", None), SSLError))
-
-    Thread(target=ask, daemon=True).start()
-    try:
-        return found.get(timeout=PROBE_S)
-    except Empty:
-        return False
 
 
 def make_tensorboard(folder: str | Path) -> TensorBoardLogger:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from ipa.distributed import mean_over_ranks
 from ipa.model import IPAdapterModel
-from ipa.training.average import WeightAverage
+from ipa.training.average import Average, WeightAverage
+from ipa.training.hooks import ends_step
 from ipa.training.optimizers import ScheduleFreeAverage, averages
 from ipa.training.strategies import like, shard, whole
 from ipa.types import Batch
@@ -44,7 +45,7 @@ class AdapterTraining(L.LightningModule):
         super().__init__()
         self.model = model
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
-        self.average: WeightAverage | ScheduleFreeAverage | None = None
+        self.average: Average | None = None
         if ema_decay is not None:
             self.average = WeightAverage(model.trainable, ema_decay)
         self.metadata = metadata or {}
@@ -71,8 +72,7 @@ class AdapterTraining(L.LightningModule):
     def will_log(self, batch_idx: int) -> bool:
         """Whether the step that this batch ends is logged."""
         trainer: Any = self.trainer
-        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        return ends_step and (self.global_step + 1) % trainer.log_every_n_steps == 0
+        return ends_step(trainer, batch_idx) and (self.global_step + 1) % trainer.log_every_n_steps == 0
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model.trained())

@@ -1,4 +1,4 @@
-"""What the dashboard shows beside the loss: error by noise level, gradient norm, whether the image prompt is used."""
+"""Monitors: error by noise level, gradient norm, and whether the image prompt is used."""
 
 from __future__ import annotations
 

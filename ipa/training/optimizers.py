@@ -1,4 +1,4 @@
-"""Optimizers beside AdamW: its 8-bit and schedule-free variants and Prodigy, whose packages are optional, and Muon.
+"""Optimizers other than AdamW: its 8-bit and schedule-free variants and Prodigy (optional packages), and Muon.
 
     python train.py optimizer=schedule_free schedule=constant ema.decay=null optimizer.lr=3e-3
 
@@ -7,9 +7,9 @@ Each takes the trained parameters. docs/training.md says which is for what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from ipa.errors import MissingWeights, UserError
-from ipa.training.average import COUNT
+from ipa.training.average import COUNT, Average
 from ipa.training.checkpointing import load
 
-PACKAGES = {"adamw_8bit": "bitsandbytes", "schedule_free": "schedulefree", "prodigy": "prodigyopt"}
-CLASSES = {"adamw_8bit": "AdamW8bit", "schedule_free": "AdamWScheduleFree", "prodigy": "Prodigy"}
+# optional packages and their classes: Dettmers et al. 2022; Defazio et al. 2024; Mishchenko & Defazio 2024
+EXTRA = {
+    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),  # a byte for each moment
+    "schedule_free": ("schedulefree", "AdamWScheduleFree"),  # averages weights in place of a schedule
+    "prodigy": ("prodigyopt", "Prodigy"),  # estimates its step size, which ``lr`` multiplies
+}
 STATE_BYTES = {"adamw_8bit": 2, "prodigy": 16}  # of a parameter; Prodigy keeps two sums besides the moments
 OWN = f"{__name__}."
 LEAST_PRODIGY_LR = 0.01
@@ -33,27 +37,16 @@ CONSTANT = ("constant", "constant_with_warmup")
 SHARDING = ("fsdp", "zero2")
 
 
-def adamw_8bit(params: Iterable[nn.Parameter], **options: Any) -> Optimizer:
-    """AdamW whose moments take a byte each (Dettmers et al. 2022)."""
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params, **options)
-
-
-def schedule_free(params: Iterable[nn.Parameter], **options: Any) -> Optimizer:
-    """AdamW that averages its weights in place of lowering the learning rate (Defazio et al. 2024), ready to train."""
-    from schedulefree import AdamWScheduleFree
-
-    optimizer = AdamWScheduleFree(params, **options)
-    optimizer.train()
+def make_extra(name: str, params: Iterable[nn.Parameter], **options: Any) -> Optimizer:
+    """An optimizer of ``EXTRA``, ready to train."""
+    package, kind = EXTRA[name]
+    optimizer = getattr(import_module(package), kind)(params, **options)
+    if averages(optimizer):
+        optimizer.train()
     return optimizer
 
 
-def prodigy(params: Iterable[nn.Parameter], **options: Any) -> Optimizer:
-    """Adam that estimates its step size (Mishchenko & Defazio 2024); ``lr`` multiplies the estimate."""
-    from prodigyopt import Prodigy
-
-    return Prodigy(params, **options)
+adamw_8bit, schedule_free, prodigy = (partial(make_extra, name) for name in EXTRA)
 
 
 class MuonWithAdamW(Optimizer):
@@ -120,40 +113,24 @@ def name_of(optimizer: DictConfig) -> str:
     return str(optimizer._target_).removeprefix(OWN)
 
 
-class ScheduleFreeAverage:
-    """The average x that a schedule-free optimizer trains, in the place of a `WeightAverage` of ``module``.
-
-    The module has y = (1 − β₁) z + β₁ x in training; ``inside``, where files, previews and scores are made, it has x.
-    """
+class ScheduleFreeAverage(Average):
+    """The average x that a schedule-free optimizer trains; in training the module has y = (1 − β₁) z + β₁ x."""
 
     def __init__(self, module: nn.Module, optimizer: Any) -> None:
-        self.names = [name for name, _ in module.named_parameters()]
-        self.parameters, self.optimizer = list(module.parameters()), optimizer
+        super().__init__(module)
+        self.optimizer = optimizer
 
-    def update(self, skip: Tensor | None = None) -> None:
-        """The optimizer's step has done it."""
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """While inside, the module has the averaged weights; afterwards it has its own again, to the bit."""
-        current = [parameter.detach().clone() for parameter in self.parameters]
+    def show(self) -> None:
         self.optimizer.eval()
-        try:
-            yield
-        finally:
-            self.optimizer.train()
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, current, strict=True):
-                    parameter.copy_(value)
+
+    def hide(self) -> None:
+        self.optimizer.train()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the module's names, for readers of the checkpoint, and the number of steps."""
+        """For readers of the checkpoint: the average follows from the weights and the optimizer's state."""
         with self.inside():
             averaged = {name: each.detach().clone() for name, each in zip(self.names, self.parameters, strict=True)}
         return averaged | {COUNT: torch.tensor(self.optimizer.param_groups[0]["k"])}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The average follows from the weights and the optimizer's state."""
 
 
 def averages(optimizer: Any) -> bool:
@@ -164,7 +141,7 @@ def averages(optimizer: Any) -> bool:
 def check_same_optimizer(cfg: DictConfig, checkpoint: Path) -> None:
     """Raise UserError if another run's checkpoint has the state of another optimizer than the configured one."""
     name = name_of(cfg.optimizer)
-    asked = CLASSES.get(name, name.rpartition(".")[2])
+    _, asked = EXTRA.get(name, ("", name.rpartition(".")[2]))
     if (saved := load(checkpoint, mmap=True).get("optimizer", asked)) != asked:
         raise UserError(
             f"resume={checkpoint}: it was trained with {saved}, not {asked}. Give its optimizer=, or "
@@ -175,8 +152,8 @@ def check_same_optimizer(cfg: DictConfig, checkpoint: Path) -> None:
 def check_optimizer(cfg: DictConfig) -> None:
     """Raise UserError for a missing package, and for options that do not go together."""
     name = name_of(cfg.optimizer)
-    package = PACKAGES.get(name)
-    if package and find_spec(package) is None:
+    package = EXTRA[name][0].partition(".")[0] if name in EXTRA else "torch"
+    if find_spec(package) is None:
         raise MissingWeights(f"this optimizer needs the package {package}: pip install {package}")
     if name == "prodigy" and cfg.optimizer.lr < LEAST_PRODIGY_LR:
         raise UserError(
@@ -190,7 +167,7 @@ def check_optimizer(cfg: DictConfig) -> None:
             "itself and needs a constant learning rate: give ema.decay=null schedule=constant"
         )
     kind = OmegaConf.select(cfg, "trainer.strategy.kind")
-    if (name in PACKAGES or name == MuonWithAdamW.__name__) and kind in SHARDING:
+    if (name in EXTRA or name == MuonWithAdamW.__name__) and kind in SHARDING:
         raise UserError(
             f"trainer.strategy.kind={kind} shards the weights, which this optimizer does not know: give "
             "optimizer=adamw, or trainer=ddp"

@@ -4,8 +4,8 @@
     lock.TOKEN    who took over from the owner with this token, which was gone
 
 Files are created whole and exclusively (a hard link, atomic on NFS too), so one process wins each takeover. An owner is
-gone if no process has its pid and start time on its machine. Who took over renames its own file to ``lock``; a file
-to which no chain leads from there counts for nothing. (``flock`` would be simpler, but many NFS mounts lack it.)
+gone if no process has its pid and start time on its machine. The winner then renames its file to ``lock``. Files that
+no chain from ``lock`` reaches are ignored. (``flock`` would be simpler, but many NFS mounts lack it.)
 
 Imports only the standard library.
 """
@@ -81,7 +81,7 @@ def text_in(path: Path) -> str:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process was started; empty where the system does not say; None if there is none but a zombie."""
+    """Start time of a process; empty if the system does not give it; None if the process is gone or a zombie."""
     try:
         os.kill(pid, 0)
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -34,9 +34,9 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
     Widths come from the configuration files and headers of base and encoder. ``donor`` is the adapter file or the other
     run's checkpoint that the run begins with.
     """
-    base: BaseWidths = read_widths(cfg.base)
+    base: BaseWidths = read_from(cfg.base, "read_widths")
     check_size(cfg)
-    encoder: EncoderWidths = read_widths(cfg.encoder)
+    encoder: EncoderWidths = read_from(cfg.encoder, "read_widths")
     head, kind = make_head_of(cfg, encoder, base), kind_of(cfg).name
     layout: str = cfg.callbacks.export.layout
     check_head(head, kind, base.branches)
@@ -53,7 +53,7 @@ def check_parts(cfg: DictConfig, donor: str | Path | None = None) -> None:
 
 
 def check_size(cfg: DictConfig) -> None:
-    """Refuse an image size that the base cannot take, as far as its configuration tells; raises UserError."""
+    """Raise UserError for an image size that the base's configuration rules out."""
     multiple = read_from(cfg.base, "read_size_multiple_px")
     if cfg.image_size_px and cfg.image_size_px % multiple:
         raise UserError(f"image_size_px={cfg.image_size_px}: the base {cfg.base.path} takes multiples of {multiple} px")
@@ -110,12 +110,8 @@ def check_average(cfg: DictConfig, checkpoint: Path) -> None:
         )
 
 
-def read_widths(part: DictConfig) -> Any:
-    """The widths of a part as its class reads them, without loading it."""
-    return read_from(part, "read_widths")
-
-
 def read_from(part: DictConfig, method: str) -> Any:
+    """Call another class method of a part with its options, such as ``read_widths``, which loads no weights."""
     return instantiate({**part, "_target_": part._target_.replace("from_pretrained", method)})
 
 

@@ -38,11 +38,13 @@ log = logging.getLogger(__name__)
 SCALES = (0.0, 0.5, 1.0)
 
 
+@dataclass
 class HeldOutPrompts:
-    """Held-out images as image prompts: uint8 images and references (B3HW) and their captions."""
+    """Held-out images as image prompts, uint8, and their captions."""
 
-    def __init__(self, images_B3HW: Tensor, references_B3HW: Tensor, captions: list[str]) -> None:
-        self.images_B3HW, self.references_B3HW, self.captions = images_B3HW, references_B3HW, captions
+    images_B3HW: Tensor
+    references_B3HW: Tensor
+    captions: list[str]
 
     @classmethod
     def from_datamodule(cls, datamodule: Any, count: int) -> HeldOutPrompts | None:
@@ -92,13 +94,9 @@ class HeldOutPrompts:
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
     pieces = [model.encode_reference(piece.to(model.device)) for piece in prompts.references_B3HW.split(batch_size)]
-    pooled, patches = [piece.pooled_BE for piece in pieces], [piece.patches_BPF for piece in pieces]
-    return Features(concatenate(pooled), concatenate(patches))
-
-
-def concatenate(pieces: list[Tensor | None]) -> Tensor | None:
-    tensors = [piece for piece in pieces if piece is not None]
-    return torch.cat(tensors) if tensors else None
+    pooled = [piece.pooled_BE for piece in pieces if piece.pooled_BE is not None]
+    patches = [piece.patches_BPF for piece in pieces if piece.patches_BPF is not None]
+    return Features(torch.cat(pooled) if pooled else None, torch.cat(patches) if patches else None)
 
 
 @dataclass

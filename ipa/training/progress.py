@@ -1,4 +1,4 @@
-"""Progress: a bar with loss and samples per second on a terminal; a line now and then elsewhere and in the log."""
+"""Progress: a bar with loss and samples per second on a terminal, otherwise a log line every minute."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -37,7 +37,7 @@ from ipa.training.dry_run import QUANTIZING, dry_run
 from ipa.training.failures import LOST_PIPE, explain_fit_failure
 from ipa.training.guards import FiniteGuard
 from ipa.training.heldout import HeldOutGap
-from ipa.training.hooks import in_order
+from ipa.training.hooks import callbacks_of, in_order
 from ipa.training.loggers import log_configuration, log_scores
 from ipa.training.module import AdapterTraining
 from ipa.training.monitors import ImagePromptGuard
@@ -57,7 +57,6 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-t
 PAPER_BATCH = 64  # samples of a step (Ye et al. 2023, section 4.1)
 
 Scores = dict[str, dict[str, float]]
-T = TypeVar("T")
 
 
 def train(cfg: DictConfig) -> None:
@@ -156,11 +155,10 @@ def make_trainer(cfg: DictConfig, folder: Path, stop: StopOnSignal, *callbacks_o
         profiler=clock,
         default_root_dir=folder,
     )
-    check_compile(cfg, trainer.strategy)
-    check_quantization(cfg, trainer.strategy)
+    check_strategy(cfg, trainer.strategy)
     check_launcher(trainer.world_size)
     stop.signals.launcher = launcher_of(trainer)
-    for previews in found(callbacks, Previews):
+    for previews in callbacks_of(trainer, Previews):
         previews.interruptible = stop.signals.interrupting
     return trainer
 
@@ -230,25 +228,20 @@ def check_devices(cfg: DictConfig) -> None:
         )
 
 
-def check_compile(cfg: DictConfig, strategy: Strategy) -> None:
-    if cfg.compile and isinstance(strategy, AdapterFSDP):
+def check_strategy(cfg: DictConfig, strategy: Strategy) -> None:
+    """Raise UserError for what does not work with FSDP, ZeRO-2 or `torch.compile`."""
+    quantizing = [f"base.{name}={cfg.base[name]}" for name in QUANTIZING if cfg.base.get(name)]
+    reasons = dict.fromkeys(quantizing, "shard weights in their own dtype")
+    reasons |= {"compile=true": "gather weights while a block runs"} if cfg.compile else {}
+    if reasons and isinstance(strategy, AdapterFSDP):
+        option, reason = reasons.popitem()
         raise UserError(
-            "compile=true does not work with trainer=fsdp or zero2, which gather weights while a block runs: give one "
-            "of them, or trainer=ddp"
+            f"{option} does not work with trainer=fsdp or zero2, which {reason}: give one of them, or trainer=ddp"
         )
     if cfg.compile and (scheme := cfg.base.get("quantization")) in TORCHAO:
         raise UserError(
             f"compile=true does not work with base.quantization={scheme}: torch does not compile the backward pass of "
             "torchao's tensors. Give one of them, or a .gguf file as base.transformer_file"
-        )
-
-
-def check_quantization(cfg: DictConfig, strategy: Strategy) -> None:
-    given = {name: cfg.base.get(name) for name in QUANTIZING if cfg.base.get(name)}
-    if given and isinstance(strategy, AdapterFSDP):
-        raise UserError(
-            f"base.{next(iter(given))}={next(iter(given.values()))} does not work with trainer=fsdp or zero2, which "
-            "shard weights in their own dtype: give one of them, or trainer=ddp"
         )
 
 
@@ -298,19 +291,18 @@ def is_scored(cfg: DictConfig) -> bool:
 
 
 def summarise(folder: Path, model: IPAdapterModel, trainer: L.Trainer) -> dict[str, Any]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    speeds = [c.mean_samples_per_s for c in found(callbacks, Throughput)]
+    speeds = [c.mean_samples_per_s for c in callbacks_of(trainer, Throughput)]
     return {
         "parameters trained": count_trained(model),
         "steps": trainer.global_step,
         "samples per second": next((round(speed, 1) for speed in speeds if math.isfinite(speed)), None),
-        "samples rejected": next((sum(c.rejects.values()) for c in found(callbacks, DataPosition)), None),
-        "rejected because": next((dict(c.rejects) for c in found(callbacks, DataPosition) if c.rejects), None),
-        "steps skipped": next((c.skipped for c in found(callbacks, FiniteGuard) if c.skips), None),
-        "best checkpoint": next((str(c.best_path) for c in found(callbacks, Checkpoints) if c.best_path), None),
-        "last preview": next((str(c.last) for c in found(callbacks, Previews) if c.last), None),
-        "image attention": next((c.attention for c in found(callbacks, ImagePromptGuard) if c.attention), None),
-        **describe_heldout(found(callbacks, HeldOutGap)),
+        "samples rejected": next((sum(c.rejects.values()) for c in callbacks_of(trainer, DataPosition)), None),
+        "rejected because": next((dict(c.rejects) for c in callbacks_of(trainer, DataPosition) if c.rejects), None),
+        "steps skipped": next((c.skipped for c in callbacks_of(trainer, FiniteGuard) if c.skips), None),
+        "best checkpoint": next((str(c.best_path) for c in callbacks_of(trainer, Checkpoints) if c.best_path), None),
+        "last preview": next((str(c.last) for c in callbacks_of(trainer, Previews) if c.last), None),
+        "image attention": next((c.attention for c in callbacks_of(trainer, ImagePromptGuard) if c.attention), None),
+        **describe_heldout(callbacks_of(trainer, HeldOutGap)),
         "adapter": str(folder / "adapter.safetensors"),
     }
 
@@ -326,10 +318,6 @@ def describe_heldout(watchers: Sequence[HeldOutGap]) -> dict[str, Any]:
 
 def count_trained(model: IPAdapterModel) -> int:
     return sum(parameter.numel() for parameter in model.trained())
-
-
-def found(callbacks: Sequence[L.Callback], kind: type[T]) -> list[T]:
-    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def report(cfg: DictConfig, folder: Path, summary: dict[str, Any], scores: Scores) -> None:

@@ -36,9 +36,9 @@ from torch import distributed
 
 from ipa.identity import slurm_job
 from ipa.training.checkpointing import Checkpoints, checkpoint_io
-from ipa.training.hooks import ends_step, our_callbacks, send_to_host
+from ipa.training.hooks import TrainingCallback, callbacks_of, ends_step, send_to_host
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAG_STEPS = 2
 KILLED_BY_SIGNAL = 128  # plus the signal's number: exit codes as a shell reports them
 
@@ -157,7 +157,7 @@ class StopOnSignal(Checkpoint):
     def ready(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called when everything is loaded."""
         self.wait_for_data(trainer)
-        for callback in our_callbacks(trainer):
+        for callback in callbacks_of(trainer, TrainingCallback):
             callback.on_ready(trainer, pl_module)
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -191,10 +191,9 @@ class StopOnSignal(Checkpoint):
     def save(self, trainer: L.Trainer, pl_module: Any, number: int) -> None:
         """Returns on all ranks once the first has written."""
         self.signals.cancel_timer()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoints):
-                callback.save(trainer, pl_module)
-                checkpoint_io(trainer).wait()
+        for checkpoints in callbacks_of(trainer, Checkpoints):
+            checkpoints.save(trainer, pl_module)
+            checkpoint_io(trainer).wait()
         trainer.strategy.barrier("stopped")
         if trainer.is_global_zero:
             name, step = signal.Signals(number).name, trainer.global_step

@@ -132,20 +132,16 @@ STRATEGIES: dict[str, Callable[[float], Strategy]] = {"ddp": AdapterDDP, "fsdp":
 
 
 def make_strategy(kind: str, accelerator: str, devices: Any, num_nodes: int, timeout_minutes: float) -> Strategy | str:
-    """``kind`` is ddp, fsdp or zero2, for several processes; one process gets Lightning's choice."""
+    """``kind`` is ddp, fsdp or zero2, if several processes are configured or were started; else Lightning chooses."""
     if kind not in STRATEGIES:
         raise UserError(f"trainer.strategy.kind={kind}: give one of {', '.join(STRATEGIES)}")
-    return STRATEGIES[kind](timeout_minutes) if are_several(accelerator, devices, num_nodes) else "auto"
-
-
-def are_several(accelerator: str, devices: Any, num_nodes: int) -> bool:
-    """Whether several processes are configured or were started."""
     started = environment.world_size() if (environment := found_environment()) else 1
-    return max(num_nodes, started) > 1 or count_devices(accelerator, devices) > 1
+    are_several = max(num_nodes, started) > 1 or count_devices(accelerator, devices) > 1
+    return STRATEGIES[kind](timeout_minutes) if are_several else "auto"
 
 
 def count_devices(accelerator: str, devices: Any) -> int:
-    """Number of devices of a machine that ``devices`` means; 1 where Lightning will report that there are none."""
+    """How many of this machine's devices ``devices`` selects; 1 if there are none, which Lightning reports."""
     kind: Any = CPUAccelerator if accelerator == "cpu" or not CUDAAccelerator.is_available() else CUDAAccelerator
     if kind is CPUAccelerator and accelerator not in ("cpu", "auto"):
         return 1
@@ -184,8 +180,8 @@ def check_processes(strategy: Any) -> None:
     environment: ClusterEnvironment = strategy.cluster_environment
     if not environment.creates_processes_externally and strategy.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
-            f"trainer.num_nodes={strategy.num_nodes}, but this process was started by itself, and the others would be "
-            "waited for: start the command on every machine with srun or torchrun (docs/cluster.md)"
+            f"trainer.num_nodes={strategy.num_nodes}, but this process was started by itself and would wait for "
+            "the others: start the command on every machine with srun or torchrun (docs/cluster.md)"
         )
     asked, started = strategy.num_processes * strategy.num_nodes, environment.world_size()
     if environment.creates_processes_externally and asked != started:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ipa.data.addresses import NO_DROPS
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.order.sequence import Order
-from ipa.data.rejects import count_reasons
+from ipa.data.rejects import Tally
 from ipa.data.shards.source import ShardSource
 from ipa.tools.inspect.findings import Reading
 
@@ -25,7 +25,7 @@ def audit(shards: list[str], workers: int) -> tuple[Counter[str], Counter[str]]:
     reading = Reading(Order([ShardSource.of("train", shards=shards)], seed=0), PREPARATION)
     for seen, found in DataLoader(reading, batch_size=None, num_workers=workers):
         keys.update([seen.key] if seen else [])
-        rejects.update(count_reasons(found))
+        rejects.update(Tally.of(found).counts)
     return keys, rejects
 
 

@@ -51,7 +51,7 @@ def test_a_list_of_ones_own() -> None:
 @pytest.mark.parametrize(
     "values", ["sd15", [], [512, 512], [[512]], [[500, 512]], [["512", 512]], [[0, 8]], 7, {"a": 1}]
 )
-def test_what_is_no_list_is_told(values: object) -> None:
+def test_bad_bucket_lists_are_refused(values: object) -> None:
     with pytest.raises(ValueError, match=r"data\.buckets=.*give sdxl, or a list of \[width, height\]"):
         Buckets.of(values, 512)
 

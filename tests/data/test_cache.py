@@ -19,15 +19,15 @@ from tars import Members, good, write_tar
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates
-from ipa.data.cache.format import BROKEN_MEMBER, CacheWriter, Header, WrongCache, pack, unpack
-from ipa.data.cache.preparation import OTHER_BUCKET, CachedPreparation
+from ipa.data.cache.format import CacheWriter, Header, WrongCache, pack, unpack
+from ipa.data.cache.preparation import CachedPreparation
 from ipa.data.cache.source import CacheSource
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import TrainStream
 from ipa.data.records import Record
-from ipa.data.rejects import BROKEN_PICTURE, BROKEN_TAR, DUPLICATE_KEY, NO_PICTURE, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.source import ShardSource
 from ipa.types import Batch
 
@@ -59,8 +59,8 @@ def write_cache(path: Path, samples: int = 3, header: Header = HEADER) -> Path:
         writer = CacheWriter(file, header)
         for index in range(samples):
             writer.sample(make_record(index), make_tensors(index), None)
-        writer.rejected(make_record(samples), BROKEN_PICTURE)
-        writer.close({NO_PICTURE: 2, BROKEN_PICTURE: 1})
+        writer.rejected(make_record(samples), Reason.BROKEN_PICTURE)
+        writer.close({Reason.NO_PICTURE: 2, Reason.BROKEN_PICTURE: 1})
     return path
 
 
@@ -112,8 +112,8 @@ def test_records_have_their_index_size_and_captions(tmp_path: Path) -> None:
         ("0001", "00000.tar", 1, (30, 20)),
     ]
     assert records[0].captions == make_record().captions
-    assert records[3].broken is not None and records[3].broken.reason == BROKEN_PICTURE
-    assert [each.reason for each in found if isinstance(each, Rejected)] == [NO_PICTURE, NO_PICTURE]
+    assert records[3].broken is not None and records[3].broken.reason == Reason.BROKEN_PICTURE
+    assert [each.reason for each in found if isinstance(each, Rejected)] == [Reason.NO_PICTURE, Reason.NO_PICTURE]
 
 
 @pytest.mark.parametrize("key", ["ünï-🙂", "folder/" * 30 + "0001", "0123456789" * 20])
@@ -136,7 +136,7 @@ def test_a_shard_without_its_closing_member_or_a_sample_is_broken(missing: slice
     *found, last = CacheSource.of(path).read(path)
 
     assert all(isinstance(each, Record) for each in found)
-    assert isinstance(last, Rejected) and last.reason == BROKEN_TAR and "cache.closing.json" in last.detail
+    assert isinstance(last, Rejected) and last.reason == Reason.BROKEN_TAR and "cache.closing.json" in last.detail
 
 
 def test_a_file_cut_anywhere_gives_its_first_samples_and_says_that_it_broke_off(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_file_cut_anywhere_gives_its_first_samples_and_says_that_it_broke_off(
     for cut in range(1500, len(whole) - 11_000, 700):
         path.write_bytes(whole[:cut])
         *found, last = CacheSource.of(str(path)).read(str(path))
-        assert isinstance(last, Rejected) and last.reason == BROKEN_TAR
+        assert isinstance(last, Rejected) and last.reason == Reason.BROKEN_TAR
         assert [r.index for r in found if isinstance(r, Record)] == list(range(len(found)))
 
 
@@ -168,7 +168,7 @@ def test_a_damaged_sample_is_rejected_and_the_others_are_not(damage: Callable[[b
         except Rejected as reject:
             reasons.append(reject.reason)
 
-    assert good_ones == ["0000", "0002"] and reasons.count(BROKEN_MEMBER) == 1
+    assert good_ones == ["0000", "0002"] and reasons.count(Reason.BROKEN_MEMBER) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_damaged_closing_member_is_none(tmp_path: Path) -> None:
     whole = members(write_cache(tmp_path / "whole.tar"))
     for content in (b"", b"[]", b"{}", b"{'samples': 3}"):
         path = write_tar(tmp_path / "00000.tar", [*whole[:-1], ("cache.closing.json", content)])
-        assert [r.reason for r in CacheSource.of(path).read(path) if isinstance(r, Rejected)] == [BROKEN_TAR]
+        assert [r.reason for r in CacheSource.of(path).read(path) if isinstance(r, Rejected)] == [Reason.BROKEN_TAR]
 
 
 def test_a_shard_that_was_made_in_another_way_stops_the_reading(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_caches_of_several_folders_are_compared_at_once(tmp_path: Path) -> None:
         CacheSource.of([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
-def test_a_fingerprint_hears_of_the_header_and_the_shards(tmp_path: Path) -> None:
+def test_a_fingerprint_covers_the_header_and_the_shards(tmp_path: Path) -> None:
     path = write_cache(tmp_path / "a/00000.tar")
     other = write_cache(tmp_path / "b/00000.tar", header=replace(HEADER, fingerprints={"vae": "2"}))
     moved = write_cache(tmp_path / "c/00000.tar")
@@ -228,7 +228,7 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
         preparation.sample(make_record(i, picture=pack(make_record(i), make_tensors(i), None)), address(i))
         for i in range(8)
     ]
-    batch = preparation.batch(samples, [Rejected(NO_PICTURE)] * 2)
+    batch = preparation.batch(samples, [Rejected(Reason.NO_PICTURE)] * 2)
     chosen = [["a cat", "a red cat"].index(text) for text in batch.text]
     expected = torch.stack([make_tensors(i)["text.ids"][chosen[i]] for i in range(8)])
 
@@ -237,7 +237,7 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
     assert torch.equal(batch.posterior.mean_BCHW, torch.stack([make_tensors(i)["mean_CHW"].half() for i in range(8)]))
     assert batch.features.pooled_BE.shape == (8, 5) and batch.reference_B3HW.shape == (8, 3, 6, 6)
     assert batch.size_B6[0].tolist() == [20, 30, 0, 5, 16, 16] and batch.image_B3HW is None
-    assert batch.draws.noise_BCHW.shape == (8, 2, 3, 4) and batch.rejects == {NO_PICTURE: 2}
+    assert batch.draws.noise_BCHW.shape == (8, 2, 3, 4) and batch.rejects == {Reason.NO_PICTURE: 2}
     batch.posterior.mean_BCHW += 1  # no view into bytes that others read
 
 
@@ -254,7 +254,7 @@ def test_a_sample_is_not_given_to_another_bucket() -> None:
 
     assert preparation.sample(record, address(), (16, 24)).text
     for target in (None, (24, 16)):
-        with pytest.raises(Rejected, match=OTHER_BUCKET):
+        with pytest.raises(Rejected, match=Reason.OTHER_BUCKET):
             preparation.sample(record, address(), target)
     assert record.broken is None
 
@@ -333,4 +333,4 @@ def test_a_pass_counts_the_rejects_that_a_pass_over_the_pictures_counts(dirty_me
             except Rejected as reject:
                 counted[reject.reason] += 1
 
-    assert cached == online and cached[BROKEN_PICTURE] == 3 and cached[DUPLICATE_KEY] == 1
+    assert cached == online and cached[Reason.BROKEN_PICTURE] == 3 and cached[Reason.DUPLICATE_KEY] == 1

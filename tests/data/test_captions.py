@@ -87,7 +87,7 @@ def test_broken_metadata_are_a_reason_only_if_no_other_key_helps() -> None:
         *({"keys": {"txt": 1}, "choice": "random"}, {"keys": "txt", "weight": 2}),
     ],
 )
-def test_what_cannot_be_read_is_told_with_the_option_and_the_ways(captions: Any) -> None:
+def test_bad_captions_are_refused_with_the_option_and_the_possible_values(captions: Any) -> None:
     with pytest.raises(
         ValueError, match=r"^data\.known\.mine\.captions.*json\.NAME.*choice: first \| random \| weight"
     ):

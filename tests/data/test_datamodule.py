@@ -44,28 +44,28 @@ def take(data: ShardDataModule, number: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("workers_after", [0, 1])
-def test_resume_goes_on_after_the_last_consumed_batch(clean_shards: list[str], workers_after: int) -> None:
+def test_resume_continues_after_the_last_consumed_batch(clean_shards: list[str], workers_after: int) -> None:
     whole = take(make(clean_shards), 9)
     stopped = make(clean_shards, num_workers=2)
     take(stopped, 3)
-    stopped.rejects["no caption"] = 3
+    stopped.rejected.counts["no caption"] = 3
     resumed = make(clean_shards, num_workers=workers_after)
     resumed.load_state_dict(stopped.state_dict())
-    assert resumed.rejects == {"no caption": 3} and take(resumed, 6) == whole[3:]
+    assert resumed.rejected.counts == {"no caption": 3} and take(resumed, 6) == whole[3:]
 
 
-def test_a_loader_iterated_again_goes_on_too(clean_shards: list[str]) -> None:
+def test_a_loader_iterated_again_continues(clean_shards: list[str]) -> None:
     whole = take(make(clean_shards), 6)
     data = make(clean_shards, num_workers=2)
     loader, parts = data.train_dataloader(), []
-    for _ in range(3):  # the workers persist between these
+    for _ in range(3):  # each time with new workers
         for batch in islice(loader, 2):
             parts.append(seen(batch))
             data.consumed(batch)
     assert parts == whole
 
 
-def test_another_order_begins_a_new_pass_and_other_sizes_are_told(
+def test_another_order_begins_a_new_pass_and_other_sizes_are_logged(
     clean_shards: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped, other = make(clean_shards), make(clean_shards, seed=1)
@@ -111,8 +111,8 @@ def test_a_second_checkpoint_of_several_ranks_keeps_what_each_of_them_read(clean
         data.load_state_dict(saved)
         data.position.step = 6
         data.position.lanes[rank] = LanePlace(10, (SourcePlace(0, 0, 0, 6),))
-        data.rejects["no caption"] += 1
-    parts = {Counter: [data.rejects for data in ranks], dict: [data.position.lanes for data in ranks]}
+        data.rejected.counts["no caption"] += 1
+    parts = {Counter: [data.rejected.counts for data in ranks], dict: [data.position.lanes for data in ranks]}
     monkeypatch.setattr("ipa.data.datamodule.gather", lambda part: parts[type(part)])
 
     state = ranks[0].state_dict()
@@ -151,13 +151,13 @@ def test_sources_are_chosen_by_name(clean_shards: list[str]) -> None:
         make(None, sources=["oen"], known=known)
     with pytest.raises(ValueError, match=r"give the shards: data.known.none.shards="):
         make(None, sources=["one", "none"], known=known)
-    with pytest.raises(ValueError, match=r"no data are given: say data.train=SHARDS, or data.sources="):
+    with pytest.raises(ValueError, match=r"no data are given: give data.train=SHARDS, or data.sources="):
         make(None, known=known)
     with pytest.raises(ValueError, match="both given"):
         make(clean_shards, sources=["one"], known=known)
 
 
-def test_missing_shards_are_told_at_once(tmp_path: Path, clean_shards: list[str]) -> None:
+def test_missing_shards_are_reported_at_once(tmp_path: Path, clean_shards: list[str]) -> None:
     with pytest.raises(NoShards, match="no such shard"):
         ShardDataModule(f"{tmp_path}/nowhere/*.tar")
     with pytest.raises(NoShards, match="no such shard"):
@@ -185,7 +185,7 @@ def test_rejects_are_described_with_their_first_samples(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         list(data.val_dataloader())
         take(data, 1)
-    [line] = data.describe_rejects()
+    [line] = data.rejected.lines()
     assert re.fullmatch(
         r"2 × broken picture: [bc] of 0\.tar, [bc] of 0\.tar \(SVG is not read: convert it to PNG\)", line
     )
@@ -194,9 +194,9 @@ def test_rejects_are_described_with_their_first_samples(tmp_path: Path, caplog: 
 
 
 def test_validation_through_workers_keeps_file_order(clean_shards: list[str]) -> None:
-    batches = list(make(clean_shards, clean_shards, val_batch_size=3, val_limit=17, num_workers=2).val_dataloader())
+    batches = list(make(clean_shards, clean_shards, val_batch_size=3, num_workers=2).val_dataloader())
     keys = [key for batch in batches for key in batch.keys]
-    assert keys == sorted(keys) and len(keys) == 17
+    assert keys == sorted(keys) and len(keys) == 20
     assert not any(batch.draws.drop_text_B.any() or batch.draws.drop_image_B.any() for batch in batches)
 
 

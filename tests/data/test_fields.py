@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from PIL import Image
-from tars import png, saved
 
 from ipa.data.images.opening import picture_size
 from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import Captions, Fields
-
-
-def turned(kind: str, orientation: int | None) -> bytes:
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    return saved(Image.new("RGB", (30, 20), "teal"), kind, exif=exif)
-
-
-def test_nothing_but_the_header_is_looked_at() -> None:
-    assert picture_size(png((300, 200))[:60]) == (300, 200)
-    assert picture_size(turned("JPEG", 6)[:-10]) == (20, 30)
 
 
 def test_too_large_a_picture_is_rejected_by_its_header() -> None:

@@ -56,7 +56,7 @@ def test_missing_numbers(metadata: Any) -> None:
     assert reason({"unsafe": {"key": "json.p", "max": 1, "missing": "keep"}}, metadata) is None
 
 
-def test_the_first_key_that_tells_counts() -> None:
+def test_the_first_key_with_a_number_counts() -> None:
     filters = {"watermark": {"key": ["json.pwatermark", "json.watermark_score"], "max": 0.5}}
     assert reason(filters, {"watermark_score": 0.2}) is None
     assert reason(filters, {"watermark_score": 0.7}) == "filter: watermark"
@@ -125,6 +125,6 @@ def test_filters_from_hydra_are_plain_values() -> None:
         (0.5, "0.5 is no filter; give {key, min, max, missing}, or null"),
     ],
 )
-def test_what_cannot_be_read_is_told_with_what_is_possible(values: Any, message: str) -> None:
+def test_bad_filters_are_refused_with_the_possible_values(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^data\.filters\.watermark: .*{message}"):
         read_filters({"watermark": values})

@@ -280,10 +280,10 @@ def test_a_broken_partner_is_counted_and_no_fault_of_the_sample(tmp_path: Path) 
     shard = write_tar(tmp_path / "0.tar", members)
     whole, rejects = make(shard, {"by": "style", "self": 0}), Counter[str]()
     rows = take(whole, 20)
-    rejects.update(whole.rejects)
+    rejects.update(whole.rejected.counts)
     assert rejects["broken partner"] > 5 and rejects["broken picture"] > 5
     assert {told_by_key for told_by_key, *_ in rows} == {f"{n:04d}" for n in range(12) if n % 3 < 2}
-    example = whole.reject_examples["broken partner"][0]
+    example = whole.rejected.examples["broken partner"][0]
     assert example[0].endswith("of 0.tar") and example[1].startswith("broken picture")
     stopped = make(shard, {"by": "style", "self": 0}, num_workers=1)
     take(stopped, 7)

@@ -62,7 +62,7 @@ def run(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_ranks_stop_and_one_goes_on(tmp_path: Path) -> None:
+def test_one_rank_resumes_what_two_began(tmp_path: Path) -> None:
     shards = [write_tar(tmp_path / f"{s}.tar", [m for i in range(9) for m in good(f"{s}{i:04d}")]) for s in range(8)]
 
     both = run(tmp_path / "both", shards, ranks=2, workers=2)

@@ -45,7 +45,7 @@ def test_a_file_of_names(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["s3://bucket/", "https://host/", "pipe:cat /nowhere/"])
-def test_what_is_elsewhere_is_passed_through(start: str) -> None:
+def test_remote_shards_are_passed_through(start: str) -> None:
     assert expand_shards(start + "{0..1}.tar", ["https", "s3", "pipe"]) == [start + "0.tar", start + "1.tar"]
 
 

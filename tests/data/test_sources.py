@@ -63,11 +63,11 @@ def test_values_from_hydra_become_plain(clean_shards: list[str]) -> None:
         {"filters": {"small": {"key": "short_side_px", "min": 8, "missing": "keep"}}},
     ],
 )
-def test_the_fingerprint_tells_all_that_decides_what_is_read(clean_shards: list[str], other: dict[str, Any]) -> None:
+def test_the_fingerprint_covers_all_that_decides_what_is_read(clean_shards: list[str], other: dict[str, Any]) -> None:
     assert make(clean_shards, **{**VALUES, **other}).fingerprint() != make(clean_shards, **VALUES).fingerprint()
 
 
-def test_the_fingerprint_tells_shards_and_their_order_but_not_where_they_lie(clean_shards: list[str]) -> None:
+def test_the_fingerprint_covers_shards_and_their_order_but_not_their_folders(clean_shards: list[str]) -> None:
     source = make(clean_shards)
     elsewhere = [f"s3://bucket/{Path(shard).name}" for shard in clean_shards]
     assert make(elsewhere).fingerprint() == source.fingerprint() == ShardSource.of("it", shards=elsewhere).fingerprint()

@@ -60,10 +60,8 @@ def endless(order: Order, number: int) -> list[Slot]:
     return list(islice(order.lane(Lane()).endless(order.begin()), number))
 
 
-def validate(
-    order: Order, preparation: ImagePreparation, batch: int, limit: int | None = None, world: int = 1, workers=1
-):
-    stream = ValStream(order, preparation, batch, limit=limit)
+def validate(order: Order, preparation: ImagePreparation, batch: int, world: int = 1, workers: int = 1):
+    stream = ValStream(order, preparation, batch)
     shares = [Share(rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
     return [list(stream.batches(share)) for share in shares]
 
@@ -120,7 +118,7 @@ def test_batches_hold_what_they_promise(clean_shards, make_order, preparation) -
 
 @pytest.mark.parametrize("window", [6, 80])  # several in a pass of 20 samples, or one
 @pytest.mark.parametrize("steps_before", [1, 4, 5, 7])
-def test_going_on_from_a_position_continues_the_sequence(
+def test_resuming_from_a_position_continues_the_sequence(
     clean_shards, make_order, preparation, steps_before, window
 ) -> None:
     """Step 5 is the last of a pass."""
@@ -130,7 +128,7 @@ def test_going_on_from_a_position_continues_the_sequence(
     assert [rows(batch) for batch in islice(stream, 10 - steps_before)] == [rows(b) for b in whole[steps_before:]]
 
 
-def test_going_on_in_dirty_data(dirty_members: Members, make_order, preparation, tmp_path: Path) -> None:
+def test_resuming_in_dirty_data(dirty_members: Members, make_order, preparation, tmp_path: Path) -> None:
     stream = TrainStream(make_order([write_tar(tmp_path / "0.tar", dirty_members)], window=3), preparation, 3)
     whole = list(islice(stream, 9))
     for step, batch in enumerate(whole[:-1]):
@@ -157,7 +155,7 @@ def test_training_counts_every_reject_once_a_pass(dirty_members, make_order, pre
     assert set(keys(batches)) == {"good0", "good1", "good2", "good3"}
 
 
-def test_a_stand_in_keeps_the_draws_of_its_slot(make_order, preparation, tmp_path: Path) -> None:
+def test_a_replacement_keeps_the_draws_of_its_slot(make_order, preparation, tmp_path: Path) -> None:
     members = [*good("a"), ("b.txt", b"broken"), ("b.png", b"?"), *good("c")]
     repaired = [*good("a"), *good("b"), *good("c")]
     broken = next(iter(TrainStream(make_order([write_tar(tmp_path / "x/0.tar", members)]), preparation, 3)))
@@ -172,7 +170,6 @@ def test_validation_brings_every_sample_once_in_file_order(clean_shards, make_or
     assert keys(batches) == [f"{s:05d}{i:04d}" for s, size in enumerate((7, 5, 8)) for i in range(size)]
     assert [len(batch) for batch in batches] == [6, 6, 6, 2]
     assert batches[0].position is None
-    assert [len(batch) for batch in validate(make_order(clean_shards), preparation, 4, limit=9)[0]] == [4, 4, 1]
     [again] = validate(make_order(clean_shards), preparation, 6)
     assert [rows(batch) for batch in again] == [rows(batch) for batch in batches]
 
@@ -189,7 +186,7 @@ def test_validation_shares_are_disjoint_and_count_dirt_once(
         assert counted(batches) == DIRT
 
 
-def test_a_broken_tar_gives_what_lies_before_and_is_named_once(
+def test_a_broken_tar_gives_the_samples_before_the_break_and_is_logged_once(
     clean_shards, make_order, preparation, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(clean_shards[1])

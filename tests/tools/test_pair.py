@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from tars import png, saved, write_tar
 
-from ipa.data.rejects import BROKEN_PARTNER
+from ipa.data.rejects import Reason
 from ipa.errors import UserError
 from ipa.tools.inspect.findings import inspect
 from ipa.tools.pair import pair
@@ -95,13 +95,13 @@ def test_pairs_of_a_cache_are_those_of_the_pictures(
     for pictures, cache in zip(batches(online, model, 8), batches(cached, model, 8), strict=True):
         assert (cache.keys, cache.shards, cache.text) == (pictures.keys, pictures.shards, pictures.text)
         assert cache.position == pictures.position
-        assert cache.rejects.get(BROKEN_PARTNER) == pictures.rejects.get(BROKEN_PARTNER)
+        assert cache.rejects.get(Reason.BROKEN_PARTNER) == pictures.rejects.get(Reason.BROKEN_PARTNER)
         assert torch.equal(cache.reference_B3HW, pictures.reference_B3HW)
         rejects |= cache.rejects
         with torch.no_grad():
             torch.testing.assert_close(model.errors(cache).error_B, model.errors(pictures).error_B, rtol=2e-3, atol=0)
         assert all(text.startswith("thing") and not text.endswith(",") for text in cache.text)
-    assert rejects[BROKEN_PARTNER]
+    assert rejects[Reason.BROKEN_PARTNER]
 
 
 def test_a_cache_needs_an_index_of_its_own_and_the_captions_that_it_was_made_with(

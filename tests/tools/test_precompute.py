@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -19,15 +18,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import tiny
 import torch
 import toy_family
+from composing import composed
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
+from tars import Members, saved, write_tar
 
 from ipa.data.addresses import Address
 from ipa.data.cache.format import WrongCache
@@ -41,38 +41,30 @@ from ipa.tools.precompute.texts import TextParts
 from ipa.training.parts import build_model
 from ipa.types import Batch, to_unit_range
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARDS, SAMPLES = 3, 20
 TWO_CAPTIONS = "data.captions={keys:[txt,alt],choice:random}"
 
 
 def picture(draw: random.Random, size: tuple[int, int] = (20, 24)) -> bytes:
-    out = io.BytesIO()
-    Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize(size, Image.Resampling.BICUBIC).save(out, "PNG")
-    return out.getvalue()
+    return saved(Image.frombytes("RGB", (4, 4), draw.randbytes(48)).resize(size, Image.Resampling.BICUBIC), "PNG")
 
 
-def write_shard(path: Path, number: int) -> Path:
-    """Every fifth sample has half a picture, every seventh no caption, every third another caption besides."""
-    draw = random.Random(number)
-    with tarfile.open(path, "w") as tar:
-        for i in range(SAMPLES):
-            content = {"txt": f"thing {i}".encode(), "png": picture(draw, (20 + i, 24))}
-            content |= {"png": content["png"][:60]} if i % 5 == 4 else {}
-            content |= {"alt": b"something else"} if i % 3 == 0 else {}
-            for extension, data in content.items():
-                if (i % 7, extension) != (6, "txt"):
-                    info = tarfile.TarInfo(f"{number:03d}{i:03d}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return path
+def samples(number: int) -> Members:
+    """Every fifth sample has half a picture, every seventh no caption, every third a second caption."""
+    draw, members = random.Random(number), Members()
+    for i in range(SAMPLES):
+        content = {"txt": f"thing {i}".encode(), "png": picture(draw, (20 + i, 24))}
+        content |= {"png": content["png"][:60]} if i % 5 == 4 else {}
+        content |= {"alt": b"something else"} if i % 3 == 0 else {}
+        members += [(f"{number:03d}{i:03d}.{name}", content[name]) for name in content if (i % 7, name) != (6, "txt")]
+    return members
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for number in range(SHARDS):
-        write_shard(folder / f"{number:05d}.tar", number)
+        write_tar(folder / f"{number:05d}.tar", samples(number))
     return folder
 
 
@@ -85,15 +77,10 @@ def parts(shards: Path, base_folder: Path, clip_name: str) -> list[str]:
     ]
 
 
-def compose(command: str, *overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(command, list(overrides))
-
-
 def run(out: Path, *overrides: str) -> Path:
     """In this process, decoding too; returns the folder."""
     usual = ["data.background=null", "batch_size=4", "num_workers=0", "device=cpu"]
-    precompute(compose("precompute", *usual, f"out={out}", *overrides))
+    precompute(composed("precompute", *usual, f"out={out}", *overrides))
     return out
 
 
@@ -112,7 +99,7 @@ def test_workers_change_no_byte(made: Path, parts: list[str], shards: Path, tmp_
     assert contents(run(tmp_path / "out", *parts, "num_workers=2")) == contents(made)
 
 
-def test_text_states_come_in_a_second_pass_that_a_restart_goes_on_with(
+def test_text_states_come_in_a_second_pass_that_a_restart_resumes(
     made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes after a kill between the passes; another text is added without another pass."""
@@ -185,8 +172,8 @@ def test_training_on_the_cache_has_the_losses_of_training_on_the_pictures(
     experiment: str, both: Path, parts: list[str]
 ) -> None:
     parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "++data.window=8", TWO_CAPTIONS]
-    online = compose("train", *parts, "data.background=null")
-    cached = compose("train", *parts, "data=cache", f"data.train={both}", "data.lanes.ranks=1", "data.lanes.workers=1")
+    online = composed("train", *parts, "data.background=null")
+    cached = composed("train", *parts, "data=cache", f"data.train={both}", "data.lanes.ranks=1", "data.lanes.workers=1")
     model = tiny.shake(build_model(online))
     model.adapter.install()
     pairs = zip(train_batches(online, model, 4), train_batches(cached, model, 4), strict=True)
@@ -203,9 +190,9 @@ def test_training_on_the_cache_has_the_losses_of_training_on_the_pictures(
 
 def test_aspect_buckets_are_kept_and_batches_have_one_each(parts: list[str], tmp_path: Path) -> None:
     buckets = "data.buckets=[[16,16],[24,16],[16,24]]"
-    online = compose("train", *parts, "data.num_workers=0", "data.background=null", f"++{buckets}")
+    online = composed("train", *parts, "data.num_workers=0", "data.background=null", f"++{buckets}")
     out = run(tmp_path / "features", *parts, f"++{buckets}")
-    cached = compose("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", "data.lanes.ranks=1")
+    cached = composed("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", "data.lanes.ranks=1")
     model = build_model(online)
     data = instantiate(online.data)
     data.fit_to(image_size_px=16, reference_size_px=model.encoder.image_size_px, latent_shape=(4, 8, 8))
@@ -228,7 +215,7 @@ def test_aspect_buckets_are_kept_and_batches_have_one_each(parts: list[str], tmp
         (f"{buckets}", None),
         ("data.buckets=[[16,16]]", r"choices: buckets \[\[16, 24\], .*, not \[\[16, 16\]\]"),
     ):
-        cfg = compose("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", asked)
+        cfg = composed("train", *parts, "data=cache", f"data.train={out}", "data.num_workers=0", asked)
         with nullcontext() if said is None else pytest.raises(WrongCache, match=said):
             train_batches(cfg, model, 1)
 
@@ -238,7 +225,7 @@ def test_a_family_with_packed_latents_and_two_tokenizers(parts: list[str], shard
     with toy_family.installed(tmp_path) as toy:
         parts = [*parts, *toy, "data.num_workers=0", "data.lanes.ranks=1", "data.lanes.workers=1", TWO_CAPTIONS]
         out = run(tmp_path / "features", *parts)
-        online, cached = compose("train", *parts), compose("train", *parts, "data=cache", f"data.train={out}")
+        online, cached = composed("train", *parts), composed("train", *parts, "data=cache", f"data.train={out}")
         model = tiny.shake(build_model(online))
         model.adapter.install()
         for pictures, features in zip(train_batches(online, model, 4), train_batches(cached, model, 4), strict=True):
@@ -271,7 +258,7 @@ def test_kills_at_any_moment_change_no_byte(kills: int, made: Path, parts: list[
     """Each comes a random time after the process did something; in the end the same command makes what is missing."""
     out, draw, left = tmp_path / "out", random.Random(), set[str]()
     out.mkdir()
-    cfg = compose("precompute", *parts, "data.background=null", "batch_size=4", "num_workers=1", f"out={out}")
+    cfg = composed("precompute", *parts, "data.background=null", "batch_size=4", "num_workers=1", f"out={out}")
     for _ in range(kills):
         process, before = start(cfg), os.listdir(out)
         while process.is_alive() and os.listdir(out) == before:
@@ -322,7 +309,7 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
         (None, None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),  # a batch script without srun
     ],
 )
-def test_shares_are_as_said_or_as_the_starter_says(
+def test_shares_come_from_the_options_or_from_the_launcher(
     rank: int | None, world: int | None, environment: dict[str, str], share: tuple[int, int]
 ) -> None:
     assert read_share(rank, world, environment) == share
@@ -348,32 +335,28 @@ def test_random_choices_are_refused_by_name(made: Path, parts: list[str], tmp_pa
         run(tmp_path / "out", *parts, "++data.reference=[ref.jpg,other.jpg]")
     with pytest.raises(UserError) as refused:
         run(tmp_path / "out", *parts, *RANDOM)
-    cfg = compose("train", *parts, "data=cache", f"data.train={made}", *RANDOM)
+    cfg = composed("train", *parts, "data=cache", f"data.train={made}", *RANDOM)
     with pytest.raises(InstantiationException) as refused_in_training:
         instantiate(cfg.data)
 
     with pytest.raises(InstantiationException, match=r"data\.references\.chances=\[1, 2\].*one reference each"):
-        instantiate(compose("train", *parts, "data=cache", f"data.train={made}", "data.references.chances=[1,2]").data)
+        instantiate(composed("train", *parts, "data=cache", f"data.train={made}", "data.references.chances=[1,2]").data)
     for message in (str(refused.value), str(refused_in_training.value.__cause__)):
         assert all(re.search(complaint, message) for complaint in RANDOM.values())
     assert not (tmp_path / "out").exists()
 
 
-def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
-    shard, draw = tmp_path / "masked" / "0.tar", random.Random(0)
-    shard.parent.mkdir()
-    with tarfile.open(shard, "w") as tar:
-        for i in range(6):
-            mask = Image.frombytes("L", (4, 4), draw.randbytes(16)).resize((24, 20))
-            for name, data in ((f"{i}.txt", b"a"), (f"{i}.png", picture(draw, (24, 20))), (f"{i}.mask.png", png(mask))):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    masks = [*parts, f"data.train={shard.parent}", "data.loss_mask=mask.png", "data.reference_mask=mask.png"]
+def test_masks_are_kept_and_required(parts: list[str], tmp_path: Path) -> None:
+    draw, members = random.Random(0), Members()
+    for i in range(6):
+        mask = saved(Image.frombytes("L", (4, 4), draw.randbytes(16)).resize((24, 20)), "PNG")
+        members += [(f"{i}.txt", b"a"), (f"{i}.png", picture(draw, (24, 20))), (f"{i}.mask.png", mask)]
+    shard = write_tar(tmp_path / "masked/0.tar", members)
+    masks = [*parts, f"data.train={shard}", "data.loss_mask=mask.png", "data.reference_mask=mask.png"]
     made = run(tmp_path / "out", *masks)
     online = [*masks, "data.num_workers=0", "++data.window=8", "loss_mask_outside=0.1"]
     cached = [*online, "data=cache", f"data.train={made}", "data.lanes.ranks=1", "data.lanes.workers=1"]
-    online_cfg, cached_cfg = compose("train", *online, "data.background=null"), compose("train", *cached)
+    online_cfg, cached_cfg = composed("train", *online, "data.background=null"), composed("train", *cached)
     model = tiny.shake(build_model(online_cfg))
     model.adapter.install()
     (pictures,), (features,) = (train_batches(cfg, model, 1) for cfg in (online_cfg, cached_cfg))
@@ -387,23 +370,19 @@ def test_masks_are_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
         ("data.reference_mask=alpha", "reference"),
     ):
         with pytest.raises((WrongCache, InstantiationException), match=name):
-            instantiate(compose("train", *cached, other).data)
+            instantiate(composed("train", *cached, other).data)
 
 
-def png(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
-
-
-def test_a_fixed_background_is_kept_and_asked_for(parts: list[str], tmp_path: Path) -> None:
+def test_a_fixed_background_is_kept_and_required(parts: list[str], tmp_path: Path) -> None:
     red = "data.background={_target_:ipa.data.images.transforms.Background,white:0,colours:[red]}"
     out = run(tmp_path / "out", *parts, red)
     assert read_header(str(out / "00000.tar")).choices["background"] == "red"
     for asked in (red, "data.background=null"):
-        instantiate(compose("train", *parts, "data=cache", f"data.train={out}", asked).data)
+        instantiate(composed("train", *parts, "data=cache", f"data.train={out}", asked).data)
     with pytest.raises(InstantiationException, match="background red, not white"):
-        instantiate(compose("train", *parts, "data=cache", f"data.train={out}", red.replace("white:0", "white:1")).data)
+        instantiate(
+            composed("train", *parts, "data=cache", f"data.train={out}", red.replace("white:0", "white:1")).data
+        )
 
 
 def test_a_cache_that_was_made_in_another_way_is_not_continued(made: Path, parts: list[str]) -> None:
@@ -441,7 +420,7 @@ def test_a_cache_that_was_made_in_another_way_is_not_continued(made: Path, parts
 def test_training_with_other_parts_says_which_differs(
     overrides: list[str], complaint: str, made: Path, parts: list[str]
 ) -> None:
-    cfg = compose("train", *parts, "data=cache", f"data.train={made}", *overrides)
+    cfg = composed("train", *parts, "data=cache", f"data.train={made}", *overrides)
     with pytest.raises((WrongCache, InstantiationException)) as refused:
         train_batches(cfg, build_model(cfg), 1, cfg.image_size_px)
 
@@ -458,14 +437,14 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
     laion, coyo = contents(out / "laion"), contents(out / "coyo")
     assert laion.keys() == coyo.keys() == contents(made).keys() and laion != coyo
     caches = [f"+data.caches.{name}={{shards:{out / name},weight:{w}}}" for name, w in (("laion", 3), ("coyo", 1))]
-    cfg = compose("train", *plain, "data=cache", *caches, "data.num_workers=0", "data.lanes.ranks=1")
+    cfg = composed("train", *plain, "data=cache", *caches, "data.num_workers=0", "data.lanes.ranks=1")
     sources = instantiate(cfg.data).train_order.sources
 
     assert [(source.name, source.weight, len(source.shards)) for source in sources] == [("laion", 3, 3), ("coyo", 1, 3)]
     assert len(train_batches(cfg, build_model(cfg), 3)) == 3
     misnamed = [caches[0].replace("caches.laion", "caches.mine"), caches[1]]
     with pytest.raises(InstantiationException, match=r"data\.caches\.mine was made from laion: use that name"):
-        instantiate(compose("train", *plain, "data=cache", *misnamed).data)
+        instantiate(composed("train", *plain, "data=cache", *misnamed).data)
     padded = run(tmp_path / "padded", *parts, "data.reference_fit=pad", "++data.max_pixels=10_000")
     for path, said in (
         (made, None),
@@ -474,7 +453,7 @@ def test_several_sources_have_folders_of_their_own_and_are_mixed_by_their_weight
             r'data\.caches\.train was not made as laion was: choices reference_fit: "pad", here "crop"\W+full_key',
         ),
     ):
-        cfg = compose("train", *plain, "data=cache", caches[0], f"+data.caches.train.shards={path}")
+        cfg = composed("train", *plain, "data=cache", caches[0], f"+data.caches.train.shards={path}")
         with nullcontext() if said is None else pytest.raises(InstantiationException, match=said):
             instantiate(cfg.data)
 

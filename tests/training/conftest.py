@@ -290,3 +290,12 @@ def assert_same_run(one: Path, other: Path) -> None:
     for file in one.glob("*.safetensors"):
         torch.testing.assert_close(load_file(file), load_file(other / file.name), rtol=0, atol=0)
     torch.testing.assert_close(trained(one), trained(other), rtol=0, atol=0)
+
+
+def assert_resumes(train_in: Run, place: Path, *overrides: str) -> Path:
+    """A run that stops after two steps and resumes gives what one without a stop gives; returns the latter."""
+    overrides += ("image_prompt_check.every_n_steps=2",)  # or it is done after the last step, which differs
+    whole = train_in(place / "whole", *overrides)
+    train_in(place / "parts", *overrides, "trainer.max_steps=2")
+    assert_same_run(train_in(place / "parts", *overrides), whole)
+    return whole

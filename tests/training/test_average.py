@@ -63,7 +63,7 @@ def test_inside_the_module_has_the_average_and_outside_what_it_had(model: IPAdap
     assert all(parameter.requires_grad for parameter in model.trainable.parameters())
 
 
-def test_the_state_goes_round_and_the_average_goes_on(model: IPAdapterModel) -> None:
+def test_the_state_survives_a_round_trip_and_the_average_continues(model: IPAdapterModel) -> None:
     whole, _ = average_over(model, 0.9999, 8)
     again = tiny.shake(tiny.make_model())
     first, _ = average_over(again, 0.9999, 3)

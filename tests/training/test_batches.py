@@ -55,7 +55,7 @@ def test_the_optimizer_has_the_scaled_learning_rate_and_the_cosine_falls_to_the_
     assert saved["initial_lr"] == pytest.approx(0.01, rel=1e-6)
 
 
-def test_a_schedule_is_stretched_to_the_new_end_of_a_run_that_goes_on(train_in: Run, tmp_path: Path) -> None:
+def test_a_schedule_is_stretched_to_the_new_end_of_a_resumed_run(train_in: Run, tmp_path: Path) -> None:
     """Past the old end a cosine would climb again."""
     schedule = ("schedule=cosine", "optimizer.lr=0.01")
     folder = train_in(tmp_path / "x", *QUIET, *schedule, "trainer.max_steps=2")

@@ -7,9 +7,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import hydra
 import pytest
-from conftest import QUIET, ROOT, Run, World, checkpoint, column
+from composing import composed
+from conftest import QUIET, Run, World, checkpoint, column
 
 from ipa.data.cache.format import CacheWriter, WrongCache
 from ipa.data.cache.source import read_header
@@ -19,9 +19,8 @@ from ipa.tools.precompute.run import precompute
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     out = tmp_path_factory.mktemp("features")
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        own = [f"out={out}", "keep=[pooled,reference]", "device=cpu", "num_workers=0", "data.background=null"]
-        precompute(hydra.compose("precompute", [*world.overrides(), *own]))
+    own = [f"out={out}", "keep=[pooled,reference]", "device=cpu", "num_workers=0", "data.background=null"]
+    precompute(composed("precompute", *world.overrides(), *own))
     return out
 
 

@@ -79,16 +79,6 @@ def test_terminal_gets_a_bar_with_loss_and_speed_and_the_log_its_lines(
     assert [record.levelname for record in caplog.records if record.message.startswith("step 4 of 4")] == ["DEBUG"]
 
 
-def test_log_tells_progress_in_few_lines(train_in: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "ipa")
-
-    train_in(tmp_path / "x", "callbacks.progress.refresh_every_n_steps=1", "data.val=null", "scoring=null")
-
-    lines = [line for line in caplog.messages if line.startswith("step ")]
-    assert len(lines) == 1
-    assert re.fullmatch(r"step 4 of 4  loss 0\.\d+  samples/s [\d.]+", lines[0])
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):

@@ -124,7 +124,6 @@ def logged_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
-    monkeypatch.setattr("ipa.training.loggers.PROBE_S", 0.5)
     return monkeypatch
 
 
@@ -162,7 +161,7 @@ def test_without_a_dashboard_the_run_is_recorded_offline(
 
     [run] = read_offline_runs(tmp_path)
     assert run.curve("loss") == {1: 1.0} and waited_s < 20
-    assert any(record.levelname == "WARNING" and "wandb" in record.message for record in caplog.records)
+    assert "wandb does not start" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")

@@ -54,7 +54,7 @@ def test_command_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(temporary.glob("ipa*"))
 
 
-def test_what_cannot_be_known_is_told_with_its_reason() -> None:
+def test_unknowns_are_reported_with_their_reason() -> None:
     found = report("recipe=sd15", "base.path=nobody/nothing", "data.train=/nowhere")
 
     assert "nobody/nothing: neither the hub nor its cache has this" in found["not known"]

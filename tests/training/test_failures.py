@@ -27,7 +27,6 @@ REFUSED = [
 # what is refused although not a weight of base or encoder could be read
 BEFORE_WEIGHTS = [
     ([], ["PLACE/base"]),  # the weights are missing, so the others are refused before
-    (["tokens.num_tokens=0"], ["tokens.num_tokens=0"]),
     (["tokens.num_tokens=3"], ["tokens.num_tokens=4", "adapter.layout=ipa"]),
     (["tokens.no_image=foo"], ["tokens.no_image=foo", "blank, zeros"]),
     (["experiment=simple_global", "adapter.layout=diffusers"], ["adapter.layout=ipa"]),
@@ -39,11 +38,9 @@ BEFORE_WEIGHTS = [
         *(["recipe=sd15", "base.path=not/asked", "trainer.devices=1"], ["torch finds no GPU"]),
         marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
     ),
-    (["trainer.devices=0"], ["trainer.devices=0"]),
     (["trainer.precision=abc"], ["trainer.precision=abc: give one of 32-true, bf16-mixed"]),
     (["data.schemes=5"], ["data.schemes=5: give a list of file"]),
     (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
-    (["ema.decay=1"], ["ema.decay=1"]),
     (
         ["data.batch_size=null", "global_batch_size=32", "trainer.accumulate_grad_batches=3"],
         ["global_batch_size=32", "accumulate_grad_batches=3", "a multiple of 3", "data.batch_size"],
@@ -131,7 +128,7 @@ def test_dirty_data_is_skipped_and_counted(train_in: Run, tmp_path: Path, world:
     assert "broken picture (2)" in describe(summary) and "broken tar (1)" in describe(summary)
 
 
-def test_weights_that_nobody_can_use_are_not_saved(train_in: Run, tmp_path: Path) -> None:
+def test_weights_that_overflow_fp16_are_not_saved(train_in: Run, tmp_path: Path) -> None:
     """Finite in fp32, but too large for the fp16 of the adapter file."""
     with pytest.raises(ValueError, match=r"after step 1 .* not finite or too large"):
         train_in(tmp_path / "x", "optimizer.lr=1e6", "preview.every_n_steps=1", "data.val=null", "scoring=null")

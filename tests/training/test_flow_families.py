@@ -10,13 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pytest
 import tiny
 import tiny_flow
 import torch
-from conftest import QUIET, ROOT, Run, World, checkpoint, column, compose
+from composing import composed
+from conftest import QUIET, Run, World, assert_resumes, checkpoint, column, compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from PIL import Image
@@ -29,13 +29,13 @@ from ipa.prompter import Prompter
 from ipa.references import Item, Reference
 from ipa.sampling import recorded_options
 from ipa.tools.precompute.run import precompute
+from ipa.training.callbacks import ScaleWarmup
 from ipa.training.dry_run import dry_run
 from ipa.training.memory import make_batch
 from ipa.training.parts import build_model, check_training
 from ipa.training.run import make_trainer
 from ipa.training.stopping import Signals, StopOnSignal
 from ipa.training.strategies import frozen_blocks
-from ipa.training.warmup import ScaleWarmup
 
 SLOW = ("chroma", "instantx", "schnell")
 FOUR = ("tokens.num_tokens=4",)
@@ -74,19 +74,14 @@ def overrides_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], li
 def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
     name: str, train_in: Run, overrides_of: Callable[[str], list[str]], tmp_path: Path
 ) -> None:
-    overrides = overrides_of(name)
-    whole = train_in(tmp_path / "whole", *overrides)
-    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
-    resumed = train_in(tmp_path / "parts", *overrides)
-    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
+    whole = assert_resumes(train_in, tmp_path, *overrides_of(name))
+    saved = checkpoint(whole)["state_dict"]
 
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert column(whole, "train/loss") == column(resumed, "train/loss")
     assert sorted(path.name for path in (whole / "previews").iterdir()) == ["step_000002.png", "step_000004.png"]
     for source in (whole / "adapter.safetensors", whole):  # the folder's is its last checkpoint
         model = load_model(source)
         for key, value in model.trainable.state_dict().items():
-            stored = one[f"trainable.{key}"]
+            stored = saved[f"trainable.{key}"]
             assert torch.equal(value, stored if source is whole else stored.half().float())
     metadata = read_adapter(whole / "adapter.safetensors").metadata
     assert metadata.get("base_quantization") == ("int8" if name == "int8" else None)
@@ -135,9 +130,8 @@ def features(
     @cache
     def made(name: str, *options: str) -> list[str]:
         out = tmp_path_factory.mktemp("features")
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            own = [*overrides_of(name), f"out={out}", "device=cpu", "num_workers=0", *options]
-            precompute(hydra.compose("precompute", [*world.overrides(), *own]))
+        own = [*overrides_of(name), f"out={out}", "device=cpu", "num_workers=0", *options]
+        precompute(composed("precompute", *world.overrides(), *own))
         return [*overrides_of(name), "data=cache", f"data.train={out}", "data.lanes.ranks=1", "data.lanes.workers=1"]
 
     return made
@@ -213,13 +207,7 @@ def test_a_dry_run_with_states_counts_no_text_encoders(name: str, world: World, 
 
 @pytest.mark.slow
 def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_path: Path) -> None:
-    overrides = [*QUIET, *features("flux", "text=states_fp8"), "preview.text=null"]
-    whole = train_in(tmp_path / "whole", *overrides)
-    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
-    resumed = train_in(tmp_path / "parts", *overrides)
-    one, other = (checkpoint(folder)["state_dict"] for folder in (whole, resumed))
-
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert_resumes(train_in, tmp_path, *QUIET, *features("flux", "text=states_fp8"), "preview.text=null")
 
 
 @pytest.mark.parametrize(

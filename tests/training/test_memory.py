@@ -59,7 +59,11 @@ def real_peak(step: Step, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("flux", None), ("chroma", None), ("sd35_medium", None), ("flux", "int8"), ("flux", "fp8")]
+    ("name", "scheme"),
+    [
+        *(("flux", None), ("flux", "int8"), ("flux", "fp8"), ("chroma", None)),
+        pytest.param("sd35_medium", None, marks=pytest.mark.slow),
+    ],
 )
 def test_estimated_memory_is_what_is_allocated(name: str, scheme: str | None) -> None:
     make: Callable[[], Any] = tiny_flow.MAKERS[name]

@@ -120,7 +120,7 @@ def test_it_depends_on_the_last_measurements(
     assert bool(judged(gaps, caplog)) is ignored
 
 
-def test_what_was_measured_and_told_survives_a_round_trip(caplog: pytest.LogCaptureFixture) -> None:
+def test_measurements_and_the_warning_survive_a_round_trip(caplog: pytest.LogCaptureFixture) -> None:
     first, second = (ImagePromptGuard(every_n_steps=10, patience=4) for _ in range(2))
     for _ in range(3):
         first.judge(0.0, 10)

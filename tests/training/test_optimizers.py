@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
-from conftest import QUIET, ROOT, Run, assert_same_run, checkpoint, compose, last_checkpoint
+from composing import composed
+from conftest import QUIET, Run, assert_resumes, checkpoint, compose, last_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -47,9 +47,7 @@ FAST = (
 def test_a_run_resumes_to_the_bit(name: str, train_in: Run, tmp_path: Path) -> None:
     """With previews, for which a schedule-free optimizer exchanges the weights."""
     overrides = [*FAST, f"optimizer={name}", *CASES[name][1]]
-    whole = train_in(tmp_path / "whole", *overrides)
-    train_in(tmp_path / "parts", *overrides, "trainer.max_steps=2")
-    assert_same_run(whole, train_in(tmp_path / "parts", *overrides))
+    whole = assert_resumes(train_in, tmp_path, *overrides)
     if name == "schedule_free":
         seldom = train_in(tmp_path / "seldom", *overrides, "preview.every_n_steps=4")
         assert_average_is_written(whole, checkpoint(seldom))
@@ -107,8 +105,7 @@ def test_options_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize(("name", "fewest", "most"), [("adamw8bit", 2, 3), ("prodigy", 16, 17)])
 def test_an_estimate_of_memory_counts_the_state_and_needs_no_package(name: str, fewest: int, most: int) -> None:
     parameters = [nn.Parameter(torch.zeros(30, 20)), nn.Parameter(torch.zeros(5))]
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        optimizer = optimizer_for_estimate(hydra.compose("train", [f"optimizer={name}"]))(parameters)
+    optimizer = optimizer_for_estimate(composed("train", f"optimizer={name}"))(parameters)
     optimizer.step()
     optimizer.step()
 

@@ -1,6 +1,7 @@
 """What a run leaves behind, and that only the adapter is in it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def internal(name: str) -> str:
     return name if part == "image_proj" else ".".join(["ip_adapter.branches", str(int(number) // 2), *rest])
 
 
-def test_another_no_image_than_diffusers_takes_is_said_at_the_start(
+def test_a_no_image_that_diffusers_does_not_read_is_logged_at_the_start(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for options in ([], ["adapter.layout=ipa", "tokens.no_image=blank"]):
@@ -170,13 +171,20 @@ def test_without_held_out_pictures_or_judge_the_rest_is_there(
     assert not json.loads((folder / "summary.json").read_text()).get("scores")
 
 
-def test_epsilon_base_trains_with_its_own_target(train_in: Run, tmp_path: Path, finished: Path) -> None:
+def test_an_epsilon_base_trains_with_its_own_target_and_stays_as_it_is(
+    train_in: Run, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its hash after a step is that before. Without a terminal the progress of a short run is one line."""
+    caplog.set_level("INFO", "ipa")
     base = tmp_path / "base"
     tiny.make_pipeline(tiny.make_family("epsilon")).save_pretrained(base)
 
-    folder = train_in(tmp_path / "epsilon", *QUIET, f"base.path={base}", "trainer.max_steps=1")
+    folder = train_in(tmp_path / "epsilon", *QUIET, f"base.path={base}", "trainer.max_steps=1", WITNESS)
 
     assert column(folder, "train/loss")[1] != column(finished, "train/loss")[1]
+    assert Witness.module.model.frozen_hash() == build_model(saved_configuration(folder)).frozen_hash()
+    [line] = [message for message in caplog.messages if message.startswith("step ")]
+    assert re.fullmatch(r"step 1 of 1  loss 0\.\d+  samples/s [\d.]+", line)
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another(
@@ -188,13 +196,6 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(
     first, second, third = (load_file(folder / "adapter.safetensors") for folder in (finished, again, other))
     torch.testing.assert_close(second, first, rtol=0, atol=0)
     assert not torch.equal(third["image_proj.proj.weight"], first["image_proj.proj.weight"])
-
-
-def test_training_leaves_the_frozen_parts_as_they_are(train_in: Run, tmp_path: Path) -> None:
-    """Their hash after a step, and that of the same model before."""
-    folder = train_in(tmp_path / "x", *QUIET, "trainer.max_steps=1", WITNESS)
-
-    assert Witness.module.model.frozen_hash() == build_model(saved_configuration(folder)).frozen_hash()
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_two_processes_give_what_one_gives(place: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["two-one", "one-two"])
-def test_a_run_goes_on_with_another_number_of_processes(place: Path, name: str) -> None:
+def test_a_run_resumes_with_another_number_of_processes(place: Path, name: str) -> None:
     """After two of three steps, with average, clipping, accumulation, schedule and recomputed blocks."""
     assert checkpoint(place / name)["global_step"] == 3
     assert furthest(place / "one-all", place / name) < 1e-5
@@ -193,7 +193,7 @@ def test_slurm_says_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({}, "trainer.num_nodes=2, but this process was started by itself"),
     ],
 )
-def test_other_processes_than_asked_for_are_refused(
+def test_a_wrong_number_of_processes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[str, str], told: str
 ) -> None:
     """Before a weight is read: each would train for itself in the same folder, or wait for one that never comes."""

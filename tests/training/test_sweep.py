@@ -15,7 +15,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.slow
-def test_sweep_goes_on_where_it_stopped(start: Command, tmp_path: Path) -> None:
+def test_a_sweep_resumes_where_it_stopped(start: Command, tmp_path: Path) -> None:
     """One job fails, the other ends; the second command leaves the finished one and makes up for the other."""
     first, second = (tmp_path / "runs/x" / name for name in ("seed1", "seed2"))
     second.mkdir(parents=True)

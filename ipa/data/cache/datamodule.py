@@ -19,7 +19,7 @@ from ipa.data.cache.states import Texts, texts_next_to
 from ipa.data.datamodule import ShardDataModule, Shards, StreamDataModule
 from ipa.data.images.augment import Augmentation
 from ipa.data.images.buckets import Buckets, FixedBuckets
-from ipa.data.images.references import References
+from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.transforms import Background
 from ipa.data.order.sequence import Order
 from ipa.data.pairs.options import Pairs
@@ -58,37 +58,26 @@ class CachedDataModule(StreamDataModule):
         val: Shards | None = None,
         *,
         caches: Mapping[str, Mapping[str, Any]] | None = None,
-        crop: str = "center",
-        augment: Augmentation | None = None,
         buckets: Any = None,
-        background: Background | None = None,
-        reference_background: Background | None = None,
-        pairs: Mapping[str, Any] | None = None,
         loss_mask: str | None = None,
         reference_mask: str | None = None,
-        references: References | None = None,
         texts: str | None = None,
         window: int = 2048,
         seed: int = 0,
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        refuse_random(crop, augment, background, (), references, reference_background)
         sources = open_caches(train, caches or {}, schemes)
         self.header, self.bucket_sizes = sources[0].header, buckets
         if self.header.state_shapes:
             self.texts = read_texts(sources, texts)
             warn_of_memory(self.header.state_shapes, window, options.get("num_workers", 1))
-        options |= {"schemes": schemes, "background": background, "reference_mask": reference_mask, "pairs": pairs}
-        super().__init__(Order(sources, seed, window), val, **options)
-        masks = frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
-        self.require("choices", {name: masks.get(name) for name in ("loss_mask", "reference_mask")})
-        self.require("choices", {"crop": crop, "reference_fit": self.images.reference_fit})
-        self.require("choices", {"pairs.strip": strip_choice(Pairs.of(pairs).strip)})
-        if reference_background is not None:
-            self.require("choices", {"reference_background": only_colour(reference_background)})
-        if background is not None:
-            self.require("choices", {"background": only_colour(background)})
+        super().__init__(Order(sources, seed, window), val, reference_mask=reference_mask, schemes=schemes, **options)
+        asked = {"loss_mask": None, "reference_mask": None, **image_choices(self.images)}
+        asked |= frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
+        if options.get("background") is None:
+            del asked["background"]
+        self.require("choices", asked | {"pairs.strip": strip_choice(Pairs.of(options.get("pairs")).strip)})
 
     def fit_to(self, *, image_size_px: int, reference_size_px: int, latent_shape: Sequence[int]) -> None:
         """Check the sizes of the loaded models; raises ``WrongCache`` if the cache was made with others."""
@@ -181,12 +170,8 @@ def warn_of_memory(shapes: Mapping[str, Sequence[int]], window: int, workers: in
 def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
     """The options that a cache of a source freezes; raises UserError for random ones."""
     images = data.images
-    behind = images.reference_background
-    refuse_random(images.crop, images.augment, images.background, layout.references, images.references, behind)
     return {
-        "crop": images.crop,
-        "reference_fit": images.reference_fit,
-        "background": only_colour(images.background),
+        **image_choices(images, layout.references),
         "buckets": bucket_list(data.train_order.buckets),
         "max_pixels": images.max_pixels,
         "headroom": images.headroom,
@@ -195,7 +180,6 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
         "filters": repr(layout.filters),
         **({"image": list(layout.images)} if layout.images else {}),
         **({"pairs.strip": strip_choice(layout.strip)} if layout.strip.parts else {}),
-        **({"reference_background": only_colour(behind)} if behind else {}),
         **frozen_masks(layout.loss_mask, layout.reference_masks),
     }
 
@@ -208,34 +192,32 @@ def frozen_masks(loss_mask: str, reference_masks: Sequence[str]) -> dict[str, An
     }
 
 
-def refuse_random(
-    crop: str,
-    augment: Augmentation | None,
-    background: Background | None,
-    references: Sequence[str] = (),
-    number: References | None = None,
-    reference_background: Background | None = None,
-) -> None:
-    """Raise UserError naming the options that are random in each pass, which a cache cannot be."""
-    asked = [f"data.crop={crop} (use center)"] if crop == "random" else []
-    if augment is not None and augment != Augmentation():
-        asked.append(f"data.augment={augment} (use null)")
-    if background is not None and only_colour(background) is None:
-        asked.append(f"data.background, white={background.white:g} and {len(background.colours)} colours (use null)")
-    if reference_background is not None and only_colour(reference_background) is None:
+def image_choices(images: ImagePreparation, references: Sequence[str] = ()) -> dict[str, Any]:
+    """How pictures are cropped and composited; raises UserError naming what is random in each pass."""
+    asked = [f"data.crop={images.crop} (use center)"] if images.crop == "random" else []
+    if images.augment != Augmentation():
+        asked.append(f"data.augment={images.augment} (use null)")
+    colour, behind = only_colour(images.background), only_colour(images.reference_background)
+    if colour is None:
+        number = len(images.background.colours)
+        asked.append(f"data.background, white={images.background.white:g} and {number} colours (use null)")
+    if behind is None and images.reference_background is not None:
         asked.append("data.reference_background of several colours (give one)")
     if len(references) > 1:
         asked.append(f"data.reference=[{', '.join(references)}], one of them at random (give one)")
-    if number is not None and number.most > 1:
-        asked.append(f"data.references.chances={list(number.chances)} (a cache has one reference each: use [1])")
+    if images.references.most > 1:
+        chances = list(images.references.chances)
+        asked.append(f"data.references.chances={chances} (a cache has one reference each: use [1])")
     if asked:
         raise UserError(f"a cache holds each picture once, so nothing in it can be random: {'; '.join(asked)}")
+    chosen = {"crop": images.crop, "reference_fit": images.reference_fit, "background": colour}
+    return chosen if behind is None else chosen | {"reference_background": behind}
 
 
-def only_colour(background: Background) -> str | None:
-    """The colour that all pictures are composited on; None if it is random."""
-    if background.white == 1:
-        return "white"
+def only_colour(background: Background | None) -> str | None:
+    """The colour that all pictures are composited on; None if it is random, or none is given."""
+    if background is None or background.white == 1:
+        return "white" if background else None
     colours = set(background.colours)
     return colours.pop() if background.white == 0 and len(colours) == 1 else None
 

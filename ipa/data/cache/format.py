@@ -28,7 +28,7 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from ipa.data.records import Record, Size
-from ipa.data.rejects import Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.errors import UserError
 
 FORMAT, VERSION = "ipa feature cache", 1
@@ -60,8 +60,6 @@ STORED = {
 }
 MAX_SAMPLES = 10_000_000  # of a shard
 MAX_STATE = 1 << 26  # numbers of a text's state; T5's 512 tokens of FLUX have 2 million
-
-BROKEN_MEMBER = "broken cached sample"
 
 
 class WrongCache(UserError):
@@ -130,17 +128,15 @@ class Header:
 
     def with_ids(self) -> Header:
         """The inverse of ``with_states``."""
-        return replace(self, sizes=without(self.sizes, "text"), fingerprints=without(self.fingerprints, "text_encoder"))
+        sizes = {name: value for name, value in self.sizes.items() if name != "text"}
+        found = {name: value for name, value in self.fingerprints.items() if name != "text_encoder"}
+        return replace(self, sizes=sizes, fingerprints=found)
 
     def differences(self, other: Header) -> list[str]:
         """Each entry that differs, with this header's value and the other's."""
         mine, others = flat(asdict(self)), flat(asdict(other))
         names = sorted(mine.keys() | others.keys())
         return [f"{n}: {mine.get(n)}, here {others.get(n)}" for n in names if mine.get(n) != others.get(n)]
-
-
-def without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key != name}
 
 
 def is_text(text: Any) -> bool:
@@ -227,7 +223,7 @@ def entries_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
         entries = json.loads(data[8:begin])
         return json.loads(entries.pop("__metadata__")["sample"]), entries, begin
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Rejected(BROKEN_MEMBER, repr(error)) from error
+        raise Rejected(Reason.BROKEN_MEMBER, repr(error)) from error
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -247,7 +243,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             ids_MNL = arrays.pop(OLD_IDS)
             arrays[f"{TEXT}ids"] = ids_MNL.reshape(len(ids_MNL), -1)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise Rejected(BROKEN_MEMBER, repr(error)) from error
+        raise Rejected(Reason.BROKEN_MEMBER, repr(error)) from error
     return about, arrays
 
 

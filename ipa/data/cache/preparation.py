@@ -14,18 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
-from ipa.data.cache.format import BROKEN_MEMBER, DTYPES, STATES, STORED, TEXT, to_size, unpack
+from ipa.data.cache.format import DTYPES, STATES, STORED, TEXT, to_size, unpack
 from ipa.data.cache.states import from_stored
 from ipa.data.images.masks import stack_masks
 from ipa.data.pairs.index import Place
 from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
-from ipa.data.rejects import Rejected
-from ipa.types import Batch, Features, Position, Posterior, TextInputs
+from ipa.data.rejects import Reason, Rejected
+from ipa.types import Batch, EncoderWidths, Features, Position, Posterior, TextInputs
 
 REFERENCE = ("pooled_E", "reference_3HW")
+# what a cache keeps of a reference, by what the head reads: patch features would need four times its space
+KEPT = {"pooled": "pooled", "patches": "reference"}
 HEAD_BYTES = 2048  # most headers of samples are shorter
-OTHER_BUCKET = "cached for another aspect-ratio bucket"
 
 
 @dataclass
@@ -67,21 +68,22 @@ class CachedPreparation:
         try:
             made_for = to_size(about["target"])
         except (KeyError, TypeError, ValueError) as error:
-            raise Rejected(BROKEN_MEMBER, repr(error)) from error
+            raise Rejected(Reason.BROKEN_MEMBER, repr(error)) from error
         if target != made_for:
-            raise Rejected(OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
+            raise Rejected(Reason.OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
         rows = {name: arrays.pop(name) for name in list(arrays) if name.startswith((TEXT, STATES))}
         if not rows or any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
-            raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
+            raise Rejected(Reason.BROKEN_MEMBER, f"texts {', '.join(rows)}")
         self.check(arrays, made_for)
         if self.partners is not None and (place := self.partners.choose(record, address)):
             arrays |= lent_arrays(place, arrays, self.partners)
         text = address.choose("caption", record.captions)
         chosen = [known for known, _ in record.captions].index(text)
         row = {name: array[chosen] for name, array in rows.items()}
-        ids, states = ids_of(row), self.states_of(row)
+        ids = {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
+        states = self.states_of(row)
         if bool(ids) == bool(states):
-            raise Rejected(BROKEN_MEMBER, f"texts {', '.join(rows)}")
+            raise Rejected(Reason.BROKEN_MEMBER, f"texts {', '.join(rows)}")
         return CachedSample(arrays, text, ids, states, record, address)
 
     def states_of(self, row: Mapping[str, NDArray[Any]]) -> TextInputs:
@@ -89,7 +91,7 @@ class CachedPreparation:
         try:
             return from_stored(row, self.state_shapes)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise Rejected(BROKEN_MEMBER, f"states: {error}") from error
+            raise Rejected(Reason.BROKEN_MEMBER, f"states: {error}") from error
 
     def check(self, arrays: Mapping[str, NDArray[Any]], target: Size | None) -> None:
         """Raise ``Rejected`` unless these are all arrays of a sample, in the shapes of the whole cache."""
@@ -98,9 +100,9 @@ class CachedPreparation:
             name for name, shape in shapes.items() if name not in DTYPES or len(shape) != len(name.partition("_")[2])
         ]
         if wrong or not {"mean_CHW", "logvar_CHW", "size_6"} <= shapes.keys():
-            raise Rejected(BROKEN_MEMBER, f"arrays {', '.join(arrays)}")
+            raise Rejected(Reason.BROKEN_MEMBER, f"arrays {', '.join(arrays)}")
         if shapes["mean_CHW"] != shapes["logvar_CHW"] or shapes["size_6"] != (6,) or not self.fits(shapes, target):
-            raise Rejected(BROKEN_MEMBER, f"arrays of {list(shapes.values())}")
+            raise Rejected(Reason.BROKEN_MEMBER, f"arrays of {list(shapes.values())}")
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]], target: Size | None) -> bool:
         """Whether the shapes are the header's; with buckets only what does not depend on them."""
@@ -137,8 +139,10 @@ class CachedPreparation:
         )
 
 
-def ids_of(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
+def cached_bytes(latent_shape: Sequence[int], encoder: EncoderWidths, kept: Sequence[str]) -> int:
+    """Of a sample without its captions: mean and logvar in fp16, and what is ``kept`` of the reference."""
+    reference = {"pooled": 2 * encoder.pooled, "reference": 3 * encoder.image_size_px**2}
+    return 4 * math.prod(latent_shape) + sum(reference[name] for name in kept)
 
 
 def state_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
@@ -157,7 +161,7 @@ def lent_arrays(place: Place, own: Mapping[str, NDArray[Any]], partners: Partner
         entries = json.loads(head[8:begin])
         where = {name: read_entry(entries[name], own[name]) for name in REFERENCE if name in own}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BrokenPartner.of(Rejected(BROKEN_MEMBER, repr(error)), place) from None
+        raise BrokenPartner.of(Rejected(Reason.BROKEN_MEMBER, repr(error)), place) from None
     read = {name: partners.part(place, begin + start, length) for name, (start, length) in where.items()}
     return {name: np.frombuffer(data, own[name].dtype).reshape(own[name].shape) for name, data in read.items()}
 

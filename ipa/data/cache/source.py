@@ -13,19 +13,9 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from ipa.data.addresses import digest
-from ipa.data.cache.format import (
-    BROKEN_MEMBER,
-    CLOSING,
-    MAX_SAMPLES,
-    REJECTED,
-    SAMPLE,
-    Header,
-    WrongCache,
-    entries_of,
-    to_size,
-)
+from ipa.data.cache.format import CLOSING, MAX_SAMPLES, REJECTED, SAMPLE, Header, WrongCache, entries_of, to_size
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_TAR, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.source import read_weight
 from ipa.data.shards.tar import BLOCK_BYTES, Member, read_members
@@ -66,7 +56,7 @@ class CacheSource(Source):
         for member in read_members(shard):
             if isinstance(member, Rejected):
                 yield member
-                if member.reason == BROKEN_TAR:
+                if member.is_break:
                     return
             elif not begun:
                 check_same(Header.read(member.name, member.content, shard), self.header, shard)
@@ -82,7 +72,7 @@ class CacheSource(Source):
                 seen.update([found.broken.reason] if isinstance(found, Record) and found.broken else [])
                 yield found
         if closing_entries.get("samples") != samples:
-            yield Rejected(BROKEN_TAR, f"{shard}: it has no {CLOSING} that fits, so it is incomplete")
+            yield Rejected(Reason.BROKEN_TAR, f"{shard}: it has no {CLOSING} that fits, so it is incomplete")
             return
         yield from map(Rejected, (Counter(closing_entries["rejects"]) - seen).elements())
 
@@ -98,7 +88,7 @@ def read_header(shard: str) -> Header:
     with closing(read_members(shard)) as members:  # type: ignore[type-var]
         first = next(members, Member("", b""))
     if isinstance(first, Rejected):
-        raise WrongCache(first.detail if first.reason == BROKEN_TAR else f"{shard}: {first.detail}")
+        raise WrongCache(first.detail if first.is_break else f"{shard}: {first.detail}")
     return Header.read(first.name, first.content, shard)
 
 
@@ -122,7 +112,7 @@ def read_record(key: str, extension: str, content: bytes, shard: str) -> Record 
             raise UserError("no caption")
         return Record(key, shard, number(about["index"]), content, captions, measured=to_size(about["size"]))
     except (Rejected, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return Rejected(BROKEN_MEMBER, f"{key}: {error}")
+        return Rejected(Reason.BROKEN_MEMBER, f"{key}: {error}")
 
 
 def content_span(member: Member) -> tuple[int, int]:

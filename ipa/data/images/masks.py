@@ -15,7 +15,7 @@ from torch import Tensor
 from ipa.data.images.opening import Size, flatten, upright, upright_size, with_picture
 from ipa.data.images.transforms import PAD_COLOUR, Opened, covering, crop_box, cut_corner
 from ipa.data.records import Mask
-from ipa.data.rejects import TOO_MANY_PIXELS, WRONG_MASK, Rejected
+from ipa.data.rejects import Reason, Rejected
 
 
 def open_mask(mask: Mask, picture: Size, max_pixels: int) -> Image.Image:
@@ -24,10 +24,10 @@ def open_mask(mask: Mask, picture: Size, max_pixels: int) -> Image.Image:
     def read(opened: Image.Image) -> Image.Image:
         if (size := upright_size(opened)) != picture:
             raise Rejected(
-                WRONG_MASK, f"the mask has {size[0]} x {size[1]} px, the picture {picture[0]} x {picture[1]}"
+                Reason.WRONG_MASK, f"the mask has {size[0]} x {size[1]} px, the picture {picture[0]} x {picture[1]}"
             )
         if picture[0] * picture[1] > max_pixels:
-            raise Rejected(TOO_MANY_PIXELS, f"{size[0]} x {size[1]}, more than data.max_pixels={max_pixels}")
+            raise Rejected(Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]}, more than data.max_pixels={max_pixels}")
         if not mask.is_alpha:
             return flatten(upright(opened), "black").convert("L")
         return upright(opened).getchannel("A") if opened.has_transparency_data else Image.new("L", size, "white")
@@ -56,7 +56,7 @@ def masked(picture: Opened, mask: Image.Image, colour: str = PAD_COLOUR) -> Open
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """mask_B1HW, all inside where a sample has no mask; None if none has."""
+    """mask_B1HW; a sample without a mask is inside everywhere. None if no sample has one."""
     known = next((mask for mask in masks if mask is not None), None)
     if known is None:
         return None

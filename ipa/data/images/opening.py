@@ -3,9 +3,9 @@
     size = picture_size(data)                                   # from the header, nothing is decoded
     picture = with_picture(data, upright)                       # a PIL image, RGB or RGBA
 
-What is stored next to the pixels decides nothing: EXIF that cannot be read means not rotated, ancillary data that PIL
-refuses is left out, and limits count what comes before the image's end. ICC profiles do count: they say which colours
-the numbers mean, so those of other colour spaces are converted to sRGB (littleCMS, perceptual intent).
+Metadata never makes an image unusable: unreadable EXIF means no rotation, ancillary data that PIL refuses are dropped,
+and limits apply up to the end of the image. ICC profiles are applied: images in other colour spaces are converted to
+sRGB (littleCMS, perceptual intent).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from ipa.data.rejects import BROKEN_PICTURE, TOO_MANY_PIXELS, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.errors import brief
 
 Size = tuple[int, int]
@@ -32,7 +32,7 @@ Found = TypeVar("Found")
 # the web's formats; PIL knows more, but runs Ghostscript for one of them
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 JPEGS = ("JPEG", "MPO")
-# how the bytes of other files begin, and what to say of them
+# first bytes of other files, and the message for them
 OTHERS = (
     (rb"$", "it is empty"),
     (rb"\s*<(!doctype html|html)", "it is a web page"),
@@ -60,7 +60,7 @@ TURNS = {
 
 
 def with_picture(data: bytes, use: Callable[[Image.Image], Found]) -> Found:
-    """What ``use`` makes of the opened picture; raises ``Rejected`` for everything that PIL raises on damaged bytes."""
+    """Open a picture and return ``use(picture)``; raises ``Rejected`` for anything that PIL raises on damaged bytes."""
     with rejecting(data):
         try:
             return use(open_header(data))
@@ -80,13 +80,13 @@ def rejecting(data: bytes) -> Iterator[None]:
             warnings.simplefilter("ignore")  # PIL warns of odd metadata and of sizes that data.max_pixels decides on
             yield
     except Image.DecompressionBombError as error:
-        raise Rejected(TOO_MANY_PIXELS, str(error)) from error
+        raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from error
     except Rejected:
         raise
     except Exception as error:  # a decoder may raise nearly anything
         other = next((words for begin, words in OTHERS if re.match(begin, data, re.IGNORECASE | re.DOTALL)), None)
         unknown = "its format is not known" if isinstance(error, UnidentifiedImageError) else brief(error)
-        raise Rejected(BROKEN_PICTURE, other or unknown) from error
+        raise Rejected(Reason.BROKEN_PICTURE, other or unknown) from error
 
 
 def with_open(picture: Image.Image, use: Callable[[Image.Image], Found]) -> Found:
@@ -100,14 +100,14 @@ def open_header(data: bytes) -> Image.Image:
     """The picture before decoding; raises ``Rejected``, or whatever PIL raises on damaged bytes."""
     picture = Image.open(io.BytesIO(data), formats=known_formats())
     if picture.format in JPEGS and data.count(SCAN) > MAX_SCANS and (scans := count_scans(data)) > MAX_SCANS:
-        raise Rejected(BROKEN_PICTURE, f"a JPEG of {scans} scans")
+        raise Rejected(Reason.BROKEN_PICTURE, f"a JPEG of {scans} scans")
     check_size(picture)
     return picture
 
 
 def check_size(picture: Image.Image) -> None:
     if min(picture.size) < 1:
-        raise Rejected(BROKEN_PICTURE, "it has no pixels")
+        raise Rejected(Reason.BROKEN_PICTURE, "it has no pixels")
 
 
 @functools.cache
@@ -238,6 +238,6 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.float64)
     top = values.max()
     if not np.isfinite(values).all():
-        raise Rejected(BROKEN_PICTURE, "it has pixels that are no numbers")
+        raise Rejected(Reason.BROKEN_PICTURE, "it has pixels that are no numbers")
     white = next((white for white in WHITES[picture.mode[:4]] if top <= white), top)
     return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ipa.data.addresses import Address
 from ipa.data.images.opening import JPEGS, Size, flatten, orientation, upright, upright_size, with_open, with_picture
-from ipa.data.rejects import TOO_MANY_PIXELS, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.errors import UserError
 
 HEADROOM = 2
@@ -139,7 +139,8 @@ def from_pil(picture: Image.Image, option: str = "image", background: str = "whi
 def decode(picture: Image.Image, background: str, max_pixels: int, needs: Sequence[Size], headroom: float) -> Opened:
     """Raises ``Rejected``, or whatever PIL raises on damaged bytes."""
     if picture.width * picture.height > max_pixels:
-        raise Rejected(TOO_MANY_PIXELS, f"{picture.width} x {picture.height}, more than data.max_pixels={max_pixels}")
+        size_px = f"{picture.width} x {picture.height}"
+        raise Rejected(Reason.TOO_MANY_PIXELS, f"{size_px}, more than data.max_pixels={max_pixels}")
     size, scale = None, 1
     if needs and picture.format in JPEGS:
         size, scale = upright_size(picture), scale_down(picture, needs, headroom)

@@ -83,11 +83,6 @@ class Lanes:
         steps = range(step + share.worker, step + share.worker + share.workers * self.workers, share.workers)
         return {self.row(step)[place] for step in steps for place in places}
 
-    def is_logged_by(self, share: Share, lane: int, step: int) -> bool:
-        """Whether this share is the first reader of a lane, which is the one that logs its broken shards."""
-        row, place = divmod(lane, self.ranks)
-        return share.rank == place % share.world and share.worker == (row - step) % self.workers % share.workers
-
 
 def sharing(shards: int, readers: int, lanes: int) -> tuple[str, int, str]:
     """``1 shard``, 4, ``each worker reads it``."""

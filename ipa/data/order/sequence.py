@@ -22,7 +22,7 @@ from ipa.data.addresses import Address, Item, digest, permuted, uniform_at
 from ipa.data.images.buckets import Buckets
 from ipa.data.order.lanes import Lane
 from ipa.data.records import Record, Size, Source
-from ipa.data.rejects import BROKEN_TAR, NoGoodSamples, Rejected, no_good_samples
+from ipa.data.rejects import NoGoodSamples, Rejected, no_good_samples
 from ipa.types import LanePlace, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -61,32 +61,30 @@ class Order:
         """The start of pass ``epoch`` of every source."""
         return LanePlace(0, tuple(SourcePlace(epoch) for _ in self.sources))
 
-    def lane(self, lane: Lane, take: int = 1, loud: bool = False) -> LaneOrder:
-        """The order of one lane; a step takes ``take`` samples from it. ``loud``: log broken shards."""
-        return LaneOrder(self, lane, take, loud)
+    def lane(self, lane: Lane, take: int = 1) -> LaneOrder:
+        """The order of one lane; a step takes ``take`` samples from it."""
+        return LaneOrder(self, lane, take)
 
-    def in_file_order(self, loud: bool = True) -> Iterator[Slot]:
+    def in_file_order(self) -> Iterator[Slot]:
         """One pass in file order, always with the draws of epoch 0; raises ``NoGoodSamples`` without any record."""
         rejects: list[Rejected] = []
         empty = True
         for source in self.sources:
-            for slot in self.of_shards(source, source.shards, rejects, loud):
+            for slot in self.of_shards(source, source.shards, rejects):
                 empty = False
                 yield slot
         if empty:
             raise self.no_good_samples(rejects)
 
-    def of_shards(
-        self, source: Source, shards: Sequence[str], rejects: list[Rejected], loud: bool = True
-    ) -> Iterator[Slot]:
+    def of_shards(self, source: Source, shards: Sequence[str], rejects: list[Rejected]) -> Iterator[Slot]:
         """Some shards of a source, in file order; without a record all rejects stay in ``rejects``."""
-        pairs = ((0, found) for shard in shards for found in self.read(source, shard, loud))
+        pairs = ((0, found) for shard in shards for found in self.read(source, shard))
         return (Slot(source.name, 0, record) for _, record in attach_rejects(pairs, rejects))
 
-    def read(self, source: Source, shard: str, loud: bool) -> Iterator[Record | Rejected]:
-        """A shard's samples; ``loud``: log a broken shard, once."""
+    def read(self, source: Source, shard: str) -> Iterator[Record | Rejected]:
+        """A shard's samples; each process that reads a broken shard logs it once."""
         for found in source.read(shard):
-            if loud and isinstance(found, Rejected) and found.reason == BROKEN_TAR and found.detail not in self.logged:
+            if isinstance(found, Rejected) and found.is_break and found.detail not in self.logged:
                 self.logged.add(found.detail)
                 log.warning("%s, the rest of it is skipped: %s", found.reason, found.detail)
             if isinstance(found, Record):
@@ -113,10 +111,10 @@ class Order:
 class LaneOrder:
     """One lane of an order: the sources' own orders, mixed by their weights."""
 
-    def __init__(self, order: Order, lane: Lane, take: int, loud: bool) -> None:
+    def __init__(self, order: Order, lane: Lane, take: int) -> None:
         self.order, self.lane = order, lane
         self.run = take if order.buckets else 1  # samples per choice of a source
-        self.sources = [SourceOrder(order, source, lane, take, loud) for source in order.sources]
+        self.sources = [SourceOrder(order, source, lane, take) for source in order.sources]
         total = sum(source.weight for source in order.sources)
         self.borders = [border / total for border in accumulate(source.weight for source in order.sources)]
 
@@ -140,8 +138,8 @@ class LaneOrder:
 class SourceOrder:
     """The endless order of one source in one lane."""
 
-    def __init__(self, order: Order, source: Source, lane: Lane, take: int, loud: bool) -> None:
-        self.order, self.source, self.lane, self.take, self.loud = order, source, lane, take, loud
+    def __init__(self, order: Order, source: Source, lane: Lane, take: int) -> None:
+        self.order, self.source, self.lane, self.take = order, source, lane, take
 
     def endless(self, start: SourcePlace) -> Iterator[tuple[Slot, SourcePlace]]:
         """Slots and the position after each; raises ``NoGoodSamples`` if no shard has any."""
@@ -188,7 +186,7 @@ class SourceOrder:
     ) -> Iterator[tuple[int, Record]]:
         """Records with the number of their shard in the pass; shards before the position are not opened."""
         numbered = islice(enumerate(shards), begin.shard, None)
-        pairs = ((n, found) for n, shard in numbered for found in self.order.read(self.source, shard, self.loud))
+        pairs = ((n, found) for n, shard in numbered for found in self.order.read(self.source, shard))
 
         def is_behind(pair: tuple[int, Record | Rejected]) -> bool:
             """Rejects before the first record belong to the record before them, and were counted with it."""

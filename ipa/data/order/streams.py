@@ -8,7 +8,7 @@ A slot whose picture is broken is filled with the next good record of its lane, 
 the draws stay the slot's own. This depends only on the data. So every rank makes equally many steps and waits for no
 other, and a resumed run decodes nothing that comes before its position.
 
-*Validation* is one pass: the first samples in file order, in fixed batches, regardless of which rank makes them.
+*Validation* is one pass in file order, in fixed batches, regardless of which rank makes them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 
 from ipa.data.order.lanes import Lane, Lanes, Share
 from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Preparation
 from ipa.data.rejects import Rejected, in_detail
-from ipa.types import Batch, LanePlace, Position, SourcePlace
+from ipa.types import Batch, Position
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +79,16 @@ class TrainStream(Stream):
         self.step_samples = self.batch_size * self.share.world
         self.take = self.step_samples // self.lanes.ranks
         assert self.take * self.lanes.ranks == self.step_samples, "the lanes of a row give equally many samples"
-        self.start = SharedPosition(self.lanes.number, len(self.order.sources))
-        self.begin_at(Position())
+        self.start = Position()
 
     def begin_at(self, position: Position) -> None:
-        """Lanes that the position lacks begin their first pass."""
-        self.start.set(position, self.order.begin())
+        """Lanes that the position lacks begin their first pass. Data workers that run already do not notice."""
+        self.start = Position(position.step, {**position.lanes})
 
     def batches(self, share: Share) -> Iterator[Batch]:
-        start = self.start.get()
+        start = self.start
         mine = self.lanes.read_by(share, start.step, self.step_samples)
-        readers = {lane: self.reader(lane, start, share) for lane in sorted(mine)}
+        readers = {lane: self.reader(lane, start) for lane in sorted(mine)}
         for number in count():
             row = self.lanes.row(start.step + number)
             if number % share.workers == share.worker:
@@ -98,10 +96,9 @@ class TrainStream(Stream):
             for lane in mine.intersection(row):
                 readers[lane].drop(self.take)
 
-    def reader(self, lane: int, start: Position, share: Share) -> Lookahead:
-        loud = self.lanes.is_logged_by(share, lane, start.step)
+    def reader(self, lane: int, start: Position) -> Lookahead:
         place = start.lanes.get(lane, self.order.begin())
-        return Lookahead(self.order.lane(Lane(lane, self.lanes.number), self.take, loud).endless(place))
+        return Lookahead(self.order.lane(Lane(lane, self.lanes.number), self.take).endless(place))
 
     def make(self, readers: dict[int, Lookahead], row: Sequence[int], step: int) -> Batch:
         """Sample p of a step is number p div ranks of the step's samples from lane p mod ranks of the row."""
@@ -135,37 +132,14 @@ class TrainStream(Stream):
         raise AssertionError("the order is endless")
 
 
-class SharedPosition:
-    """A position in shared memory: persistent workers hold a copy of the stream and must see a new start."""
-
-    def __init__(self, lanes: int, sources: int) -> None:
-        self.step = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.choices = torch.zeros(lanes, dtype=torch.int64).share_memory_()
-        self.places = torch.zeros(lanes, sources, len(SourcePlace._fields), dtype=torch.int64).share_memory_()
-
-    def set(self, position: Position, begin: LanePlace) -> None:
-        self.step.fill_(position.step)
-        for lane in range(len(self.choices)):
-            place = position.lanes.get(lane, begin)
-            self.choices[lane] = place.choices
-            self.places[lane] = torch.tensor(place.sources)
-
-    def get(self) -> Position:
-        pairs = zip(self.choices.tolist(), self.places.tolist(), strict=True)
-        lanes = [LanePlace(choices, tuple(SourcePlace(*place) for place in places)) for choices, places in pairs]
-        return Position(int(self.step), dict(enumerate(lanes)))
-
-
 @dataclass(eq=False)
 class ValStream(Stream):
-    """The first ``limit`` samples in file order; this share makes every (world · workers)-th batch."""
-
-    limit: int | None = None
+    """All samples in file order; this share makes every (world · workers)-th batch."""
 
     def batches(self, share: Share) -> Iterator[Batch]:
         """Rejects of a batch without any good sample are counted with this share's next batch."""
         rejects, delivered = list[Rejected](), False
-        for number, slots in enumerate(chunks(self.slots(share.reader == 0), self.batch_size)):
+        for number, slots in enumerate(chunks(self.order.in_file_order(), self.batch_size)):
             if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
@@ -178,9 +152,6 @@ class ValStream(Stream):
                 rejects, delivered = [], True
         if rejects and not delivered:
             self.check_any()
-
-    def slots(self, loud: bool = False) -> Iterator[Slot]:
-        return islice(self.order.in_file_order(loud), self.limit)
 
     def good(self, slots: Iterable[Slot], rejects: list[Rejected]) -> list[Any]:
         """The usable ones; adds the others to ``rejects``."""
@@ -196,5 +167,5 @@ class ValStream(Stream):
     def check_any(self) -> None:
         """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""
         rejects: list[Rejected] = []
-        if not any(self.good([slot], rejects) for slot in self.slots()):
+        if not any(self.good([slot], rejects) for slot in self.order.in_file_order()):
             raise self.order.no_good_samples(rejects)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -29,10 +29,9 @@ from ipa.data.addresses import digest
 from ipa.data.pairs.index import Array, key_hash, write_index
 from ipa.data.pairs.options import Pairs
 from ipa.data.records import Record, Source
-from ipa.data.rejects import Rejected
-from ipa.data.shards.fields import METADATA, Fields
+from ipa.data.shards.fields import METADATA
 from ipa.data.shards.names import is_remote, shard_name
-from ipa.data.shards.source import Layout, ShardSource, read_shard
+from ipa.data.shards.source import ShardSource, read_shard
 from ipa.data.shards.tar import Member, read_members
 from ipa.errors import UserError
 from ipa.files import remove_temporaries, write_atomically
@@ -40,30 +39,6 @@ from ipa.files import remove_temporaries, write_atomically
 NO_VALUE = 0  # in place of the hash of an entry
 MAX_ROWS = 1 << 32
 LISTED_MEMBERS, LISTED_NAMES = 100, 20
-
-
-@dataclass
-class Noted(Record):
-    """A record with hashes of entries of its metadata."""
-
-    values: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class NotingLayout(Layout):
-    columns: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, layout: Layout, columns: Sequence[str]) -> NotingLayout:
-        return cls(**{each.name: getattr(layout, each.name) for each in fields(layout)}, columns=tuple(columns))
-
-    def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Noted:
-        record = super().record(key, shard, index, members)
-        try:
-            metadata = Fields(members).metadata
-        except Rejected:
-            metadata = {}
-        return Noted(**vars(record), values=tuple(value_hash(metadata.get(name)) for name in self.columns))
 
 
 def value_hash(value: Any) -> int:
@@ -100,11 +75,12 @@ class Job:
 
 
 def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
-    """A row for every sample of the shard; one that training rejects has no values, so it is nobody's partner."""
+    """A row per sample of the shard. A sample that training rejects has no values, so it is never a partner."""
+    layout = replace(job.source.layout, columns=tuple(columns))
     found = [
-        (record.index, (record.span[0], record.span[1] - record.span[0], key_hash(record.key), *record.values))
-        for record in read_shard(job.shard, NotingLayout.of(job.source.layout, columns))
-        if isinstance(record, Noted)
+        (each.index, (each.span[0], each.span[1] - each.span[0], key_hash(each.key), *map(value_hash, each.values)))
+        for each in read_shard(job.shard, layout)
+        if isinstance(each, Record)
     ]
     values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
     row_type = np.dtype([("offset", np.int64), ("length", np.uint32), ("key", np.uint64), *values])
@@ -296,7 +272,7 @@ def known_names(shard: str) -> str:
 
 
 def describe_levels(arrays: Mapping[str, Array], usable: Array, have_value: Sequence[Array]) -> dict[str, Any]:
-    """Counts of usable samples: per level its groups and what becomes of its samples, and those left ``alone``."""
+    """Counts of usable samples: the groups and paired samples of each level, and the samples left ``alone``."""
     waiting, levels = usable.copy(), []
     for level, have in enumerate(have_value):
         starts, members = arrays[f"starts.{level}"], arrays[f"members.{level}"]

@@ -1,4 +1,4 @@
-"""Records → the records that lend them their reference.
+"""Choose a partner for each record: another record, whose image becomes its reference.
 
 The partner is a pure function of the sample's address and of the index, so ranks, workers, batch size and resume change
 nothing. It is read from its shard directly, at its offset.
@@ -21,7 +21,7 @@ from ipa.data.pairs.building import build_index, check_local, in_words, list_job
 from ipa.data.pairs.index import REMAKE, Index, Place, WrongIndex, key_hash, open_index
 from ipa.data.pairs.options import Pairs
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_PARTNER, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.names import shard_name, some
 from ipa.data.shards.source import ShardSource
 from ipa.data.shards.tar import BREAKS
@@ -35,12 +35,12 @@ HALF = 1 << 32
 
 
 class BrokenPartner(Rejected):
-    """The partner cannot be used, which is no fault of the sample."""
+    """The partner is unusable; the sample itself is fine."""
 
     @classmethod
     def of(cls, reject: Rejected, place: Record | Place) -> BrokenPartner:
         key = place.key if isinstance(place, Record) else f"sample {place.number}"
-        return cls(BROKEN_PARTNER, str(reject), key, place.shard)
+        return cls(Reason.BROKEN_PARTNER, str(reject), key, place.shard)
 
 
 @dataclass(frozen=True)

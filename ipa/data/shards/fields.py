@@ -19,16 +19,7 @@ from typing import Any
 
 from ipa.data.images.opening import Size, picture_size
 from ipa.data.records import Mask
-from ipa.data.rejects import (
-    BROKEN_METADATA,
-    EMPTY_CAPTION,
-    NO_CAPTION,
-    NO_MASK,
-    NO_PICTURE,
-    NOT_UTF8,
-    TOO_LARGE,
-    Rejected,
-)
+from ipa.data.rejects import Reason, Rejected
 from ipa.errors import UserError
 from ipa.files import PICTURE_EXTENSIONS, PICTURES
 
@@ -57,19 +48,19 @@ class Fields:
         for extension in self.images:
             if extension in self.members and extension not in self.references:
                 return self.members[extension]
-        raise Rejected(NO_PICTURE, self.what_there_is)
+        raise Rejected(Reason.NO_PICTURE, self.what_there_is)
 
     def mask(self, name: str, picture: bytes) -> Mask:
         """The mask of a picture of this sample: its opacity if ``name`` is ``ALPHA``, else a member."""
         if name == ALPHA:
             return Mask(picture, is_alpha=True)
         if name not in self.members:
-            raise Rejected(NO_MASK, f"{name} is missing: {self.what_there_is}")
+            raise Rejected(Reason.NO_MASK, f"{name} is missing: {self.what_there_is}")
         return Mask(self.members[name], is_alpha=False)
 
     @property
     def what_there_is(self) -> str:
-        """The members, and how one that is missed may be found."""
+        """The members, and a hint at how to find a missing one."""
         if "safetensors" in self.members:
             return "it is a sample of a feature cache, which data=cache reads"
         names = [*self.members][:MAX_NAMES_SHOWN]
@@ -89,15 +80,22 @@ class Fields:
         try:
             entries = json.loads(self.text(METADATA, MAX_METADATA_BYTES) if METADATA in self.members else "{}")
         except (ValueError, RecursionError) as error:
-            raise Rejected(BROKEN_METADATA, str(error)) from error
+            raise Rejected(Reason.BROKEN_METADATA, str(error)) from error
         if not isinstance(entries, dict):
-            raise Rejected(BROKEN_METADATA, f"a {type(entries).__name__}, expected an object")
+            raise Rejected(Reason.BROKEN_METADATA, f"a {type(entries).__name__}, expected an object")
         return entries
+
+    def entry(self, name: str) -> Any:
+        """An entry of the metadata; None if it is missing or the metadata are broken. Raises nothing."""
+        try:
+            return self.metadata.get(name)
+        except Rejected:
+            return None
 
     def text(self, extension: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         """A member's text; may raise UnicodeDecodeError."""
         if len(self.members[extension]) > max_bytes:
-            raise Rejected(TOO_LARGE, f"{extension}: {len(self.members[extension]):,} bytes of text")
+            raise Rejected(Reason.TOO_LARGE, f"{extension}: {len(self.members[extension]):,} bytes of text")
         return self.members[extension].decode().removeprefix("\ufeff")  # a byte order mark is no text
 
 
@@ -171,23 +169,23 @@ def read_texts(fields: Fields, key: str) -> list[str]:
         value = fields.metadata.get(key.removeprefix(ENTRY))
         return usable(value if isinstance(value, list) else [value])
     if key not in fields.members:
-        raise Rejected(NO_CAPTION, fields.what_there_is)
+        raise Rejected(Reason.NO_CAPTION, fields.what_there_is)
     try:
         return usable([fields.text(key)])
     except UnicodeDecodeError as error:
-        raise Rejected(NOT_UTF8, f"{key}: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+        raise Rejected(Reason.NOT_UTF8, f"{key}: byte {error.start} is 0x{error.object[error.start]:02x}") from error
 
 
 def usable(values: Sequence[Any]) -> list[str]:
     texts = [value.strip() for value in values if isinstance(value, str)]
     if not texts:
-        raise Rejected(NO_CAPTION)
+        raise Rejected(Reason.NO_CAPTION)
     full = [text for text in texts if text]
     if not full:
-        raise Rejected(EMPTY_CAPTION)
+        raise Rejected(Reason.EMPTY_CAPTION)
     sound = [text for text in full if is_unicode(text)]
     if not sound:
-        raise Rejected(NOT_UTF8, "half of a surrogate pair")
+        raise Rejected(Reason.NOT_UTF8, "half of a surrogate pair")
     return sound
 
 

@@ -19,7 +19,7 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes
 
 from ipa.data.shards.names import REMOTE
 
-READER_LEFT = [-13, 23, 141]  # exit codes of a program, curl and a shell whose output nobody reads any more
+READER_LEFT = [-13, 23, 141]  # exit codes of a program, curl and a shell after their reader closed the pipe
 EXIT_TIMEOUT_S = 60
 
 

@@ -12,24 +12,13 @@ import io
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ipa.data.addresses import digest
 from ipa.data.records import Record, Source
-from ipa.data.rejects import (
-    BROKEN_TAR,
-    DUPLICATE_KEY,
-    NO_CAPTION,
-    NO_KEY,
-    NO_MASK,
-    NO_PICTURE,
-    NO_REFERENCE,
-    TOO_LARGE,
-    Rejected,
-)
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.fields import ALPHA, Captions, Fields, is_extension, is_weight
 from ipa.data.shards.filters import Filter, as_list, read_filters
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
@@ -39,7 +28,7 @@ from ipa.errors import UserError
 
 OPTIONS = ("shards", "weight", "captions", "image", "reference", "filters", "loss_mask", "reference_mask")
 MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES  # all members of a sample, with their headers
-INCOMPLETE = (NO_PICTURE, NO_CAPTION, NO_REFERENCE, NO_MASK)
+INCOMPLETE = (Reason.NO_PICTURE, Reason.NO_CAPTION, Reason.NO_REFERENCE, Reason.NO_MASK)
 MACOS = ("._", ".DS_Store")  # what it adds to archives
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 
@@ -50,7 +39,8 @@ class Layout:
 
     ``images`` are the extensions that the picture may have, the preferred one first; by default ``files.PICTURES``.
     ``loss_mask`` is the picture's, ``reference_masks`` has one for each reference, or one for the picture: members'
-    extensions, or ``fields.ALPHA``. ``strip`` changes captions after the filters saw them.
+    extensions, or ``fields.ALPHA``. ``strip`` changes captions after the filters saw them. ``columns`` are entries of
+    the metadata that records keep.
     """
 
     captions: Captions = field(default_factory=Captions)
@@ -61,6 +51,7 @@ class Layout:
     loss_mask: str = field(default="", repr=False)
     reference_masks: tuple[str, ...] = field(default=(), repr=False)
     strip: Strip = field(default_factory=Strip, repr=False)
+    columns: tuple[str, ...] = field(default=(), repr=False)
 
     def record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record:
         """Members: extension → content. The first fault of picture, caption, reference and filters is raised."""
@@ -69,7 +60,7 @@ class Layout:
         present = [n for n, name in enumerate(self.references) if name in members]
         references = tuple(members[self.references[n]] for n in present)
         if self.references and not references:
-            raise Rejected(NO_REFERENCE, f"none of {', '.join(self.references)}")
+            raise Rejected(Reason.NO_REFERENCE, f"none of {', '.join(self.references)}")
         loss_mask = fields.mask(self.loss_mask, picture) if self.loss_mask else None
         masks = self.reference_masks and [self.reference_masks[n] for n in present or [0]]
         shown = zip(masks, references or (picture,), strict=True) if masks else ()
@@ -80,6 +71,7 @@ class Layout:
         measured = vars(fields).get("size")  # if it was needed
         found = Record(key, shard, index, picture, captions, references, measured)
         found.loss_mask, found.reference_masks = loss_mask, reference_masks
+        found.values = tuple(fields.entry(name) for name in self.columns)
         return found
 
     def try_record(self, key: str, shard: str, index: int, members: Mapping[str, bytes]) -> Record | Rejected:
@@ -139,7 +131,7 @@ class ShardSource(Source):
         files = Files(shard, walk(Forward(io.BytesIO(data + END_OF_ARCHIVE))))
         for members in group_by_keys(files, files.split, handler=files.skip_double):
             return self.layout.record(members.pop("__key__"), shard_name(shard), index, members)
-        raise Rejected(NO_KEY)
+        raise Rejected(Reason.NO_KEY)
 
     def layout_fingerprint(self) -> str:
         return f"{digest(*self.layout_parts):016x}"
@@ -152,10 +144,6 @@ class ShardSource(Source):
         return repr(self.layout), *self.layout.images, *masks
 
     def fingerprint(self) -> str:
-        return self.identity
-
-    @cached_property
-    def identity(self) -> str:
         return f"{digest(*self.layout_parts, *self.layout.strip.parts, *map(shard_name, self.shards)):016x}"
 
 
@@ -197,13 +185,13 @@ def read_shard(shard: str, layout: Layout) -> Iterator[Record | Rejected]:
             yield held
         key, _ = members.pop("__key__"), members.pop("__url__")
         if files.doubled and key not in seen:
-            yield Rejected(DUPLICATE_KEY, "the first one is used", key, name)
+            yield Rejected(Reason.DUPLICATE_KEY, "the first one is used", key, name)
         held = layout.try_record(key, name, index, members)
         span = files.spans.popleft()
         if isinstance(held, Record):
             held.span = span
         if key in seen:
-            held = None if key in incomplete else Rejected(DUPLICATE_KEY, "the first one is used", key, name)
+            held = None if key in incomplete else Rejected(Reason.DUPLICATE_KEY, "the first one is used", key, name)
         elif isinstance(held, Rejected) and held.reason in INCOMPLETE:
             incomplete.add(key)
         seen.add(key)
@@ -241,12 +229,12 @@ class Files:
             key, _ = self.parts = base_plus_ext(name)
             if key is None or key.endswith("/"):
                 if not name.rpartition("/")[2].startswith(MACOS):  # no loss
-                    self.set_aside(Rejected(NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is"))
+                    self.set_aside(Rejected(Reason.NO_KEY, f"'{name}' is not KEY.EXTENSION, as 0001.jpg is"))
                 continue
             size_bytes = len(content) + BLOCK_BYTES + (size_bytes if key == last_key else 0)
             last_key = key
             if size_bytes > MAX_SAMPLE_BYTES:
-                self.set_aside(Rejected(TOO_LARGE, f"{name}: {key} has over {MAX_SAMPLE_BYTES:,} bytes in all"))
+                self.set_aside(Rejected(Reason.TOO_LARGE, f"{name}: {key} has over {MAX_SAMPLE_BYTES:,} bytes in all"))
             else:
                 begin = self.spans.pop()[0] if key == self.span_key else span[0]
                 self.spans.append((begin, span[1]))
@@ -254,7 +242,7 @@ class Files:
                 yield {"fname": name, "data": content, "__url__": self.shard}
 
     def set_aside(self, reject: Rejected) -> None:
-        if reject.reason == BROKEN_TAR:
+        if reject.is_break:
             self.broken = reject
         else:
             self.rejects.append(reject.at(shard=shard_name(self.shard)))

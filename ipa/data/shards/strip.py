@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ipa.data.rejects import Rejected
 from ipa.data.shards.fields import ENTRY, Fields
 from ipa.errors import UserError, brief
 from ipa.files import read_list
@@ -82,10 +80,9 @@ class Strip:
         """
         words = dict.fromkeys(WORD.findall(text.lower()))
         terms = [term for word in words for term in self.by_first_word.get(word, ())]
-        with suppress(Rejected):
-            values = [fields.metadata.get(name) for name in self.names]
-            own = [term for value in values for term in (value if isinstance(value, list) else [value])]
-            terms += [term for term in own if isinstance(term, str) and WORD.search(term)]
+        values = [fields.entry(name) for name in self.names]
+        own = [term for value in values for term in (value if isinstance(value, list) else [value])]
+        terms += [term for term in own if isinstance(term, str) and WORD.search(term)]
         return remove(text, terms) if terms else (text, [])
 
 

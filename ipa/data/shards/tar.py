@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from ipa.data.rejects import BROKEN_TAR, TOO_LARGE, UNSAFE_MEMBER, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.opening import bytes_of, close_shard, open_shard
 from ipa.secrets import hide
 
@@ -58,7 +58,7 @@ def read_members(shard: str) -> Iterator[Member | Rejected]:
         except OSError as error:
             failures.append(str(error))
     if failures:
-        yield Rejected(BROKEN_TAR, hide(f"{shard}: {'; '.join(failures)}"))
+        yield Rejected(Reason.BROKEN_TAR, hide(f"{shard}: {'; '.join(failures)}"))
 
 
 class Forward:
@@ -134,13 +134,13 @@ def rejection(info: tarfile.TarInfo) -> Rejected | None:
     """Why a member is not read, if it is not."""
     name = info.name
     if not info.isreg() and not info.isdir():
-        return Rejected(UNSAFE_MEMBER, f"{name}: a link, a device or a pipe")
+        return Rejected(Reason.UNSAFE_MEMBER, f"{name}: a link, a device or a pipe")
     if ABSOLUTE.match(name) or (".." in name and ".." in re.split(r"[/\\]", name)):
-        return Rejected(UNSAFE_MEMBER, f"{name}: a path outside the archive's folder")
+        return Rejected(Reason.UNSAFE_MEMBER, f"{name}: a path outside the archive's folder")
     if RESERVED.search(name):
-        return Rejected(UNSAFE_MEMBER, f"{name}: a name that WebDataset reserves")
+        return Rejected(Reason.UNSAFE_MEMBER, f"{name}: a name that WebDataset reserves")
     if info.size > MAX_MEMBER_BYTES:
-        return Rejected(TOO_LARGE, f"{name}: {info.size:,} bytes")
+        return Rejected(Reason.TOO_LARGE, f"{name}: {info.size:,} bytes")
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ipa.data.images.opening import picture_size, with_picture
-from ipa.data.rejects import TOO_MANY_PIXELS, Rejected
+from ipa.data.rejects import Reason, Rejected
 from ipa.errors import UserError
 from ipa.references import open_reference
 
@@ -33,7 +33,7 @@ def check_picture(path: Path) -> None:
         width, height = picture_size(path.read_bytes())
     except Rejected as error:
         unreadable = f"{path.name} cannot be read as a picture: {error.detail}"
-        raise UserError(too_many if error.reason == TOO_MANY_PIXELS else unreadable) from error
+        raise UserError(too_many if error.reason == Reason.TOO_MANY_PIXELS else unreadable) from error
     if width * height > MAX_PIXELS:
         raise UserError(too_many)
     try:

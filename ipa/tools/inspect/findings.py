@@ -22,14 +22,14 @@ from ipa.data.datamodule import ShardDataModule
 from ipa.data.order.lanes import Share
 from ipa.data.order.sequence import Order
 from ipa.data.records import Record
-from ipa.data.rejects import Examples, Rejected, add_examples, count_reasons, describe_rejects, examples_of
+from ipa.data.rejects import Rejected, Tally
 from ipa.data.shards.fields import Fields
 from ipa.data.shards.source import read_shard
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 from ipa.files import write_atomically
 from ipa.tools.pictures import grid
-from ipa.training.parts import read_widths
+from ipa.training.parts import read_from
 from ipa.types import Batch, to_uint8, to_unit_range
 
 MAX_TERMS, MAX_EXAMPLES = 12, 4
@@ -48,15 +48,14 @@ class Findings:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
     upscaled: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    reject_examples: Examples = field(default_factory=dict)
+    rejected: Tally = field(default_factory=Tally)
     buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
     references: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def add(self, seen: Seen | None, rejects: list[Rejected]) -> None:
-        self.rejects.update(count_reasons(rejects))
-        add_examples(self.reject_examples, examples_of(rejects))
+        found = Tally.of(rejects)
+        self.rejected.add(found.counts, found.examples)
         if seen is not None:
             height, width, _, _, target_height, target_width = seen.size_6
             self.sizes.append((height, width))
@@ -105,14 +104,13 @@ def inspect(cfg: DictConfig) -> None:
         raise UserError("a feature cache holds no pictures: give the data that it was made from")
     data.batch_size = min(16, cfg.pictures)
     data.fit_to(
-        image_size_px=cfg.image_size_px or read_image_size(cfg.base),
-        reference_size_px=read_widths(cfg.encoder).image_size_px,
+        image_size_px=cfg.image_size_px or read_from(cfg.base, "read_image_size_px"),
+        reference_size_px=read_from(cfg.encoder, "read_widths").image_size_px,
         latent_shape=(1, 8, 8),  # of the noise, which is not looked at
     )
     findings = read(data, cfg.samples)
     if not findings.sizes:
-        rejects = "; ".join(describe_rejects(findings.rejects, findings.reject_examples))
-        raise UserError(f"there is no good sample in these shards: {rejects or 'they are empty'}")
+        raise UserError(f"there is no good sample in these shards: {str(findings.rejected) or 'they are empty'}")
     print(describe(findings, data.num_workers))
     for line in describe_stripped(data, cfg.samples):
         print(line)
@@ -123,11 +121,6 @@ def inspect(cfg: DictConfig) -> None:
     sheet = grid(lines, [""] * len(lines), [""] * len(lines[0]))
     write_atomically(Path(cfg.out), lambda temporary: sheet.save(temporary, format="PNG"), OTHER_FILE)
     print(f"wrote {cfg.out}")
-
-
-def read_image_size(base: DictConfig) -> int:
-    """The picture size that the base was trained at, from its configuration files."""
-    return instantiate({**base, "_target_": base._target_.replace("from_pretrained", "read_image_size_px")})
 
 
 def read(data: ShardDataModule, samples: int | None) -> Findings:
@@ -147,10 +140,10 @@ def read(data: ShardDataModule, samples: int | None) -> Findings:
 
 def describe(findings: Findings, workers: int) -> str:
     """The findings as lines for the console."""
-    good, bad = len(findings.sizes), sum(findings.rejects.values())
+    good, bad = len(findings.sizes), findings.rejected.counts.total()
     lines = [
         f"{good:,} good samples, {bad:,} rejected ({100 * bad / (good + bad):.1f} %)",
-        *(f"    {line}" for line in describe_rejects(findings.rejects, findings.reject_examples)),
+        *(f"    {line}" for line in findings.rejected.lines()),
         quantiles("shorter side (px)", [min(size) for size in findings.sizes]),
         *describe_upscaled(findings),
         quantiles("aspect ratio", [max(size) / min(size) for size in findings.sizes]),

@@ -22,16 +22,7 @@ from webdataset.writer import TarWriter
 from ipa.data.images.opening import Size, picture_size, upright, upright_size, with_picture
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.images.transforms import open_picture
-from ipa.data.rejects import (
-    BROKEN_PICTURE,
-    NO_CAPTION,
-    NO_REFERENCE,
-    Rejected,
-    count_reasons,
-    describe_rejects,
-    examples_of,
-    in_words,
-)
+from ipa.data.rejects import Reason, Rejected, Tally
 from ipa.data.shards.names import ENDINGS
 from ipa.errors import UserError, brief
 from ipa.files import printable, read_json, write_atomically, write_json
@@ -84,15 +75,16 @@ def collect(options: Any) -> tuple[list[Sample], list[Rejected]]:
     for number, name in enumerate(folder.pictures_in(files)):
         reference = stems.get(folder.stem(name), "")
         if name not in entries and options.missing_caption != "empty":
-            left_out.append(Rejected(NO_CAPTION, key=name))
+            left_out.append(Rejected(Reason.NO_CAPTION, key=name))
         elif options.references and not reference:
-            left_out.append(Rejected(NO_REFERENCE, key=name))
+            left_out.append(Rejected(Reason.NO_REFERENCE, key=name))
         else:
             key = f"{number:06d}_{re.sub('[/.]', '_', printable(folder.stem(name)))}"
             stamps = files[name], references.get(reference)
             samples.append(Sample(key, name, reference, stamps, *entries.get(name, ((), {}))))
-    if not samples or (options.missing_caption == "error" and any(each.reason == NO_CAPTION for each in left_out)):
-        raise UserError(f"{in_words(left_out)}; missing_caption=skip leaves those out, empty packs them")
+    without_caption = any(each.reason == Reason.NO_CAPTION for each in left_out)
+    if not samples or (options.missing_caption == "error" and without_caption):
+        raise UserError(f"{Tally.of(left_out)}; missing_caption=skip leaves those out, empty packs them")
     return samples, left_out
 
 
@@ -101,14 +93,13 @@ def summary(stats: Sequence[dict[str, Any]], left_out: list[Rejected], out: str)
     left_out = [*left_out, *(Rejected(*failed) for each in stats for failed in each["failed"])]
     pictures, size = sum(each["successes"] for each in stats), sum(each["tar_bytes"] for each in stats)
     if not pictures:
-        raise UserError(f"none of the pictures could be packed: {in_words(left_out)}")
+        raise UserError(f"none of the pictures could be packed: {Tally.of(left_out)}")
     value = out if re.fullmatch(r"[\w./-]+", out, re.ASCII) else f'"{out}"'  # quoted for Hydra, then for the shell
     words = ["python", "train.py", "experiment=decoupled_global", "recipe=sd15", f"data.train={value}"]
     references = {kind for each in stats for kind in each["extensions"] if kind.startswith("ref.")}
     words += [f"data.reference=[{','.join(sorted(references))}]"] if references else []
     what = f"{out}: {pictures:,} pictures, shards: {len(stats):,}, {size / 1e6:,.1f} MB"
-    lines = describe_rejects(count_reasons(left_out), examples_of(left_out))
-    return [*(f"left out, {line}" for line in lines), what, f"next: {shlex.join(words)}"]
+    return [*(f"left out, {line}" for line in Tally.of(left_out).lines()), what, f"next: {shlex.join(words)}"]
 
 
 def prepare_folder(samples: Sequence[Sample], options: Any) -> None:
@@ -164,7 +155,7 @@ def write_tar(stats: Path, samples: Sequence[Sample], found: Iterator[Members | 
                 extensions, written = extensions | members.keys(), written + 1
     counts = {"count": len(samples), "successes": written, "failed_to_download": 0, "failed_to_resize": len(failed)}
     counts["tar_bytes"] = temporary.stat().st_size
-    details = {"status_dict": {"success": written} | count_reasons(failed), "extensions": sorted(extensions)}
+    details = {"status_dict": {"success": written} | Tally.of(failed).counts, "extensions": sorted(extensions)}
     write_json(stats, counts | details | {"failed": [each.args[:3] for each in failed]}, otherwise=OTHER_FOLDER)
 
 
@@ -173,7 +164,7 @@ def members_of(sample: Sample, options: Any) -> Members | Rejected:
         picture, size, original = load(Path(options.folder, sample.picture), options.size)
         reference = load(Path(options.references, sample.reference), options.size)[0] if sample.reference else {}
     except OSError as error:
-        return Rejected(BROKEN_PICTURE, brief(error))
+        return Rejected(Reason.BROKEN_PICTURE, brief(error))
     except Rejected as reject:
         return reject.at()
     caption = next(iter(sample.captions), "")

@@ -1,4 +1,4 @@
-"""The frozen parts, and all that is done with them."""
+"""Encode pictures with the frozen parts, and write feature shards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ipa.data.cache.datamodule import frozen_choices
-from ipa.data.cache.format import DTYPES, KINDS, Header
+from ipa.data.cache.format import DTYPES, KINDS, TEXT, Header
+from ipa.data.cache.preparation import KEPT
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.pairs.options import UNPAIRED
 from ipa.data.records import Record
-from ipa.data.rejects import describe_rejects
 from ipa.data.shards.names import is_remote, some
 from ipa.errors import UserError
 from ipa.files import remove_temporaries
-from ipa.tools.precompute.decoding import Decoded, Decoding, Task
-from ipa.tools.precompute.shards import Job, Made, Rows, list_jobs, read_share, tasks_of
-from ipa.tools.precompute.texts import KEPT, describe_sizes, encode_texts, kept_of
+from ipa.tools.precompute.shards import Decoded, Decoding, Job, Made, Rows, Task, list_jobs, read_share, tasks_of
+from ipa.tools.precompute.texts import describe_sizes, encode_texts, kept_of
 from ipa.training.parts import check_parts
 from ipa.types import first_not_finite, to_unit_range
 
@@ -93,7 +92,7 @@ def report(out: str, made: Made, found: int, missing: Sequence[Job]) -> None:
     lines += [f"{found} shards were complete"] * (found > 0)
     lines += [f"{len(missing)} shards are left to other processes"] * (len(missing) > 0)
     log.info(", ".join(lines))
-    for line in describe_rejects(made.rejects, made.reject_examples):
+    for line in made.rejected.lines():
         log.info("rejected: %s", line)
     if made.cut_off:
         raise UserError(
@@ -149,15 +148,10 @@ class FrozenParts:
         arrived = {name: tensor.cpu() for name, tensor in tensors.items()}
         check_finite(arrived, records)
         numbers = [len(record.captions) for record in records]
-        texts = text_tensors(self.family, [text for record in records for text, _ in record.captions])
-        split = {name: tensor.split(numbers) for name, tensor in texts.items()}
+        texts = self.family.prepare_text([text for record in records for text, _ in record.captions])
+        split = {f"{TEXT}{name}": tensor.split(numbers) for name, tensor in texts.items()}
         columns: dict[str, Any] = arrived | split
         return [{name: column[i] for name, column in columns.items()} for i in range(len(records))]
-
-
-def text_tensors(family: Any, texts: list[str]) -> dict[str, Tensor]:
-    """What the cache keeps of texts: a row per text."""
-    return {f"text.{name}": rows for name, rows in family.prepare_text(texts).items()}
 
 
 def check_finite(tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
@@ -222,15 +216,5 @@ def make_loader(tasks: Iterator[Task], preparation: ImagePreparation, num_worker
     """Decoded tasks, in their order."""
     if num_workers is None:
         num_workers = min(8, len(os.sched_getaffinity(0)))
-    return DataLoader(
-        Decoding(preparation),
-        sampler=tasks,
-        batch_size=None,
-        collate_fn=as_it_is,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def as_it_is(decoded: Any) -> Any:
-    return decoded
+    loading: Any = {"batch_size": None, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(Decoding(preparation), sampler=tasks, **loading)

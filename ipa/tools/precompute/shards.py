@@ -1,4 +1,4 @@
-"""Which shards a process makes, in which parts they are encoded, and how a feature shard is written.
+"""Which shards a process makes, how their pictures are decoded in data workers, and how a feature shard is written.
 
 Rank r of w processes makes the shards r, r + w, r + 2 w … and skips those that are complete. A shard gets its name when
 it is complete, so after a kill, or the loss of a node, the same command makes only what is missing.
@@ -11,18 +11,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from ipa.data.addresses import Address
 from ipa.data.cache.format import CacheWriter, Header, WrongCache
 from ipa.data.cache.source import read_header
+from ipa.data.images.masks import stack_masks
+from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.order.sequence import Order, Slot, chunks
 from ipa.data.records import Record, Source
-from ipa.data.rejects import BROKEN_TAR, Examples, Rejected, add_examples, count_reasons, examples_of
+from ipa.data.rejects import Reason, Rejected, Tally
 from ipa.data.shards.names import is_remote, shard_name
 from ipa.errors import UserError
 from ipa.files import write_atomically
-from ipa.tools.precompute.decoding import Decoded, Target, Task
 
 WITHOUT_STATES = ".without_states"  # folder of shards that wait for the text's pass
 WINDOW = 16  # batches that are read before they are sorted into aspect-ratio buckets
@@ -30,6 +35,7 @@ OTHER_FOLDER = "choose another folder with out=FOLDER"
 # who starts several processes sets their rank and number; a batch script without srun has no SLURM_STEP_NUM_TASKS
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
+Target = tuple[int, int] | None  # width and height of an aspect-ratio bucket; None is the square
 Rows = Sequence[Mapping[str, Tensor]]  # what is kept of each record
 
 
@@ -98,6 +104,60 @@ def list_jobs(order: Order, headers: Mapping[str, Header], out: Path, text: str 
     return jobs
 
 
+@dataclass
+class Task:
+    """Records of one bucket to decode together. The last task of a shard has none, but all that reading rejected."""
+
+    records: list[Record] = field(default_factory=list)
+    addresses: list[Address] = field(default_factory=list)
+    target: Target = None
+    ends_window: bool = False
+    ends_shard: bool = False
+    rejects: list[Rejected] = field(default_factory=list)
+
+
+@dataclass
+class Decoded:
+    """The result of a task: the rows of the tensors belong to ``good``; ``broken`` could not be decoded."""
+
+    task: Task
+    good: list[Record] = field(default_factory=list)
+    broken: list[Record] = field(default_factory=list)
+    image_B3HW: Tensor | None = None
+    reference_B3HW: Tensor | None = None
+    size_B6: Tensor | None = None
+    loss_mask_B1HW: Tensor | None = None
+
+    def pin_memory(self) -> Decoded:
+        pinned: dict[str, Any] = {name: x.pin_memory() for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **pinned)
+
+
+class Decoding(Dataset[Decoded]):
+    """Indexed by tasks. The records come back without their pictures."""
+
+    def __init__(self, preparation: ImagePreparation) -> None:
+        self.preparation = preparation
+
+    def __getitem__(self, task: Task) -> Decoded:
+        samples: list[Sample] = []
+        decoded = Decoded(replace(task, records=[], addresses=[]))
+        for record, address in zip(task.records, task.addresses, strict=True):
+            light = replace(record, picture=b"", references=(), measured=record.size, rejects=[])
+            light.loss_mask, light.reference_masks = None, ()
+            try:
+                samples.append(self.preparation.sample(record, address, task.target))
+                decoded.good.append(light)
+            except Rejected as reject:
+                decoded.broken.append(replace(light, broken=reject.at()))
+        if samples:
+            decoded.image_B3HW = torch.stack([sample.image_3HW for sample in samples])
+            decoded.reference_B3HW = torch.stack([sample.reference_3HW for sample in samples])
+            decoded.size_B6 = torch.stack([sample.size_6 for sample in samples])
+            decoded.loss_mask_B1HW = stack_masks([sample.loss_mask_1HW for sample in samples])
+        return decoded
+
+
 def tasks_of(jobs: Iterable[Job], order: Order, batch_size: int) -> Iterator[Task]:
     """Which records are encoded together depends on their shard alone, so that the bytes are reproducible."""
     for job in jobs:
@@ -127,8 +187,7 @@ class Made:
     shards: int = 0
     samples: int = 0
     size_bytes: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    reject_examples: Examples = field(default_factory=dict)
+    rejected: Tally = field(default_factory=Tally)
     cut_off: list[str] = field(default_factory=list)
 
     def make(self, job: Job, encoded: Iterator[tuple[Decoded, Rows]], count: Callable[[int], object]) -> None:
@@ -158,13 +217,13 @@ class Made:
                     write_in_order(writer, waiting)
                 if decoded.task.ends_shard:
                     break
-            counts = count_reasons(rejects)
-            if counts[BROKEN_TAR] and is_remote(job.shard):
+            found = Tally.of(rejects)
+            if found.counts[Reason.BROKEN_TAR] and is_remote(job.shard):
+                writer.tar.close()  # or it is closed after its file, which Python reports
                 raise CutOff
-            writer.close(counts)
+            writer.close(found.counts)
         self.samples += writer.samples
-        self.rejects += counts
-        add_examples(self.reject_examples, examples_of(rejects))
+        self.rejected.add(found.counts, found.examples)
 
 
 def write_in_order(writer: CacheWriter, waiting: dict[int, tuple[Record, Mapping[str, Tensor], Target]]) -> None:

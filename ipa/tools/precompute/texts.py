@@ -22,7 +22,7 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 from ipa.data.cache.format import HEADER, SAMPLE, CacheWriter, Header, WrongCache, entries_of, with_states
-from ipa.data.cache.preparation import state_bytes
+from ipa.data.cache.preparation import KEPT, cached_bytes, state_bytes
 from ipa.data.cache.source import read_header
 from ipa.data.cache.states import TEXTS, Texts, known_in, shapes_of, to_stored, without_unread
 from ipa.data.datamodule import ShardDataModule
@@ -36,12 +36,9 @@ from ipa.families.sources import is_single_file, parts_in, read_index
 from ipa.files import write_atomically
 from ipa.tools.precompute.shards import OTHER_FOLDER, Job, Made
 from ipa.training.dry_run import samples_in, size
-from ipa.training.parts import make_head_of, read_widths
+from ipa.training.parts import make_head_of, read_from
 from ipa.types import BaseWidths, EncoderWidths, TextInputs
 from ipa.weights import fingerprint
-
-# what is kept of a reference, by what the head reads: patch features need four times its space
-KEPT = {"pooled": "pooled", "patches": "reference"}
 
 
 def encode_texts(
@@ -50,7 +47,7 @@ def encode_texts(
     """Make the shards that are missing from those without states; ``pictures`` is what the other pass made."""
     texts, folders = fixed_texts(cfg, data), {job.path.parent for job in jobs}
     todo = [job for job in jobs if job.without_states.path.exists()]
-    made = Made(rejects=pictures.rejects, reject_examples=pictures.reject_examples, cut_off=pictures.cut_off)
+    made = Made(rejected=pictures.rejected, cut_off=pictures.cut_off)
     if not todo and all(known is not None and known.has(texts) for known in map(known_in, folders)):
         return made
     free_memory()
@@ -82,7 +79,7 @@ def free_memory() -> None:
 
 
 def fixed_texts(cfg: DictConfig, data: ShardDataModule) -> list[str]:
-    """What a training encodes besides its captions: nothing, the previews' text, captions of held-out samples."""
+    """Texts that training encodes in addition to captions: the empty text, preview.text, held-out captions."""
     texts = ["", cfg.preview.text or ""]
     if cfg.heldout_check.every_n_steps is not None and data.val_order is not None:
         loader: Any = data.val_dataloader(Share())
@@ -172,16 +169,14 @@ def whole_members(path: Path) -> Iterator[Member]:
 def describe_sizes(cfg: DictConfig, data: ShardDataModule) -> str:
     """How much disk the cache takes; no weight of a folder or hub id is read for it."""
     family: Any = instantiate(cfg.base, leave_out=["text", "denoiser", "vae"])
-    encoder = read_widths(cfg.encoder)
-    reference = {"pooled": 2 * encoder.pooled, "reference": 3 * encoder.image_size_px**2}
-    picture = 4 * math.prod(family.latent_shape(cfg.image_size_px or family.image_size_px))
-    sample = picture + sum(reference[name] for name in kept_of(cfg, encoder, family.widths))
+    encoder = read_from(cfg.encoder, "read_widths")
+    latent_shape = family.latent_shape(cfg.image_size_px or family.image_size_px)
+    sample = cached_bytes(latent_shape, encoder, kept_of(cfg, encoder, family.widths))
     caption = text_bytes(cfg, family)
-    shards: list[str] = [shard for source in data.train_order.sources for shard in source.shards]
-    counts = [samples_in(Path(shard)) for shard in shards]
-    number = sum(count for count in counts if count is not None)
+    shards = [Path(shard) for source in data.train_order.sources for shard in source.shards]
+    number = samples_in(shards)
     each = f"each sample takes {size(sample)}, each of its captions at most {size(caption)} of {cfg.text}"
-    if None in counts:
+    if number is None:
         return f"{each}; {len(shards):,} shards, of an unknown number of samples"
     total = number * (sample + caption)
     return f"{each}: {size(total)} for {number:,} samples with a caption each, in {len(shards):,} shards"
