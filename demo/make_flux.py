@@ -28,8 +28,8 @@ from make_base import (
     SAID,
     Progress,
     autocast,
-    load_pca,
     load_state,
+    make_encoder,
     pretraining_caption,
     save_state,
     set_learning_rate,
@@ -162,7 +162,7 @@ class Base:
 
 def train(options: argparse.Namespace) -> None:
     world, build = read_world(HERE / "data" / "train").to(DEVICE), options.build
-    base, encode = Base(build), load_pca(DEVICE).encode
+    base, encode = Base(build), make_encoder(BASE)
     parts = base.trained
     groups = [{"params": parts["t5"].parameters(), "lr_factor": TEXT_LR}, {"params": parts["transformer"].parameters()}]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
