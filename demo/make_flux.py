@@ -255,9 +255,11 @@ def export(options: argparse.Namespace) -> None:
     base.pipeline(averaged_weights(options.build), torch.float16).save_pretrained(beside, safe_serialization=True)
     save_tokenizer(base.clip_tokenizer, beside / "tokenizer")
     save_tokenizer(base.t5_tokenizer, beside / "tokenizer_2")
-    for name in ("text_encoder", "text_encoder_2"):  # transformers takes the stored type, diffusers fp32
+    stored = {"dtype": "float32"}  # transformers takes the stored type, diffusers fp32
+    changes = {"text_encoder": stored, "text_encoder_2": stored, "vae": {"_name_or_path": "demo/base/vae"}}
+    for name, change in changes.items():
         config = beside / name / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        config.write_text(json.dumps(json.loads(config.read_text()) | change, indent=2) + "\n")
     shutil.rmtree(options.out, ignore_errors=True)
     beside.rename(options.out)
 
