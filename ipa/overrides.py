@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -96,7 +97,8 @@ def _parses(override: str) -> bool:
 
 def quote_value(value: str) -> str:
     """Quoted for Hydra's grammar: the name of a folder may contain ``=`` or ``,``."""
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    # a backslash escapes only before a quote, which the end is too
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value) + '"'
 
 
 def hydra_message(error: Exception) -> str:

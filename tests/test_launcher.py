@@ -22,7 +22,7 @@ from hydra.types import HydraContext, RunMode
 
 from ipa.errors import UserError
 from ipa.launcher import Job, ProcessLauncher, Sweep, divide_cores
-from ipa.overrides import as_typed
+from ipa.overrides import as_typed, quote_value
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -237,3 +237,8 @@ def test_a_job_is_named_after_what_differs(planned, arguments: list[str], expect
 def test_jobs_that_would_share_a_folder_are_refused(planned) -> None:
     with pytest.raises(UserError, match="more than one job the folder runs/study/same"):
         planned("seed=1,2", "hydra.sweep.subdir=same")
+
+
+@pytest.mark.parametrize("value", ["a=b,c", "it's", 'say "x"', "back\\slash", "end\\", 'a\\\\"b"', "", "${x}"])
+def test_a_quoted_value_is_read_as_it_was(value: str) -> None:
+    assert OverridesParser.create().parse_override(f"key={quote_value(value)}").value() == value
