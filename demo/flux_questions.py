@@ -3,9 +3,8 @@
     python demo/flux_questions.py train      # eight variants, three seeds each: an hour on two cores, resumable
     python demo/flux_questions.py draw       # docs/images/flux.png and a table, from the runs there are
 
-The first variant is `recipe=demo_flux experiment=decoupled_global`. The other experiments differ from it in one thing,
-the other options from the second variant, which trains at the noise levels of the base's own training. Every run is
-scored at its end with 100 held-out image prompts, without text, by the independent CLIP.
+The first variant is `recipe=demo_flux experiment=decoupled_global`; every other one differs from it in one thing. Each
+run is scored at its end with 100 held-out image prompts, without text, by the independent CLIP.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, PICTURE = ROOT / "runs", ROOT / "docs" / "images" / "flux.png"
 SEEDS, BATCH, BIN, LAST = (1, 2, 3), 16, 800, 10
-LOGIT_NORMAL = "base.times.timesteps=logit_normal"
 FREE_LAYOUT = "adapter.layout=ipa"  # for what diffusers does not read
 VARIANTS = {
     "recipe=demo_flux": (),
-    LOGIT_NORMAL: (),
-    "base.value_std=0.02": (LOGIT_NORMAL,),
-    "tokens.num_tokens=16": (LOGIT_NORMAL, FREE_LAYOUT),
-    "base.hosts=all": (LOGIT_NORMAL, FREE_LAYOUT),
+    "base.times.timesteps=logit_normal": (),
+    "base.value_std=0.02": (),
+    "tokens.num_tokens=16": (FREE_LAYOUT,),
+    "base.hosts=all": (FREE_LAYOUT,),
     "experiment=decoupled_fine_grained": (FREE_LAYOUT,),
     "experiment=simple_global": (FREE_LAYOUT,),
     "experiment=simple_fine_grained": (FREE_LAYOUT,),
