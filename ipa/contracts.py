@@ -83,6 +83,8 @@ class Family(Frozen, ABC):
     guidance: ClassVar[float] = 7.5  # the usual scale
     # replaces text encoders that are not loaded: text → its row of ``text_states``
     known_texts: Mapping[str, TextInputs] | None = None
+    # diffusers' pipelines for other tasks: start_image, inpaint, control, t2i_adapter; those that there are
+    task_pipelines: ClassVar[Mapping[str, Any]] = {}
     branches: str = ""  # published layout of its branches (`ipa.export.branches`); only ipa reads files without one
 
     @classmethod

@@ -31,5 +31,8 @@ def family_of(path: str, config: str | None = None, *, key: str = "base.path", *
     for family in families():
         if family.recognises(path, key):
             return family
-    known = " and ".join(f"{family.title} ({family.advice})" for family in families())
-    raise UserError(f"{key}={path} is none of the bases that ipa knows: {known}, made for text to image")
+    known = ", ".join(f"{family.title} ({family.advice})" for family in families())
+    raise UserError(
+        f"{key}={path} is none of the bases that ipa knows: {known}; those that read a second image "
+        "(inpainting, Fill, Depth, Canny) are not supported"
+    )

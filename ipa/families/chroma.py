@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel
+from diffusers import ChromaImg2ImgPipeline, ChromaPipeline, ChromaTransformer2DModel
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 from torch import Tensor, nn
 
@@ -28,6 +28,8 @@ class Chroma(Flux):
     guidance = 5.0
     guidance_option = "guidance_scale"
     pipeline_class = ChromaPipeline
+    # diffusers' automatic choice does not know Chroma; its ChromaInpaintPipeline (0.42) ends in an AttributeError
+    task_pipelines: ClassVar = {"start_image": ChromaImg2ImgPipeline}
     denoiser_class = ChromaTransformer2DModel
     needs: ClassVar = {"text_encoder": "its T5 text encoder", "tokenizer": "the T5 tokenizer", "vae": "its VAE"}
     t5_parts = ("text_encoder", "tokenizer")

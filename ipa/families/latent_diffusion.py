@@ -11,7 +11,13 @@ from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    StableDiffusionAdapterPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor
 
@@ -33,6 +39,11 @@ class LatentDiffusion(PipelineFamily):
 
     denoiser_name = "unet"
     denoiser_class = UNet2DConditionModel
+    task_pipelines: ClassVar = {
+        **PipelineFamily.task_pipelines,
+        "control": AutoPipelineForText2Image,
+        "t2i_adapter": StableDiffusionAdapterPipeline,
+    }
     branches = "unet"
     conditions: ClassVar[str]  # see `unet_layout.read_conditions`
     kept = ("attn2",)  # cross-attention: adapters start from copies of its K and V

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForInpainting
 from torch import Tensor
 
 from ipa.contracts import Family
@@ -35,6 +35,10 @@ class PipelineFamily(Family):
     denoiser_class: ClassVar[Any]
     # optional components of the public pipeline, which is built without them
     absent: ClassVar[dict[str, Any]]
+    task_pipelines: ClassVar[Mapping[str, Any]] = {
+        "start_image": AutoPipelineForImage2Image,
+        "inpaint": AutoPipelineForInpainting,
+    }
     published_bytes: ClassVar[int] = 4  # of a weight on the hub
     kept: ClassVar[tuple[str, ...]] = ()  # layers of the denoiser that are never quantized
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ipa.errors import UserError
@@ -28,6 +28,7 @@ class StableDiffusionXL(LatentDiffusion):
     guidance = 5.0
     conditions = TEXT_AND_SIZES
     pipeline_class = StableDiffusionXLPipeline
+    task_pipelines: ClassVar = {**LatentDiffusion.task_pipelines, "t2i_adapter": StableDiffusionXLAdapterPipeline}
     absent: ClassVar = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
 
     text_encoder: Any

@@ -10,21 +10,13 @@ from typing import Any
 import diffusers
 from PIL import Image
 
+from ipa.contracts import Family
 from ipa.errors import UserError, brief
 from ipa.prompter import Prompter
 from ipa.references import open_image
 from ipa.sampling import SamplingOptions
 
-T2I_PIPELINES = {"sdxl": diffusers.StableDiffusionXLAdapterPipeline}
-PIPELINES: dict[str, Any] = {
-    "start_image": diffusers.AutoPipelineForImage2Image,
-    "inpaint": diffusers.AutoPipelineForInpainting,
-}
-# of families that diffusers' automatic choice does not know; its ChromaInpaintPipeline (0.42) ends in an AttributeError
-OWN_PIPELINES: dict[str, dict[str, Any]] = {"chroma": {"start_image": diffusers.ChromaImg2ImgPipeline}}
 FLOW = "FlowMatch"  # begins the names of the schedulers for rectified flow
-UNETS = ("stable_diffusion", "sdxl")
-T2I_PIPELINE = diffusers.StableDiffusionAdapterPipeline
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(
         ("start_image", "inpaint", "control", "control_model", "scheduler", "width", "height", "num_steps")
@@ -69,19 +61,18 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
                 raise UserError(f"inpaint=: diffusers needs a base of 4 or 9 input channels, this one has {channels}")
             arguments["mask_image"] = read(prompter, settings, "inpaint")
     elif parts:
-        pipeline = diffusers.AutoPipelineForText2Image.from_pipe(pipeline, **parts)
+        pipeline = pipeline_for("control", prompter.family).from_pipe(pipeline, **parts)
     if settings["scheduler"]:
         set_scheduler(pipeline, settings["scheduler"], num_steps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, arguments
 
 
-def pipeline_for(task: str, family: Any) -> Any:
+def pipeline_for(task: str, family: Family) -> Any:
     """The class; raises UserError if diffusers has none."""
-    known = OWN_PIPELINES.get(family.name, PIPELINES)
-    if task not in known:
+    if task not in family.task_pipelines:
         raise UserError(f"{task}=: diffusers has no pipeline that does this with {family.title}")
-    return known[task]
+    return family.task_pipelines[task]
 
 
 def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
@@ -106,7 +97,7 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
     """Pipeline, parts that it lacks, and arguments, for a ControlNet, a T2I-Adapter, or neither."""
     if settings["control"] is None:
         return prompter.pipeline(), {}, {}
-    if prompter.family.name not in UNETS:
+    if "control" not in prompter.family.task_pipelines:
         raise UserError(
             f"control_model=: this command has no controls for {prompter.family.title}. In Python, give Prompter a "
             "pipeline with a ControlNet, as docs/use.md shows"
@@ -114,7 +105,7 @@ def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dic
     control = load_control(settings["control_model"]).to(prompter.family.device, prompter.family.dtype)
     image, weight = read(prompter, settings, "control"), settings["control_weight"]
     if isinstance(control, diffusers.T2IAdapter):
-        pipeline = prompter.pipeline(T2I_PIPELINES.get(prompter.family.name, T2I_PIPELINE), adapter=control)
+        pipeline = prompter.pipeline(pipeline_for("t2i_adapter", prompter.family), adapter=control)
         return pipeline, {}, {"image": image, "adapter_conditioning_scale": weight}
     return prompter.pipeline(), {"controlnet": control}, {"image": image, "controlnet_conditioning_scale": weight}
 
