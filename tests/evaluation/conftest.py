@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_flow
+import torch
 from composing import composed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -16,6 +18,7 @@ from PIL import Image
 
 import ipa.cli  # noqa: F401  (the resolvers that conf/ uses)
 from ipa.evaluation.run import evaluate
+from ipa.export.published import to_published, write_adapter
 
 SIZES = [(40, 30), (30, 40), (32, 32), (20, 50), (33, 31)]
 
@@ -43,6 +46,15 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, clip_na
     path = tmp_path_factory.mktemp("adapter") / "mine.safetensors"
     tiny.write_adapter(path, {"base": str(base_folder), "encoder": clip_name})
     return path
+
+
+def make_flow_adapter(name: str, clip_name: str, folder: Path) -> Path:
+    """The same for a tiny transformer of this family."""
+    model = tiny.shake(tiny_flow.make_model(tiny_flow.MAKERS[name]))
+    base = tiny_flow.save(model.family, folder / "base")
+    tensors = to_published(model.trainable.state_dict(), torch.float16, model.family.branches)
+    write_adapter(folder / "mine.safetensors", tensors, {**model.describe(), "base": base, "encoder": clip_name})
+    return folder / "mine.safetensors"
 
 
 def compose(*overrides: str) -> DictConfig:

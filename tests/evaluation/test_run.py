@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import Run, compose, usual
+from conftest import Run, compose, make_flow_adapter, usual
 from PIL import Image
 
 from ipa.errors import UserError
@@ -358,8 +358,11 @@ def evaluate_alone(overrides: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_kills_leave_no_trace(prompts: Path, adapter: Path, clip_name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["unet", "flux", "chroma", "sd3"])
+def test_kills_leave_no_trace(family: str, prompts: Path, adapter: Path, clip_name: str, tmp_path: Path) -> None:
     """Kill -9 at random moments of the generation; then the pictures are those of a run in one go."""
+    if family != "unet":
+        adapter = make_flow_adapter(family, clip_name, tmp_path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
