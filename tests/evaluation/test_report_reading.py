@@ -17,7 +17,7 @@ def test_everything_that_is_there_is_read_in_the_papers_order(tmp_path: Path) ->
     assert [system.num_pictures for system in systems] == [0, 1, 12, 12, 12] and systems[1].num_planned == 12
     assert systems[-1].scores["clip_i"] == Score(0.25, 0.24, 0.26, higher=True)
     assert systems[-1].scores["kid"].deviation == 0.001 and "kid_std" not in systems[-1].scores
-    assert systems[-1].hashes["pictures"] == "f00d"
+    assert systems[-1].settings["sha256 of pictures"] == "f00d"
 
 
 def test_scores_that_are_not_finite_or_of_an_unfinished_run_do_not_count(tmp_path: Path) -> None:

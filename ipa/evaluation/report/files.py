@@ -1,7 +1,4 @@
-"""Writes table.md and report.html into a benchmark's folder, or tables to wandb.
-
-The same input gives the same bytes.
-"""
+"""Writes table.md and report.html into a benchmark's folder, or tables to wandb; the same bytes for the same input."""
 
 from __future__ import annotations
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from ipa.errors import UserError
 from ipa.evaluation.report.names import rank
-from ipa.files import hash_file, read_json
+from ipa.files import read_json
 
 ITEMS, MANIFEST, SCORES = "items.json", "manifest.json", "scores.json"
 COMPLETE = "complete"
 NOT_SETTINGS = ("label", "benchmark", "status", "reason", "pictures")  # every other key of a manifest is a setting
 NEWER_SAMPLING = {"guidance_rescale": 0.0}  # options that were added later, with what runs without them did
+HASH = "sha256 of pictures"
 DEVIATION = "_std"  # the value NAME_std is the standard deviation of the value NAME
 
 
@@ -67,7 +68,6 @@ class System:
     scores: Mapping[str, Score] = field(default_factory=dict)
     per_item: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
-    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -98,10 +98,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Everything below ``folder`` except the images' content.
-
-    Raises UserError if there is no evaluation or several benchmarks, and for a file that is not JSON.
-    """
+    """Everything below ``folder`` except the images' content. Raises UserError if that is not one evaluation."""
     check_folder(folder)
     content = read_json(folder / ITEMS)
     items = [Item(each["id"], each["captions"], folder / each["reference"]) for each in content["items"]]
@@ -142,8 +139,6 @@ def read_system(folder: Path, benchmark: Mapping[str, Any]) -> System:
     settings = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
     sampling = content.get("sampling")
     settings |= {"sampling": {**NEWER_SAMPLING, **sampling}} if sampling else {}
-    # the images' own hash is in the scores: they are too many to be read again
-    hashes = {name: hash_file(folder / name) for name in (MANIFEST, SCORES) if (folder / name).is_file()}
     system = System(
         label=folder.name,
         status=status,
@@ -154,9 +149,9 @@ def read_system(folder: Path, benchmark: Mapping[str, Any]) -> System:
         settings=settings,
         pictures=pictures,
         num_planned=len(planned),
-        hashes=hashes,
     )
-    return with_scores(system, folder / SCORES) if status == COMPLETE and SCORES in hashes else system
+    scores = folder / SCORES
+    return with_scores(system, scores) if status == COMPLETE and scores.is_file() else system
 
 
 def check_benchmark(named: Mapping[str, Any], benchmark: Mapping[str, Any], path: Path) -> None:
@@ -188,9 +183,8 @@ def with_scores(system: System, path: Path) -> System:
         name: {item: value for item, value in values.items() if finite(value) is not None}
         for name, values in content["per_item"].items()
     }
-    settings = {**system.settings, "metrics": content["settings"]}
-    hashes = {**system.hashes, "pictures": content["pictures"]}
-    return replace(system, settings=settings, scores=scores, per_item=per_item, missing=missing, hashes=hashes)
+    settings = {**system.settings, "metrics": content["settings"], HASH: content["pictures"]}
+    return replace(system, settings=settings, scores=scores, per_item=per_item, missing=missing)
 
 
 def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
