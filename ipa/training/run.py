@@ -78,9 +78,7 @@ def train_until_stopped(cfg: DictConfig, folder: Path, signals: Signals) -> None
             *(folder, summary),
         )
         return
-    torch.set_float32_matmul_precision("high")
-    if cfg.trainer.accelerator == "cpu":
-        keep_freed_memory()
+    set_up_torch(cfg)
     datamodule: Any = instantiate(cfg.data)
     check_parts(cfg, None if resumes else start or cfg.adapter.init_from)  # before any weight is read
     check_texts(cfg, datamodule.texts)
@@ -123,6 +121,12 @@ def finished_summary(folder: Path, max_steps: int) -> str | None:
     except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         log.warning("%s is damaged (%s), so it is made again", path, brief(error))
         return None
+
+
+def set_up_torch(cfg: DictConfig) -> None:
+    torch.set_float32_matmul_precision("high")
+    if cfg.trainer.accelerator == "cpu":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
