@@ -1,15 +1,8 @@
-"""Hydra commands with better error messages.
-
-    @command("train")
-    def main(cfg: DictConfig) -> None: ...
-
-is ``hydra.main``, except for what it prints when something goes wrong:
+"""Hydra commands with better error messages: `command` is ``hydra.main``, except for what it prints on an error.
 
 - a misspelled option: Hydra's message and the nearest names, for all of them at once, before a folder is created;
 - an error that the user can fix (`explain_failure`): only its message;
 - anything else is a bug: its traceback, without Hydra's frames.
-
-Tracebacks always go to the run's log file. ``HYDRA_FULL_ERROR=1`` or ``debug=default`` prints complete tracebacks.
 
 Imports only Hydra and the standard library, so that help and error messages appear at once.
 """
@@ -38,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from ipa.errors import UserError, brief, explain
+from ipa.errors import UserError, brief, causes, explain
 from ipa.identity import run_folder
 from ipa.launcher import ProcessLauncher, environment, register, this_script
 from ipa.overrides import (
@@ -171,10 +164,7 @@ class _Command:
 def refused_folder(error: Exception) -> UserError | None:
     """What `run_folder` raised, or an error of the system in what Hydra writes before the task starts."""
     if isinstance(error, InterpolationResolutionError):
-        chain: BaseException | None = error
-        while chain is not None and not isinstance(chain, UserError):
-            chain = chain.__cause__ or chain.__context__
-        return chain
+        return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
     cause = error.__cause__ if isinstance(error, ValueError) else error  # logging cannot open its file
     if isinstance(cause, OSError) and not isinstance(cause, HydraException):
         return UserError(f"the run's folder cannot be written ({brief(cause)}): give another one")
@@ -202,8 +192,7 @@ def plain(cfg: Any) -> Any:
 def explain_failure(error: Exception, named: Any = ()) -> str | None:
     """The message for an error that the user can fix; None for a bug, whose traceback is needed.
 
-    These are the errors of `ipa.errors.explain`, and a configuration that cannot be used: a value is missing or refers
-    to nothing, or a library's class refuses the arguments that the configuration gives it.
+    Besides `ipa.errors.explain`: a value is missing, refers to nothing, or is refused by a library's class.
     """
     cause: BaseException = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:

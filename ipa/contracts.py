@@ -7,8 +7,8 @@ Shape letters are those of `ipa.types`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -65,7 +65,7 @@ class Host(Protocol):
 class Family(Frozen, ABC):
     """A frozen base model: VAE, text encoders, denoiser, noise path, and the public pipeline around them.
 
-    Always in eval mode and without gradients. Pixels are float in [-1, 1]. Latents are B × C × H × W as the VAE encodes
+    Pixels are float in [-1, 1]. Latents are B × C × H × W as the VAE encodes
     them, scaled to about unit variance; only the pipeline and the denoiser inside ``denoise`` see a packed layout.
     """
 
@@ -178,10 +178,7 @@ class Family(Frozen, ABC):
 
     @abstractmethod
     def prepare_text(self, texts: list[str]) -> TextInputs:
-        """Input of the text encoders, which a feature cache may store: named tensors with one row per text.
-
-        Tensors may have different lengths, as the tokenizers do.
-        """
+        """Input of the text encoders, which a feature cache may store: named tensors with one row per text."""
 
     @property
     def text_encoders(self) -> list[nn.Module]:
@@ -358,13 +355,16 @@ class TokenHead(nn.Module, ABC):
 
 
 class AdapterKind(nn.Module, ABC):
-    """Trainable: brings image tokens to the frozen denoiser. The constructor leaves the base unchanged."""
+    """Trainable: brings image tokens to the frozen denoiser. The constructor leaves the base unchanged.
+
+    Installed branches see the prompt that ``channel`` carries.
+    """
 
     name: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
-        self.channel = Channel()  # installed branches read the prompt from it
+        self.channel = Channel()
 
     @classmethod
     def token_width(cls, widths: BaseWidths) -> int:
@@ -382,21 +382,3 @@ class AdapterKind(nn.Module, ABC):
     def extend(self, text: TextCondition, prompt: ImagePrompt | None) -> TextCondition:
         """The text that the denoiser reads: unchanged, or followed by the image tokens."""
         return text
-
-    def carrying(self, prompt: ImagePrompt | None) -> AbstractContextManager[None]:
-        """While inside, installed branches see ``prompt``."""
-        return self.channel.carrying(prompt)
-
-    def show(self, prompt: ImagePrompt | None) -> None:
-        """Replace the prompt inside ``carrying``."""
-        self.channel.prompt = prompt
-
-    def again(self) -> AbstractContextManager[None]:
-        """A context, entered later to recompute a block, in which branches see the current prompt."""
-        return self.channel.carrying(self.channel.prompt)
-
-    @contextmanager
-    def condition(self, text: TextCondition, prompt: ImagePrompt | None) -> Iterator[TextCondition]:
-        """``carrying``, yielding the ``extend``-ed text."""
-        with self.carrying(prompt):
-            yield self.extend(text, prompt)

@@ -1,7 +1,4 @@
-"""Errors that a user can fix. Everything else is a bug and keeps its traceback.
-
-Imports only the standard library.
-"""
+"""Errors that a user can fix. Everything else is a bug and keeps its traceback. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -18,16 +15,12 @@ SCHEME = re.compile(r"^[a-z][\w-]+:(//)?")  # local-dir:FOLDER, file://PATH
 class UserError(ValueError):
     """Raised on purpose for what the user can fix; the message says what was given, what is possible, what to do.
 
-    Every command prints the message without a traceback. Nothing else is reported that way, except an ``OSError`` at a
-    file that the user named.
+    Every command prints it, and an ``OSError`` at a file that the user named, without a traceback.
     """
 
 
 class MissingWeights(UserError):
-    """Weights, or a package, that are neither here nor downloadable; the message says what to get and where to put it.
-
-    An evaluation goes on without them: it marks the system as skipped or the metric as missing.
-    """
+    """Weights, or a package, that are neither here nor downloadable; the message says what to get and where it goes."""
 
 
 def explain(error: BaseException, named: Any = ()) -> str | None:
@@ -58,6 +51,13 @@ def _paths(node: Any) -> Iterator[Path]:
             yield from _paths(child)
     elif isinstance(node, str) and (path := Path(SCHEME.sub("", node))).name:
         yield path
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def brief(error: BaseException) -> str:

@@ -1,7 +1,4 @@
-"""The folder of a run: named by the user, or unique, and the same for all processes of a run and after a restart.
-
-Imports only the standard library.
-"""
+"""The folder of a run: named by the user, or unique, and the same for all processes of a run and after a restart."""
 
 from __future__ import annotations
 

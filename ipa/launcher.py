@@ -1,12 +1,8 @@
 """Hydra's launcher ``processes``, which runs each job of a sweep in its own process, and the base of all launchers.
 
-    python train.py -m experiment=decoupled_global seed=1,2 name=study
-    python train.py -m experiment=decoupled_global seed=1,2 name=study hydra.launcher.jobs=2     two at a time
-
 A job is an ordinary single run: ``python train.py experiment=decoupled_global seed=1
-hydra.run.dir=runs/study/decoupled_global-seed1 …``. The same sweep with the same name continues the unfinished jobs.
-(Hydra's own launcher runs all jobs in one process: wandb reuses the open run, Lightning's DDP re-executes the command
-line of the sweep, and memory accumulates.)
+hydra.run.dir=runs/study/decoupled_global-seed1 …``. (Hydra's own launcher runs all jobs in one process: wandb reuses
+the open run, Lightning's DDP re-executes the command line of the sweep, and memory accumulates.)
 
 Imports only Hydra and the standard library.
 """
@@ -156,10 +152,7 @@ def relay(source: IO[bytes], prefix: bytes, copy: Path) -> None:
 
 
 def divide_cores(variables: Mapping[str, str], at_a_time: int) -> Mapping[str, str]:
-    """Environment variables that divide the cores among the running processes; the user's own values win.
-
-    On two cores, two jobs with one thread each are faster than two jobs with two threads each.
-    """
+    """Divide the cores among the jobs; the user's values win. Two of one thread are faster than two of two threads."""
     if at_a_time == 1:
         return variables
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -234,8 +227,14 @@ class SweepLauncher(Launcher):
         """``decoupled_global-seed1``: choices of groups, then values, both in alphabetical order of their keys."""
         values = dict(key_and_value(override) for override in overrides)
         keys = [key for key in sorted(values) if key in ALWAYS_NAMED or key not in fixed]
-        choices = [file_name(values[key]) for key in keys if self._is_choice(key)]
-        return "-".join([*choices, *(named_value(key, values[key]) for key in keys if not self._is_choice(key))])
+        choices, others = [], []
+        for key in keys:
+            word, last = file_name(values[key]), key.rpartition(".")[2]
+            if self._is_choice(key):
+                choices.append(word)
+            else:  # seed1, lr1e-4, precision_bf16
+                others.append(f"{last}{word}" if re.match(r"[-+.]?\d", word) else f"{last}_{word}")
+        return "-".join([*choices, *others])
 
     def _fixed_keys(self) -> set[str]:
         """Keys with a single value, the same in all jobs."""
@@ -304,12 +303,6 @@ def this_command() -> list[str]:
 def key_and_value(override: str) -> tuple[str, str]:
     key, _, value = override.partition("=")
     return key.lstrip("+~"), value
-
-
-def named_value(key: str, value: str) -> str:
-    """``seed1``, ``lr1e-4``, ``precision_bf16``: words are separated from the key by an underscore."""
-    last, word = key.rpartition(".")[2], file_name(value)
-    return f"{last}{word}" if re.match(r"[-+.]?\d", word) else f"{last}_{word}"
 
 
 def file_name(value: str) -> str:

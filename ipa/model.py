@@ -71,7 +71,8 @@ class IPAdapterModel(nn.Module):
         masked_loss: objective.MaskedLoss = objective.MaskedLoss(),  # noqa: B008 (it is frozen)
     ) -> None:
         super().__init__()
-        check_combination(family, head, adapter, min_snr_gamma)
+        check_head(head, adapter.name, family.branches)
+        family.check_options(min_snr_gamma)
         self.reference_fit, self.preprocessing = reference_fit, fit_named(reference_fit).words
         self.family, self.encoder, self.min_snr_gamma = family, encoder, min_snr_gamma
         self.train_scale = 1.0  # λ in `errors`
@@ -98,24 +99,19 @@ class IPAdapterModel(nn.Module):
         return next(self.trainable.parameters()).device
 
     def checkpoint_gradients(self) -> None:
-        """To save memory, keep only the inputs of the denoiser's blocks and recompute the blocks in the backward pass.
-
-        The recomputation sees the prompt of the first pass.
-        """
+        """To save memory, keep only the inputs of the denoiser's blocks and recompute them in the backward pass."""
 
         def run_again(module: nn.Module, *inputs: Any) -> Any:
             if not self.recomputes:
                 return module(*inputs)
-            contexts = lambda: (nullcontext(), self.adapter.again())  # noqa: E731
-            return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+            channel = self.adapter.channel
+            again = channel.carrying(channel.prompt)  # entered later
+            return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
         self.family.checkpoint_gradients(run_again)
 
     def compile_blocks(self) -> None:
-        """Let torch compile the denoiser's blocks at their first call, once per shape.
-
-        More than MAX_COMPILED_SHAPES shapes are an error; run rare shapes uncompiled, with ``eagerly``.
-        """
+        """Let torch compile the denoiser's blocks at their first call, once per shape; run rare shapes ``eagerly``."""
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
@@ -133,9 +129,6 @@ class IPAdapterModel(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """The parameters of ``trainable`` that are not frozen."""
         return [parameter for parameter in self.trainable.parameters() if parameter.requires_grad]
-
-    def count_trainable(self) -> int:
-        return sum(parameter.numel() for parameter in self.trainable.parameters())
 
     def frozen_hash(self) -> dict[str, str]:
         """SHA-256 over every frozen weight and buffer of the two parts; training leaves them unchanged."""
@@ -184,44 +177,37 @@ class IPAdapterModel(nn.Module):
 
     @contextmanager
     def prompted(
-        self,
-        text: TextCondition,
-        tokens_BTD: Tensor | None,
-        scale: float | Tensor,
-        present_BT: Tensor | None = None,
+        self, text: TextCondition, tokens_BTD: Tensor | None, scale: float | Tensor, present_BT: Tensor | None = None
     ) -> Iterator[TextCondition]:
         """While inside, the denoiser sees the image tokens with weight λ = ``scale``; yields the text to give it."""
         if tokens_BTD is None:
             yield text
             return
         prompt = ImagePrompt(tokens_BTD, as_weight(scale), present_BT=present_BT, watch=self.watch)
-        with self.adapter.condition(text, prompt) as conditioned:
-            yield conditioned
+        with self.adapter.channel.carrying(prompt):
+            yield self.adapter.extend(text, prompt)
 
     @contextmanager
     def guided(
-        self,
-        positive: TextCondition,
-        negative: TextCondition | None,
-        conditions: Sequence[ImageCondition],
+        self, positive: TextCondition, negative: TextCondition | None, conditions: Sequence[ImageCondition]
     ) -> Iterator[tuple[TextCondition, TextCondition | None]]:
         """While inside, a pipeline around ``family`` sees the image prompts; yields the two texts to give it.
 
         The negative part of guidance gets the "no image" tokens at the same λ, unless a condition says otherwise.
         Tokens are computed once, or before every call of the denoiser for a head that depends on the time.
         """
-        negatives = None if negative is None else len(negative.states_BLD)
+        negatives, channel = None if negative is None else len(negative.states_BLD), self.adapter.channel
         prompts = GuidedPrompts(self, conditions, negatives)
         texts = (positive, negative) if prompts.change else prompts.extended(positive, negative)
         if not prompts.change and (negative is None or self.family.guidance_calls == "joint"):
-            with self.adapter.carrying(prompts.at(None, "positive" if negative is None else "joint")):
+            with channel.carrying(prompts.at(None, "positive" if negative is None else "joint")):
                 yield texts
             return
 
         def refill(call: DenoiserCall) -> None:
-            self.adapter.show(prompts.at(call.time_B, call.part))
+            channel.prompt = prompts.at(call.time_B, call.part)
 
-        with self.adapter.carrying(None), self.family.before_calls(refill, texts[1]):
+        with channel.carrying(None), self.family.before_calls(refill, texts[1]):
             yield texts
 
     def predict(
@@ -277,16 +263,12 @@ class IPAdapterModel(nn.Module):
         family, drop_B = self.family, batch.draws.drop_text_B
         if family.known_texts is not None:
             states = family.states_of(batch.text) if batch.text_states is None else batch.text_states
-            kept = objective.drop_rows(family.place_states(states), self._no_text_states(), drop_B, self.device)
+            self._no_text = family.place_states(self._no_text or family.states_of([""]))  # stays on the device
+            kept = objective.drop_rows(family.place_states(states), self._no_text, drop_B, self.device)
             return family.text_condition(kept, batch.size_B6)
         inputs = family.prepare_text(batch.text) if batch.text_inputs is None else batch.text_inputs
         kept = objective.drop_rows(inputs, family.prepare_text([""]), drop_B, self.device)
         return family.text_condition(family.text_states(kept), batch.size_B6)
-
-    def _no_text_states(self) -> TextInputs:
-        """Of the empty text; they stay on the device."""
-        self._no_text = self.family.place_states(self._no_text or self.family.states_of([""]))
-        return self._no_text
 
     def _training_tokens(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens, and which are present (None: all); a dropped image becomes "no image" once."""
@@ -306,9 +288,8 @@ class IPAdapterModel(nn.Module):
 class GuidedPrompts:
     """The image prompts of a sampling, for each part of the guided batch.
 
-    ``negatives`` is the number of rows of the negative part, None without guidance. Prompts whose tokens do not depend
-    on the time are made once. They ``change`` during the sampling if tokens or λ depend on the time; an adapter that
-    extends the text has no such prompts.
+    ``negatives`` is the number of rows of the negative part, None without guidance. Prompts ``change`` during the
+    sampling if tokens or λ depend on the time; an adapter that extends the text has no such prompts.
     """
 
     def __init__(self, model: IPAdapterModel, conditions: Sequence[ImageCondition], negatives: int | None) -> None:
@@ -375,11 +356,6 @@ def check_simple(conditions: Sequence[ImageCondition]) -> None:
                 "a simple adapter has no λ per block, over time or inside the softmax, and no masks, since its tokens "
                 "are a part of the text: use a decoupled adapter"
             )
-
-
-def check_combination(family: Family, head: TokenHead, adapter: AdapterKind, min_snr_gamma: float | None) -> None:
-    check_head(head, adapter.name, family.branches)
-    family.check_options(min_snr_gamma)
 
 
 def check_head(head: TokenHead, kind: str, branches: str) -> None:

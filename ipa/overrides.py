@@ -1,7 +1,4 @@
-"""What is wrong with the overrides of a Hydra command, with the nearest names and the quotes that are missing.
-
-Imports only Hydra and the standard library, so that messages appear at once.
-"""
+"""What is wrong with the overrides of a Hydra command, with the nearest names and the quotes that are missing."""
 
 from __future__ import annotations
 
@@ -50,10 +47,8 @@ def complaints_about(
 ) -> list[str]:
     """Hydra's message and the nearest names for every override that does not fit, and every such value of a sweep.
 
-    ``check`` raises UserError for values that compose and cannot be used.
-
-    Hydra stops at the first wrong override, so this tries them one by one. Choices of groups come first, because they
-    determine the keys.
+    ``check`` raises UserError for values that compose and cannot be used. Hydra stops at the first wrong override, so
+    this tries them one by one, choices of groups first, because they determine the keys.
     """
     args = get_args_parser().parse_args(argv)
     config_name = args.config_name or config_name

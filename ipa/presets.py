@@ -1,11 +1,8 @@
 """λ per block: presets by their usual names, and mappings of your own.
 
-    read_blocks("ease in", blocks)                        # block → factor of λ
-    read_blocks({"up_blocks.1": 1.0, "mid": 0.5}, blocks)  # blocks that are left out get 0
-
 Blocks are the denoiser's transformer stacks in their order of execution (down, mid, up), numbered from 0 as in
 ComfyUI_IPAdapter_plus; the presets are defined as there. ``style`` and ``layout`` of SDXL were found by InstantStyle
-(Wang et al. 2024). ``python -m ipa.tools.blocks`` prints the blocks of a base and the presets.
+(Wang et al. 2024).
 
 A base's folder may have its own presets, ``presets.yaml``, which maps names to such mappings; they take precedence:
 

@@ -1,11 +1,4 @@
-"""Adapters on a base, ready to use: images and text in, images out.
-
-    prompter = Prompter.load("adapter.safetensors")
-    (image,) = prompter("cat.png", "on a beach", scale=0.7, seed=1)
-
-Several images, masks, λ per block and over time, several adapters: see `Reference`. A different reference for every
-image of a batch: `Prompter.generate`. Any public pipeline on the same base (ControlNet, image to image, inpainting,
-LoRA): ``pipeline=`` and its ``arguments=``, or `Prompter.prompted` around a pipeline of your own.
+"""Adapters on a base, ready to use: images and text in, images out; docs/use.md has examples.
 
 Several prompts of one adapter, or of several, add up to (Ye et al. 2023, equation 5, one term per prompt i)
 
@@ -18,9 +11,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
@@ -54,9 +47,20 @@ from ipa.weights import choose_device
 
 log = logging.getLogger(__name__)
 
-# options of ``generate``
-SAMPLING = ("num_steps", "guidance", "guidance_rescale", "batch_size", "keep_outside")
 AFTER_STEP = "callback_on_step_end"  # diffusers calls it with the pipeline, step, time and state
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the pipeline is called; ``size`` is the width and height of the images."""
+
+    size: tuple[int, int]
+    sampling: SamplingOptions
+    pipeline: Any
+    arguments: Mapping[str, Any]
+
+    def after_step(self, function: Callable[..., dict[str, Any]]) -> Call:
+        return replace(self, arguments={**self.arguments, AFTER_STEP: function})
 
 
 @dataclass
@@ -98,17 +102,12 @@ class Prompter:
         *,
         negative_text: str = "",
         seed: int | Sequence[int] = 0,
-        width: int | None = None,
-        height: int | None = None,
-        pipeline: Any = None,
-        arguments: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[Image.Image]:
         """One image per ``seed``. ``options`` are fields of `Reference`, and those of ``generate``."""
-        sampling = {name: options.pop(name) for name in SAMPLING if name in options}
-        references = images_to_references(images, options)
-        items = [Item(references, text, negative_text, each) for each in as_list(seed)]
-        return self.generate(items, width=width, height=height, pipeline=pipeline, arguments=arguments, **sampling)
+        own = {each.name: options.pop(each.name) for each in fields(Reference) if each.name in options}
+        references = images_to_references(images, own)
+        return self.generate([Item(references, text, negative_text, each) for each in as_list(seed)], **options)
 
     @torch.no_grad()
     def generate(
@@ -125,9 +124,8 @@ class Prompter:
         """One image per item, each from its own seed. Neighbours of one form make a batch together.
 
         ``pipeline`` is a public pipeline from ``self.pipeline(…)``, by default text to image; ``arguments`` are further
-        ones of its call (``image``, ``strength``, ``controlnet_conditioning_scale``). ``options`` are ``num_steps``,
-        ``guidance``, ``guidance_rescale`` and ``batch_size`` of `ipa.sampling.SamplingOptions`; the others are those
-        that the adapter was trained with.
+        ones of its call. ``options`` are ``num_steps``, ``guidance``, ``guidance_rescale`` and ``batch_size`` of
+        `ipa.sampling.SamplingOptions`, by default those that the adapter was trained with.
 
         With ``keep_outside`` an item's image stays the base's outside the masks of its prompts, in twice the time:
         after every step the latents there are those without the prompts (Avrahami et al. 2022, blended diffusion).
@@ -138,23 +136,17 @@ class Prompter:
         pipe = pipeline or self.pipeline()
         made: list[Image.Image] = []
         for batch in batches([item.tiled(size) for item in items], sampling.batch_size):
-            call = size, sampling, pipe, arguments or {}
-            blended = self.keep_outside(batch, *call) if keep_outside else {}
-            made += self.run(batch, *call[:3], {**call[3], **blended})
+            call = Call(size, sampling, pipe, arguments or {})
+            made += self.run(batch, self.keep_outside(batch, call) if keep_outside else call)
         return made
 
-    def keep_outside(
-        self,
-        items: Sequence[Item],
-        size: tuple[int, int],
-        sampling: SamplingOptions,
-        pipeline: Any,
-        arguments: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """The argument of a pipeline that keeps the base's latents outside the items' masks."""
-        if AFTER_STEP not in inspect.signature(pipeline.__call__).parameters:
-            raise UserError(f"keep_outside: {type(pipeline).__name__} has no {AFTER_STEP} to change its latents with")
-        if AFTER_STEP in arguments:
+    def keep_outside(self, items: Sequence[Item], call: Call) -> Call:
+        """The call with an argument that keeps the base's latents outside the items' masks."""
+        if AFTER_STEP not in inspect.signature(call.pipeline.__call__).parameters:
+            raise UserError(
+                f"keep_outside: {type(call.pipeline).__name__} has no {AFTER_STEP} to change its latents with"
+            )
+        if AFTER_STEP in call.arguments:
             raise UserError(f"keep_outside uses {AFTER_STEP} itself: leave it out of the arguments")
         steps: list[Tensor] = []
 
@@ -163,28 +155,21 @@ class Prompter:
             return state
 
         plain = [replace(each, references=()) for each in items]
-        self.run(plain, size, sampling, pipeline, {**arguments, AFTER_STEP: record})
-        shape = latent_shape(self.family, size)
-        inside_B1hw = adaptive_max_pool2d(regions(items, size), shape[1:]).to(steps[0].device) > 0
+        self.run(plain, call.after_step(record))
+        shape = latent_shape(self.family, call.size)
+        inside_B1hw = adaptive_max_pool2d(regions(items, call.size), shape[1:]).to(steps[0].device) > 0
 
         def blend(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
             own, base = (self.family.unpack(each, shape) for each in (state["latents"], steps[step]))
             return {**state, "latents": self.family.pack(torch.where(inside_B1hw, own, base))}
 
-        return {AFTER_STEP: blend}
+        return call.after_step(blend)
 
-    def run(
-        self,
-        items: Sequence[Item],
-        size: tuple[int, int],
-        sampling: SamplingOptions,
-        pipeline: Any,
-        arguments: Mapping[str, Any],
-    ) -> list[Image.Image]:
-        """One call of the pipeline."""
+    def run(self, items: Sequence[Item], call: Call) -> list[Image.Image]:
         seeds = [item.seed for item in items]
-        with self.prompted(items, size, sampling.guidance > 1) as prompts:
-            pixels_B3HW = run_pipeline(self.family, pipeline, {**prompts, **arguments}, seeds, size, sampling)
+        with self.prompted(items, call.size, call.sampling.guidance > 1) as prompts:
+            given = {**prompts, **call.arguments}
+            pixels_B3HW = run_pipeline(self.family, call.pipeline, given, seeds, call.size, call.sampling)
         if first_not_finite({"": pixels_B3HW}):
             raise UserError("the images are not finite: if dtype= is float16, give dtype=float32 or bfloat16")
         return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in to_uint8(pixels_B3HW)]

@@ -1,7 +1,5 @@
 """The possible values of numbers and switches, for all commands: one table, checked before anything is loaded.
 
-    check(cfg)  # raises UserError that names every option out of range, its value, and what it may be
-
 Imports only OmegaConf and the standard library, so that a wrong value is refused at once. What depends on other options
 or on loaded models is checked where it is used.
 """
@@ -191,6 +189,9 @@ RANGES: Mapping[str, Range] = {
     # evaluation and tools
     "num_seeds": whole(1),
     "benchmark.limit": whole(1, null=True),
+    "method.style_fidelity": SHARE,
+    "method.edge_*": number(0),
+    "method.control_weight": number(0),
     "metrics.*_px": whole(1, MAX_EDGE_PX),
     "metrics.border.width": number(above=0, below=0.5),
     "metrics.*.subset_size": whole(2),

@@ -79,22 +79,14 @@ def generate(
     The unconditional half of guidance gets the empty text and the "no image" tokens at the same λ. With λ = 0 the
     image has no influence.
     """
-    images = [features] if isinstance(features, Features) else list(features)
-    pieces = []
+    images = [features] if isinstance(features, Features) else features
+    family, pieces = model.family, []
+    size = (family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px"),) * 2
     for index in torch.arange(len(texts)).split(options.batch_size):
-        chosen = [rows(image, index) for image in images]
-        pieces.append(_generate_batch(model, chosen, [texts[i] for i in index], [seeds[i] for i in index], options))
+        prompts = [ImageCondition([rows(image, index) for image in images], scale=options.scale)]
+        with prompt_arguments([(model, prompts)], [texts[i] for i in index], size, options.guidance > 1) as arguments:
+            pieces.append(run_pipeline(family, family.pipeline(), arguments, [seeds[i] for i in index], size, options))
     return torch.cat(pieces)
-
-
-def _generate_batch(
-    model: IPAdapterModel, images: list[Features], texts: list[str], seeds: list[int], options: SamplingOptions
-) -> Tensor:
-    family = model.family
-    size_px = family.check_size(options.image_size_px or family.image_size_px, "sampling.image_size_px")
-    size, prompts = (size_px, size_px), [ImageCondition(images, scale=options.scale)]
-    with prompt_arguments([(model, prompts)], texts, size, options.guidance > 1) as arguments:
-        return run_pipeline(family, family.pipeline(), arguments, seeds, size, options)
 
 
 def run_pipeline(
@@ -107,17 +99,23 @@ def run_pipeline(
 ) -> Tensor:
     """One call of a public pipeline: an image per seed, pixels_B3HW in [-1, 1] on the CPU; ``size`` is (width, height).
 
-    Noise, guidance and size are passed under the names that the pipeline knows.
+    Noise, guidance and size are passed if the pipeline takes them. Raises UserError for a rescaling that it lacks.
     """
+    known, shape = inspect.signature(pipeline.__call__).parameters, latent_shape(family, size)
+    given = family.guidance_arguments(options.guidance, options.guidance_rescale)
+    if options.guidance_rescale and given.keys() - known.keys():
+        raise UserError(f"guidance_rescale={options.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
+    given |= {"width": size[0], "height": size[1]}
+    given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]  # for further noise
+    if "strength" not in known or not hasattr(pipeline, "_pack_latents"):  # FLUX' would not start from the image
+        given["latents"] = family.pack(draw_noise(shape, seeds)).to(family.device, family.dtype)
     latents = pipeline(
         **arguments,
-        **noise_arguments(pipeline, family, size, seeds),
-        **guidance_arguments(pipeline, family, options),
-        **size_arguments(pipeline, size),
+        **{name: value for name, value in given.items() if name in known},
         num_inference_steps=options.num_steps,
         output_type="latent",
     ).images
-    return family.decode_latents(family.unpack(latents, latent_shape(family, size))).cpu()
+    return family.decode_latents(family.unpack(latents, shape)).cpu()
 
 
 def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -125,31 +123,6 @@ def latent_shape(family: Family, size: tuple[int, int]) -> tuple[int, int, int]:
     edge = family.image_size_px
     channels, height, width = family.latent_shape(edge)
     return channels, height * size[1] // edge, width * size[0] // edge
-
-
-def noise_arguments(pipeline: Any, family: Family, size: tuple[int, int], seeds: Sequence[int]) -> dict[str, Any]:
-    """Each image's noise as latents, and a generator for further noise, where the pipeline takes them."""
-    known = inspect.signature(pipeline.__call__).parameters
-    noise = family.pack(draw_noise(latent_shape(family, size), seeds)).to(family.device, family.dtype)
-    drawn = {"latents": noise, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
-    if "strength" in known and hasattr(pipeline, "_pack_latents"):  # FLUX' start from given latents, not from the image
-        del drawn["latents"]
-    return {name: value for name, value in drawn.items() if name in known}
-
-
-def guidance_arguments(pipeline: Any, family: Family, options: SamplingOptions) -> dict[str, Any]:
-    """Raises UserError for a rescaling that this pipeline does not know."""
-    arguments = family.guidance_arguments(options.guidance, options.guidance_rescale)
-    unknown = arguments.keys() - inspect.signature(pipeline.__call__).parameters.keys()
-    if options.guidance_rescale and unknown:
-        raise UserError(f"guidance_rescale={options.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
-    return {name: value for name, value in arguments.items() if name not in unknown}
-
-
-def size_arguments(pipeline: Any, size: tuple[int, int]) -> dict[str, int]:
-    """Width and height where the pipeline does not take them from its image."""
-    known = inspect.signature(pipeline.__call__).parameters
-    return {name: value for name, value in zip(("width", "height"), size, strict=True) if name in known}
 
 
 @contextmanager
@@ -163,8 +136,7 @@ def prompt_arguments(
     """While inside, pipelines of the base see the image prompts; yields the arguments to call them with.
 
     ``prompts`` are models of one base, each with its image prompts; ``size`` is the images' width and height.
-    The arguments are the encoded text, followed by the image tokens of a simple adapter. The latter work with any
-    public pipeline on the same base, as ``prompt_embeds`` and ``negative_prompt_embeds``, also after leaving.
+    The arguments are the encoded text, followed by the image tokens of a simple adapter.
     """
     family = prompts[0][0].family
     width, height = size or (family.image_size_px,) * 2

@@ -1,10 +1,7 @@
 """Keep secrets out of files, logs and the dashboard.
 
-Secrets belong in environment variables and are referenced in the configuration as ``${oc.env:NAME}``. The saved
-configuration keeps this expression. Logs, console and dashboard show ``…`` in place of the values of secret variables
-and of credentials in addresses.
-
-Imports only the standard library.
+The saved configuration keeps ``${oc.env:NAME}`` in place of the value of a secret variable. Logs, console and dashboard
+show ``…``, also for credentials in addresses. Imports only the standard library.
 """
 
 from __future__ import annotations

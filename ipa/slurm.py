@@ -1,15 +1,11 @@
 """Hydra's launcher ``submitit_slurm``, which runs each job of a sweep as a Slurm job.
 
-    python train.py -m experiment=decoupled_global,simple_global name=study hydra/launcher=submitit_slurm \\
-        hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1
+The jobs have the same names, folders and command lines as in `ipa.launcher`. submitit submits them as one Slurm array.
+Each task of a job runs the job's command line in its own process. Signals reach the run itself, which writes a
+checkpoint and requeues the job.
 
-The jobs have the same names, folders and command lines as in `ipa.launcher`, so a sweep can be continued with another
-launcher. submitit submits them as one Slurm array. Each task of a job runs the job's command line in its own process.
-Signals reach the run itself, which writes a checkpoint and requeues the job.
-
-(Hydra's own submitit launcher pickles the configuration and Hydra's state, runs jobs in a process with other signal
-handlers, names folders after Slurm's job numbers, so that a second sweep cannot continue them, and stops at the first
-job that fails. Its options are the same.)
+(Hydra's own submitit launcher, whose options are the same, replaces the signal handlers of the jobs, names folders
+after Slurm's job numbers, so that a second sweep cannot continue them, and stops at the first job that fails.)
 
 Imports only Hydra and the standard library; imports submitit to submit.
 """

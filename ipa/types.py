@@ -85,15 +85,14 @@ class Posterior(Tensors):
 class TextCondition:
     """Encoded text: the states that cross-attention reads, and the other conditions of some bases.
 
-    ``pooled_BE`` is the pooled text; ``size_B6`` the image's original height and width, the top and left of its crop,
-    and its height and width now, all in pixels (Podell et al. 2023, section 2.2). ``mask_BL`` is 1 for the text tokens
-    that the denoiser may read; None means all of them.
+    ``size_B6`` is the image's original height and width, the top and left of its crop, and its height and width now,
+    all in pixels (Podell et al. 2023, section 2.2).
     """
 
     states_BLD: Tensor
     pooled_BE: Tensor | None = None
     size_B6: Tensor | None = None
-    mask_BL: Tensor | None = None
+    mask_BL: Tensor | None = None  # 1 for the text tokens that the denoiser may read; None: all
 
 
 @dataclass
@@ -178,36 +177,24 @@ class Position:
 
 @dataclass
 class Batch(Tensors):
-    """Collated samples.
-
-    ``image_B3HW`` is the target and ``reference_B3HW`` the image prompt at the encoder's size, both uint8. A feature
-    cache has fp16 results of the frozen parts instead: ``posterior`` for the target; for the reference either the
-    ``features`` that a head reads, or still the reference itself. ``text_inputs`` is the result of the family's
-    ``prepare_text``, ``text_states`` that of its ``text_states``, where a cache has one of them. ``more`` has further
-    references, where a sample may have several.
-    ``loss_mask_B1HW`` says how much of each latent cell is inside the loss mask; 255 means all of it.
-    ``size_B6`` says how the target was cropped (see ``TextCondition``); None means a whole image of the target's size.
-    ``keys`` are WebDataset keys, ``shards`` the files they came from. ``rejects`` counts by reason the samples skipped
-    before this batch; ``reject_examples`` has the position and the fault of the first ones. ``position`` is where
-    training continues after the batch; None in validation.
-    """
+    """Collated samples. A feature cache has fp16 results of the frozen parts in place of pixels and text."""
 
     text: list[str]
     draws: Draws
-    image_B3HW: Tensor | None = None
-    reference_B3HW: Tensor | None = None
-    posterior: Posterior | None = None
-    features: Features | None = None
-    text_inputs: TextInputs | None = None
-    text_states: TextInputs | None = None
+    image_B3HW: Tensor | None = None  # the target, uint8
+    reference_B3HW: Tensor | None = None  # the image prompt at the encoder's size, uint8
+    posterior: Posterior | None = None  # of the target
+    features: Features | None = None  # of the reference, those that a head reads
+    text_inputs: TextInputs | None = None  # result of the family's ``prepare_text``
+    text_states: TextInputs | None = None  # result of its ``text_states``
     more: MoreReferences | None = None
-    loss_mask_B1HW: Tensor | None = None
-    size_B6: Tensor | None = None
-    keys: list[str] = field(default_factory=list)
-    shards: list[str] = field(default_factory=list)
-    rejects: dict[str, int] = field(default_factory=dict)
-    reject_examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    position: Position | None = None
+    loss_mask_B1HW: Tensor | None = None  # how much of each latent cell is inside the loss mask; 255 is all of it
+    size_B6: Tensor | None = None  # how the target was cropped (see ``TextCondition``); None: a whole image of its size
+    keys: list[str] = field(default_factory=list)  # of WebDataset
+    shards: list[str] = field(default_factory=list)  # the files that the samples came from
+    rejects: dict[str, int] = field(default_factory=dict)  # number of samples skipped before this batch, by reason
+    reject_examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # position and fault of the first
+    position: Position | None = None  # where training continues after the batch; None in validation
 
     def __len__(self) -> int:
         return len(self.text)
@@ -256,26 +243,20 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
 
 @dataclass
 class ImagePrompt:
-    """Image tokens for calls of the denoiser: tokens_BTD and λ as a tensor (a scalar, or B × 1 × 1).
+    """Image tokens for calls of the denoiser.
 
-    A scalar may be on the CPU whatever the device of the tokens. Without gradients, what branches compute from the
-    tokens is kept as long as the prompt exists, so neither tokens nor branches may change between such calls.
-
-    ``hosts`` maps names of hosts to a factor of λ; hosts that are left out get no prompt, None means 1 everywhere.
-    ``mask_BHW`` in [0, 1] limits the prompt to a region of the image, in a batch of B or 1. ``scaling`` is one of
-    `ipa.presets.SCALINGS`. ``present_BT`` is False for tokens that pad the batch, to which nothing attends; None means
-    that all are present. ``watch`` is called in every host that supports it. The results of the prompts in ``also``
-    are added to this one's.
+    Without gradients, what branches compute from the tokens is kept as long as the prompt exists, so neither tokens nor
+    branches may change between such calls.
     """
 
     tokens_BTD: Tensor
-    scale: Tensor
-    hosts: Mapping[str, float] | None = None
-    mask_BHW: Tensor | None = None
-    also: tuple[ImagePrompt, ...] = ()
-    scaling: str = "V only"
-    present_BT: Tensor | None = None
-    watch: Watch | None = None
+    scale: Tensor  # λ: a scalar, which may be on the CPU whatever the device of the tokens, or B × 1 × 1
+    hosts: Mapping[str, float] | None = None  # factor of λ by name; those left out get no prompt; None: 1 everywhere
+    mask_BHW: Tensor | None = None  # in [0, 1], limits the prompt to a region of the image, in a batch of B or 1
+    also: tuple[ImagePrompt, ...] = ()  # their results are added to this one's
+    scaling: str = "V only"  # one of `ipa.presets.SCALINGS`
+    present_BT: Tensor | None = None  # False for tokens that pad the batch, to which nothing attends; None: all are
+    watch: Watch | None = None  # called in every host that supports it
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -302,20 +283,18 @@ class DenoiserCall(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """One image prompt for sampling: the features of its ``images``, whose tokens are concatenated, and how they act.
+    """One image prompt for sampling; ``hosts``, ``mask_BHW`` and ``scaling`` are those of `ImagePrompt`.
 
-    ``negative`` is the image prompt of guidance's negative part; None means "no image". ``scale`` is λ; ``hosts``,
-    ``mask_BHW`` and ``scaling`` are those of `ImagePrompt`. ``over_time`` returns a factor of λ for the progress of
-    the denoising, from 0 (noise) to 1. A ``reversed`` prompt pushes away from its images: they are in guidance's
-    negative part, with weight λ (g − 1) for guidance g, and the positive part gets zero tokens.
+    A ``reversed`` prompt pushes away from its images: they are in guidance's negative part, with weight λ (g − 1) for
+    guidance g, and the positive part gets zero tokens.
     """
 
-    images: Sequence[Features]
-    negative: Sequence[Features] | None = None
-    scale: float | Tensor = 1.0
+    images: Sequence[Features]  # whose tokens are concatenated
+    negative: Sequence[Features] | None = None  # of guidance's negative part; None: "no image"
+    scale: float | Tensor = 1.0  # λ
     hosts: Mapping[str, float] | None = None
     mask_BHW: Tensor | None = None
-    over_time: Callable[[float], float] | None = None
+    over_time: Callable[[float], float] | None = None  # progress of the denoising, 0 (noise) to 1 → factor of λ
     reversed: bool = False
     scaling: str = "V only"
 

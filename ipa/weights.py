@@ -25,6 +25,10 @@ class Frozen(nn.Module):
         return super().train(False)
 
 
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def fingerprint(module: nn.Module) -> str:
     """Precision and hash of a frozen part, which show whether cached results can be reused."""
     return f"{dtype_name(next(module.parameters()).dtype)} {hash_weights(module)[:32]}"

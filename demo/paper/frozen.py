@@ -16,10 +16,11 @@ from ipa.adapter.heads import GlobalHead
 from ipa.adapter.kinds import DecoupledAdapter
 from ipa.encoders import read_widths
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
-from ipa.evaluation.methods.method import count_parameters, draw_start
+from ipa.evaluation.methods.method import draw_start
 from ipa.export.loading import load_model
 from ipa.families.cross_attention import find_hosts
 from ipa.sampling import SamplingOptions
+from ipa.weights import count_parameters
 
 PAPER_MILLIONS = 22
 STEPS, LR = 10, 1e-3

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from demo.paper.plan import BASE
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.evaluation.methods.controlnet_shuffle import ControlNetShuffle, shuffle
-from ipa.evaluation.methods.method import Method, Prompt, count_parameters
+from ipa.evaluation.methods.method import Method, Prompt
 from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start, cut_squares
 from ipa.evaluation.methods.reference_only import ReferenceOnly
 from ipa.evaluation.methods.t2i_style import StyleAdapter, T2IStyle
@@ -35,6 +35,7 @@ from ipa.families.stable_diffusion import StableDiffusion
 from ipa.objective import replace_rows
 from ipa.sampling import SamplingOptions
 from ipa.types import Batch, to_unit_range
+from ipa.weights import count_parameters
 
 IMAGE_ENCODER = "demo/image_encoder"
 CELL_PX = 32  # of the warp: half of the image's edge, as 256 of 512 px

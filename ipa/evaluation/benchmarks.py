@@ -1,9 +1,8 @@
 """Benchmark items, each an image prompt with captions, and the plan of images to make from them.
 
-Items come from *benchmarks*: ``ShardBenchmark`` (the demo world, or any shards), ``FolderBenchmark``, ``CocoBenchmark``
-(the paper's: 5,000 images of COCO val2017). A benchmark has a ``name``, ``settings`` that say how its items were chosen
-(their ``fingerprint`` changes with any item), the ``items()`` in a fixed order, and ``read(item)``: the whole image,
-upright, RGB, uint8 image_3HW. All of them raise UserError.
+A benchmark has a ``name``, ``settings`` that say how its items were chosen (their ``fingerprint`` changes with any
+item), the ``items()`` in a fixed order, and ``read(item)``: the whole image, upright, RGB, uint8 image_3HW. All of them
+raise UserError.
 """
 
 from __future__ import annotations
@@ -43,12 +42,7 @@ class ShardBenchmark:
     """The first ``limit`` good samples of WebDataset shards, in file order."""
 
     def __init__(
-        self,
-        name: str,
-        shards: Any,
-        limit: int | None = None,
-        captions: Any = "txt",
-        schemes: Sequence[str] = TRUSTED,
+        self, name: str, shards: Any, limit: int | None = None, captions: Any = "txt", schemes: Sequence[str] = TRUSTED
     ) -> None:
         self.name, self.limit = name, limit
         self.source = ShardSource.of(name, shards=shards, captions=captions, option="benchmark", schemes=schemes)

@@ -1,11 +1,7 @@
 """Measures what each block of a base carries of an image prompt, with λ in one block at a time.
 
-    for name, values in sweep(prompter, pictures, texts, measures): ...
-    print(as_table(rows))
-
 The text and the noise of an image are the same in every row, so its difference to the first row, which has no block, is
-the block's effect. What an image takes from its prompt is measured against the prompt; what it keeps of text and noise,
-against the image of the first row.
+the block's effect.
 """
 
 from __future__ import annotations
@@ -44,6 +40,11 @@ class Measure:
     digits: int = 2
     factor: float = 1.0
 
+    def values(self, made: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+        metric = self.metric()
+        metric.update(made, references)
+        return metric.per_item()[self.name]
+
 
 def selections(blocks: Sequence[str]) -> dict[str, Mapping[str, float] | str]:
     """Name of a row → its λ per block."""
@@ -59,10 +60,7 @@ def sweep(
     scale: float = 1.0,
     **sampling: object,
 ) -> Iterator[tuple[str, Row]]:
-    """A row for each selection of blocks (by default ``selections``), with 95 % intervals over the pictures.
-
-    The base's images are made first. Image i has text i and seed i.
-    """
+    """A row for each selection of blocks, with 95 % intervals over the pictures. Image i has text i and seed i."""
     rows = dict(chosen or selections(prompter.family.blocks()))
     base = pixels_of(draw(prompter, pictures, texts, rows.pop(NONE, {}), scale, **sampling))
     prompts = pixels_of(pictures)
@@ -93,19 +91,13 @@ def pixels_of(pictures: Sequence[Image.Image]) -> list[Tensor]:
 def measured(
     made: Sequence[Tensor], prompts: Sequence[Tensor], base: Sequence[Tensor], measures: Sequence[Measure]
 ) -> Row:
-    row, items = {}, list(range(len(made)))
+    row = {}
     for each in measures:
-        values_B = values(each, made, base if each.against_base else prompts)
+        values_B = each.values(made, base if each.against_base else prompts)
         if each.gain:
-            values_B = values_B - values(each, base, prompts)
-        row[each.title] = confidence_interval(each.factor * values_B, items)
+            values_B = values_B - each.values(base, prompts)
+        row[each.title] = confidence_interval(each.factor * values_B, range(len(made)))
     return row
-
-
-def values(measure: Measure, made: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
-    metric = measure.metric()
-    metric.update(made, references)
-    return metric.per_item()[measure.name]
 
 
 def as_table(rows: Mapping[str, Row], measures: Sequence[Measure], first: str = "λ in") -> str:

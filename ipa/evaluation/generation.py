@@ -1,8 +1,4 @@
-"""The first half of an evaluation: generates images and writes each one once.
-
-    FOLDER/items.json, references/ID.png      the benchmark, the same for every system
-    FOLDER/LABEL/manifest.json                how a system was run
-    FOLDER/LABEL/pictures/ITEM_NUMBER.png     its images
+"""The first half of an evaluation: generates images and writes each one once, as `ipa.evaluation.report.reading` says.
 
 Batches are a fixed partition of the plan. An unfinished batch is repeated as a whole, since rounding depends on the
 batch size; so restarts, order and the number of processes change no bit.
@@ -103,10 +99,7 @@ def planned(tasks: Sequence[Task]) -> list[dict[str, Any]]:
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the manifest, unless the run is complete.
-
-    Raises UserError when the folder holds images with other settings, or images without a manifest.
-    """
+    """Write the manifest, unless the run is complete. Raises UserError for images made with other, or no, settings."""
     path = folder / "manifest.json"
     before = read_json(path) if path.is_file() else {}
     if "pictures" in before:
@@ -122,10 +115,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def refuse_mix(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError that names the settings of ``now`` in which the folder's manifest differs.
-
-    Sampling options that are newer than the manifest had their defaults.
-    """
+    """Raise UserError for other settings. Sampling options that are newer than the manifest had their defaults."""
     before = {**before, "sampling": {**recorded(SamplingOptions()), **before.get("sampling", {})}}
     if differ := sorted(name for name in now if before.get(name) != now[name]):
         changes = [f"{name}: {json.dumps(before.get(name)):.80}, now {json.dumps(now[name]):.80}" for name in differ]

@@ -15,17 +15,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ipa.errors import MissingWeights, UserError
+from ipa.errors import MissingWeights, UserError, causes
 from ipa.evaluation.benchmarks import PROMPTS, Benchmark, plan
-from ipa.evaluation.generation import (
-    begin,
-    check_made,
-    finish,
-    generate,
-    manifest,
-    skip,
-    write_items,
-)
+from ipa.evaluation.generation import begin, check_made, finish, generate, manifest, skip, write_items
 from ipa.evaluation.methods.method import Method
 from ipa.evaluation.scoring import score
 from ipa.files import hash_file, is_hub_id
@@ -48,10 +40,7 @@ ADAPTER = "adapter.safetensors"  # in a run's folder
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Run one system; raises UserError.
-
-    Missing weights are no error: the folder records what to download, and the report shows it.
-    """
+    """Run one system; raises UserError. If its weights are missing, the folder records what to download."""
     if cfg.adapter is not None and (file := Path(cfg.adapter) / ADAPTER).is_file():
         cfg.adapter = str(file)  # of a run's folder
     label, out = cfg.label or label_of(cfg), Path(cfg.out)
@@ -90,32 +79,24 @@ def evaluate(cfg: DictConfig) -> None:
 def ask_hub(cfg: DictConfig) -> None:
     """Without the hub, log before the first image which metrics will be missing.
 
-    The hub is asked once, since without a network its libraries retry every file for half a minute.
-    """
-    parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("metrics", "method")}
-    for name in cfg.metrics if goes_offline(parts) else ():
-        try:
-            make(cfg.metrics[name])
-        except MissingWeights as error:
-            log.warning("%s will be missing: %s", name, error)
-
-
-def goes_offline(parts: Mapping[str, Any]) -> bool:
-    """Whether parts that may be on the hub must come from its cache, since the hub does not answer.
-
-    The hub is not asked if the configurations in ``parts`` name only files and folders of this machine.
+    It is asked once, and only if something may be there: without a network its libraries retry every file for half a
+    minute.
     """
     from huggingface_hub import constants, get_session
 
-    if not may_be_on_hub(parts):
-        return False
+    if not any(may_be_on_hub(OmegaConf.to_container(cfg[name], resolve=True)) for name in ("metrics", "method")):
+        return
     if not constants.HF_HUB_OFFLINE:
         try:
             get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
         except Exception as error:  # the session's library decides on the class
             log.warning("%s does not answer (%s): only what is on this machine is used", constants.ENDPOINT, error)
             constants.HF_HUB_OFFLINE = True
-    return constants.HF_HUB_OFFLINE
+    for name in cfg.metrics if constants.HF_HUB_OFFLINE else ():
+        try:
+            make(cfg.metrics[name])
+        except MissingWeights as error:
+            log.warning("%s will be missing: %s", name, error)
 
 
 def may_be_on_hub(node: Any, name: str = "") -> bool:
@@ -167,7 +148,7 @@ def problems_in(cfg: DictConfig, label: str) -> Iterator[str]:
 def rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun or srun set them.
 
-    Raises UserError for one process in a Slurm allocation of several tasks: without srun there are no others.
+    Raises UserError for one process in a Slurm allocation of several tasks.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -187,11 +168,8 @@ def make(part: DictConfig) -> Any:
     try:
         return instantiate(part)
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while isinstance(cause, InstantiationException):
-            cause = cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
+        if found := [cause for cause in causes(error) if isinstance(cause, UserError)]:
+            raise found[0] from error
         raise
 
 

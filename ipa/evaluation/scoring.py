@@ -1,7 +1,4 @@
-"""The second half of an evaluation: metrics read the written images, so a new metric needs no new images.
-
-FOLDER/LABEL/scores.json     each metric's mean with a confidence interval, its values per item, or why it is missing
-"""
+"""The second half of an evaluation: metrics read the written images, so a new metric needs no new images."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ def score(
 ) -> dict[str, Any]:
     """Scores of the images in ``folder``; those of the same images in ``scores.json`` are kept.
 
-    ``make`` makes a metric from its configuration, which scores.json records. A metric without weights, or that is
-    undefined for so few images, is recorded as missing.
+    ``make`` makes a metric from its configuration. One without weights, or undefined for so few images, is missing.
     """
     path, digest = folder / "scores.json", pictures_hash(folder, tasks)
     settings: Any = OmegaConf.to_container(metrics, resolve=True)  # with the judge
@@ -53,7 +49,7 @@ def score(
         forget(scores, name)
         try:
             metric = make(metrics[name]).to(device)
-            found = numbers_of(metric, measured(metric, folder, tasks, read, name), tasks)
+            found = numbers_of(measured(metric, folder, tasks, read, name), tasks)
         except (MissingWeights, NotComputable) as error:
             scores["missing"][name] = " ".join(str(error).split())
             continue
@@ -96,14 +92,14 @@ def measured(metric: Any, folder: Path, tasks: Sequence[Task], read: Read, name:
     return metric
 
 
-def numbers_of(metric: Any, filled: Any, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+def numbers_of(metric: Any, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     """A metric's numbers, with intervals over items, whose seeds are not independent. Raises ``NotComputable``."""
     items = [task.item.id for task in tasks]
     try:
-        values = filled.compute()
+        values = metric.compute()
     except UserError as error:
         raise NotComputable(str(error)) from error
-    each = filled.per_item() if isinstance(metric, ItemMetric) else {}
+    each = metric.per_item() if isinstance(metric, ItemMetric) else {}
     found: dict[str, dict[str, Any]] = {"metrics": {}, "per_item": {}}
     for name, value in values.items():
         entry: dict[str, Any] = {"value": float(value), "higher_is_better": metric.higher.get(name)}

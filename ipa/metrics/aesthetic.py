@@ -1,7 +1,6 @@
-"""LAION's aesthetic score: predicts the rating from 1 to 10 that people would give an image.
+"""LAION's aesthetic score from 1 to 10: linear layers on CLIP ViT-L/14 (Schuhmann 2022, improved-aesthetic-predictor).
 
-Linear layers on CLIP ViT-L/14 (Schuhmann 2022: sac+logos+ava1-l14-linearMSE.pth in
-https://github.com/christophschuhmann/improved-aesthetic-predictor); prompt and caption are not used.
+Prompt and caption are not used.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ class AestheticScore(ItemMetric):
 
 
 def load_head(path: str) -> nn.Sequential:
-    """Load the layers from a file, or from the hub: owner/name/FILE.
-
-    Raises MissingWeights if there is no such file, UserError for a file without such layers.
-    """
+    """The layers from a file, or from the hub: owner/name/FILE. Raises MissingWeights, UserError without layers."""
     weights = torch.load(find_file(path, "aesthetic head path"), map_location="cpu", weights_only=True)
     names = [name for name in weights if re.fullmatch(r"layers\.\d+\.weight", name)]
     names.sort(key=lambda name: int(name.split(".")[1]))

@@ -1,8 +1,4 @@
-"""Confidence intervals of means: percentile bootstrap over the items of a benchmark (Efron 1979).
-
-confidence_interval(value_B, item_B)                    # of a system
-confidence_interval(one_B - other_B, item_B)            # of the difference of two systems over the same prompts
-"""
+"""Confidence intervals of means: percentile bootstrap over the items of a benchmark (Efron 1979)."""
 
 from __future__ import annotations
 

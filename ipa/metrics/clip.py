@@ -27,10 +27,7 @@ class ClipScorer(ImageNetwork):
 
     @classmethod
     def from_pretrained(cls, name: str, pretrained: str | None = None) -> Self:
-        """Load open_clip's ``name``: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
-
-        Raises MissingWeights if there is no such folder or a download fails.
-        """
+        """Load open_clip's ``name``: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``. Raises MissingWeights."""
         import open_clip
 
         name = resolve_name(name, "judge.name")

@@ -4,8 +4,7 @@
     metric.compute()                                            # {"clip_i": 0.83}
     metric.per_item()                                           # {"clip_i": value_B}, for intervals and tables
 
-An image's value does not depend on the other images, except for retrieval. A distribution metric compares two sets and
-has no values of single images. Networks run on the device that the metric is moved to; rows are kept on the CPU.
+Networks run on the device that the metric is moved to; rows are kept on the CPU.
 """
 
 from __future__ import annotations
@@ -52,12 +51,7 @@ class ImageMetric(Metric):
             self.network.to(*args, **kwargs)
         return self
 
-    def update(
-        self,
-        generated: Images,
-        references: Images,
-        captions: list[list[str]] | None = None,
-    ) -> None:
+    def update(self, generated: Images, references: Images, captions: list[list[str]] | None = None) -> None:
         """Add images, their image prompts, and each prompt's captions; pixels in [-1, 1], on any device."""
         parts = {"generated": generated, "references": references, "captions": captions}
         lengths = {name: len(part) for name, part in parts.items() if part is not None}
@@ -99,10 +93,7 @@ class ItemMetric(ImageMetric):
 
 
 class ImageSimilarity(ItemMetric):
-    """Cosine of the network's unit-length features of image and prompt, reported as ``name``.
-
-    Many systems condition on the CLIP that CLIP-I uses; a network that none of them reads is an independent check.
-    """
+    """Cosine of the network's unit-length features of image and prompt, reported as ``name``."""
 
     def __init__(self, network: Any, name: str, higher: bool = True, **kwargs: Any) -> None:
         super().__init__([name], {name: higher}, network, **kwargs)

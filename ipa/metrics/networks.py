@@ -1,8 +1,4 @@
-"""Frozen networks that embed images of any size, and the errors for missing ones.
-
-network = DinoNetwork.from_pretrained("facebook/dinov2-base")   # or a folder
-features_BE = network.embed_images(pixels_B3HW)
-"""
+"""Frozen networks that embed images of any size, and the errors for missing ones."""
 
 from __future__ import annotations
 
@@ -24,10 +20,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageNetwork(Frozen):
-    """A frozen network with a row of features for every image; several metrics can share it.
+    """A frozen network with a row of features for every image, from ``_embed``; several metrics can share it.
 
-    Images are moved to the network's device, resized (shortest side to ``size_px``, bicubic, antialias), cropped to the
-    centre ``crop_px``, and normalised with ``mean`` and ``std`` of [0, 1]. A subclass runs the network in ``_embed``.
+    Images are resized (shortest side to ``size_px``, bicubic, antialias), cropped to the centre ``crop_px``, and
+    normalised with ``mean`` and ``std`` of [0, 1].
     """
 
     mean: Tensor
@@ -60,10 +56,9 @@ class ImageNetwork(Frozen):
 
 
 class DinoNetwork(ImageNetwork):
-    """Unit-length class tokens of a DINO vision transformer, loaded with transformers.
+    """Unit-length class tokens of a DINO vision transformer (Oquab et al. 2023), preprocessed as by its authors.
 
-    None of the compared systems conditions on it (Oquab et al. 2023; Ruiz et al. 2023 use the first DINO). The
-    preprocessing is the authors': 256 px, centre crop of 224 px, ImageNet's mean.
+    None of the compared systems conditions on it.
     """
 
     def __init__(self, transformer: Any, size_px: int = 256, crop_px: int = 224, name: str = "") -> None:
@@ -73,10 +68,7 @@ class DinoNetwork(ImageNetwork):
 
     @classmethod
     def from_pretrained(cls, path: str, size_px: int = 256, crop_px: int = 224) -> Self:
-        """``path`` is a folder or hub id, such as facebook/dinov2-base or facebook/dino-vits16.
-
-        Raises MissingWeights if it is not found, UserError if it is incomplete.
-        """
+        """``path`` is a folder or hub id. Raises MissingWeights if it is not found, UserError if it is incomplete."""
         folder = locate(path, option="network.path")
         return cls(load_network(folder, read_config(folder), unused="pooler"), size_px, crop_px, path)
 
@@ -87,8 +79,7 @@ class DinoNetwork(ImageNetwork):
 class InceptionNetwork(ImageNetwork):
     """The 2048 features of the Inception v3 that defines FID and KID, from torch-fidelity.
 
-    Images are resized to 299 px with antialias (Parmar et al. 2022: otherwise the figures depend on the library), those
-    that are not square cropped to the centre.
+    Images are resized with antialias (Parmar et al. 2022: otherwise the figures depend on the library).
     """
 
     FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -100,10 +91,7 @@ class InceptionNetwork(ImageNetwork):
 
     @classmethod
     def from_pretrained(cls, path: str | None = None) -> Self:
-        """``path`` is the file of weights; None: torch hub's folder, downloading it if it is missing.
-
-        Raises MissingWeights without torch-fidelity or weights; a pickle may hold only tensors.
-        """
+        """``path`` is the file of weights; None: torch hub's folder, downloaded if missing. Raises MissingWeights."""
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
@@ -134,10 +122,7 @@ class DreamSimNetwork(ImageNetwork):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, kind: str = "ensemble") -> Self:
-        """``folder`` holds the unpacked weights of this ``kind``; missing ones are downloaded there.
-
-        The kinds with DINO run code from GitHub through torch hub. Raises MissingWeights without package or weights.
-        """
+        """``folder`` holds the unpacked weights; missing ones are downloaded there. Raises MissingWeights."""
         try:
             from dreamsim import dreamsim
             from dreamsim.config import dreamsim_weights

@@ -4,10 +4,10 @@
     python -m ipa.tools.report folder=runs/evaluation/coco2017 rows=20 system=ip_adapter
     python -m ipa.tools.report runs/evaluation/demo wandb=ipa        # log them to this wandb project, too
 
-Reads a benchmark's folder as `python evaluate.py` writes it, and writes results.json, table.md and report.html into
-it. Systems that were skipped or are not finished are listed with the reason. Run it as often as you
-like. wandb=PROJECT logs the table and the images of the grid as one run named after the folder: offline, into
-FOLDER/wandb, unless you are logged in.
+Reads a benchmark's folder as `python evaluate.py` writes it, and writes table.md and report.html into it; each system's
+scores.json has the same values. Systems that were skipped or are not finished are listed with the reason.
+wandb=PROJECT logs the table and the images of the grid as one run named after the folder: offline, into FOLDER/wandb,
+unless you are logged in.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     θ̄ ← d θ̄ + (1 − d) θ,     d = min(decay, (1 + n) / (10 + n)) after n steps
 
-starting from θ̄ = θ after the first step, so that a long average does not remember the start of a short run (Polyak &
-Juditsky 1992; warm-up as in TensorFlow's ExponentialMovingAverage).
+starting from θ̄ = θ after the first step (Polyak & Juditsky 1992; warm-up as in TensorFlow's ExponentialMovingAverage).
 
 torch's ``AveragedModel`` synchronises with the GPU in every step to see whether it is the first; Lightning's
 ``WeightAveraging`` copies the frozen base into every checkpoint. Hence our own.

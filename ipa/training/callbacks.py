@@ -30,8 +30,7 @@ class Throughput(TrainingCallback):
     """Logs samples per second over all processes, and the mean step time and data wait of this process.
 
     What other callbacks do every ``pause_every_n_steps``, previews and checkpoints, is left out. On CUDA it also logs
-    the model-FLOP utilisation: FLOPs that the steps needed (``count_flops``, counted once) over the card's peak.
-    Lightning's ``ThroughputMonitor`` does not fit: it synchronises the device in every step.
+    the model-FLOP utilisation. Lightning's ``ThroughputMonitor`` synchronises the device in every step.
     """
 
     def __init__(self, pause_every_n_steps: int = 0) -> None:
@@ -105,10 +104,7 @@ def peak_rate(model: IPAdapterModel, batch: Any, trainer: L.Trainer) -> float:
 
 
 class DataPosition(TrainingCallback):
-    """Records the position of each consumed batch, from which a checkpoint resumes.
-
-    ``rejects`` counts by reason the samples that all ranks skipped up to the last log step, which the last step is.
-    """
+    """Records the position of each consumed batch. ``rejects``: what all ranks skipped up to the last log step."""
 
     order = Order.DATA
 
@@ -161,10 +157,7 @@ class SameParts(TrainingCallback):
 
 
 class ScaleWarmup(TrainingCallback):
-    """λ = step / ``num_steps`` in training, 1 from there on; 0 steps: always 1. It depends on the step alone.
-
-    A fresh adapter would change some bases at once (Stable Diffusion 3).
-    """
+    """λ = step / ``num_steps`` in training, then 1 (0: always 1); a fresh adapter would change some bases at once."""
 
     order = Order.DATA
 

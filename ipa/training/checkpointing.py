@@ -1,8 +1,7 @@
 """Checkpoints that survive a kill at any moment.
 
-``RUN/checkpoints/step_00000300.ckpt`` holds what is needed to resume after that step: trained weights and their
-average, optimizer, schedule, and position in the data. It is torch's own format, a zip archive: the CRC-32 of its
-members detects damage, and it is read with ``weights_only``. A thread of the first process writes it.
+They are in torch's own format, a zip archive: the CRC-32 of its members detects damage, and it is read with
+``weights_only``. A thread of the first process writes it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,10 +39,9 @@ class BrokenCheckpoint(UserError):
 
 
 class BackgroundCheckpointIO(CheckpointIO):
-    """Copies the checkpoint to the CPU and lets a thread write it.
+    """Copies the checkpoint to the CPU and lets a thread write it, whose error every method raises.
 
-    Every method, ``check`` among them, raises an error of the thread. Lightning's ``AsyncCheckpointIO`` does not fit:
-    it copies GPU tensors on the GPU, cannot be waited for, and raises an error only at a later checkpoint.
+    Lightning's ``AsyncCheckpointIO`` copies on the GPU, cannot be waited for, and raises only at a later checkpoint.
     """
 
     def __init__(self) -> None:
@@ -111,12 +109,20 @@ class Checkpoints(TrainingCallback):
     def on_ready(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Raises UserError if the ranks would resume from different steps."""
         steps, found = zip(*gather((trainer.global_step, bool(checkpoints_in(self.folder)))), strict=True)
-        check_same_step(steps, self.folder)
+        if (other := next((rank for rank, step in enumerate(steps) if step != steps[0]), None)) is not None:
+            raise UserError(
+                f"the processes see different checkpoints in {self.folder}: rank 0 resumes from step {steps[0]}, rank "
+                f"{other} from step {steps[other]}. Give paths.runs=FOLDER on a disk that all machines share. If they "
+                "share it, it may show new files late: start again"
+            )
         self.saved_step = trainer.global_step if found[0] else -1
         if self.best_path is not None and not self.best_path.is_file():
             self.best = {"name": "", "score": None}  # the run started from a checkpoint of another run
         if trainer.is_global_zero:
-            remove_unfinished(self.folder.parent)
+            run = self.folder.parent
+            for leftover in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:  # of ``write_atomically`` in killed processes
+                with suppress(OSError):
+                    leftover.unlink()
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.saved_step:
@@ -264,17 +270,6 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def check_same_step(steps: Sequence[int], folder: Path) -> None:
-    """Raise UserError unless all ranks start at the same step."""
-    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
-    if other is not None:
-        raise UserError(
-            f"the processes see different checkpoints in {folder}: rank 0 resumes from step {steps[0]}, rank {other} "
-            f"from step {steps[other]}. Give paths.runs=FOLDER on a disk that all machines share. If they share it, "
-            "it may show new files late: start again"
-        )
-
-
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
     """Raise UserError rather than write weights that are not finite."""
     if broken := first_not_finite(tensors):
@@ -292,10 +287,3 @@ def prune(folder: Path, step: int, keep_last: int, best: str) -> None:
     for path in known[keep_last:]:
         if path.name != best:
             path.unlink(missing_ok=True)
-
-
-def remove_unfinished(run: Path) -> None:
-    """Remove temporary files of killed processes (``write_atomically``), in the run's folder and those in it."""
-    for path in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
-        with suppress(OSError):
-            path.unlink()

@@ -1,8 +1,4 @@
-"""``python train.py … dry_run=true``: what a training would be and take, without loading a weight.
-
-Sizes come from configuration files and, for the bases that the recipes name, from `ipa.families.hollow`; the memory of
-a step is estimated as `ipa.training.memory` says. What cannot be known here is reported, with the reason.
-"""
+"""``python train.py … dry_run=true``: what a training would be and take, without loading a weight."""
 
 from __future__ import annotations
 
@@ -24,9 +20,10 @@ from ipa.families.hollow import make_hollow, quantize_hollow
 from ipa.families.sources import is_single_file
 from ipa.model import IPAdapterModel
 from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
-from ipa.training.optimizers import optimizer_for_estimate
+from ipa.training.optimizers import state_bytes
 from ipa.training.parts import check_parts, make_head_of, name_of, read_from
 from ipa.types import Batch
+from ipa.weights import count_parameters
 
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
 QUANTIZING = ("quantization", "text_quantization", "transformer_file")  # options of the base
@@ -57,10 +54,7 @@ def dry_run(cfg: DictConfig) -> str:
 
 
 def hollow_model(cfg: DictConfig, has_states: bool = False) -> IPAdapterModel:
-    """All parts that are trained or run in a step, on the meta device, in their types.
-
-    With ``has_states`` the data have text states, so there are no text encoders.
-    """
+    """All parts of a step on the meta device; with ``has_states`` of the texts in the data, without text encoders."""
     family_class: Any = get_class(cfg.base._target_.rpartition(".")[0])
     with torch.device("meta"):
         family = make_hollow(family_class, **instantiate({**cfg.base, "_target_": "builtins.dict"}))
@@ -98,13 +92,9 @@ def processes(cfg: DictConfig) -> int:
 
 def describe_parts(cfg: DictConfig, model: IPAdapterModel) -> dict[str, str]:
     family: Any = model.family
-    head = count(model.head)
-    trained = count(model.trainable)
-    parts = [
-        f"{name} {in_millions(getattr(family, name))}"
-        for name in family.part_names
-        if isinstance(getattr(family, name), nn.Module)
-    ]
+    head, trained = count_parameters(model.head), count_parameters(model.trainable)
+    modules = {name: getattr(family, name) for name in family.part_names}
+    parts = [f"{name} {in_millions(part)}" for name, part in modules.items() if isinstance(part, nn.Module)]
     return {
         "trained": f"{trained:,} parameters ({head:,} in the head, {trained - head:,} in the layers), "
         f"{model.head.num_tokens} image tokens",
@@ -119,12 +109,8 @@ def image_size_px(cfg: DictConfig, model: IPAdapterModel) -> int:
     return cfg.image_size_px or model.family.image_size_px
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def in_millions(module: nn.Module) -> str:
-    return f"{count(module) / 1e6:,.1f} M"
+    return f"{count_parameters(module) / 1e6:,.1f} M"
 
 
 def open_data(cfg: DictConfig) -> Any:
@@ -160,7 +146,7 @@ def samples_in(shards: Sequence[Path]) -> int | None:
 
 
 def describe_disk(cfg: DictConfig, model: IPAdapterModel, samples: int | None) -> str:
-    trained = count(model.trainable)
+    trained = count_parameters(model.trainable)
     copies = 3 + (cfg.ema.decay is not None)
     checkpoint = trained * FP32 * copies
     kept = cfg.checkpoint.keep_last + 1
@@ -183,11 +169,11 @@ def downloads(cfg: DictConfig, model: IPAdapterModel) -> Iterator[tuple[str, int
     """Names and bytes of weights that are neither files here nor in the hub's cache, in the hub's dtypes."""
     path, family = str(cfg.base.path), cast(Any, model.family)
     if not (Path(path).exists() or is_single_file(path) or is_downloaded(path)):
-        yield path, family.published_bytes * count(family)
+        yield path, family.published_bytes * count_parameters(family)
     for part in (cfg.encoder, cfg.judge):
         name = part and (part.get("name") or part.get("path"))
         if name and not name.startswith("local-dir:") and not Path(name).exists() and not has_weights(part):
-            yield name, FP32 * (clip_parameters(name) if part.get("name") else count(model.encoder))
+            yield name, FP32 * (clip_parameters(name) if part.get("name") else count_parameters(model.encoder))
 
 
 def has_weights(part: DictConfig) -> bool:
@@ -212,16 +198,19 @@ def clip_parameters(name: str) -> int:
 
     config: Any = {key: value for key, value in open_clip.get_model_config(name).items() if key != "custom_text"}
     with torch.device("meta"):
-        return count((open_clip.CustomTextCLIP if "hf_model_name" in config["text_cfg"] else open_clip.CLIP)(**config))
+        return count_parameters(
+            (open_clip.CustomTextCLIP if "hf_model_name" in config["text_cfg"] else open_clip.CLIP)(**config)
+        )
 
 
 def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     """Estimated for one process; the last line, since the estimate gives the model fake weights."""
     batch = cfg.data.batch_size or -(-cfg.global_batch_size // (processes(cfg) * cfg.trainer.accumulate_grad_batches))
     cached = cfg.data._target_.endswith(CachedDataModule.__name__)
-    average = FP32 * count(model.trainable) * (cfg.ema.decay is not None)
+    average = FP32 * count_parameters(model.trainable) * (cfg.ema.decay is not None)
     quantize_hollow(model.family, **{name: cfg.base.get(name) for name in QUANTIZING})
-    peak = average + estimate_peak(model, step_maker(cfg), batch, image_size_px(cfg, model), cached)
+    size_px, kept = image_size_px(cfg, model), state_bytes(cfg.optimizer)
+    peak = average + estimate_peak(model, step_maker(cfg), batch, size_px, cached, kept)
     where = "in one process" if processes(cfg) == 1 else f"in each of {processes(cfg)} processes"
     text = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
     if cfg.trainer.accelerator == "cpu":
@@ -237,14 +226,11 @@ def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], 
         if cfg.gradient_checkpointing:
             model.checkpoint_gradients()
         model.adapter.install()
-        optimizer = optimizer_for_estimate(cfg)(list(model.trainable.parameters()))
 
         def step(batch: Batch) -> None:
             with torch.autocast(model.device.type, torch.bfloat16, enabled="mixed" in str(cfg.trainer.precision)):
                 loss = model.errors(batch).loss
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
         return step
 

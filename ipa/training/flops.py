@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -21,28 +21,20 @@ def count_flops(model: IPAdapterModel, batch: Batch) -> int | None:
     """FLOPs (two per multiply-add) of the forward and backward passes of one step on ``batch``.
 
     Counts what is needed: gradients of the adapter's weights and of what leads to them, and nothing twice, although
-    gradient checkpointing computes it twice. Fake tensors carry shapes only, so this takes neither time nor memory of
-    the device. The adapter must be installed. None with sharded weights (FSDP), which are gathered as they are used.
+    gradient checkpointing computes it twice. The adapter must be installed. None with sharded weights (FSDP).
     """
     weights = model.trained()
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
         return None
     model.no_image(1)  # the model keeps it, so it must be a real tensor
     modes = [weight.fake_mode for weight in weights if isinstance(weight, FakeTensor)]
-    with model.eagerly(), without_recomputation(model), without_fast_attention():
+    with model.eagerly(), without_fast_attention(), ExitStack() as stack:
+        stack.callback(setattr, model, "recomputes", model.recomputes)
+        model.recomputes = False
         counter = FlopCounterMode(display=False)
         with modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True), counter:
             torch.autograd.grad(model.errors(batch).loss, weights)
     return counter.get_total_flops()
-
-
-@contextmanager
-def without_recomputation(model: IPAdapterModel) -> Iterator[None]:
-    before, model.recomputes = model.recomputes, False
-    try:
-        yield
-    finally:
-        model.recomputes = before
 
 
 @contextmanager

@@ -3,8 +3,7 @@
     skip = max over ranks [loss not finite, ‖gradient‖ not finite]
 
 stays on the device: torch's fused optimizers read it as ``found_inf``, the average of the weights reads it too, and the
-host reads it a few steps later without a synchronisation. Weights, moments and average are unchanged to the bit; the
-step number and the learning rate schedule advance, because the samples were consumed.
+host a few steps later. The step number and the learning rate schedule advance, because the samples were consumed.
 """
 
 from __future__ import annotations
@@ -54,9 +53,7 @@ class FiniteGuard(TrainingCallback):
     ``LAG_STEPS`` more steps (on the CPU at once), before every checkpoint, every ``settle_every_n_steps`` and at the
     last step. All ranks read the same flags at the same step, then gather the samples that caused them.
 
-    Optimizers that are not fused cannot skip on the device: the host waits for the flag in every step and drops the
-    gradients. With a GradScaler an infinite gradient is normal, since that is how it finds its scale: only the loss
-    counts, and the scaler skips steps itself.
+    With a GradScaler an infinite gradient is normal, since that is how it finds its scale: only the loss counts.
     """
 
     order = Order.GUARD

@@ -22,12 +22,11 @@ log = logging.getLogger(__name__)
 class HeldOutGap(TrainingCallback):
     """Measures `image_prompt/gap` on held-out samples (``data.val``), with the weights of the adapter file.
 
-    Every ``every_n_steps`` the first ``num_samples`` are predicted with their own references and with their
-    neighbours', always at the same noise and times: `image_prompt/heldout_gap`. The weights with the largest gap are
-    kept in ``path``. After ``patience`` measurements without a larger one the run ends; null never ends it.
+    Every ``every_n_steps`` (null: never) the first ``num_samples`` are predicted with their own references and with
+    their neighbours', always at the same noise and times, on all ranks. The weights with the largest gap are kept in
+    ``path``. After ``patience`` measurements without a larger one the run ends; null never ends it.
     `image_prompt/overfit` is the mean gap of the last training samples (`ImagePromptGuard`) minus the held-out one. It
-    warns once when the held-out gap is below ``alarm`` times that of the training samples, and two standard errors
-    below it. Null for ``every_n_steps`` turns all of it off. All ranks measure the same samples.
+    warns once when the held-out gap is below ``alarm`` times that one, and two standard errors below it.
     """
 
     def __init__(
@@ -38,15 +37,11 @@ class HeldOutGap(TrainingCallback):
         patience: int | None = None,
         alarm: float = 0.5,
     ) -> None:
-        self.export = ExportAdapter(path, every_n_steps=0)
+        self.path, self.export = Path(path), ExportAdapter(path, every_n_steps=0)
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.patience, self.alarm = patience, alarm
         self.batches: list[Batch] = []
         self.best: dict[str, Any] = {"step": 0, "gap": None, "without": 0, "warned": False}
-
-    @property
-    def path(self) -> Path:
-        return self.export.path
 
     @property
     def has_stopped(self) -> bool:

@@ -193,8 +193,7 @@ def make_wandb(folder: str | Path, project: str, name: str, **options: Any) -> W
     """A wandb run in ``folder``; online only for a user who is logged in and did not choose otherwise.
 
     The id of the run comes from its folder, so a resumed training continues the same wandb run (offline: another file,
-    which `wandb sync` appends). wandb's staging and cache folders are in the run's folder too, not in the home folder.
-    Raises UserError for settings that wandb does not have; if it does not start online, the run is offline.
+    which `wandb sync` appends). Raises UserError for settings that wandb does not have.
     """
     mode = os.environ.get("WANDB_MODE")
     check_wandb(mode, project, options)
@@ -266,15 +265,11 @@ def log_configuration(logger: Any, configuration: dict[str, Any]) -> None:
         logger.experiment.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))
 
 
-def wandb_address() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
 def logged_in() -> bool:
     """Whether wandb would find a key in the environment or the netrc file; the network is not asked."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(wandb_address()).hostname or ""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -1,7 +1,7 @@
 """The memory of a training step, estimated without any.
 
-The real step runs on fake tensors, which have shapes and storages and no content, and the bytes of all storages that
-are alive are added up, in blocks of 512 bytes as CUDA's allocator gives them. Norms compute in fp32 under autocast, as
+The real step runs on fake tensors, and the bytes of all storages that are alive are added up, in blocks of 512 bytes
+as CUDA's allocator gives them. Norms compute in fp32 under autocast, as
 they do on CUDA and not on the CPU. Left out are copies between contiguous norms and channels-last convolutions, the
 workspaces of cuDNN and cuBLAS, and fragmentation: a card counts with ``RESERVE_GIB`` and ``FRAGMENTED`` less.
 """
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ipa.model import Errors, IPAdapterModel
+from ipa.model import IPAdapterModel
 from ipa.types import Batch, Draws, Features, Posterior
 
 GIB = 1 << 30
@@ -60,8 +60,12 @@ def estimate_peak(
     batch: int,
     image_px: int,
     cached: bool = False,
+    state_bytes: int = 8,
 ) -> int:
-    """Peak bytes of a step with ``batch`` samples; ``model`` is on the meta device, and gets fake weights here."""
+    """Peak bytes of a step with ``batch`` samples; ``model`` is on the meta device, and gets fake weights here.
+
+    ``state_bytes`` is what the optimizer keeps of each trained weight, by default two moments in fp32.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model.to_empty(device="cpu")  # fake weights take no memory
@@ -73,22 +77,9 @@ def estimate_peak(
             live.hold(tensor)
         step = make_step(model)
         samples = make_batch(model, batch, image_px, cached)
-        make_optimizer_state(model, step, samples)
         live.peak = live.now
         step(samples)
-    return live.peak
-
-
-def make_optimizer_state(model: IPAdapterModel, step: Callable[[Batch], object], samples: Batch) -> None:
-    """A step in which nothing is computed but gradients of all trained weights."""
-
-    def errors(batch: Batch) -> Errors:
-        total = torch.stack([weight.sum() for weight in model.trained()])
-        return Errors(total, torch.ones(()), torch.ones(()))
-
-    model.errors = errors  # type: ignore[method-assign]
-    step(samples)
-    del model.errors
+    return live.peak + state_bytes * sum(weight.numel() for weight in model.trained())
 
 
 def norm_as_on_cuda(norm: nn.LayerNorm | nn.GroupNorm, states: Tensor) -> Tensor:

@@ -25,10 +25,9 @@ TRAINABLE, AVERAGE = "trainable.", "average."
 class AdapterTraining(L.LightningModule):
     """Trains ``model.trainable``.
 
-    ``make_optimizer`` takes its parameters and returns the optimizer; ``make_schedule`` takes ``optimizer=`` and
-    returns a learning rate scheduler that counts steps. With ``ema_decay``, or a schedule-free optimizer, an average of
-    the weights is kept.
-    ``metadata`` goes into every checkpoint, so that it can be exported by itself.
+    ``make_schedule`` takes ``optimizer=`` and returns a learning rate scheduler that counts steps. With ``ema_decay``,
+    or a schedule-free optimizer, an average of the weights is kept. ``metadata`` goes into every checkpoint, so that it
+    can be exported by itself.
 
     The state dict is the trainable set (`trainable.image_proj.…`, `trainable.ip_adapter.…`) and its average
     (`average.…`), never the frozen parts; loading one leaves those unchanged.

@@ -110,9 +110,8 @@ class ImagePromptGuard(TrainingCallback):
     """Warns early if the image prompt is ignored: compares the error with the right image and with another one.
 
     Every ``every_n_steps`` the samples of the step are predicted twice more without drops, with their own reference and
-    with their neighbour's, at the same noise and times. `image_prompt/gap` is (other − own) / own; near zero the
-    adapter ignores its image, whatever the loss does. It warns once, if the mean of the last ``patience`` gaps is not
-    two standard errors above zero.
+    with their neighbour's, at the same noise and times. `image_prompt/gap` is (other − own) / own. It warns once, if
+    the mean of the last ``patience`` gaps is not two standard errors above zero.
 
     `image_attention/LAYER` is the layer's ratio with the samples' own references, see ``AttentionRatios``; the ratios
     of the blocks are recorded in the adapter file.

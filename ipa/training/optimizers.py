@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -30,7 +29,7 @@ EXTRA = {
     "schedule_free": ("schedulefree", "AdamWScheduleFree"),  # averages weights in place of a schedule
     "prodigy": ("prodigyopt", "Prodigy"),  # estimates its step size, which ``lr`` multiplies
 }
-STATE_BYTES = {"adamw_8bit": 2, "prodigy": 16}  # of a parameter; Prodigy keeps two sums besides the moments
+STATE_BYTES = {"adamw_8bit": 2, "prodigy": 16, "MuonWithAdamW": 4}  # Prodigy keeps two sums besides the moments
 OWN = f"{__name__}."
 LEAST_PRODIGY_LR = 0.01
 CONSTANT = ("constant", "constant_with_warmup")
@@ -50,10 +49,7 @@ adamw_8bit, schedule_free, prodigy = (partial(make_extra, name) for name in EXTR
 
 
 class MuonWithAdamW(Optimizer):
-    """Muon (Jordan et al. 2024) for matrices and AdamW for all other parameters, as one optimizer.
-
-    Muon's updates are scaled to AdamW's usual size (Liu et al. 2025), so that both take the same ``lr``.
-    """
+    """Muon (Jordan et al. 2024) for matrices, scaled to AdamW's updates (Liu et al. 2025), and AdamW for all others."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         known = list(params)
@@ -87,26 +83,9 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-class SizedState(Optimizer):
-    """An optimizer with as many bytes of state for each parameter as another, which does not run on fake tensors."""
-
-    def __init__(self, params: Iterable[nn.Parameter], state_bytes: int) -> None:
-        super().__init__(params, {})
-        self.state_bytes = state_bytes
-
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for parameter in (each for group in self.param_groups for each in group["params"]):
-            if parameter not in self.state:
-                size = parameter.numel() * self.state_bytes
-                self.state[parameter] = torch.empty(size, dtype=torch.uint8, device=parameter.device)
-
-
-def optimizer_for_estimate(cfg: DictConfig) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
-    """The configured optimizer, or one of its size, for an estimate of memory."""
-    if state_bytes := STATE_BYTES.get(name_of(cfg.optimizer)):
-        return partial(SizedState, state_bytes=state_bytes)
-    made: Callable[[Iterable[nn.Parameter]], Optimizer] = instantiate(cfg.optimizer)
-    return made
+def state_bytes(optimizer: DictConfig) -> int:
+    """What it keeps of each parameter: two moments in fp32, unless it is in ``STATE_BYTES``."""
+    return STATE_BYTES.get(name_of(optimizer), 8)
 
 
 def name_of(optimizer: DictConfig) -> str:

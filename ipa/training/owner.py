@@ -6,8 +6,6 @@
 Files are created whole and exclusively (a hard link, atomic on NFS too), so one process wins each takeover. An owner is
 gone if no process has its pid and start time on its machine. The winner then renames its file to ``lock``. Files that
 no chain from ``lock`` reaches are ignored. (``flock`` would be simpler, but many NFS mounts lack it.)
-
-Imports only the standard library.
 """
 
 from __future__ import annotations

@@ -131,10 +131,7 @@ def check_texts(cfg: DictConfig, texts: Mapping[str, TextInputs] | None) -> None
 
 
 def build_model(cfg: DictConfig, texts: Mapping[str, TextInputs] | None = None) -> IPAdapterModel:
-    """Load the frozen parts and make the trainable ones, with the widths of the loaded objects.
-
-    With ``texts``, states of texts, text encoders are not loaded.
-    """
+    """Load the frozen parts, without text encoders for known ``texts``, and make the trainable ones."""
     family: Any = instantiate(cfg.base, **({} if texts is None else {"leave_out": ["text"]}))
     family.known_texts, encoder = texts, instantiate(cfg.encoder)
     head = make_head_of(cfg, encoder.widths, family.widths, "cpu")

@@ -1,7 +1,6 @@
 """Previews: the same held-out image prompts with the same seeds at fixed steps, as a grid and as scores.
 
-The loss says little about an adapter; these images do. Rows are held-out image prompts; columns are the prompt, λ = 0,
-0.5 and 1 with the empty text, and λ = 1 with a text.
+A row of the grid is an image prompt: itself, λ = 0, 0.5 and 1 with the empty text, and λ = 1 with a text.
 """
 
 from __future__ import annotations
@@ -65,10 +64,7 @@ class HeldOutPrompts:
     def from_folder(
         cls, folder: str | Path, image_size_px: int, reference_size_px: int, reference_fit: str = "crop"
     ) -> HeldOutPrompts:
-        """All images of a folder, sorted by name, with captions from `.txt` files of the same name (or empty).
-
-        Raises UserError if there are none, or if one cannot be read.
-        """
+        """All images of a folder by name, with captions from `.txt` files (or empty). Raises UserError."""
         paths = pictures_in(folder, "preview.images")
         pictures = [read_picture(path, "preview.images") for path in paths]
         images = torch.stack([cover(picture, (image_size_px, image_size_px)) for picture in pictures])
@@ -94,9 +90,7 @@ class HeldOutPrompts:
 
 def encode(model: IPAdapterModel, prompts: HeldOutPrompts, batch_size: int = 64) -> Features:
     pieces = [model.encode_reference(piece.to(model.device)) for piece in prompts.references_B3HW.split(batch_size)]
-    pooled = [piece.pooled_BE for piece in pieces if piece.pooled_BE is not None]
-    patches = [piece.patches_BPF for piece in pieces if piece.patches_BPF is not None]
-    return Features(torch.cat(pooled) if pooled else None, torch.cat(patches) if patches else None)
+    return Features.join(torch.cat, pieces)
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """Where the time of a training step goes.
 
-Lightning reports every action to its profiler. ``StepClock`` always runs and sums each action's own time, for
-`train/data_wait_s`. With ``profile=true``, ``StepProfile`` writes a table of some steps, timed with a synchronisation
-between the parts, then a trace of some more (open it on ui.perfetto.dev).
+Lightning reports every action to its profiler. ``StepClock`` always runs, for `train/data_wait_s`. With
+``profile=true``, ``StepProfile`` times some steps, with a synchronisation between the parts, then traces some more.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,75 +86,61 @@ class StepClock(Profiler):
 
 
 class StepProfile(TrainingCallback):
-    """Writes ``folder/table.md`` and ``folder/trace.json.gz`` of the first steps of this process, on the first rank.
-
-    It runs last, so that a step ends here.
-    """
+    """Writes ``folder/table.md`` and ``folder/trace.json.gz`` of the first steps, on the first rank."""
 
     order = Order.LAST
 
     def __init__(self, folder: Path, clock: StepClock) -> None:
         self.folder, self.clock = folder, clock
         self.plan: dict[int, str] = {}  # step → what begins after it
-        self.before: dict[str, float] = {}
-        self.from_step = 0
-        self.tracer: Any = None
+        self.phase = ExitStack()  # what is measured now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.plan = {trainer.global_step + after: phase for after, phase in PLAN.items()}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if ends_step(trainer, batch_idx):
-            self.turn_to(self.plan.pop(trainer.global_step, None), trainer, pl_module)
+        if ends_step(trainer, batch_idx) and (phase := self.plan.pop(trainer.global_step, None)):
+            self.phase.close()
+            if phase == "timed":
+                self.phase.enter_context(self.timing(trainer, pl_module.model))
+            elif phase == "traced":
+                self.phase.enter_context(self.tracing())
 
-    def turn_to(self, phase: str | None, trainer: L.Trainer, pl_module: Any) -> None:
-        if phase is None:
-            return
-        if self.clock.device is not None:
-            self.end_timing(trainer.global_step, pl_module.model)
-        if self.tracer is not None:
-            self.end_trace()
-        if phase == "timed":
-            self.begin_timing(trainer, pl_module.model)
-        elif phase == "traced":
-            self.tracer = torch.profiler.profile()
-            self.tracer.start()
-
-    def begin_timing(self, trainer: L.Trainer, model: Any) -> None:
+    @contextmanager
+    def timing(self, trainer: Any, model: Any) -> Iterator[None]:
+        """Write a table of the steps inside, unless there is none."""
         model.part = lambda name: self.clock.profile(MODEL + name)
         self.clock.device = trainer.strategy.root_device
-        self.from_step, self.before = trainer.global_step, self.clock.read()
+        first, before = trainer.global_step, self.clock.read()
+        try:
+            yield
+        finally:
+            seconds, steps = self.clock.since_reading(before), trainer.global_step - first
+            self.clock.device, model.part = None, record_function
+        if steps:
+            title = f"Steps {first + 1} to {first + steps}, mean, synchronised between the parts"
+            text = f"{title}:\n\n{table(by_part(seconds), steps)}\n"
+            write_atomically(self.folder / "table.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            log.info("\n%s", text)
 
-    def end_timing(self, step: int, model: Any) -> None:
-        seconds, steps = self.clock.since_reading(self.before), step - self.from_step
-        self.clock.device, model.part = None, record_function
-        if not steps:
-            return
-        title = f"Steps {self.from_step + 1} to {step}, mean, synchronised between the parts"
-        text = f"{title}:\n\n{table(by_part(seconds), steps)}\n"
-        write_atomically(self.folder / "table.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        log.info("\n%s", text)
-
-    def end_trace(self) -> None:
-        self.tracer.stop()
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        with torch.profiler.profile() as tracer:
+            yield
         path = self.folder / "trace.json.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.tracer.export_chrome_trace(str(path))
-        self.tracer = None
+        tracer.export_chrome_trace(str(path))
         log.info("the trace is in %s: open it on ui.perfetto.dev or in chrome://tracing", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A short run writes what it has."""
-        self.turn_to("end" if self.plan else None, trainer, pl_module)
+        self.phase.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Drop the measurement of a step that failed, and leave nothing running."""
         self.plan.clear()
-        self.clock.device, pl_module.model.part = None, record_function
-        if self.tracer is not None:
-            self.tracer.stop()
-            self.tracer = None
+        self.phase.__exit__(type(exception), exception, exception.__traceback__)
 
 
 def by_part(seconds: Mapping[str, float]) -> dict[str, float]:

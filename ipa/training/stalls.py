@@ -1,8 +1,4 @@
-"""A run that hangs writes the stack of every rank to a file.
-
-Most stalls are a network file system, a data worker, or a collective that one rank does not reach. Python may hang in C
-code with the interpreter's lock held, so ``faulthandler`` writes the stacks from its own thread, which needs no lock.
-"""
+"""A run that hangs writes the stack of every rank to a file, with ``faulthandler``, which needs no interpreter lock."""
 
 from __future__ import annotations
 

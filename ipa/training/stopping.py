@@ -1,16 +1,15 @@
 """Signals: a run that is asked to stop writes a checkpoint, and exits with a code that schedulers understand.
 
-SIGTERM (preemption, ``scancel``, ``kill``), SIGUSR1 (Slurm's ``--signal=USR1@120``: the time limit is near) and SIGINT
-(Ctrl-C) request a stop. The exit code is 128 + the signal's number; after SIGUSR1 a Slurm job is requeued as well. A
-second Ctrl-C ends the process at once.
+SIGTERM, SIGUSR1 (Slurm: the time limit is near) and SIGINT request a stop; a second Ctrl-C ends the process at once.
+The exit code is 128 + the signal's number; after SIGUSR1 a Slurm job is requeued as well.
 
 Each rank receives a signal at its own moment, but all must stop after the same step. So every step starts an
 all-reduce of a flag without waiting for it, and reads the flag of ``LAG_STEPS`` earlier, which is the same on all
 ranks. A rank that cannot finish its step, because of its data or another rank, is ended after ``grace_s``; the run then
 resumes from the last checkpoint.
 
-Lightning's own handlers are replaced: they broadcast from within a signal handler, which can mix with the collectives
-of the step, and its loop synchronises after every batch to inform the ranks.
+Lightning's handlers are replaced: they broadcast from within a signal handler, which can mix with the collectives of
+the step, and its loop synchronises after every batch.
 """
 
 from __future__ import annotations
@@ -84,11 +83,9 @@ class Signals:
             return  # a forked child
         if number == signal.SIGINT and self.number is not None:
             os._exit(KILLED_BY_SIGNAL + number)
-        if self.number is None:
-            self.number = number
-            self.begin_to_stop(number)
-
-    def begin_to_stop(self, number: int) -> None:
+        if self.number is not None:
+            return
+        self.number = number
         self.timer = threading.Timer(self.grace_s, self.give_up)
         self.timer.daemon = True
         self.timer.start()
@@ -140,10 +137,7 @@ def send_flag(number: int, device: torch.device) -> Callable[[], list[float]]:
 
 
 class StopOnSignal(Checkpoint):
-    """Stops all ranks after the same step, with a checkpoint; the caller then raises ``end`` after the fit.
-
-    It is a ``Checkpoint`` because Lightning calls those last.
-    """
+    """Stops all ranks after the same step; the caller raises ``end``. Lightning calls a ``Checkpoint`` last."""
 
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
@@ -218,10 +212,7 @@ class StopOnSignal(Checkpoint):
 
 
 def replace_handlers(trainer: Any, ready: Callable[[], None]) -> None:
-    """Leave signals to this module, and call ``ready`` when Lightning would install its handlers.
-
-    A test checks that the private names still exist.
-    """
+    """Call ``ready`` when Lightning would install its handlers. A test checks that the private names still exist."""
     trainer._signal_connector.register_signal_handlers = ready
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 

@@ -1,12 +1,7 @@
-"""Several processes that train one adapter: DDP and FSDP.
+"""Several processes that train one adapter: DDP, FSDP (torch's ``fully_shard``), ZeRO-2 (Rajbhandari et al. 2020).
 
-Every process takes its part of a step's samples; the gradient is the mean over all of them. With DDP each process holds
-all weights. With FSDP (torch's ``fully_shard``) each holds a part of every block and gathers a block to compute it, so
-that the base may be larger than a GPU, at the price of communication. With ZeRO-2 (Rajbhandari et al. 2020) each holds
-the base, and a part of the adapter's gradients and moments. A checkpoint always has whole tensors, so any number of
-processes can resume with any strategy. (DeepSpeed's checkpoints need the same number of processes.)
-
-python train.py trainer=fsdp        torchrun --nnodes=2 --nproc-per-node=8 … train.py trainer=ddp trainer.num_nodes=2
+Every process takes its part of a step's samples; the gradient is the mean over all of them. A checkpoint always has
+whole tensors, so any number of processes can resume with any strategy. (DeepSpeed's need the same number of processes.)
 """
 
 from __future__ import annotations
@@ -70,16 +65,18 @@ class AdapterDDP(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         assert self.lightning_module is not None
         self._ddp_kwargs["static_graph"] = self.lightning_module.trainer.accumulate_grad_batches == 1
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen_names(model))
+        # what is not trained, and all buffers: those of the trainable set never change
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         return super()._setup_model(model)
 
 
 class AdapterFSDP(ModelParallelStrategy):
     """Lightning's strategy for ``fully_shard``, which ``AdapterTraining.configure_model`` applies; see ``shard``.
 
-    Every block is sharded over all processes. Lightning's checkpoints of this strategy hold the whole module with the
-    base; here they are those of every other strategy: one file with the trained weights as whole tensors, written by
-    the first process.
+    Lightning's checkpoints of this strategy hold the whole module with the base; here they are those of every other
+    strategy: one file with the trained weights as whole tensors, written by the first process.
     """
 
     shards_base = True
@@ -155,8 +152,7 @@ def count_devices(accelerator: str, devices: Any) -> int:
 def found_environment() -> ClusterEnvironment | None:
     """What started this process as one of several: torchrun or Slurm, in Lightning's order; None if nothing did.
 
-    `ipa.training.stopping` requeues Slurm's jobs, not Lightning. Raises UserError for a job that does not say how many
-    tasks it has on each node.
+    Raises UserError for a job that does not say how many tasks it has on each node.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
@@ -167,7 +163,7 @@ def found_environment() -> ClusterEnvironment | None:
             f"the Slurm job has {tasks} tasks, but not a number of tasks per node: give sbatch or srun --nodes=… "
             "--ntasks-per-node=… instead of --ntasks, one task per GPU"
         )
-    return SLURMEnvironment(auto_requeue=False)
+    return SLURMEnvironment(auto_requeue=False)  # `ipa.training.stopping` does
 
 
 def environment_plugins() -> list[ClusterEnvironment]:
@@ -196,9 +192,8 @@ def check_processes(strategy: Any) -> None:
 def join_restarted_group(timeout: timedelta, device: torch.device) -> None:
     """Create the process group after torchrun restarted the processes; Lightning then uses it as it is.
 
-    They meet in the store of torchrun's agent, which still has the addresses of the previous processes, and some would
-    wait for those (pytorch/pytorch issue 135712). So every restart has a prefix of its own. When a whole node restarts,
-    nothing counts it: that needs a store per group (TORCH_DISABLE_SHARE_RDZV_TCP_STORE).
+    The store of torchrun's agent still has the addresses of the previous processes, and some would wait for those
+    (pytorch/pytorch issue 135712). So every restart has a prefix of its own. Nothing counts restarts of a whole node.
     """
     starts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or distributed.is_initialized():
@@ -217,21 +212,12 @@ def join_restarted_group(timeout: timedelta, device: torch.device) -> None:
         )
 
 
-def frozen_names(module: nn.Module) -> list[str]:
-    """Parameters that are not trained, and all buffers: those of the trainable set never change."""
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    return frozen + [name for name, _ in module.named_buffers()]
-
-
 def shard(model: IPAdapterModel, mesh: DeviceMesh, base: bool = True) -> None:
     """Shard the blocks and the trained weights, which start as on the first rank, over ``mesh``.
 
-    Without ``base`` the frozen blocks stay whole, and the trained weights are gathered once a step.
-
-    Units are the blocks of denoiser, text and image encoders, the head, and each branch by itself, since branches are
-    called from within the blocks. The rest stays whole: embeddings, the convolutions at both ends, and the VAE, which
-    is small and not called as a module. Precision is left to autocast: trained weights are sent in float32, the base in
-    its own dtype.
+    Without ``base`` the frozen blocks stay whole, and the trained weights are gathered once a step. Each branch is a
+    unit by itself, since branches are called from within the blocks. Embeddings, the convolutions at both ends and the
+    VAE, which is not called as a module, stay whole. Trained weights are sent in float32, the base in its own dtype.
     """
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": base}
     model.family.to(memory_format=torch.contiguous_format)  # the only layout of fully_shard

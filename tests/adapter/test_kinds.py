@@ -151,7 +151,7 @@ def test_two_adapters_add_up_and_come_out_apart(model: IPAdapterModel, inputs) -
     other = DecoupledAdapter(model.family.hosts()).install()
     model.adapter.install()
     alone = model.predict(*inputs, scale=1.0)
-    with other.carrying(ImagePrompt(inputs[3], torch.tensor(0.5))):
+    with other.channel.carrying(ImagePrompt(inputs[3], torch.tensor(0.5))):
         both, without = model.predict(*inputs, scale=1.0), model.predict(*inputs, scale=0.0)
 
     assert not torch.equal(alone, plain) and not torch.equal(both, alone) and not torch.equal(without, plain)

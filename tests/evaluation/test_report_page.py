@@ -104,7 +104,7 @@ def test_files_are_the_same_for_the_same_input(tmp_path: Path) -> None:
         for folder in (*folders, folders[0])
     ]
 
-    assert set(written[0]) == {"items.json", "results.json", "table.md", "report.html"}
+    assert set(written[0]) == {"items.json", "table.md", "report.html"}
     assert written[0] == written[1] == written[2]
 
 

@@ -93,11 +93,8 @@ def test_single_stream_blocks_have_no_masks(model: IPAdapterModel) -> None:
     model.adapter.install()
     tokens, mask = torch.randn(1, 6, tiny_flow.T5_WIDTH), torch.ones(1, 4, 4)
     prompt = ImagePrompt(tokens, torch.tensor(1.0), mask_BHW=mask)
-    with (
-        model.adapter.condition(family.encode_text(["a"]), prompt) as text,
-        pytest.raises(UserError, match="omit the mask"),
-    ):
-        family.denoise(torch.randn(1, 4, 8, 8), torch.tensor([0.5]), text)
+    with model.adapter.channel.carrying(prompt), pytest.raises(UserError, match="omit the mask"):
+        family.denoise(torch.randn(1, 4, 8, 8), torch.tensor([0.5]), family.encode_text(["a"]))
     model.adapter.remove()
 
 

@@ -18,7 +18,7 @@ from ipa.metrics.edges import EdgeOverlap
 from ipa.metrics.image_metric import ImageDistance, ImageMetric, ImageSimilarity, ItemMetric
 
 MAKERS: dict[str, Callable[[ClipScorer], ImageMetric]] = {
-    "clip": lambda scorer: ClipScores(scorer, "mean"),
+    "clip": lambda scorer: ClipScores(scorer),
     "border": lambda scorer: BorderColour(),
     "edges": lambda scorer: EdgeOverlap(),
     "similarity": lambda scorer: ImageSimilarity(scorer, "likeness"),

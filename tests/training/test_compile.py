@@ -11,7 +11,7 @@ from conftest import SIX, Run, assert_same_run, checkpoint, column
 from omegaconf import DictConfig, OmegaConf
 from torch._inductor.exc import InvalidCxxCompiler
 
-from ipa.training.failures import explain_compiler
+from ipa.training.failures import explain_fit_failure
 from ipa.training.run import check_strategy
 from ipa.training.strategies import AdapterDDP, AdapterFSDP, AdapterZeRO2
 
@@ -41,8 +41,7 @@ def test_a_missing_compiler_is_reported() -> None:
     error = RuntimeError("backend failed")
     error.__cause__ = InvalidCxxCompiler()
     with pytest.raises(ValueError, match=r"compile=true needs a compiler: g\+\+"):
-        explain_compiler(error)
-    explain_compiler(RuntimeError("something else"))
+        explain_fit_failure(error, None, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ BEFORE_WEIGHTS = [
         *(["recipe=sd15", "base.path=not/asked", "trainer.devices=1"], ["torch finds no GPU"]),
         marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
     ),
-    (["trainer.precision=abc"], ["trainer.precision=abc: give one of 32-true, bf16-mixed"]),
+    (["trainer.precision=abc"], ["Precision 'abc' is invalid", "bf16-mixed"]),
     (["data.schemes=5"], ["data.schemes=5: give a list of file"]),
     (["scale_lr=cubic"], ["scale_lr=cubic", "linear or sqrt"]),
     (

@@ -241,7 +241,7 @@ def test_out_of_memory_names_what_to_try(train_in: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out of memory in step 2") as caught:
         train_in(tmp_path / "x", *QUIET, *faults.overrides("Greedy"))
 
-    tries = ("data.batch_size=2 trainer.accumulate_grad_batches=2", "gradient_checkpointing=true", "image_size_px")
+    tries = ("data.batch_size", "trainer.accumulate_grad_batches", "gradient_checkpointing=true", "image_size_px")
     message = re.escape("4 samples at a time") + "".join(f".*{re.escape(each)}" for each in tries)
     message += r".*trainer=fsdp.*trainer\.precision=bf16-mixed.*1152921504606846976 bytes"
     assert re.search(message, str(caught.value), re.DOTALL)

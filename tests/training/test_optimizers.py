@@ -10,12 +10,13 @@ import pytest
 import torch
 from composing import composed
 from conftest import QUIET, Run, assert_resumes, checkpoint, compose, last_checkpoint
+from hydra.utils import instantiate
 from safetensors.torch import load_file
 from torch import nn
 
 from ipa.errors import MissingWeights, UserError
 from ipa.export.loading import load_model
-from ipa.training.optimizers import MuonWithAdamW, check_optimizer, optimizer_for_estimate
+from ipa.training.optimizers import MuonWithAdamW, check_optimizer, state_bytes
 
 CASES = {
     "adamw8bit": ("bitsandbytes", ["optimizer.lr=0.01"]),
@@ -102,14 +103,19 @@ def test_options_that_do_not_go_together_are_refused(
         train_in(tmp_path / "run", *QUIET, *given)
 
 
-@pytest.mark.parametrize(("name", "fewest", "most"), [("adamw8bit", 2, 3), ("prodigy", 16, 17)])
-def test_an_estimate_of_memory_counts_the_state_and_needs_no_package(name: str, fewest: int, most: int) -> None:
-    parameters = [nn.Parameter(torch.zeros(30, 20)), nn.Parameter(torch.zeros(5))]
-    optimizer = optimizer_for_estimate(composed("train", f"optimizer={name}"))(parameters)
-    optimizer.step()
+@pytest.mark.parametrize("name", ["adamw", "schedule_free", "prodigy", "muon"])
+def test_an_estimate_of_memory_counts_the_state(name: str) -> None:
+    weight, cfg = nn.Parameter(torch.ones(30, 20)), composed("train", f"optimizer={name}").optimizer
+    optimizer = instantiate(cfg)([weight])
+    weight.grad = torch.ones(30, 20)
     optimizer.step()
 
-    assert fewest * 605 <= sum(state.nbytes for state in optimizer.state.values()) < most * 605
+    kept = [x.nbytes for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor) and x.numel() == 600]
+    assert sum(kept) == 600 * state_bytes(cfg)
+
+
+def test_the_8_bit_state_needs_no_package() -> None:
+    assert state_bytes(composed("train", "optimizer=adamw8bit").optimizer) == 2
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(finished: Path, train_in: Run, tmp_path: Path) -> None:

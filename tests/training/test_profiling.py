@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -140,8 +141,8 @@ def test_a_step_that_fails_leaves_nothing_running(
 
 def test_a_run_that_stops_before_its_first_step_has_no_table(tmp_path: Path) -> None:
     clock, model = StepClock(), tiny.make_model()
-    profile = StepProfile(tmp_path / "profile", clock)
-    clock.device, profile.before = torch.device("cpu"), clock.read()
-    profile.end_timing(0, model)
+    trainer = SimpleNamespace(global_step=0, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    with StepProfile(tmp_path / "profile", clock).timing(trainer, model):
+        assert clock.device is not None and model.part is not record_function
 
     assert not (tmp_path / "profile").exists() and clock.device is None and model.part is record_function

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.method import Prompt, count_parameters
+from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start
 from ipa.evaluation.methods.weights import controlnet_pipeline, load_base, load_controlnet
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.sampling import SamplingOptions
+from ipa.weights import count_parameters
 
 CELL_PX = 256  # distance of the noise's support points in pixels of the control
 

@@ -10,13 +10,10 @@ trained with thresholds of 100 and 200 and no blur.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ipa.errors import UserError
 
 LUMA = (0.299, 0.587, 0.114)
 SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
@@ -24,21 +21,12 @@ SOBEL_X = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 ACROSS = ((0, 1), (1, 1), (1, 0), (1, -1))
 
 
-@dataclass(frozen=True)
-class Canny:
-    low: float = 100.0
-    high: float = 200.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high:
-            raise UserError(f"method.edge_low={self.low} method.edge_high={self.high}: 0 ≤ edge_low ≤ edge_high")
-
-    def __call__(self, image_3HW: Tensor) -> Tensor:
-        """uint8 image → edges_HW, 1 on an edge and 0 elsewhere."""
-        gray_HW = (image_3HW.float() * torch.tensor(LUMA)[:, None, None]).sum(0)
-        size_HW, direction_HW = gradient(gray_HW)
-        thin_HW = size_HW * is_largest_across(size_HW, direction_HW)
-        return connected(thin_HW > self.high, thin_HW > self.low).float()
+def canny(image_3HW: Tensor, low: float = 100.0, high: float = 200.0) -> Tensor:
+    """uint8 image → edges_HW, 1 on an edge and 0 elsewhere."""
+    gray_HW = (image_3HW.float() * torch.tensor(LUMA)[:, None, None]).sum(0)
+    size_HW, direction_HW = gradient(gray_HW)
+    thin_HW = size_HW * is_largest_across(size_HW, direction_HW)
+    return connected(thin_HW > high, thin_HW > low).float()
 
 
 def gradient(gray_HW: Tensor) -> tuple[Tensor, Tensor]:

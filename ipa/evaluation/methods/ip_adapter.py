@@ -18,6 +18,7 @@ from ipa.export.reading import read_adapter
 from ipa.model import IPAdapterModel
 from ipa.sampling import SamplingOptions, generate
 from ipa.types import Features
+from ipa.weights import count_parameters
 
 OPTIONS = {
     "base.path": "method.base",
@@ -41,17 +42,14 @@ class IPAdapterMethod(Method):
 
     @classmethod
     def from_pretrained(cls, adapter: str | None, dtype: str = "float32", **parts: Any) -> Self:
-        """An adapter file; ``parts`` are those of ``load_model``, base and encoder come from the metadata unless given.
-
-        Raises MissingWeights, and UserError for parts that do not fit.
-        """
+        """``parts`` are those of ``load_model``. Raises MissingWeights, and UserError for parts that do not fit."""
         method = cls(load(adapter, dtype=dtype, **parts), str(adapter))
         method.recorded = read_attention(read_adapter(Path(str(adapter))).metadata)
         return method
 
     @property
     def trained(self) -> int:
-        return self.model.count_trainable()
+        return count_parameters(self.model.trainable)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]

@@ -8,15 +8,15 @@ context, the ControlNet gets the text part alone, as in published code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.edges import Canny
+from ipa.evaluation.methods.edges import canny
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod, load
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.weights import controlnet_pipeline, load_controlnet
@@ -38,11 +38,11 @@ class IPAdapterControl(IPAdapterMethod):
         controlnet: Any,
         source: str = "",
         control_weight: float = 1.0,
-        edges: Canny | None = None,
+        edges: Callable[[Tensor], Tensor] = canny,
     ) -> None:
         check_controlnet(controlnet, model)
         super().__init__(model, source, controlnet=controlnet)
-        self.control_weight, self.edges = control_weight, edges or Canny()
+        self.control_weight, self.edges = control_weight, edges
 
     @classmethod
     def from_pretrained(
@@ -56,7 +56,7 @@ class IPAdapterControl(IPAdapterMethod):
         **parts: Any,
     ) -> Self:
         """As ``IPAdapterMethod``; ``controlnet`` is a hub id or a folder of one that was trained on edges."""
-        edges = Canny(edge_low, edge_high)
+        edges = partial(canny, low=edge_low, high=edge_high)
         model, loaded = load(adapter, dtype=dtype, **parts), load_controlnet(controlnet, dtype)
         return cls(model, loaded, f"{adapter} with {controlnet}", control_weight, edges)
 
@@ -68,9 +68,13 @@ class IPAdapterControl(IPAdapterMethod):
         control["controlnet_conditioning_scale"] = float(self.control_weight)
         pipeline = controlnet_pipeline(family, self.controlnet)
         text_length = family.encode_text([""]).states_BLD.shape[1]
+
+        def cut(module: Any, inputs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return inputs, {**given, "encoder_hidden_states": given["encoder_hidden_states"][:, :text_length]}
+
         with (
             prompt_arguments([(self.model, [condition])], texts, size, sampling.guidance > 1) as arguments,
-            context_cut(self.controlnet, text_length),
+            self.controlnet.register_forward_pre_hook(cut, with_kwargs=True),  # removed afterwards
         ):
             return run_pipeline(family, pipeline, arguments | control, seeds, size, sampling)
 
@@ -91,17 +95,3 @@ def check_controlnet(controlnet: Any, model: IPAdapterModel) -> None:
             "method.controlnet: it pools its residuals over the image (global_pool_conditions in its config.json), "
             "so it carries no structure: give one that was trained on edges, such as lllyasviel/control_v11p_sd15_canny"
         )
-
-
-@contextmanager
-def context_cut(controlnet: Any, length: int) -> Iterator[None]:
-    """While inside, the ControlNet only gets the first ``length`` tokens of its context."""
-
-    def cut(module: Any, inputs: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return inputs, {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"][:, :length]}
-
-    hook = controlnet.register_forward_pre_hook(cut, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()

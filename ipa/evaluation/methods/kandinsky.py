@@ -6,8 +6,6 @@
 The prior is a diffusion model from a text to the embedding of a matching image; its ancestral sampler draws noise
 from the image's own seed. "No image" is the embedding of an image of zeros. The decoder keeps the sampler of its
 checkpoint. Weights in kandinsky-community/kandinsky-2-1 and kandinsky-2-1-prior.
-
-Letters: B images, E width of CLIP ViT-L/14's embedding.
 """
 
 from __future__ import annotations
@@ -20,10 +18,11 @@ from diffusers import KandinskyPipeline, KandinskyPriorPipeline
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.method import Prompt, count_parameters, draw_start
+from ipa.evaluation.methods.method import Prompt, draw_start
 from ipa.evaluation.methods.pipelines import PipelineMethod, load_pipeline, to_pil
 from ipa.evaluation.methods.weights import Source
 from ipa.sampling import SamplingOptions
+from ipa.weights import count_parameters
 
 
 class Kandinsky21(PipelineMethod):

@@ -17,10 +17,10 @@ from diffusers import UnCLIPImageVariationPipeline
 from torch import Tensor
 
 from ipa.errors import UserError
-from ipa.evaluation.methods.method import Prompt, count_parameters, make_generators
+from ipa.evaluation.methods.method import Prompt, make_generators
 from ipa.evaluation.methods.pipelines import PipelineMethod, to_pil
 from ipa.sampling import SamplingOptions
-from ipa.weights import dtype_name
+from ipa.weights import count_parameters, dtype_name
 
 
 class OpenUnCLIP(PipelineMethod):

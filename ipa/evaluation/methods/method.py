@@ -1,10 +1,4 @@
-"""The contract of a compared system: image prompts in, images out, the same images for the same seeds.
-
-method = SomeMethod.from_pretrained("owner/name", dtype="float16")
-pixels_B3HW = method.generate([Prompt(image_3HW, "", seed=0)], SamplingOptions(num_steps=50, guidance=7.5))
-
-Letters: B images; C, H, W of pixels or latents.
-"""
+"""The contract of a compared system: image prompts in, images out, the same images for the same seeds."""
 
 from __future__ import annotations
 
@@ -94,7 +88,3 @@ def draw_start(prompts: Sequence[Prompt], shape_CHW: tuple[int, ...]) -> tuple[T
     """Starting noise_BCHW, each image's from its own seed, and the generators for what is drawn after it."""
     generators = make_generators(prompts)
     return torch.stack([torch.randn(shape_CHW, generator=generator) for generator in generators]), generators
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

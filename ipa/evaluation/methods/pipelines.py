@@ -3,8 +3,6 @@
 A pipeline is loaded part by part, each with the class that the pipeline's constructor names. The common loader of
 diffusers would download what is not needed here, initialise missing weights at random, and refuse the published Karlo
 and Versatile Diffusion, whose model_index.json names modules that have moved inside diffusers.
-
-Letters: B images; C, H, W of pixels or latents.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ipa.errors import UserError, brief
-from ipa.evaluation.methods.method import Method, Prompt, count_parameters, draw_start
+from ipa.evaluation.methods.method import Method, Prompt, draw_start
 from ipa.evaluation.methods.weights import Source
 from ipa.files import read_json
 from ipa.sampling import SamplingOptions
-from ipa.weights import read_dtype
+from ipa.weights import count_parameters, read_dtype
 
 # files with a tokenizer's vocabulary; without one transformers makes a tokenizer that knows no words
 VOCABULARIES = ("tokenizer.json", "vocab.json", "sentencepiece.bpe.model")
@@ -105,10 +103,7 @@ def load_pipeline(pipeline_class: Any, source: Source, dtype: str, **absent: Any
 
 
 def read_classes(pipeline_class: Any) -> dict[str, Any]:
-    """Name → class of the parts that a pipeline needs, from its constructor.
-
-    None for schedulers, for which the constructor often accepts any class.
-    """
+    """Name → class of a pipeline's parts, from its constructor; None for schedulers, which are often of any class."""
     parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
     needed = {parameter.name: parameter.annotation for parameter in parameters if parameter.default is parameter.empty}
     return {name: None if name.endswith("scheduler") else part for name, part in needed.items()}
@@ -135,11 +130,8 @@ def download(source: Source, parts: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(pattern: str, names: Sequence[str], *ignored: str) -> Path:
-        patterns = [f"{name}/{pattern}" for name in names]
-        ignore = [*COPIES, *ignored]
-        return Path(
-            snapshot_download(source.path, revision=source.revision, allow_patterns=patterns, ignore_patterns=ignore)
-        )
+        which: Any = {"allow_patterns": [f"{name}/{pattern}" for name in names], "ignore_patterns": [*COPIES, *ignored]}
+        return Path(snapshot_download(source.path, revision=source.revision, **which))
 
     folder = fetch("*", parts, "*.bin")
     models = [part for part in parts if (folder / part / "config.json").is_file()]

@@ -1,11 +1,4 @@
-"""Systems around Stable Diffusion, and the form that three of them have: image tokens as context.
-
-    encode(image) → (conditional tokens, unconditional tokens)
-    StableDiffusionPipeline(prompt_embeds=…, negative_prompt_embeds=…)
-
-The tokens follow the text's states or replace them. Letters: B images, T image tokens, L text tokens, D context
-width; C, H, W of latents.
-"""
+"""Systems around Stable Diffusion, and the form that two of them have: image tokens after those of the text."""
 
 from __future__ import annotations
 
@@ -18,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ipa.encoders.vision_model import VisionModelEncoder
-from ipa.evaluation.methods.method import Method, Prompt, count_parameters, draw_start
+from ipa.evaluation.methods.method import Method, Prompt, draw_start
 from ipa.evaluation.methods.weights import load_base, load_image_encoder, load_module
 from ipa.families.stable_diffusion import StableDiffusion
 from ipa.sampling import SamplingOptions
 from ipa.types import TextCondition, to_unit_range
+from ipa.weights import count_parameters
 
 
 @dataclass(frozen=True)
@@ -68,49 +62,17 @@ class StableDiffusionMethod(Method):
         ).images
 
 
-class PromptTokens(StableDiffusionMethod):
-    """Stable Diffusion that reads tokens of the image prompt after those of the text.
+class ClipPromptTokens(StableDiffusionMethod):
+    """Stable Diffusion that reads tokens after those of the text, which an adapter makes from a CLIP image encoder.
 
-    ``make_adapter`` makes one of the published size; ``published`` names its file in messages, and the prefix of its
-    weights.
+    ``published`` names the adapter's file in messages, and the prefix of its weights.
     """
 
     uses_text = True
+    encoder: VisionModelEncoder
     adapter: nn.Module
     make_adapter: ClassVar[Callable[[], nn.Module]]
     published: ClassVar[tuple[str, str]]
-
-    @staticmethod
-    def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The published weights under the names that they have here."""
-        return state
-
-    @classmethod
-    def load_adapter(cls, path: str) -> Any:
-        return load_module(cls.make_adapter, path, *cls.published, rename=cls.renamed)
-
-    @property
-    def trained(self) -> int:
-        return count_parameters(self.adapter)
-
-    @abstractmethod
-    def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
-        """tokens_BTD of the images and of "no image", both weighted with λ."""
-
-    def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
-        """The whole context of the conditional and of the unconditional half."""
-        tokens_BTD, no_image_BTD = self.encode(prompts, scale)
-        text_BLD, empty_BLD = self.text_states(prompts)
-        return torch.cat([text_BLD, tokens_BTD], 1), torch.cat([empty_BLD, no_image_BTD], 1)
-
-    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
-        return self.call(self.family.pipeline(), self.states(prompts, sampling.scale), start, sampling)
-
-
-class ClipPromptTokens(PromptTokens):
-    """Tokens that an adapter makes from a CLIP image encoder."""
-
-    encoder: VisionModelEncoder
 
     def __init__(
         self, family: StableDiffusion, encoder: VisionModelEncoder, adapter: nn.Module, source: str = ""
@@ -123,6 +85,27 @@ class ClipPromptTokens(PromptTokens):
         loaded = cls.load_adapter(adapter)
         family, encoder = load_base(base, dtype), load_image_encoder(image_encoder, dtype)
         return cls(family, encoder, loaded.to(family.dtype), f"{adapter} on {base}")
+
+    @classmethod
+    def load_adapter(cls, path: str) -> nn.Module:
+        return load_module(cls.make_adapter, path, *cls.published)
+
+    @property
+    def trained(self) -> int:
+        return count_parameters(self.adapter)
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+        """tokens_BTD of the images and of "no image", both weighted with λ."""
+
+    def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+        """The whole context of the conditional and of the unconditional half."""
+        pairs = zip(self.text_states(prompts), self.encode(prompts, scale), strict=True)
+        positive, negative = (torch.cat(pair, 1) for pair in pairs)
+        return positive, negative
+
+    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
+        return self.call(self.family.pipeline(), self.states(prompts, sampling.scale), start, sampling)
 
     def squares(self, prompts: Sequence[Prompt]) -> Tensor:
         """The encoder's input on the base's device."""

@@ -19,7 +19,6 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ipa.errors import UserError
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start, cut_squares
 from ipa.evaluation.methods.weights import load_base
@@ -36,12 +35,11 @@ class ReferenceOnly(StableDiffusionMethod):
 
     def __init__(self, family: StableDiffusion, source: str = "", style_fidelity: float = 0.5) -> None:
         super().__init__(source, family=family)
-        self.style_fidelity = check_fidelity(style_fidelity)
+        self.style_fidelity = style_fidelity
 
     @classmethod
     def from_pretrained(cls, base: str, style_fidelity: float = 0.5, dtype: str = "float16") -> Self:
-        """Raises MissingWeights for the base, and UserError for a value out of range."""
-        check_fidelity(style_fidelity)  # before weights are read
+        """Raises MissingWeights for the base."""
         return cls(load_base(base, dtype), base, style_fidelity)
 
     def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
@@ -61,12 +59,6 @@ class ReferenceOnly(StableDiffusionMethod):
         latents_BCHW = posterior.sample(draw()).to(noise_BCHW)
         scheduler: Any = self.family.make_sampler()
         return lambda timestep: scheduler.add_noise(latents_BCHW, draw(), timestep.reshape(1))
-
-
-def check_fidelity(style_fidelity: float) -> float:
-    if not 0 <= style_fidelity <= 1:
-        raise UserError(f"method.style_fidelity={style_fidelity}: from 0 (text) to 1 (reference)")
-    return style_fidelity
 
 
 class TwoPasses:
@@ -105,15 +97,12 @@ class TwoPasses:
         return inputs, {**given, "encoder_hidden_states": torch.cat([x_BPD, self.seen[attention]], 1)}
 
     def soften(self, attention: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        (x_BPD,) = inputs
-        return None if self.storing else self.mixed(output, lambda rows: attention.processor(attention, x_BPD[:rows]))
-
-    def mixed(self, read: Tensor, make_own: Callable[[int], Tensor]) -> Tensor:
-        """``read``, except that unconditional rows keep ``style_fidelity`` of their own, ``make_own(rows)``."""
-        rows = self.num_unconditional
-        if not rows or not self.style_fidelity:
-            return read
-        return torch.cat([torch.lerp(read[:rows], make_own(rows), self.style_fidelity), read[rows:]])
+        """Unconditional rows keep ``style_fidelity`` of their own attention."""
+        rows, (x_BPD,) = self.num_unconditional, inputs
+        if self.storing or not rows or not self.style_fidelity:
+            return None
+        own = attention.processor(attention, x_BPD[:rows])
+        return torch.cat([torch.lerp(output[:rows], own, self.style_fidelity), output[rows:]])
 
 
 def self_attentions(unet: nn.Module) -> list[Any]:

@@ -8,17 +8,14 @@ image's own seed. Weights in stabilityai/stable-diffusion-2-1-unclip, which was 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from diffusers import StableUnCLIPImg2ImgPipeline
 from torch import Tensor
 
-from ipa.errors import MissingWeights
 from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.pipelines import LatentPipelineMethod, to_pil
 from ipa.sampling import SamplingOptions
-
-HUB_ID = "stabilityai/stable-diffusion-2-1-unclip"
 
 
 class SDUnCLIP(LatentPipelineMethod):
@@ -31,15 +28,6 @@ class SDUnCLIP(LatentPipelineMethod):
     def __init__(self, pipeline: Any, source: str = "", noise_level: int = 0) -> None:
         super().__init__(pipeline, source)
         self.noise_level = noise_level
-
-    @classmethod
-    def from_pretrained(cls, path: str, dtype: str = "float16", revision: str | None = None, **options: Any) -> Self:
-        try:
-            return super().from_pretrained(path, dtype, revision, **options)
-        except MissingWeights as error:
-            if path != HUB_ID:
-                raise
-            raise MissingWeights(f"{error}. {HUB_ID} was withdrawn in 2025: you need a copy of it") from error
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
         texts = [prompt.text for prompt in prompts]

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer  # type: ignore[import-untyped]
 
 from ipa.evaluation.methods.method import Prompt
-from ipa.evaluation.methods.prompt_tokens import PromptTokens, cut_squares
-from ipa.evaluation.methods.weights import load_base
+from ipa.evaluation.methods.prompt_tokens import StableDiffusionMethod, Start, cut_squares
+from ipa.evaluation.methods.weights import load_base, load_module
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.sampling import SamplingOptions
+from ipa.weights import count_parameters
 
 LEVELS = ("res3", "res4", "res5")  # the last three stages of the backbone
 HEADS = 8
@@ -44,10 +46,7 @@ NAMES: dict[str, Any] = {
 
 
 class SemanticContextEncoder(nn.Module):
-    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first.
-
-    The names are the published ones, but for ``NAMES``.
-    """
+    """image_B3HW in [0, 1], not normalised → tokens_BTD, the global ones first."""
 
     def __init__(self, imencoder: SwinBackbone, imdecoder: Decoder, qtransformer: QueryTransformer) -> None:
         super().__init__()
@@ -179,15 +178,12 @@ class FeedForward(nn.Module):
         return self.norm(x_BTD + self.linear2(self.linear1(x_BTD).relu()))
 
 
-class SeeCoder(PromptTokens):
+class SeeCoder(StableDiffusionMethod):
     """Stable Diffusion with SeeCoder in place of its text encoder. It reads the image's centre square."""
 
     name = "seecoder"
     uses_text = False
     adapter: SemanticContextEncoder
-    make_adapter = SemanticContextEncoder.large
-    published = ("a SeeCoder", "ctx.image.")
-    renamed = staticmethod(rename)
 
     def __init__(
         self,
@@ -202,14 +198,19 @@ class SeeCoder(PromptTokens):
     @classmethod
     def from_pretrained(cls, base: str, adapter: str, dtype: str = "float16") -> Self:
         """Raises MissingWeights, and UserError for files of something else."""
-        loaded, family = cls.load_adapter(adapter), load_base(base, dtype)
+        loaded = load_module(SemanticContextEncoder.large, adapter, "a SeeCoder", "ctx.image.", rename=rename)
+        family = load_base(base, dtype)
         return cls(family, loaded.to(family.dtype), f"{adapter} on {base}")
 
-    def encode(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
+    @property
+    def trained(self) -> int:
+        return count_parameters(self.adapter)
+
+    def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
+        return self.call(self.family.pipeline(), self.states(prompts), start, sampling)
+
+    def states(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """The whole context of the conditional and of the unconditional half."""
         pictures_B3HW = (cut_squares(prompts, self.reference_size_px) + 1) / 2
         tokens_BTD = self.adapter(pictures_B3HW.to(self.family.device, self.family.dtype))
         return tokens_BTD, torch.zeros_like(tokens_BTD)
-
-    def states(self, prompts: Sequence[Prompt], scale: float) -> tuple[Tensor, Tensor]:
-        """Only the tokens: the text is not read."""
-        return self.encode(prompts, scale)

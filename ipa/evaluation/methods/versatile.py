@@ -24,9 +24,10 @@ from diffusers.models import DualTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from ipa.evaluation.methods.method import Prompt, count_parameters
+from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.pipelines import LatentPipelineMethod, to_pil
 from ipa.sampling import SamplingOptions
+from ipa.weights import count_parameters
 
 DUAL: Any = VersatileDiffusionDualGuidedPipeline  # typed as a placeholder in diffusers
 GREY = Image.new("RGB", (512, 512), (128, 128, 128))

@@ -47,10 +47,7 @@ class Source(NamedTuple):
 
 @contextmanager
 def options_renamed(names: Mapping[str, str], advice: str = "") -> Iterator[None]:
-    """Give errors of families and encoders the names that their options have here; ``advice`` is for missing weights.
-
-    Raises MissingWeights also for an OSError, and UserError.
-    """
+    """Give errors of families and encoders the names of our options; ``advice`` is for missing weights."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -63,10 +60,7 @@ def options_renamed(names: Mapping[str, str], advice: str = "") -> Iterator[None
 
 
 def load_base(path: str, dtype: str) -> StableDiffusion:
-    """Stable Diffusion 1.x or 2.x from a folder, a ``.safetensors`` file or the hub.
-
-    Raises MissingWeights, and UserError for a base of another kind.
-    """
+    """Stable Diffusion 1.x or 2.x. Raises MissingWeights, and UserError for a base of another kind."""
     source = Source(path, "method.base")
     with options_renamed({"base.path": source.key, "base.dtype": "method.dtype"}, source.advice):
         return StableDiffusion.from_pretrained(path, dtype=dtype)
@@ -111,8 +105,7 @@ def load_module(
 ) -> Built:
     """A module with exactly the weights that a file holds under ``prefix``, after ``rename``.
 
-    ``what`` names it in messages. Raises MissingWeights when there is no such file, UserError when it holds something
-    else.
+    ``what`` names it in messages. Raises MissingWeights without such a file, UserError for something else.
     """
     file = find_file(path, key)
     try:

@@ -1,7 +1,6 @@
 """Curves over sweeps (runs that differ only in λ, in guidance or in steps), and bars of the attention to the image.
 
-Charts are drawn by matplotlib and contain no text of the user's, in which it would read ``$`` as mathematics. The page
-adds title and legend.
+Charts contain no text of the user's, in which matplotlib would read ``$`` as mathematics.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ipa.evaluation.report.names import AXES, heading, kind_of, plain
-from ipa.evaluation.report.reading import Evaluation, Score, System, finite, flattened
+from ipa.evaluation.report.reading import HASH, Evaluation, Score, System, finite, flattened
 
 SWEPT_AXES = ("scale", "guidance", "num_steps")
 SWEPT_METRICS = ("clip_i", "clip_t")
 # runs of one sweep may differ in these
-NO_DIFFERENCE = ("versions", "device", "seconds", "batch_size", "metrics", "num_seeds")
+NO_DIFFERENCE = ("versions", "device", "seconds", "batch_size", "metrics", "num_seeds", HASH)
 
 AXIS_TITLES = {"scale": "λ, weight of the image prompt", "guidance": "guidance", "num_steps": "number of steps"}
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e34948", "#008300", "#e87ba4")

@@ -1,20 +1,14 @@
-"""Writes results.json, table.md and report.html into a benchmark's folder, or tables to wandb.
-
-The same input gives the same bytes.
-"""
+"""Writes table.md and report.html into a benchmark's folder, or tables to wandb; the same bytes for the same input."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ipa.evaluation.report.names import kind_of, sorted_metrics
 from ipa.evaluation.report.page import Shown, choose_items, make_page, read_thumbnail, render
-from ipa.evaluation.report.reading import Evaluation, System, read_evaluation
-from ipa.evaluation.report.table import Table, make_table, paper_values
+from ipa.evaluation.report.reading import Evaluation, read_evaluation
+from ipa.evaluation.report.table import Table, make_table
 from ipa.files import write_atomically
 
 PAGE = "report.html"
@@ -23,11 +17,10 @@ Rows = tuple[list[str], list[list[Any]]]
 
 
 def write_report(folder: Path, shown: Shown | None = None) -> Path:
-    """Write the three files; returns the page's path. Raises UserError before anything is written."""
+    """Write the two files; returns the page's path. Raises UserError before anything is written."""
     evaluation = read_evaluation(folder)
     table = make_table(evaluation)
     contents = {
-        "results.json": json.dumps(results(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "table.md": render("table.md.jinja", evaluation, table),
         PAGE: make_page(evaluation, table, shown or Shown()),
     }
@@ -35,31 +28,6 @@ def write_report(folder: Path, shown: Shown | None = None) -> Path:
         write = partial(Path.write_text, data=content, encoding="utf-8", newline="\n")
         write_atomically(folder / name, write, "make the folder writable")
     return folder / PAGE
-
-
-def results(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything but the values of single items, which each system's scores.json has."""
-    return {
-        "benchmark": dict(evaluation.benchmark),
-        "num_items": len(evaluation.items),
-        "num_seeds": evaluation.num_seeds,
-        "systems": [system_results(evaluation, system) for system in evaluation.systems],
-    }
-
-
-def system_results(evaluation: Evaluation, system: System) -> dict[str, Any]:
-    return {
-        "label": system.label,
-        "title": kind_of(system.name).title,
-        "status": system.status,
-        "reason": system.reason,
-        "num_pictures": system.num_pictures,
-        "metrics": {name: asdict(system.scores[name]) for name in sorted_metrics(set(system.scores))},
-        "missing": dict(system.missing),
-        "paper": paper_values(evaluation, system),
-        "settings": dict(system.settings),
-        "sha256": dict(system.hashes),
-    }
 
 
 def log_report(logger: Any, evaluation: Evaluation, shown: Shown) -> None:

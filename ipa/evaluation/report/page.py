@@ -107,11 +107,9 @@ def setting_groups(evaluation: Evaluation) -> list[tuple[str, dict[str, str]]]:
 
 
 def settings_of(system: System) -> dict[str, str]:
-    """With status and hashes."""
     status = {"status": system.status, **({"reason": system.reason} if system.reason else {})}
     images = {"images": f"{system.num_pictures:,} of {system.num_planned:,}"}
-    hashes = {f"sha256 of {name}": value for name, value in system.hashes.items()}
-    return as_text({**status, **system.settings, **images, **hashes})
+    return as_text({**status, **system.settings, **images})
 
 
 def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -131,10 +129,7 @@ def choose_items(evaluation: Evaluation, count: int, seed: int) -> list[Item]:
 
 
 def choose_system(evaluation: Evaluation, label: str | None) -> System | None:
-    """The one with that label; without a label, the one with the highest CLIP-I, None if there is none.
-
-    Raises UserError for a label that no system with CLIP-I has.
-    """
+    """The system with that label, or the one with the highest CLIP-I. Raises UserError for one without CLIP-I."""
     scored = [system for system in evaluation.systems if system.per_item.get(CLIP_I) and CLIP_I in system.scores]
     if label is None:
         return max(scored, key=lambda system: system.scores[CLIP_I].value, default=None)

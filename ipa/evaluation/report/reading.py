@@ -1,7 +1,8 @@
 """Reads and checks a benchmark's folder: its items, and the settings, images and scores of every system.
 
-    FOLDER/items.json, references/ID.png
-    FOLDER/LABEL/manifest.json, scores.json, pictures/ITEM_NUMBER.png
+    FOLDER/items.json, references/ID.png      the benchmark, the same for every system
+    FOLDER/LABEL/manifest.json, scores.json   how a system was run, and what its images scored
+    FOLDER/LABEL/pictures/ITEM_NUMBER.png     its images
 
 ``ipa.evaluation.generation`` and ``scoring`` write it.
 """
@@ -16,12 +17,13 @@ from typing import Any
 
 from ipa.errors import UserError
 from ipa.evaluation.report.names import rank
-from ipa.files import hash_file, read_json
+from ipa.files import read_json
 
 ITEMS, MANIFEST, SCORES = "items.json", "manifest.json", "scores.json"
 COMPLETE = "complete"
 NOT_SETTINGS = ("label", "benchmark", "status", "reason", "pictures")  # every other key of a manifest is a setting
 NEWER_SAMPLING = {"guidance_rescale": 0.0}  # options that were added later, with what runs without them did
+HASH = "sha256 of pictures"
 DEVIATION = "_std"  # the value NAME_std is the standard deviation of the value NAME
 
 
@@ -66,7 +68,6 @@ class System:
     scores: Mapping[str, Score] = field(default_factory=dict)
     per_item: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
-    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -97,23 +98,14 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Everything below ``folder`` except the images' content.
-
-    Raises UserError if there is no evaluation or several benchmarks, and for a broken file, with its path.
-    """
+    """Everything below ``folder`` except the images' content. Raises UserError if that is not one evaluation."""
     check_folder(folder)
-    path = folder / ITEMS
-    content = read_json(path)
-    items = [
-        Item(need(each, "id", str, path), each.get("captions") or [], folder / need(each, "reference", str, path))
-        for each in need(content, "items", list, path)
-    ]
-    known = {item.id for item in items}
-    benchmark = need(content, "benchmark", dict, path)
-    systems = [read_system(each.parent, known, benchmark) for each in folder.glob(f"*/{MANIFEST}")]
+    content = read_json(folder / ITEMS)
+    items = [Item(each["id"], each["captions"], folder / each["reference"]) for each in content["items"]]
+    systems = [read_system(each.parent, content["benchmark"]) for each in folder.glob(f"*/{MANIFEST}")]
     if not systems:
         raise UserError(f"folder={folder} has items but no system yet. python evaluate.py method=… adds one.")
-    return Evaluation(benchmark, need(content, "num_seeds", int, path), items, sorted(systems, key=order_of))
+    return Evaluation(content["benchmark"], content["num_seeds"], items, sorted(systems, key=order_of))
 
 
 def check_folder(folder: Path) -> None:
@@ -134,23 +126,19 @@ def order_of(system: System) -> tuple[Any, ...]:
     return (rank(system.name), *names, *numbers, system.label)
 
 
-def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> System:
-    """``known``: ids of the benchmark's items. Raises UserError for images of other items or another benchmark."""
-    path = folder / MANIFEST
-    content = read_json(path)
-    status = need(content, "status", str, path)
-    planned = content.get("pictures") or []
-    check_benchmark(content, {need(each, "item", str, path) for each in planned} - known, benchmark, path)
+def read_system(folder: Path, benchmark: Mapping[str, Any]) -> System:
+    """Raises UserError for images of another benchmark."""
+    content = read_json(folder / MANIFEST)
+    status, planned = content["status"], content.get("pictures") or []
+    check_benchmark(content.get("benchmark") or {}, benchmark, folder / MANIFEST)
     pictures: dict[str, list[Path]] = {}
-    for each in sorted(planned, key=lambda picture: need(picture, "number", int, path)):
-        file = folder / need(each, "file", str, path)
+    for each in sorted(planned, key=lambda picture: picture["number"]):
+        file = folder / each["file"]
         if status == COMPLETE or file.is_file():
             pictures.setdefault(each["item"], []).append(file)
     settings = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
     sampling = content.get("sampling")
     settings |= {"sampling": {**NEWER_SAMPLING, **sampling}} if sampling else {}
-    # the images' own hash is in the scores: they are too many to be read again
-    hashes = {name: hash_file(folder / name) for name in (MANIFEST, SCORES) if (folder / name).is_file()}
     system = System(
         label=folder.name,
         status=status,
@@ -161,18 +149,15 @@ def read_system(folder: Path, known: set[str], benchmark: Mapping[str, Any]) -> 
         settings=settings,
         pictures=pictures,
         num_planned=len(planned),
-        hashes=hashes,
     )
-    return with_scores(system, folder / SCORES) if status == COMPLETE and SCORES in hashes else system
+    scores = folder / SCORES
+    return with_scores(system, scores) if status == COMPLETE and scores.is_file() else system
 
 
-def check_benchmark(content: Mapping[str, Any], foreign: set[str], benchmark: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError for ``foreign`` items, or for another name or fingerprint: ids alone can agree by chance."""
-    named = content.get("benchmark") or {}
-    ours = {"name": benchmark.get("name"), "fingerprint": (benchmark.get("settings") or {}).get("fingerprint")}
+def check_benchmark(named: Mapping[str, Any], benchmark: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for another name or fingerprint, which changes with any item."""
+    ours = {"name": benchmark["name"], "fingerprint": benchmark["settings"].get("fingerprint")}
     differ = [f"{name} {named[name]}, not {ours[name]}" for name in ours if named.get(name, ours[name]) != ours[name]]
-    if foreign:
-        differ.append(f"{len(foreign)} of its items ({min(foreign)} …) are not in {ITEMS}")
     if differ:
         raise UserError(
             f"{path}: its images belong to another benchmark ({'; '.join(differ)}). A folder holds one benchmark with "
@@ -183,10 +168,9 @@ def check_benchmark(content: Mapping[str, Any], foreign: set[str], benchmark: Ma
 def with_scores(system: System, path: Path) -> System:
     """``system`` with what is in its scores file. A value that is not a finite number counts as missing."""
     content = read_json(path)
-    metrics = need(content, "metrics", dict, path)
-    scores, missing = {}, dict(content.get("missing") or {})
+    metrics, scores, missing = content["metrics"], {}, dict(content["missing"])
     for name, entry in metrics.items():
-        value = finite(need(entry, "value", object, path))
+        value = finite(entry["value"])
         if name.endswith(DEVIATION) and name.removesuffix(DEVIATION) in metrics:
             continue
         if value is None:
@@ -197,11 +181,10 @@ def with_scores(system: System, path: Path) -> System:
         scores[name] = Score(value, low, high, deviation, entry.get("higher_is_better"))
     per_item = {
         name: {item: value for item, value in values.items() if finite(value) is not None}
-        for name, values in (content.get("per_item") or {}).items()
+        for name, values in content["per_item"].items()
     }
-    settings = {**system.settings, "metrics": content.get("settings") or {}}
-    hashes = {**system.hashes, "pictures": content["pictures"]} if content.get("pictures") else system.hashes
-    return replace(system, settings=settings, scores=scores, per_item=per_item, missing=missing, hashes=hashes)
+    settings = {**system.settings, "metrics": content["settings"], HASH: content["pictures"]}
+    return replace(system, settings=settings, scores=scores, per_item=per_item, missing=missing)
 
 
 def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -215,12 +198,3 @@ def flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 def finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def need(content: Any, name: str, kind: type[Any], path: Path) -> Any:
-    """``content[name]``; raises UserError with the file if it is missing or of another type."""
-    if not isinstance(content, Mapping) or name not in content:
-        raise UserError(f"{path}: {name!r} is missing; evaluate.py writes it")
-    if not isinstance(content[name], kind):
-        raise UserError(f"{path}: {name!r} is a {type(content[name]).__name__}, expected {kind.__name__}")
-    return content[name]

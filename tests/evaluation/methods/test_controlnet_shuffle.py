@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ipa.errors import UserError
 from ipa.evaluation.methods.controlnet_shuffle import ControlNetShuffle, shuffle, smooth_noise
-from ipa.evaluation.methods.method import count_parameters, draw_start
+from ipa.evaluation.methods.method import draw_start
 from ipa.evaluation.methods.prompt_tokens import Start
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.weights import count_parameters
 
 CELL_PX = 8
 

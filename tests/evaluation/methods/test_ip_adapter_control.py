@@ -12,7 +12,7 @@ import tiny_sdxl
 import torch
 from torch import Tensor
 
-from ipa.evaluation.methods.edges import Canny
+from ipa.evaluation.methods.edges import canny
 from ipa.evaluation.methods.ip_adapter import IPAdapterMethod
 from ipa.evaluation.methods.ip_adapter_control import IPAdapterControl
 from ipa.sampling import SamplingOptions
@@ -84,7 +84,7 @@ def test_the_control_is_the_edges_of_the_middle_square() -> None:
 
     assert controls_B3HW.shape == (3, 3, 32, 32)
     assert set(controls_B3HW.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(method.controls(prompts, 16)[2, 0], Canny()(prompts[2].image_3HW))
+    assert torch.equal(method.controls(prompts, 16)[2, 0], canny(prompts[2].image_3HW))
 
 
 def test_controlnets_of_another_kind_are_refused() -> None:
@@ -104,7 +104,8 @@ def test_files_are_read(adapter: Path, tmp_path: Path) -> None:
 
     loaded = method.controlnet.state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
-    assert method.trained == alone.trained and method.edges == Canny(low=50) and method.to("cpu") is method
+    assert method.trained == alone.trained and method.to("cpu") is method
+    assert method.edges.keywords == {"low": 50, "high": 200.0}
     assert method.source == f"{adapter} with {tmp_path}"
     prompts = parts.make_prompts()
     pixels = method.generate(prompts, FAST)

@@ -21,10 +21,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from ipa.errors import MissingWeights, UserError
-from ipa.evaluation.methods.method import count_parameters
 from ipa.evaluation.methods.pipelines import to_pil
-from ipa.evaluation.methods.sd_unclip import HUB_ID, SDUnCLIP
+from ipa.evaluation.methods.sd_unclip import SDUnCLIP
 from ipa.evaluation.methods.sd_variations import squeeze
+from ipa.weights import count_parameters
 
 PROMPTS = parts.make_prompts()
 SD15 = {"cross_attention_dim": 768, "sample_size": 64}
@@ -128,12 +128,6 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         load("sd_unclip", tmp_path)
     with pytest.raises(UserError, match=r"method\.dtype=half-ish: give float32"):
         load("sd_unclip", tmp_path, dtype="half-ish")
-
-
-def test_missing_weights_name_the_option_and_the_withdrawn_ones(monkeypatch: Any, tmp_path: Path) -> None:
-    told = parts.check_missing(SDUnCLIP.from_pretrained, "path", monkeypatch, path=HUB_ID)
-    assert "withdrawn" in told
-    assert "withdrawn" not in parts.check_missing(SDUnCLIP.from_pretrained, "path", monkeypatch, path="some/copy")
 
     kandinsky, prior = SYSTEMS["kandinsky21"].method.from_pretrained, str(tmp_path / "prior")
     made.save_parts(tmp_path / "prior", made.prior_parts())

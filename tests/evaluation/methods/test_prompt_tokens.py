@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ipa.errors import MissingWeights, UserError
-from ipa.evaluation.methods.method import Prompt, count_parameters
+from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.prompt_tokens import cut_squares
 from ipa.evaluation.methods.t2i_style import StyleAdapter, T2IStyle
 from ipa.evaluation.methods.uni_controlnet import GlobalAdapter, UniControlNet
 from ipa.evaluation.methods.weights import find_file, load_base, load_image_encoder, load_module
+from ipa.weights import count_parameters
 
 SYSTEMS = {
     UniControlNet: lambda: GlobalAdapter(tiny.CONTEXT_WIDTH),

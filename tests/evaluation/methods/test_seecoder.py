@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import SwinConfig
 
-from ipa.evaluation.methods.method import Prompt, count_parameters
+from ipa.evaluation.methods.method import Prompt
 from ipa.evaluation.methods.seecoder import (
     Decoder,
     QueryTransformer,
@@ -22,6 +22,7 @@ from ipa.evaluation.methods.seecoder import (
     rename,
 )
 from ipa.families.stable_diffusion import StableDiffusion
+from ipa.weights import count_parameters
 
 DEPTHS = [1, 2, 1, 2]
 WIDTH = 32  # the decoder's norms have 32 groups
@@ -198,7 +199,7 @@ def test_global_queries_see_the_picture_through_the_local_ones() -> None:
 
 
 def test_tokens_take_the_texts_place_and_no_image_is_zeros(method: SeeCoder) -> None:
-    positive, negative = method.states(parts.make_prompts(), scale=1.0)
+    positive, negative = method.states(parts.make_prompts())
     assert positive.shape == (3, 9, WIDTH)
     assert torch.equal(negative, torch.zeros_like(positive))
     assert method.trained == count_parameters(method.adapter)
@@ -208,14 +209,14 @@ def test_pictures_are_read_from_0_to_1_without_normalisation(method: SeeCoder) -
     found = []
     method.adapter.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
     images = [torch.full((3, 9, 9), level, dtype=torch.uint8) for level in (255, 0)]
-    method.encode([Prompt(image_3HW, "", 0) for image_3HW in images], 1.0)
+    method.states([Prompt(image_3HW, "", 0) for image_3HW in images])
     (image_B3HW,) = found
     assert image_B3HW.shape == (2, 3, 64, 64)
     torch.testing.assert_close(image_B3HW.mean((1, 2, 3)), torch.tensor([1.0, 0.0]))
 
 
 def test_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SeeCoder, "make_adapter", make_coder)
+    monkeypatch.setattr(SemanticContextEncoder, "large", make_coder)
     made, base, file = make_coder(), tmp_path / "base", tmp_path / "seecoder.safetensors"
     make_family().pipeline().save_pretrained(base)
     state = published(made, DEPTHS, 2, 4)
