@@ -1,11 +1,4 @@
-"""The options ``data.pairs``.
-
-    pairs: {by: style}                              another sample with the same style
-    pairs: {by: [character, franchise], self: 0.2}  of the same character, else franchise; 20 % their own reference
-    pairs: {by: concept, differ: style}             the same concept in another style
-
-The names are entries of the samples' metadata.
-"""
+"""The options ``data.pairs`` (docs/pairs.md)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,6 @@
 """The members of one sample: its picture, captions and metadata, each parsed only when it is needed.
 
-    captions: txt                               one key: a member's extension, or json.NAME, an entry of the metadata
-    captions: [json.recaption, txt]             the first that exists
-    captions: {json.recaption: 3, txt: 1}       sampled in each pass, by weight
-    captions: {keys: [txt, json.alt], choice: random}       sampled uniformly
-
-An entry of the metadata may be a list of texts; these share the key's weight.
+docs/data.md has the ways to name captions. Several texts in one entry of the metadata share the key's weight.
 """
 
 from __future__ import annotations

@@ -1,12 +1,6 @@
 """Samples that are rejected because of a number: a score in the metadata, the picture's size, the caption's length.
 
-    filters:
-      watermark: {key: [json.pwatermark, json.watermark_score], max: 0.5, missing: keep}
-      small: {key: short_side_px, min: 512}
-
-Rejects are counted under the filter's name, ``filter: watermark``. Of several keys the first that gives a number is
-used. ``missing`` decides about samples without one: ``reject`` (``filter: watermark is missing``) or ``keep``. A filter
-that is null is off. The picture is not decoded.
+docs/data.md has the options. Rejects are counted as ``filter: NAME``, or ``filter: NAME is missing`` without a number.
 """
 
 from __future__ import annotations
