@@ -57,7 +57,6 @@ class Address:
         return generator_at("sample", self.seed, self.epoch, self.source, self.shard, self.index, draw)
 
     def uniform(self, draw: str) -> float:
-        """A number in [0, 1)."""
         return torch.rand((), generator=self.generator(draw)).item()
 
     def choose(self, draw: str, chances: Sequence[tuple[Item, float]]) -> Item:

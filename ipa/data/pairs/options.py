@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ipa.data.shards.fields import ENTRY
+from ipa.data.shards.fields import ENTRY, as_list
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 
@@ -59,8 +59,8 @@ class Pairs:
 
 def read_names(given: Any, option: str) -> tuple[str, ...]:
     """``style`` and ``json.style`` are the same entry."""
-    names = [] if given is None else [given] if isinstance(given, str) else given
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) and name.strip() for name in names):
+    names = as_list(given)
+    if not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{option}={given}: {WAYS}")
     read = tuple(name.strip().removeprefix(ENTRY) for name in names)
     if not all(read) or len(set(read)) < len(read):

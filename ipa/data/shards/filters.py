@@ -6,12 +6,12 @@ docs/data.md has the options. Rejects are counted as ``filter: NAME``, or ``filt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ipa.data.rejects import Rejected
-from ipa.data.shards.fields import ENTRY, Fields, is_entry
+from ipa.data.shards.fields import ENTRY, Fields, as_list, is_entry
 from ipa.errors import UserError
 
 OPTIONS = ("key", "min", "max", "missing")
@@ -75,7 +75,6 @@ def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters"
 
 
 def faults(values: Any) -> list[str]:
-    """What is wrong with a filter's values."""
     if not isinstance(values, Mapping):
         return [f"{values} is no filter; give {{{', '.join(OPTIONS)}}}, or null to turn it off"]
     found = [f"unknown option {name}; there are {', '.join(OPTIONS)}" for name in values if name not in OPTIONS]
@@ -90,10 +89,6 @@ def faults(values: Any) -> list[str]:
     if values.get("missing") not in (None, *MISSING):
         found.append(f"missing={values['missing']}: give {' or '.join(MISSING)}")
     return found
-
-
-def as_list(keys: Any) -> list[Any]:
-    return list(keys) if isinstance(keys, Sequence) and not isinstance(keys, str) else [keys]
 
 
 def is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Shard specifications (docs/data.md, "Where shards can be stored") → a list of shards, checked before anything is loaded.
+"""Shard specifications (docs/data.md, "Where shards can be stored") → a list of shards, checked at the start.
 
 ``pipe:`` runs its command in a shell, so the user must allow it.
 """

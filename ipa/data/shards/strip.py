@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ipa.data.shards.fields import ENTRY, Fields
+from ipa.data.shards.fields import ENTRY, Fields, as_list
 from ipa.errors import UserError, brief
 from ipa.files import read_list
 
@@ -46,8 +46,8 @@ class Strip:
     @classmethod
     def of(cls, given: Any, option: str = "data.pairs.strip") -> Strip:
         """From YAML; raises UserError, which names the ``option``."""
-        entries = [] if given is None else [given] if isinstance(given, str) else given
-        if not isinstance(entries, Sequence) or not all(isinstance(entry, str) and entry for entry in entries):
+        entries = as_list(given)
+        if not all(isinstance(entry, str) and entry for entry in entries):
             raise UserError(f"{option}={given}: {WAYS}")
         names = tuple(entry.removeprefix(ENTRY) for entry in entries if entry.startswith(ENTRY))
         terms = [term for entry in entries if not entry.startswith(ENTRY) for term in read_terms(entry, option)]
