@@ -39,11 +39,7 @@ class CacheSource(Source):
 
     @classmethod
     def of(
-        cls,
-        shards: str | Sequence[str],
-        weight: float = 1.0,
-        option: str = "data",
-        schemes: Sequence[str] = TRUSTED,
+        cls, shards: str | Sequence[str], weight: float = 1.0, option: str = "data", schemes: Sequence[str] = TRUSTED
     ) -> CacheSource:
         """Reads a header in every folder; raises NoShards, ``WrongCache``, UserError for a weight."""
         found = expand_shards(shards, schemes)
