@@ -123,7 +123,6 @@ def read(data: ShardDataModule, samples: int | None) -> Findings:
 
 
 def describe(findings: Findings, workers: int) -> str:
-    """The findings as lines for the console."""
     good, bad = findings.good, findings.rejected.counts.total()
     buckets = Counter(tuple(seen.target) for seen in good)  # a list, from a data worker
     references = Counter(seen.references for seen in good)
