@@ -67,7 +67,8 @@ class Layout:
         reference_masks = tuple(fields.mask(name, each) for name, each in shown)
         for each in self.filters:
             each.check(fields, captions[0][0])
-        captions = self.strip.captions(captions, fields)
+        if self.strip.terms or self.strip.names:
+            captions = self.strip.captions(captions, fields)
         found = Record(key, shard, index, picture, captions, references, loss_mask=loss_mask)
         found.measured, found.reference_masks = vars(fields).get("size"), reference_masks  # the size if it was needed
         found.values = tuple(fields.entry(name) for name in self.columns)

@@ -67,8 +67,6 @@ class Strip:
         return found
 
     def captions(self, captions: Captions, fields: Fields) -> Captions:
-        if not self.terms and not self.names:
-            return captions
         values = [fields.entry(name) for name in self.names]
         return tuple((self.apply(text, values)[0], chance) for text, chance in captions)
 
