@@ -148,8 +148,8 @@ class User:
     def status(self) -> str:
         return self.page.locator("#status").inner_text()
 
-    def wait_for(self, words: str, where: str = "status") -> str:
-        self.page.wait_for_function(f"document.querySelector('#{where}').innerText.match({json.dumps(words)})")
+    def wait_for(self, words: str) -> str:
+        self.page.wait_for_function(f"document.querySelector('#status').innerText.match({json.dumps(words)})")
         return self.status()
 
     def start(self) -> None:
@@ -157,9 +157,11 @@ class User:
 
     def generate(self) -> Image.Image:
         """The next image; fails for a message in place of it."""
+        source = "(document.querySelector('#picture img')?.src ?? '')"
+        before = self.page.evaluate(source)
         self.start()
-        self.page.wait_for_function("document.querySelector('#status').innerText.trim() == ''")
-        assert "Ready" in self.wait_for(r"\w")
+        self.page.wait_for_function(f"before => {source} && {source} != before", arg=before)
+        assert "Ready" in self.wait_for("Ready")
         return self.image()
 
     def image(self) -> Image.Image:
@@ -281,7 +283,7 @@ def test_two_users_at_once_get_their_own_images(users: Any, picture: Path, tmp_p
         user.type("num_steps", 60)
     for user in pair.values():
         user.start()
-    pair["plain.png"].wait_for("queue: 1/1", "picture")
+    pair["plain.png"].wait_for("queue: 1/1")
     for name, user in pair.items():
         user.wait_for("Ready")
         settings = settings_in(user.image())
@@ -297,7 +299,7 @@ def test_a_cancelled_job_ends_at_once(users: Any, picture: Path) -> None:
     user.type("num_steps", 200)
     user.type("count", 8)
     user.start()
-    user.wait_for(r"[1-9]\d*/200 steps", "picture")
+    user.wait_for(r"[1-9]\d*/200 steps")
     user.page.locator("#cancel").click()
     began = time.monotonic()
     user.wait_for("Cancelled")
