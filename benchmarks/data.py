@@ -167,11 +167,12 @@ START_UP = """
 import time
 from ipa.data.datamodule import ShardDataModule
 from ipa.data.order.lanes import Lane
+from ipa.data.order.sequence import LaneOrder
 started = time.perf_counter()
 data = ShardDataModule("https://host/{000000..099999}.tar", num_workers=8)
 data.fit_to(image_size_px=512, reference_size_px=224, latent_shape=(4, 64, 64))
 loader = data.train_dataloader()
-first = data.train_order.lane(Lane(0, 8)).sources[0].shards(0)[0]
+first = LaneOrder(data.train_order, Lane(0, 8), 1).shards(data.train_order.sources[0], 0)[0]
 state = data.state_dict()
 print(time.perf_counter() - started)
 """

@@ -1,9 +1,5 @@
-"""Shards → batches, in this order.
+"""Shards → batches; docs/architecture.md follows a sample through these folders.
 
-shards: names, opening, members, and which of them is a record. order: an endless sequence of records, a pure function
-of seed and sources, dealt to lanes; the streams that make batches of it. images: decoding, augmentation, buckets.
-cache: the same from precomputed features. datamodule: loaders, and the position that training has reached.
-
-Ranks, workers and resume only decide who makes which part of the sequence, so they do not change the samples. Every
-random number of a sample has an address (``addresses``).
+Ranks, workers and resume only decide who makes which part of the order, so they do not change the samples. Every random
+number of a sample has an address (``addresses``).
 """

@@ -27,17 +27,14 @@ def digest(*parts: str | int) -> int:
 
 
 def generator_at(*parts: str | int) -> torch.Generator:
-    """A new CPU generator for this address."""
     return torch.Generator().manual_seed(digest(*parts))
 
 
 def uniform_at(*parts: str | int) -> float:
-    """A number in [0, 1), exact in float32."""
     return torch.rand((), generator=generator_at(*parts)).item()
 
 
 def permuted(items: Sequence[Item], *parts: str | int) -> list[Item]:
-    """``items`` in the order that belongs to this address."""
     return [items[i] for i in torch.randperm(len(items), generator=generator_at(*parts)).tolist()]
 
 
@@ -60,7 +57,6 @@ class Address:
         return generator_at("sample", self.seed, self.epoch, self.source, self.shard, self.index, draw)
 
     def uniform(self, draw: str) -> float:
-        """A number in [0, 1), exact in float32."""
         return torch.rand((), generator=self.generator(draw)).item()
 
     def choose(self, draw: str, chances: Sequence[tuple[Item, float]]) -> Item:

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 Shards = str | Sequence[str]
 
+LAYOUT = ("captions", "image", "reference", "reference_mask")  # options for the training's shards and for val
 READERS_CHANGED = "%d ranks × %d workers read the data before, now %d × %d: samples and order stay the same%s"
 
 
@@ -280,11 +281,7 @@ class ShardDataModule(StreamDataModule):
         *,
         sources: Sequence[str] | None = None,
         known: Mapping[str, Mapping[str, Any]] | None = None,
-        captions: Any = "txt",
         filters: Mapping[str, Any] | None = None,
-        image: Any = None,
-        reference: Any = None,
-        reference_mask: Any = None,
         loss_mask: Any = None,
         buckets: Any = None,
         window: int = 2048,
@@ -292,12 +289,11 @@ class ShardDataModule(StreamDataModule):
         schemes: Sequence[str] = TRUSTED,
         **options: Any,
     ) -> None:
-        layout: dict[str, Any] = {"captions": captions, "image": image, "reference": reference}
-        layout["reference_mask"] = reference_mask
+        layout = {name: options[name] for name in LAYOUT if name in options}
         strip = Pairs.of(options.get("pairs")).strip
         shards = choose_sources(train, sources, known or {}, filters=filters, loss_mask=loss_mask, **layout)
         read = [ShardSource.of(name, **values, strip=strip, schemes=schemes) for name, values in shards.items()]
-        super().__init__(Order(read, seed, window), val, schemes=schemes, **layout, **options)
+        super().__init__(Order(read, seed, window), val, schemes=schemes, **options)
         self.bucket_sizes = buckets
         check_members(read, self.images.references.most)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ipa.errors import UserError
 from ipa.files import printable
@@ -109,8 +110,9 @@ class NoGoodSamples(UserError):
     """A whole pass over the shards gave no usable sample."""
 
 
-def no_good_samples(rejects: Iterable[Rejected], shards: int, names: Iterable[str]) -> NoGoodSamples:
-    """``names`` are those of the sources: train, val, or entries of ``data.known``."""
+def no_good_samples(rejects: Iterable[Rejected], sources: Sequence[Any]) -> NoGoodSamples:
+    """The sources are called train, val, or as entries of ``data.known``."""
+    names, shards = [source.name for source in sources], sum(len(source.shards) for source in sources)
     counts = str(Tally.of(rejects)) or "they are empty"
     return NoGoodSamples(
         f"data.{', '.join(names)}: no usable sample in a whole pass over {shards} shards ({counts}). Expected "

@@ -13,7 +13,6 @@ import math
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -29,7 +28,7 @@ from omegaconf import MISSING, OmegaConf
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError, brief
 from ipa.files import read_json, read_text, write_atomically
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 
 ORDER = ("decoupled_global", "decoupled_fine_grained", "simple_global", "simple_fine_grained")
 PROMPTED, ALONE = "scale 1", "scale 0"
@@ -51,8 +50,6 @@ CLAIMS = {
 
 @dataclass
 class Options:
-    """What `python -m ipa.tools.ablation` takes, with the defaults."""
-
     sweep: str = option(MISSING, "folder of the sweep, with one folder for each run")
     out: str = option(MISSING, "markdown file to write; its picture goes into images/ next to it")
     notes: str | None = option(None, "markdown file with your conclusions, added below the figures")
@@ -206,6 +203,7 @@ def page(runs: Sequence[Run], picture: str, notes: str) -> str:
 
 
 def compare(options: Any) -> Path:
+    quiet_libraries()
     runs, out = read_runs(Path(options.sweep)), Path(options.out)
     notes = read_text(options.notes) if options.notes else ""
     picture = out.parent / "images" / f"{out.stem}.png"
@@ -219,10 +217,7 @@ def compare(options: Any) -> Path:
     return out
 
 
-def main() -> None:
-    quiet_libraries()
-    run_tool(sys.argv[1:], Options, compare, __doc__)
-
+main = tool(Options, compare, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,6 @@ they keep of the base's image of the same text and noise. docs/combine.md tells 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -22,7 +21,7 @@ from ipa.cli import quiet_libraries
 from ipa.errors import UserError
 from ipa.files import pictures_in, write_atomically
 from ipa.presets import own_presets, preset_names, read_blocks
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 
 
 @dataclass
@@ -113,9 +112,7 @@ def measures_of(judge: str, weights: str | None) -> Sequence[Any]:
     ]
 
 
-def main() -> None:
-    run_tool(sys.argv[1:], Options, blocks, __doc__)
-
+main = tool(Options, blocks, __doc__)
 
 if __name__ == "__main__":
     main()

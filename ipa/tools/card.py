@@ -11,7 +11,6 @@ logged in (`hf auth login`); nothing else is sent anywhere.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from omegaconf import MISSING
 
 from ipa.errors import UserError, brief
 from ipa.files import HUB_ID, hash_file, is_hub_id, read_json, write_atomically
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 
 ADAPTER, PREVIEW = "adapter.safetensors", "preview.png"
 PIPELINES = {"stable_diffusion": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -202,9 +201,7 @@ def upload(folder: Path, name: str) -> None:
         raise UserError(f"push={name}: the upload failed ({brief(error)}); the card is in {folder}") from error
 
 
-def main() -> None:
-    run_tool(sys.argv[1:], Options, card, __doc__)
-
+main = tool(Options, card, __doc__)
 
 if __name__ == "__main__":
     main()

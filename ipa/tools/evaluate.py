@@ -1,8 +1,4 @@
-"""Evaluate systems that take image prompts; `python evaluate.py --help` lists the options.
-
-python evaluate.py adapter=demo/adapters/decoupled_global.safetensors        the embedded demo world
-python evaluate.py -m 'method=glob(*)' benchmark=coco2017                    the paper's table
-"""
+"""Evaluate systems that take image prompts; `python evaluate.py --help` lists the options."""
 
 import sys
 

@@ -10,7 +10,6 @@ out. The extension of ``out`` selects the format. A .bin, the published pickle, 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.errors import UserError
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 
 DTYPES = ("float16", "bfloat16", "float32")
 # metadata without which a file can be misread
@@ -27,17 +26,11 @@ NEEDED = ("base_family", "branches", "head", "kind", "head_width", "num_tokens",
 
 @dataclass
 class Options:
-    adapter: str = option(
-        MISSING, "adapter file, training checkpoint, also of the public training script, or run folder (its last one)"
-    )
+    adapter: str = option(MISSING, "adapter file, checkpoint (also of the public training script), or run folder")
     out: str | None = option(None, "output file, .safetensors or .bin; null: only describe the adapter")
     dtype: str = option("float16", "data type of the output", one_of=DTYPES)
     layout: str = option("diffusers", "program that must be able to read the output: diffusers, comfyui, or only ipa")
-    weights: str | None = option(
-        None,
-        "which weights of a checkpoint; null: the average if there is one, or else raw",
-        one_of=("average", "raw"),
-    )
+    weights: str | None = option(None, "of a checkpoint; null: average if it has one", one_of=("average", "raw"))
     licence: str | None = option(None, "free text for the metadata")
 
 
@@ -103,7 +96,6 @@ def convert(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def describe(source: str, adapter: Any) -> str:
-    """Lines for the console."""
     import torch
 
     from ipa.export.adapter_file import make_head
@@ -125,9 +117,7 @@ def describe(source: str, adapter: Any) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    run_tool(sys.argv[1:], Options, export, __doc__)
-
+main = tool(Options, export, __doc__)
 
 if __name__ == "__main__":
     main()

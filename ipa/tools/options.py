@@ -5,7 +5,7 @@
         adapter: str = option(MISSING, "an adapter file")
         rows: int = option(8, "images of the grid", at_least=1)
 
-    run_tool(sys.argv[1:], Options, do, __doc__)
+    main = tool(Options, do, __doc__)
 
 ``positional=("folder", "out")`` lets arguments without a name set these fields, in this order.
 """
@@ -41,7 +41,7 @@ def option(
     default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None, one_of: Sequence[str] = ()
 ) -> Any:
     """A field of an ``Options`` class: its default (MISSING for a required option), its meaning, and its limits."""
-    metadata = {"help": help, "limits": (at_least, at_most, tuple(one_of))}
+    metadata = {"help": help, "limits": (at_least, at_most), "one_of": one_of}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -134,30 +134,23 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 
 def range_of(known: Field[Any], hint: Any) -> Range | None:
     """The range of a number or switch."""
-    kinds = kinds_of(hint)
-    least, most, _ = known.metadata.get("limits", (None, None, ()))
-    return next(
-        (Range(kind, least, most, null=NoneType in kinds) for kind in kinds if kind in (int, float, bool)), None
-    )
-
-
-def choices_of(known: Field[Any]) -> Sequence[str]:
-    return known.metadata.get("limits", (None, None, ()))[2]
+    kinds, limits = kinds_of(hint), known.metadata["limits"]
+    return next((Range(kind, *limits, null=NoneType in kinds) for kind in kinds if kind in (int, float, bool)), None)
 
 
 def read(value: Any, known: Field[Any], hint: Any) -> Any:
     """The value that is meant; raises ValueError or TypeError for one that the option cannot have."""
     if within := range_of(known, hint):
         return [within.read(each) for each in value] if hint in LISTS else within.read(value)
-    if value is not None and choices_of(known) and value not in choices_of(known):
+    if value is not None and known.metadata["one_of"] and value not in known.metadata["one_of"]:
         raise ValueError(value)
     return value
 
 
 def possible(known: Field[Any], hint: Any) -> str:
     """The possible values of an option in words: "an integer at least 1"."""
-    if choices_of(known):
-        return f"one of {', '.join(choices_of(known))}"
+    if known.metadata["one_of"]:
+        return f"one of {', '.join(known.metadata['one_of'])}"
     one = str(range_of(known, hint) or " or ".join(TYPES.get(kind, "null") for kind in kinds_of(hint)))
     return f"{one}, or a list [a,b]" if hint in LISTS else one
 
@@ -169,9 +162,14 @@ def describe(kind: type[Any], positional: Sequence[str] = ()) -> str:
     for known in fields(kind):
         default = defaults[known.name]
         shown = "(required)" if default == MISSING else default if isinstance(default, str) else json.dumps(default)
-        lines += ["", f"  {known.name}={shown}", f"      {known.metadata.get('help', '')}"]
+        lines += ["", f"  {known.name}={shown}", f"      {known.metadata['help']}"]
         lines[-1] += f" ({possible(known, get_type_hints(kind)[known.name])})"
     return "\n".join(lines)
+
+
+def tool(kind: type[Any], do: Callable[[Any], Path | None], about: str | None, **options: Any) -> Callable[[], None]:
+    """``run_tool`` with the arguments of this process."""
+    return lambda: run_tool(sys.argv[1:], kind, do, about, **options)
 
 
 def run_tool(

@@ -1,10 +1,4 @@
-"""Index the samples of shards by their groups, so that training can pair them (docs/pairs.md).
-
-    python -m ipa.tools.pair data.train=/data/shards by=style out=style.safetensors
-    python train.py data.train=/data/shards data.pairs.by=style data.pairs.index=style.safetensors
-
-Takes the configuration of train.py. The same command resumes and reads only the shards that are missing.
-"""
+"""Index the samples of shards by their groups, so that training can pair them (docs/pairs.md)."""
 
 from __future__ import annotations
 

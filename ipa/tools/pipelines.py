@@ -18,9 +18,8 @@ from ipa.sampling import SamplingOptions
 
 FLOW = "FlowMatch"  # begins the names of the schedulers for rectified flow
 OPTIONS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("start_image", "inpaint", "control", "control_model", "scheduler", "width", "height", "num_steps")
-    ),
+    **dict.fromkeys(("start_image", "inpaint", "control", "control_model")),
+    **dict.fromkeys(("scheduler", "width", "height", "num_steps")),
     "strength": 0.8,
     "control_weight": 1.0,
 }

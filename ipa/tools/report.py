@@ -12,7 +12,6 @@ unless you are logged in.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 
 
 @dataclass
@@ -38,6 +37,7 @@ def report(options: Any) -> Path:
     from ipa.evaluation.report.files import write_report
     from ipa.evaluation.report.page import Shown
 
+    quiet_libraries()
     shown = Shown(options.rows, options.seed, options.best, options.system, options.thumbnail_px)
     page = write_report(Path(options.folder), shown)
     if options.wandb is not None:
@@ -55,10 +55,7 @@ def show(folder: Path, project: str, shown: Any) -> None:
     log_report(logger, read_evaluation(folder), shown)
 
 
-def main() -> None:
-    quiet_libraries()
-    run_tool(sys.argv[1:], Options, report, __doc__, positional=("folder",))
-
+main = tool(Options, report, __doc__, positional=("folder",))
 
 if __name__ == "__main__":
     main()

@@ -27,14 +27,11 @@ from ipa.errors import UserError, brief
 from ipa.files import pictures_in
 from ipa.presets import SCALINGS
 from ipa.ranges import MAX_EDGE_PX, TRAINING_STEPS
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 from ipa.tools.pictures import FORMATS, check_format, grid, read_settings, write_picture
 
 SAMPLING = ("num_steps", "guidance", "guidance_rescale", "keep_outside")
-REFERENCE = (
-    *("start", "end", "combine", "mask"),
-    *("embeds_scaling", "subtract_text", "subtract_strength", "tiles"),
-)
+REFERENCE = ("start", "end", "combine", "mask", "embeds_scaling", "subtract_text", "subtract_strength", "tiles")
 AXES = ("adapter", "text", "scale", "blocks", "seed")  # lists make a grid; the last one with several goes across
 NOT_SETTINGS = ("out", "again", "device")
 
@@ -48,9 +45,7 @@ class Options:
     scale: list[float] = option([1.0], "λ, the weight of the image prompt; 0 ignores it", at_least=0, at_most=100)
     blocks: list[str] = option([], "λ per block: presets by name, see python -m ipa.tools.blocks")
     seed: list[int] = option([0], "seed", at_least=0, at_most=2**63 - 1)
-    start: float = option(
-        0.0, "the image prompt acts from here, a fraction of the noise schedule", at_least=0, at_most=1
-    )
+    start: float = option(0.0, "the image acts from here, a fraction of the noise schedule", at_least=0, at_most=1)
     end: float = option(1.0, "to here", at_least=0, at_most=1)
     mask: str | None = option(None, "picture that is white where the image prompt acts")
     keep_outside: bool = option(False, "keep the image without the prompt outside the masks, in twice the time")
@@ -60,22 +55,11 @@ class Options:
     subtract_text: str = option("", "content to take out of the image's embedding, as words")
     subtract_strength: float = option(1.0, "how much of it", at_least=0)
     tiles: bool = option(False, "divide the image prompt into tiles that act in their own rectangles")
-    references: str | None = option(
-        None, "in place of image=: prompts with their own options, [{images: a.png, scale: 0.5, adapter: 1}]"
-    )
+    references: str | None = option(None, "prompts in place of image=: [{images: a.png, scale: 0.5, adapter: 1}, …]")
     out: str = option("picture.png", f"a file, one of {', '.join(FORMATS)}; for image=FOLDER a folder")
-    num_steps: int | None = option(
-        None, "denoising steps; null: as the training's previews, or else 25", at_least=1, at_most=TRAINING_STEPS
-    )
-    guidance: float | None = option(
-        None,
-        "guidance scale, 1: none; null: the training's, or the base's",
-        at_least=0,
-        at_most=1000,
-    )
-    guidance_rescale: float | None = option(
-        None, "φ, reduces the contrast of guidance; 0.7 for zero terminal SNR", at_least=0, at_most=1
-    )
+    num_steps: int | None = option(None, "steps; null: the training's, or else 25", at_least=1, at_most=TRAINING_STEPS)
+    guidance: float | None = option(None, "1: none; null: the training's, or the base's", at_least=0, at_most=1000)
+    guidance_rescale: float | None = option(None, "φ, less contrast; 0.7 for zero terminal SNR", at_least=0, at_most=1)
     width: int | None = option(None, "of an image (px); null: the base's native size", at_least=8, at_most=MAX_EDGE_PX)
     height: int | None = option(None, "of an image (px)", at_least=8, at_most=MAX_EDGE_PX)
     scheduler: str | None = option(None, "a scheduler of diffusers, as EulerDiscreteScheduler; null: DDIM")
@@ -87,9 +71,7 @@ class Options:
     control_weight: float = option(1.0, "of the control", at_least=0)
     base: str | None = option(None, "base model in place of the metadata's: diffusers folder, hub id or .safetensors")
     base_config: str | None = option(None, "for a base in one file: diffusers folder or hub id with its layout")
-    encoder: str | None = option(
-        None, "image encoder in place of the metadata's: open_clip name, local-dir:FOLDER or transformers folder"
-    )
+    encoder: str | None = option(None, "in place of the metadata's: open_clip name, local-dir:FOLDER or transformers")
     encoder_weights: str | None = option(None, "open_clip's tag of pretrained weights, or a file")
     device: str | None = option(None, "torch device; null: a GPU if there is one, or else the CPU")
     dtype: str = option("float32", "data type of the frozen weights", one_of=("float32", "float16", "bfloat16"))
@@ -262,9 +244,7 @@ def saved() -> dict[str, Any]:
     return {name: value for name, value in read_settings(Path(files[-1])).items() if name in known} if files else {}
 
 
-def main() -> None:
-    run_tool(sys.argv[1:], Options, sample, __doc__, saved=saved)
-
+main = tool(Options, sample, __doc__, saved=saved)
 
 if __name__ == "__main__":
     main()

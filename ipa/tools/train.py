@@ -1,8 +1,4 @@
-"""Train an IP-Adapter. `python train.py --help` explains the options.
-
-python train.py experiment=decoupled_global                 the embedded demo world: minutes on a CPU, no downloads
-python train.py experiment=decoupled_global recipe=sd15     the same ablation on Stable Diffusion 1.5
-"""
+"""Train an IP-Adapter; `python train.py --help` explains the options."""
 
 from omegaconf import DictConfig
 

@@ -241,13 +241,6 @@ def test_batches_are_stacked_with_the_ids_of_the_chosen_captions() -> None:
     batch.posterior.mean_BCHW += 1  # no view into bytes that others read
 
 
-def test_caches_of_the_first_release_have_ids_of_captions_and_tokenizers() -> None:
-    """``ids_MNL``: M captions, N tokenizers, which are read one after the other."""
-    ids_MNL = torch.arange(12, dtype=torch.int32).view(2, 2, 3)
-    _, arrays = unpack(safetensors.torch.save({"ids_MNL": ids_MNL}, {"sample": "{}"}))
-    assert list(arrays) == ["text.ids"] and torch.equal(torch.from_numpy(arrays["text.ids"].copy()), ids_MNL.flatten(1))
-
-
 def test_a_sample_is_not_given_to_another_bucket() -> None:
     preparation = CachedPreparation()
     record = make_record(picture=pack(make_record(), make_tensors(), (16, 24)))

@@ -166,8 +166,8 @@ def test_nothing_good_in_any_source_is_an_error(tmp_path, preparation) -> None:
         (Share(0, 2, 0, 4), 8, Lanes(2, 4), ""),
         (Share(0, 2, 0, 4), 7, Lanes(2, 1), "7 shards for 8 workers: 4 workers read each shard in full"),
         (Share(0, 8, 0, 4), 4, Lanes(1, 4), "4 shards for 32 workers: 8 workers read each shard in full"),
-        (Share(0, 8, 0, 4), 3, Lanes(1, 1), "3 shards for 32 workers: each worker reads all of them in full"),
-        (Share(0, 1, 0, 4), 1, Lanes(1, 1), "1 shard for 4 workers: each worker reads it in full"),
+        (Share(0, 8, 0, 4), 3, Lanes(1, 1), "3 shards for 32 workers: 32 workers read each shard in full"),
+        (Share(0, 1, 0, 4), 1, Lanes(1, 1), "1 shards for 4 workers: 4 workers read each shard in full"),
     ],
 )
 def test_lanes_fit_readers_and_shards(share: Share, shards: int, lanes: Lanes, message: str, caplog) -> None:

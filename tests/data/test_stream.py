@@ -14,7 +14,7 @@ from tars import DIRT, Members, good, png, write_tar
 
 from ipa.data.images.preparation import ImagePreparation
 from ipa.data.order.lanes import Lane, Lanes, Share
-from ipa.data.order.sequence import Order, Slot
+from ipa.data.order.sequence import LaneOrder, Order, Slot
 from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.rejects import NoGoodSamples
 from ipa.types import Batch, LanePlace, Position, SourcePlace
@@ -57,7 +57,7 @@ def train_rows(*args: object, **options: object) -> list:
 
 def endless(order: Order, number: int) -> list[Slot]:
     """The first samples of the only lane."""
-    return list(islice(order.lane(Lane()).endless(order.begin()), number))
+    return list(islice(LaneOrder(order, Lane(), 1).endless(order.begin()), number))
 
 
 def validate(order: Order, preparation: ImagePreparation, batch: int, world: int = 1, workers: int = 1):

@@ -1,12 +1,9 @@
 """`python -m ipa.tools.app` without a browser: settings, uploads, the queue, who may use the page."""
 
-import asyncio
 import base64
 import io
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from ipa.errors import UserError
 from ipa.prompter import Prompter
 from ipa.tools import sample as sample_tool
 from ipa.tools.app.__main__ import Options, check_password
-from ipa.tools.app.jobs import Cancelled, Job, Queue
 from ipa.tools.app.settings import as_command, as_python, read_page
 from ipa.tools.app.uploads import Files, check_picture, check_pictures
 from ipa.tools.options import read_options
@@ -158,7 +154,6 @@ GOOD = png(Image.effect_noise((40, 30), 80))
 BAD = {
     "notes.png": (b"dear diary", "notes.png cannot be read as a picture: its format is not known"),
     "page.jpg": (b"<!doctype html><html>", "page.jpg cannot be read as a picture: it is a web page"),
-    "huge.png": (bytes(50_000_000), "huge.png is larger than 20 MB"),
     "bomb.png": (png(Image.new("1", (30_000, 30_000))), "bomb.png has more than 50 million pixels"),
     "large.png": (png(Image.new("1", (8_000, 8_000))), "large.png has more than 50 million pixels"),
     "half.png": (GOOD[: len(GOOD) // 2], "half.png is damaged"),
@@ -210,79 +205,25 @@ def test_presets_of_the_base_are_offered(tmp_path: Path) -> None:
     model = tiny.make_model()
     model.family.source = str(tmp_path)
     (tmp_path / "presets.yaml").write_text("mine: {mid_block: 1.0}")
-    assert "mine" in page.Page(Prompter([model]), FIXED, None).offer().presets
+    assert "mine" in page.Page(Prompter([model]), FIXED).offer().presets
 
 
-# the queue
+# jobs
 
 
-@pytest.fixture
-def queue() -> Any:
-    queue = Queue()
-    yield queue
-    queue.close()
-
-
-def test_a_cancelled_job_stops_between_two_steps(queue: Queue, tmp_path: Path) -> None:
+def test_a_cancelled_job_stops_between_two_steps(tmp_path: Path) -> None:
+    page = pytest.importorskip("ipa.tools.app.page")
     prompter = Prompter([tiny.shake(tiny.make_model())], {"guidance": 2.0, "batch_size": 8})
     prompter.models[0].adapter.install()
     Image.new("RGB", (30, 20), "teal").save(tmp_path / "cat.png")
     settings = read(image=[str(tmp_path / "cat.png")], num_steps=100)
     steps = []
-
-    def work(job: Job) -> Any:
-        pipeline, arguments = pipeline_of(prompter, settings)
-        pipeline.progress_bar = job.progress_bar
-        job.update = lambda n=1: (steps.append(n), job.stop.set() if len(steps) == 3 else None, Job.update(job, n))  # type: ignore[method-assign]
-        return make(prompter, settings, pipeline, arguments)
-
-    job = queue.submit("me", 1, work)
-    with pytest.raises(Cancelled):
-        job.future.result(60)
-    assert len(steps) == 3 and job.num_steps == 100 and 0 < job.fraction < 0.1
-    queue.submit("me", 1, lambda job: None).future.result(60)
-    assert queue.jobs == {}
-
-
-def test_jobs_wait_for_each_other_and_can_go_while_they_wait(queue: Queue) -> None:
-    release, order = threading.Event(), []
-
-    def work(name: str) -> Callable[[Job], None]:
-        return lambda job: (order.append(name), release.wait(60))[0]
-
-    jobs = {name: queue.submit(name, 1, work(name)) for name in ("a", "b", "c")}
-    assert [queue.ahead(name) for name in jobs] == [0, 1, 2]
-    assert queue.describe("c", jobs["c"]) == "Waiting: 2 jobs are before yours"
-    with pytest.raises(UserError, match="not ready yet"):
-        queue.submit("b", 1, work("b"))
-    queue.cancel("b")
-    assert jobs["b"].future.cancelled() and queue.ahead("c") == 1
-    release.set()
-    jobs["c"].future.result(60)
-    assert order == ["a", "c"]
-
-
-def test_a_user_who_goes_away_cancels_the_job(queue: Queue) -> None:
-    def work(job: Job) -> None:
-        job.progress_bar(total=10**6)
-        while True:
-            job.stop.wait(0.01)
-            job.update()
-
-    async def watch_a_little() -> list[tuple[float, str]]:
-        watching, seen = queue.watch("me", job), []
-        async for each in watching:
-            seen.append(each)
-            if job.step > 2:
-                break
-        await watching.aclose()
-        return seen
-
-    job = queue.submit("me", 2, work)
-    seen = asyncio.run(watch_a_little())
-    with pytest.raises(Cancelled):
-        job.future.result(60)
-    assert "of 1000000, part 1 of 2, about" in seen[-1][1]
+    job = page.Job(lambda done, desc: (steps.append(done), job.stop.set() if done == (3, 100) else None))
+    pipeline, arguments = pipeline_of(prompter, settings)
+    pipeline.progress_bar = job.progress_bar
+    with pytest.raises(page.Cancelled):
+        make(prompter, settings, pipeline, arguments)
+    assert steps == [(0, 100), (1, 100), (2, 100), (3, 100)]
 
 
 # who may use the page

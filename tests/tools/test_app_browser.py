@@ -5,7 +5,6 @@ Nothing may be requested from anywhere but the page's own server.
 
 import io
 import json
-import re
 import shutil
 import socket
 import subprocess
@@ -110,12 +109,12 @@ class User:
         self.page.wait_for_selector("#generate")
         return self
 
-    def upload(self, *files: Path, into: str = "pictures") -> None:
+    def upload(self, *files: Path, into: str = "image") -> None:
         self.page.locator(f"#{into} input[type=file]").first.set_input_files(files)
 
     def pictures(self, *files: Path) -> None:
         self.upload(*files)
-        self.page.wait_for_function(f"document.querySelectorAll('#pictures .thumbnail-item').length >= {len(files)}")
+        self.page.wait_for_function(f"document.querySelectorAll('#image .thumbnail-item').length >= {len(files)}")
 
     def unfold(self) -> None:
         closed = self.page.locator("button.label-wrap:not(.open)")
@@ -158,10 +157,11 @@ class User:
 
     def generate(self) -> Image.Image:
         """The next image; fails for a message in place of it."""
+        source = "(document.querySelector('#picture img')?.src ?? '')"
+        before = self.page.evaluate(source)
         self.start()
-        self.page.wait_for_function("document.querySelector('#generate').disabled")
-        self.page.wait_for_function("!document.querySelector('#generate').disabled")
-        assert "Ready" in self.status(), self.status()
+        self.page.wait_for_function(f"before => {source} && {source} != before", arg=before)
+        assert "Ready" in self.wait_for("Ready")
         return self.image()
 
     def image(self) -> Image.Image:
@@ -188,7 +188,7 @@ def users(browser: Any, server: Server) -> Iterator[Any]:
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         opened.append(User(context.new_page(), server).open())
         opened[-1].unfold()
-        opened[-1].type("steps", 4)
+        opened[-1].type("num_steps", 4)
         return opened[-1]
 
     yield new
@@ -219,7 +219,7 @@ def test_everything_that_is_set_reaches_the_image(users: Any, picture: Path) -> 
     made = [pixels(user.generate())]
     for change in (
         lambda: user.type("text", "red apple"),
-        lambda: user.type("negative", "blue"),
+        lambda: user.type("negative_text", "blue"),
         lambda: user.type("scale", 0.4),
         lambda: user.choose("blocks", "weak output"),
         lambda: user.type("end", 0.5),
@@ -280,10 +280,10 @@ def test_two_users_at_once_get_their_own_images(users: Any, picture: Path, tmp_p
     for name, user in pair.items():
         user.pictures(tmp_path / name)
         user.type("text", f"the text of {name}")
-        user.type("steps", 60)
+        user.type("num_steps", 60)
     for user in pair.values():
         user.start()
-    pair["plain.png"].wait_for("Waiting: 1 job is before yours")
+    pair["plain.png"].wait_for("queue: 1/1")
     for name, user in pair.items():
         user.wait_for("Ready")
         settings = settings_in(user.image())
@@ -296,17 +296,16 @@ def test_two_users_at_once_get_their_own_images(users: Any, picture: Path, tmp_p
 def test_a_cancelled_job_ends_at_once(users: Any, picture: Path) -> None:
     user = users()
     user.pictures(picture)
-    user.type("steps", 200)
+    user.type("num_steps", 200)
     user.type("count", 8)
     user.start()
-    step = user.wait_for("Step [1-9]")
-    assert re.search(r"Step \d+ of 200, about \d+ s left", step)
+    user.wait_for(r"[1-9]\d*/200 steps")
     user.page.locator("#cancel").click()
     began = time.monotonic()
     user.wait_for("Cancelled")
     assert time.monotonic() - began < 10
 
-    user.type("steps", 4)
+    user.type("num_steps", 4)
     user.type("count", 1)
     user.generate()
 
@@ -317,7 +316,7 @@ def test_bad_uploads_get_one_clear_message_and_the_page_goes_on(users: Any, pict
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     user = users()
     for name, words in {"notes.png": "cannot be read as a picture", "bomb.png": "million pixels"}.items():
-        for into in ("pictures", "start_image"):
+        for into in ("image", "start_image"):
             user.upload(tmp_path / name, into=into)
             user.wait_for(f"{name} .*{words}")
             assert user.page.locator("#status .problem").count() == 1
@@ -337,7 +336,7 @@ def test_bad_uploads_get_one_clear_message_and_the_page_goes_on(users: Any, pict
     user.wait_for("please give a picture")
     user.pictures(picture)
     user.unfold()
-    user.type("steps", 4)
+    user.type("num_steps", 4)
     user.generate()
 
 

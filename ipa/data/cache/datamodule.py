@@ -1,7 +1,5 @@
 """Training from feature shards as a Lightning datamodule, and which options a cache freezes.
 
-    data = CachedDataModule("/data/laion-sd15", batch_size=64)
-
 Order, resume and draws are those of ``ShardDataModule`` over the shards that the features were made from.
 """
 
@@ -73,8 +71,8 @@ class CachedDataModule(StreamDataModule):
             self.texts = read_texts(sources, texts)
             warn_of_memory(self.header.state_shapes, window, options.get("num_workers", 1))
         super().__init__(Order(sources, seed, window), val, reference_mask=reference_mask, schemes=schemes, **options)
-        asked = {"loss_mask": None, "reference_mask": None, **image_choices(self.images)}
-        asked |= frozen_masks(loss_mask or "", read_masks(reference_mask, 1, "data.reference_mask"))
+        asked = {"loss_mask": loss_mask or None, **image_choices(self.images)}
+        asked["reference_mask"] = list(read_masks(reference_mask, 1, "data.reference_mask")) or None
         if options.get("background") is None:
             del asked["background"]
         self.require("choices", asked | {"pairs.strip": strip_choice(Pairs.of(options.get("pairs")).strip)})
@@ -168,8 +166,17 @@ def warn_of_memory(shapes: Mapping[str, Sequence[int]], window: int, workers: in
 
 
 def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
-    """The options that a cache of a source freezes; raises UserError for random ones."""
+    """The options that a cache of a source freezes; raises UserError for random ones.
+
+    Those that came later are left out where they are not used, so older caches stay the same.
+    """
     images = data.images
+    later = {
+        "image": list(layout.images),
+        "pairs.strip": strip_choice(layout.strip),
+        "loss_mask": layout.loss_mask,
+        "reference_mask": list(layout.reference_masks),
+    }
     return {
         **image_choices(images, layout.references),
         "buckets": bucket_list(data.train_order.buckets),
@@ -178,17 +185,7 @@ def frozen_choices(data: ShardDataModule, layout: Layout) -> dict[str, Any]:
         "captions": "all of " + repr(layout.captions),
         "reference": list(layout.references),
         "filters": repr(layout.filters),
-        **({"image": list(layout.images)} if layout.images else {}),
-        **({"pairs.strip": strip_choice(layout.strip)} if layout.strip.parts else {}),
-        **frozen_masks(layout.loss_mask, layout.reference_masks),
-    }
-
-
-def frozen_masks(loss_mask: str, reference_masks: Sequence[str]) -> dict[str, Any]:
-    """Nothing without masks, as in caches that were made before there were any."""
-    return {
-        **({"loss_mask": loss_mask} if loss_mask else {}),
-        **({"reference_mask": list(reference_masks)} if reference_masks else {}),
+        **{name: value for name, value in later.items() if value},
     }
 
 

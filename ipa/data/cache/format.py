@@ -47,17 +47,12 @@ DTYPES = {
 TEXT = "text."  # begins the names of what ``Family.prepare_text`` gives: a row for each caption
 STATES, SCALE = "states.", ".scale"  # the same for ``Family.text_states``
 KINDS = ("states", "states_fp8")
-OLD_IDS = "ids_MNL"  # caches of the first release: the ids of M captions and N tokenizers
 
 # numpy has no bfloat16 and no float8
-STORED = {
-    "F16": np.float16,
-    "U8": np.uint8,
-    "I32": np.int32,
-    "F32": np.float32,
-    "BF16": np.uint16,
-    "F8_E4M3": np.uint8,
-}
+STORED: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
+STORED |= {"BF16": np.uint16, "F8_E4M3": np.uint8}
+# what Python raises for damaged JSON, or for entries of another type than ours
+DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 MAX_SAMPLES = 10_000_000  # of a shard
 MAX_STATE = 1 << 26  # numbers of a text's state; T5's 512 tokens of FLUX have 2 million
 
@@ -84,37 +79,31 @@ class Header:
         try:
             entries = json.loads(content) if name == HEADER else {}
             kind, version = entries.pop("format", None), entries.pop("version", None)
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            if (kind, version) == (FORMAT, VERSION):
+                header = cls(**entries)
+                header.check()
+                return header
+        except DAMAGED as error:
             raise WrongCache(f"{shard}: its {HEADER} is damaged: {error}") from error
-        if kind != FORMAT:
-            raise WrongCache(
-                f"{shard} holds no features: it does not begin with {HEADER}. data=cache reads what "
-                "`python -m ipa.tools.precompute` writes; data=shards reads pictures."
-            )
-        if version != VERSION:
+        if kind == FORMAT:
             raise WrongCache(f"{shard} was written in version {version} of the format, not {VERSION}: make it again")
-        try:
-            header = cls(**entries)
-            header.check()
-        except (TypeError, ValueError) as error:
-            raise WrongCache(f"{shard}: its {HEADER} is damaged: {error}") from error
-        return header
+        raise WrongCache(
+            f"{shard} holds no features: it does not begin with {HEADER}. data=cache reads what "
+            "`python -m ipa.tools.precompute` writes; data=shards reads pictures."
+        )
 
     def check(self) -> None:
-        """Raise UserError for entries that are missing or have a wrong type."""
-        if not isinstance(self.source, str):
-            raise UserError(f"source: {self.source}")
-        for part in ("fingerprints", "choices", "sizes"):
-            if not isinstance(getattr(self, part), dict):
-                raise UserError(f"{part}: {getattr(self, part)}")
-        buckets = self.choices.get("buckets") or []
-        if not isinstance(buckets, list) or not all(is_size(size) for size in buckets):
-            raise UserError(f"buckets: {buckets}")
-        kept, latent = self.sizes.get("kept", []), self.sizes.get("latent_shape", [])
-        if not set(map(str, kept)) <= {"pooled", "reference"} or not all(isinstance(side, int) for side in latent):
-            raise UserError(f"sizes: {self.sizes}")
-        if (text := self.sizes.get("text")) is not None and not is_text(text):
-            raise UserError(f"text: {text}")
+        """Raise one of ``DAMAGED`` for entries that are missing or have a wrong type."""
+        kept, text = self.sizes.get("kept", []), self.sizes.get("text")
+        right = {
+            "source": isinstance(self.source, str),
+            "fingerprints": isinstance(self.fingerprints, dict),
+            "choices": all(is_shape(size, 2) for size in self.choices.get("buckets") or []),
+            "sizes": {*kept} <= {"pooled", "reference"} and is_shape(self.sizes.get("latent_shape", [1] * 3), 3),
+            "text": text is None or (isinstance(text, dict) and is_text(text)),
+        }
+        if wrong := [name for name, is_right in right.items() if not is_right]:
+            raise ValueError(f"{wrong[0]}: {self.sizes.get(wrong[0], getattr(self, wrong[0], None))}")
 
     @property
     def state_shapes(self) -> dict[str, list[int]]:
@@ -141,20 +130,15 @@ class Header:
 
 def is_text(text: Any) -> bool:
     """Whether it says which states are kept of a caption, and their shapes: L × D, E or L."""
-    if not isinstance(text, dict) or text.get("kept") not in KINDS or not isinstance(text.get("shapes"), dict):
-        return False
     shapes = text["shapes"].values()
-    return bool(shapes) and all(
-        isinstance(shape, list)
-        and 1 <= len(shape) <= 2
-        and all(type(side) is int and side > 0 for side in shape)
-        and math.prod(shape) <= MAX_STATE
-        for shape in shapes
-    )
+    fits = all(is_shape(shape, 1, 2) and math.prod(shape) <= MAX_STATE for shape in shapes)
+    return text["kept"] in KINDS and bool(shapes) and fits
 
 
-def is_size(size: Any) -> bool:
-    return isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+def is_shape(value: Any, *dimensions: int) -> bool:
+    """Whether it is a list of so many positive integers."""
+    is_list = isinstance(value, list) and len(value) in dimensions
+    return is_list and all(type(side) is int and side > 0 for side in value)
 
 
 def flat(entries: Mapping[str, Any]) -> dict[str, str]:
@@ -216,13 +200,13 @@ def with_states(data: bytes, states: Mapping[str, Tensor]) -> bytes:
     return save({**others, **states}, {"sample": in_json(about).decode()})
 
 
-def entries_of(data: bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The metadata of a sample, the entries of its tensors, and where these begin; raises ``Rejected``."""
+def entries_of(data: bytes, name: str = "sample") -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The metadata ``name`` of a file, the entries of its tensors, and where these begin; raises ``Rejected``."""
     try:
         begin = 8 + int.from_bytes(data[:8], "little")
         entries = json.loads(data[8:begin])
-        return json.loads(entries.pop("__metadata__")["sample"]), entries, begin
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return json.loads(entries.pop("__metadata__")[name]), entries, begin
+    except DAMAGED as error:
         raise Rejected(Reason.BROKEN_MEMBER, repr(error)) from error
 
 
@@ -239,19 +223,15 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             dtype: Any = np.dtype(STORED[entry["dtype"]])
             count = (end - start) // dtype.itemsize
             arrays[name] = np.frombuffer(data, dtype, count, begin + start).reshape(entry["shape"])
-        if OLD_IDS in arrays:
-            ids_MNL = arrays.pop(OLD_IDS)
-            arrays[f"{TEXT}ids"] = ids_MNL.reshape(len(ids_MNL), -1)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except DAMAGED as error:
         raise Rejected(Reason.BROKEN_MEMBER, repr(error)) from error
     return about, arrays
 
 
 def to_size(size: Any) -> Size | None:
-    """Raises UserError for anything that is not a size."""
+    """Raises ValueError for anything that is not a size."""
     if size is None:
         return None
-    if not is_size(list(size)):
-        raise UserError(f"{size} is not a size")
-    width, height = size
-    return width, height
+    if not is_shape(size, 2):
+        raise ValueError(f"{size} is not a size")
+    return size[0], size[1]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
-from ipa.data.cache.format import DTYPES, STATES, STORED, TEXT, to_size, unpack
+from ipa.data.cache.format import DAMAGED, DTYPES, STATES, STORED, TEXT, to_size, unpack
 from ipa.data.cache.states import from_stored
 from ipa.data.images.masks import stack_masks
 from ipa.data.pairs.index import Place
@@ -65,44 +65,35 @@ class CachedPreparation:
         if record.broken:
             raise record.broken.at(record.key, record.shard)
         about, arrays = unpack(record.picture)
-        try:
-            made_for = to_size(about["target"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise Rejected(Reason.BROKEN_MEMBER, repr(error)) from error
-        if target != made_for:
-            raise Rejected(Reason.OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
         rows = {name: arrays.pop(name) for name in list(arrays) if name.startswith((TEXT, STATES))}
-        if not rows or any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
-            raise Rejected(Reason.BROKEN_MEMBER, f"texts {', '.join(rows)}")
-        self.check(arrays, made_for)
-        if self.partners is not None and (place := self.partners.choose(record, address)):
-            arrays |= lent_arrays(place, arrays, self.partners)
         text = address.choose("caption", record.captions)
         chosen = [known for known, _ in record.captions].index(text)
-        row = {name: array[chosen] for name, array in rows.items()}
-        ids = {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
-        states = self.states_of(row)
-        if bool(ids) == bool(states):
-            raise Rejected(Reason.BROKEN_MEMBER, f"texts {', '.join(rows)}")
+        try:
+            made_for = to_size(about["target"])
+            self.check(arrays, made_for)
+            if any(array.ndim < 2 or len(array) != len(record.captions) for array in rows.values()):
+                raise ValueError("as many texts as captions")
+            row = {name: array[chosen] for name, array in rows.items()}
+            ids = {name.removeprefix(TEXT): array for name, array in row.items() if name.startswith(TEXT)}
+            states = from_stored(row, self.state_shapes)
+            if bool(ids) == bool(states):
+                raise ValueError("either token ids or states")
+        except (*DAMAGED, RuntimeError) as error:
+            raise Rejected(Reason.BROKEN_MEMBER, f"{error!r}; it has {', '.join([*arrays, *rows])}") from error
+        if target != made_for:
+            raise Rejected(Reason.OTHER_BUCKET, f"{record.key}: {made_for}, not {target}")
+        if self.partners is not None and (place := self.partners.choose(record, address)):
+            arrays |= lent_arrays(place, arrays, self.partners)
         return CachedSample(arrays, text, ids, states, record, address)
 
-    def states_of(self, row: Mapping[str, NDArray[Any]]) -> TextInputs:
-        """Of one caption; raises ``Rejected`` unless they are those of the header."""
-        try:
-            return from_stored(row, self.state_shapes)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise Rejected(Reason.BROKEN_MEMBER, f"states: {error}") from error
-
     def check(self, arrays: Mapping[str, NDArray[Any]], target: Size | None) -> None:
-        """Raise ``Rejected`` unless these are all arrays of a sample, in the shapes of the whole cache."""
+        """Raise ValueError unless these are all arrays of a sample, in the shapes of the whole cache."""
         shapes = {name: array.shape for name, array in arrays.items()}
-        wrong = [
-            name for name, shape in shapes.items() if name not in DTYPES or len(shape) != len(name.partition("_")[2])
-        ]
-        if wrong or not {"mean_CHW", "logvar_CHW", "size_6"} <= shapes.keys():
-            raise Rejected(Reason.BROKEN_MEMBER, f"arrays {', '.join(arrays)}")
-        if shapes["mean_CHW"] != shapes["logvar_CHW"] or shapes["size_6"] != (6,) or not self.fits(shapes, target):
-            raise Rejected(Reason.BROKEN_MEMBER, f"arrays of {list(shapes.values())}")
+        known = all(name in DTYPES and len(shape) == len(name.partition("_")[2]) for name, shape in shapes.items())
+        if not known or shapes["mean_CHW"] != shapes["logvar_CHW"] or shapes["size_6"] != (6,):
+            raise ValueError("other arrays")
+        if not self.fits(shapes, target):
+            raise ValueError(f"arrays of {list(shapes.values())}")
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]], target: Size | None) -> bool:
         """Whether the shapes are the header's; with buckets only what does not depend on them."""
@@ -117,23 +108,20 @@ class CachedPreparation:
     def batch(
         self, samples: Sequence[CachedSample], rejects: Sequence[Rejected], position: Position | None = None
     ) -> Batch:
-        """Stack samples of one size, and make their draws."""
         masks = stack_masks([to_mask(sample.arrays.get("mask_1HW")) for sample in samples])
         stacked = stack([{name: x for name, x in sample.arrays.items() if name != "mask_1HW"} for sample in samples])
         pooled_BE = stacked.get("pooled_E")
         channels, height, width = samples[0].arrays["mean_CHW"].shape
         draws = draw([sample.address for sample in samples], (channels, height, width), self.drops)
+        ids = {name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()}
+        states = [sample.text_states for sample in samples]
         return make_batch(
             *(samples, draws, rejects, position),
             reference_B3HW=stacked.get("reference_3HW"),
             posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
-            text_inputs={name: x.long() for name, x in stack([sample.text_inputs for sample in samples]).items()}
-            or None,
-            text_states={
-                name: torch.stack([sample.text_states[name] for sample in samples]) for name in samples[0].text_states
-            }
-            or None,
+            text_inputs=ids or None,
+            text_states={name: torch.stack([each[name] for each in states]) for name in states[0]} or None,
             size_B6=stacked["size_6"].long(),
             loss_mask_B1HW=masks,
         )
@@ -160,7 +148,7 @@ def lent_arrays(place: Place, own: Mapping[str, NDArray[Any]], partners: Partner
     try:
         entries = json.loads(head[8:begin])
         where = {name: read_entry(entries[name], own[name]) for name in REFERENCE if name in own}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         raise BrokenPartner.of(Rejected(Reason.BROKEN_MEMBER, repr(error)), place) from None
     read = {name: partners.part(place, begin + start, length) for name, (start, length) in where.items()}
     return {name: np.frombuffer(data, own[name].dtype).reshape(own[name].shape) for name, data in read.items()}

@@ -13,13 +13,22 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from ipa.data.addresses import digest
-from ipa.data.cache.format import CLOSING, MAX_SAMPLES, REJECTED, SAMPLE, Header, WrongCache, entries_of, to_size
+from ipa.data.cache.format import (
+    CLOSING,
+    DAMAGED,
+    MAX_SAMPLES,
+    REJECTED,
+    SAMPLE,
+    Header,
+    WrongCache,
+    entries_of,
+    to_size,
+)
 from ipa.data.records import Record, Source
 from ipa.data.rejects import Reason, Rejected
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.source import read_weight
 from ipa.data.shards.tar import BLOCK_BYTES, Member, read_members
-from ipa.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,7 @@ class CacheSource(Source):
 
     @classmethod
     def of(
-        cls,
-        shards: str | Sequence[str],
-        weight: float = 1.0,
-        option: str = "data",
-        schemes: Sequence[str] = TRUSTED,
+        cls, shards: str | Sequence[str], weight: float = 1.0, option: str = "data", schemes: Sequence[str] = TRUSTED
     ) -> CacheSource:
         """Reads a header in every folder; raises NoShards, ``WrongCache``, UserError for a weight."""
         found = expand_shards(shards, schemes)
@@ -109,14 +114,13 @@ def read_record(key: str, extension: str, content: bytes, shard: str) -> Record 
         about, _, _ = entries_of(content)
         captions = tuple((str(text), float(chance)) for text, chance in about["captions"])
         if not captions:
-            raise UserError("no caption")
+            raise ValueError("no caption")
         return Record(key, shard, number(about["index"]), content, captions, measured=to_size(about["size"]))
-    except (Rejected, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (Rejected, *DAMAGED) as error:
         return Rejected(Reason.BROKEN_MEMBER, f"{key}: {error}")
 
 
 def content_span(member: Member) -> tuple[int, int]:
-    """Where the content of a member is in its archive."""
     begin = member.span[1] - -(-len(member.content) // BLOCK_BYTES) * BLOCK_BYTES
     return begin, begin + len(member.content)
 
@@ -127,12 +131,12 @@ def read_closing(member: Member) -> dict[str, Any]:
         entries = json.loads(member.content)
         rejects = {str(reason): number(times) for reason, times in entries["rejects"].items()}
         return {"samples": number(entries["samples"]), "rejects": rejects}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except DAMAGED:
         return {}
 
 
 def number(value: Any) -> int:
-    """A count or an index; raises UserError for anything else, or more than a shard can hold."""
+    """A count or an index; raises ValueError for anything else, or more than a shard can hold."""
     if type(value) is not int or not 0 <= value <= MAX_SAMPLES:
-        raise UserError(f"{value} is not a number of samples")
+        raise ValueError(f"{value} is not a number of samples")
     return value

@@ -10,7 +10,6 @@ the states of the few other texts that a training encodes, such as the empty one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ipa.data.cache.format import SCALE, STATES, WrongCache, in_json
+from ipa.data.cache.format import DAMAGED, SCALE, STATES, WrongCache, entries_of, in_json
+from ipa.data.rejects import Rejected
 from ipa.data.shards.opening import bytes_of, close_shard, open_shard
 from ipa.types import TextInputs
 
@@ -42,7 +42,6 @@ def without_unread(states: TextInputs, mask_BL: Tensor | None) -> TextInputs:
 
 
 def shapes_of(states: TextInputs) -> dict[str, list[int]]:
-    """Of one text."""
     return {name: list(x.shape[1:]) for name, x in states.items()}
 
 
@@ -110,15 +109,13 @@ class Texts:
             file = open_shard(place)
             content = bytes_of(file).read()
             close_shard(file)
-            about = json.loads(
-                json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"][ABOUT]
-            )
+            about, _, _ = entries_of(content, ABOUT)
             rows: list[TextInputs] = [{} for _ in about["texts"]]
             for name, x in load(content).items():
                 number, _, inner = name.partition(".")
                 rows[int(number)][inner] = x
             return cls(str(about["encoder"]), dict(zip(about["texts"], rows, strict=True)))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (OSError, SafetensorError, Rejected, *DAMAGED) as error:
             raise WrongCache(
                 f"{place} cannot be read ({error}): it has the states of the empty text and of preview.text. "
                 "`python -m ipa.tools.precompute` writes it next to the shards; data.texts=FILE is another place"
@@ -126,7 +123,6 @@ class Texts:
 
 
 def texts_next_to(shard: str) -> str:
-    """Where the texts of a shard's cache are."""
     return f"{shard.rpartition('/')[0] or '.'}/{TEXTS}"
 
 

@@ -1,14 +1,10 @@
-"""Optional augmentation of the reference only, so that the adapter cannot learn to copy the picture.
-
-'data.augment={_target_: ipa.data.images.augment.Augmentation, area: 0.5, flip: 0.5}'
-"""
+"""Optional augmentation of the reference only, so that the adapter cannot learn to copy the picture."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ipa.data.addresses import Address
@@ -16,7 +12,6 @@ from ipa.data.images.opening import Size
 from ipa.data.images.transforms import Opened, covering
 
 MAX_STRETCH = math.log(4 / 3)  # of a crop's aspect ratio relative to the picture's
-GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -54,27 +49,17 @@ class Augmentation:
         return Opened(pixels_3HW, (width, height), (width, height))
 
     def change(self, reference_3HW: Tensor, address: Address) -> Tensor:
-        """Random flip and colours."""
         if self.flip and address.uniform("reference flip") < self.flip:
             reference_3HW = reference_3HW.flip(-1)
-        if not (self.brightness or self.contrast or self.saturation):
-            return reference_3HW
+        for name in ("brightness", "contrast", "saturation"):
+            if most := getattr(self, name):
+                from torchvision.transforms import functional  # type: ignore[import-untyped]  # slow to import
 
-        def factor(name: str, most: float) -> float:
-            return 1 + most * (2 * address.uniform(f"reference {name}") - 1)
-
-        pixels_3HW = reference_3HW.float() * factor("brightness", self.brightness)
-        mean = grey(pixels_3HW).mean()
-        pixels_3HW = mean + (pixels_3HW - mean) * factor("contrast", self.contrast)
-        grey_1HW = grey(pixels_3HW)
-        pixels_3HW = grey_1HW + (pixels_3HW - grey_1HW) * factor("saturation", self.saturation)
-        return pixels_3HW.round().clamp(0, 255).to(torch.uint8)
+                factor = 1 + most * (2 * address.uniform(f"reference {name}") - 1)
+                reference_3HW = getattr(functional, f"adjust_{name}")(reference_3HW, factor)
+        return reference_3HW
 
 
 def stretch_room(share: float) -> float:
     """How much (in logarithms) the sides of a crop with this share of the area may be stretched."""
     return min(MAX_STRETCH, -math.log(share)) / 2
-
-
-def grey(pixels_3HW: Tensor) -> Tensor:
-    return (pixels_3HW * torch.tensor(GREY)[:, None, None]).sum(0, keepdim=True)

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ipa.data.images.opening import Size
 from ipa.errors import UserError
 
 Group = tuple[list[int], int]
+CutRest = Callable[[Sequence[int], list[int], int], list[Group]]
 
 # Podell et al. 2023, appendix I: all (height, width) of SDXL's training. It has 704 × 1344, but not 1344 × 704.
 # fmt: off
@@ -31,11 +32,29 @@ SDXL_EDGE_PX = 1024
 MULTIPLE_PX = 8  # a VAE of Stable Diffusion halves the size three times
 
 
+def cut_mixed(buckets: Sequence[int], rest: list[int], group: int) -> list[Group]:
+    """Neighbours by aspect ratio share the bucket of the one in their middle; ceil(n / group) groups in all."""
+    pieces = [rest[start : start + group] for start in range(0, len(rest), group)]
+    return [(filled(piece, group), buckets[piece[len(piece) // 2]]) for piece in pieces]
+
+
+def cut_apart(buckets: Sequence[int], rest: list[int], group: int) -> list[Group]:
+    """A group for each bucket that has a rest."""
+    found = sorted({buckets[index] for index in rest})
+    return [(filled([index for index in rest if buckets[index] == bucket], group), bucket) for bucket in found]
+
+
+def filled(piece: list[int], group: int) -> list[int]:
+    """The piece, repeated until the group is full."""
+    return [piece[i % len(piece)] for i in range(group)]
+
+
 @dataclass(frozen=True)
 class Buckets:
     """``sizes`` are (width, height), by aspect ratio."""
 
     sizes: tuple[Size, ...]
+    cut_rest: ClassVar[CutRest] = staticmethod(cut_mixed)
 
     @classmethod
     def of(cls, values: Any, edge_px: int) -> Self:
@@ -63,17 +82,14 @@ class Buckets:
 
     def arrange(self, sizes: Sequence[Size | None], group: int) -> list[tuple[list[int], Size]]:
         """Records of these sizes in groups that share a bucket, see ``arrange``."""
-        return self.named(arrange([self.index(size) for size in sizes], group))
-
-    def named(self, groups: list[Group]) -> list[tuple[list[int], Size]]:
+        groups = arrange([self.index(size) for size in sizes], group, self.cut_rest)
         return [(indices, self.sizes[bucket]) for indices, bucket in groups]
 
 
 class FixedBuckets(Buckets):
     """For pictures that are already cropped: none is moved to another bucket, which gives some more groups."""
 
-    def arrange(self, sizes: Sequence[Size | None], group: int) -> list[tuple[list[int], Size]]:
-        return self.named(arrange([self.index(size) for size in sizes], group, cut_apart))
+    cut_rest = staticmethod(cut_apart)
 
 
 def ordered(sizes: Any) -> tuple[Size, ...]:
@@ -99,28 +115,7 @@ def scaled(size: Size, edge_px: int, step_px: int) -> Size:
     return min(((w * step_px, h * step_px) for w, h in product(*sides)), key=distance)
 
 
-def cut_mixed(buckets: Sequence[int], rest: list[int], group: int) -> list[Group]:
-    """Neighbours by aspect ratio share the bucket of the one in their middle; ceil(n / group) groups in all."""
-    pieces = [rest[start : start + group] for start in range(0, len(rest), group)]
-    return [(filled(piece, group), buckets[piece[len(piece) // 2]]) for piece in pieces]
-
-
-def cut_apart(buckets: Sequence[int], rest: list[int], group: int) -> list[Group]:
-    """A group for each bucket that has a rest."""
-    found = sorted({buckets[index] for index in rest})
-    return [(filled([index for index in rest if buckets[index] == bucket], group), bucket) for bucket in found]
-
-
-def filled(piece: list[int], group: int) -> list[int]:
-    """The piece, repeated until the group is full."""
-    return [piece[i % len(piece)] for i in range(group)]
-
-
-def arrange(
-    buckets: Sequence[int],
-    group: int,
-    cut_rest: Callable[[Sequence[int], list[int], int], list[Group]] = cut_mixed,
-) -> list[Group]:
+def arrange(buckets: Sequence[int], group: int, cut_rest: CutRest = cut_mixed) -> list[Group]:
     """Records, given by their ``buckets`` → groups of ``group`` indices, with the bucket of each.
 
     Every bucket gives whole groups in the given order; ``cut_rest`` groups the others. The groups are sorted by their

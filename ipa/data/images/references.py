@@ -1,9 +1,4 @@
-"""How many references a sample has, and which: one to N, of the pictures that a record offers.
-
-references = References(chances=(0.5, 0.3, 0.2))        # one, two or three
-references.number(address)                              # how many a source should offer this sample
-references.choose(record.references, address)           # at most that many of them, in random order
-"""
+"""How many references a sample has, and which: one to N, of the pictures that a record offers."""
 
 from __future__ import annotations
 

@@ -8,10 +8,9 @@ of a PIL picture to one level of 255 (more where an overshoot is clipped: PIL ma
 The fit ``crop`` is CLIP's preprocessing before normalisation.
 
 To save time a picture may be resized from a smaller version of itself that is still ``HEADROOM`` times as large:
-libjpeg's decoding at 1/2, 1/4 or 1/8, or the resized whole that the target is cropped from. 1/f noise, smooth pictures
-and sharp edges between plain colours stay within 41 dB of the direct result; text and lines of one pixel fall to 36.
-Without headroom (1, the training's default) the decoder drops the high half of each block's frequencies, part of which
-a bicubic filter keeps: 1/f noise falls to 31 to 36 dB; thirteen photographs of 1024 px, halved, stay at 43.7 to 53.7.
+libjpeg's decoding at 1/2, 1/4 or 1/8, or the resized whole that the target is cropped from; docs/data.md has what that
+costs in dB. Without headroom (1, the training's default) the decoder drops the high half of each block's frequencies,
+part of which a bicubic filter keeps.
 """
 
 from __future__ import annotations
@@ -78,7 +77,6 @@ class Opened:
 
     @classmethod
     def of(cls, picture: Image.Image) -> Opened:
-        """An RGB picture as it is."""
         return cls(view(picture), picture.size, picture.size)
 
     def version_for(self, whole: Size) -> Opened:
@@ -90,7 +88,6 @@ class Opened:
         return self.span[0] == whole[0] and self.span[1] == whole[1]
 
     def resized(self, whole: Size) -> Tensor:
-        """The whole picture at this size."""
         source = self.version_for(whole)
         if source.is_at(whole):
             return source.pixels_3HW
@@ -259,5 +256,4 @@ def view(picture: Image.Image) -> Tensor:
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture → uint8 image_3HW."""
     return view(picture).contiguous()

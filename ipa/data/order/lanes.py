@@ -40,7 +40,6 @@ class Share:
 
     @property
     def reader(self) -> int:
-        """Index of this reader among all."""
         return self.worker * self.world + self.rank
 
 
@@ -65,7 +64,8 @@ class Lanes:
         fewer = [separate, cls(share.world, 1), cls(1, share.workers), cls()]
         lanes = next(lanes for lanes in fewer if lanes.number <= shards or lanes == cls())
         if lanes != separate and share.rank == 0:
-            log.warning("%s for %d workers: %s in full", *sharing(shards, share.readers, lanes.number))
+            each = share.readers // lanes.number
+            log.warning("%d shards for %d workers: %d workers read each shard in full", shards, share.readers, each)
         return lanes
 
     @property
@@ -73,7 +73,6 @@ class Lanes:
         return self.ranks * self.workers
 
     def row(self, step: int) -> list[int]:
-        """The lanes of a step's samples."""
         first = step % self.workers * self.ranks
         return list(range(first, first + self.ranks))
 
@@ -82,11 +81,3 @@ class Lanes:
         places = {place % self.ranks for place in range(share.rank, step_samples, share.world)}
         steps = range(step + share.worker, step + share.worker + share.workers * self.workers, share.workers)
         return {self.row(step)[place] for step in steps for place in places}
-
-
-def sharing(shards: int, readers: int, lanes: int) -> tuple[str, int, str]:
-    """``1 shard``, 4, ``each worker reads it``."""
-    if shards == 1:
-        return "1 shard", readers, "each worker reads it"
-    each = "each worker reads all of them" if lanes == 1 else f"{readers // lanes} workers read each shard"
-    return f"{shards} shards", readers, each

@@ -15,14 +15,14 @@ from __future__ import annotations
 import logging
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, count, dropwhile, islice
 
 from ipa.data.addresses import Address, Item, digest, permuted, uniform_at
 from ipa.data.images.buckets import Buckets
 from ipa.data.order.lanes import Lane
 from ipa.data.records import Record, Size, Source
-from ipa.data.rejects import NoGoodSamples, Rejected, no_good_samples
+from ipa.data.rejects import Rejected, no_good_samples
 from ipa.types import LanePlace, SourcePlace
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,6 @@ class Order:
         """The start of pass ``epoch`` of every source."""
         return LanePlace(0, tuple(SourcePlace(epoch) for _ in self.sources))
 
-    def lane(self, lane: Lane, take: int = 1) -> LaneOrder:
-        """The order of one lane; a step takes ``take`` samples from it."""
-        return LaneOrder(self, lane, take)
-
     def in_file_order(self) -> Iterator[Slot]:
         """One pass in file order, always with the draws of epoch 0; raises ``NoGoodSamples`` without any record."""
         rejects: list[Rejected] = []
@@ -74,7 +70,7 @@ class Order:
                 empty = False
                 yield slot
         if empty:
-            raise self.no_good_samples(rejects)
+            raise no_good_samples(rejects, self.sources)
 
     def of_shards(self, source: Source, shards: Sequence[str], rejects: list[Rejected]) -> Iterator[Slot]:
         """Some shards of a source, in file order; without a record all rejects stay in ``rejects``."""
@@ -95,10 +91,6 @@ class Order:
         """The best bucket for a record; None without buckets."""
         return None if self.buckets is None else self.buckets.nearest(record.size)
 
-    def no_good_samples(self, rejects: Iterable[Rejected]) -> NoGoodSamples:
-        shards = sum(len(source.shards) for source in self.sources)
-        return no_good_samples(rejects, shards, [source.name for source in self.sources])
-
     def address(self, slot: Slot) -> Address:
         return Address(self.seed, slot.epoch, slot.source, slot.record.shard, slot.record.index)
 
@@ -108,85 +100,75 @@ class Order:
         return f"{digest(self.seed, self.window, repr(self.buckets), *sources):016x}"
 
 
+@dataclass(frozen=True)
 class LaneOrder:
-    """One lane of an order: the sources' own orders, mixed by their weights."""
+    """One lane, from which a step takes ``take`` samples: the sources' own orders, mixed by their weights."""
 
-    def __init__(self, order: Order, lane: Lane, take: int) -> None:
-        self.order, self.lane = order, lane
-        self.run = take if order.buckets else 1  # samples per choice of a source
-        self.sources = [SourceOrder(order, source, lane, take) for source in order.sources]
-        total = sum(source.weight for source in order.sources)
-        self.borders = [border / total for border in accumulate(source.weight for source in order.sources)]
+    order: Order
+    lane: Lane
+    take: int
 
     def endless(self, start: LanePlace) -> Iterator[Slot]:
         """The lane's samples from ``start`` on; those before it in the open window are read but not decoded."""
-        orders = [source.endless(place) for source, place in zip(self.sources, start.sources, strict=True)]
+        orders = [self.of_source(*each) for each in zip(self.order.sources, start.sources, strict=True)]
         places = list(start.sources)
         for number in count(start.choices):
             chosen = self.choose(number)
-            for _ in range(self.run):
+            for _ in range(self.take if self.order.buckets else 1):
                 slot, places[chosen] = next(orders[chosen])
-                yield Slot(slot.source, slot.epoch, slot.record, slot.target, LanePlace(number + 1, tuple(places)))
+                yield replace(slot, after=LanePlace(number + 1, tuple(places)))
 
     def choose(self, number: int) -> int:
-        if len(self.sources) == 1:
+        weights = [source.weight for source in self.order.sources]
+        if len(weights) == 1:
             return 0
-        u = uniform_at("source", self.order.seed, self.lane.number, self.lane.of, number)
-        return min(bisect(self.borders, u), len(self.sources) - 1)
+        u, total = uniform_at("source", self.order.seed, *self.lane, number), sum(weights)
+        return min(bisect([border / total for border in accumulate(weights)], u), len(weights) - 1)
 
-
-class SourceOrder:
-    """The endless order of one source in one lane."""
-
-    def __init__(self, order: Order, source: Source, lane: Lane, take: int) -> None:
-        self.order, self.source, self.lane, self.take = order, source, lane, take
-
-    def endless(self, start: SourcePlace) -> Iterator[tuple[Slot, SourcePlace]]:
+    def of_source(self, source: Source, start: SourcePlace) -> Iterator[tuple[Slot, SourcePlace]]:
         """Slots and the position after each; raises ``NoGoodSamples`` if no shard has any."""
         rejects: list[Rejected] = []
         tried: set[str] = set()
         for epoch in count(start.epoch):
             begin = start if epoch == start.epoch else SourcePlace(epoch)
-            shards = self.shards(epoch)
+            shards = self.shards(source, epoch)
             empty = True
-            for slot in self.one_pass(shards, begin, rejects):
+            for slot in self.one_pass(source, shards, begin, rejects):
                 empty = False
                 yield slot
             tried = tried | set(shards) if empty and begin == SourcePlace(epoch) else set()
-            if tried.issuperset(self.source.shards):
-                raise no_good_samples(rejects, len(self.source.shards), [self.source.name])
+            if tried.issuperset(source.shards):
+                raise no_good_samples(rejects, [source])
 
-    def shards(self, epoch: int) -> Sequence[str]:
-        """This lane's shards of a pass, in the pass's order."""
-        shards = permuted(self.source.shards, "shards", self.order.seed, epoch, self.source.name)
+    def shards(self, source: Source, epoch: int) -> Sequence[str]:
+        shards = permuted(source.shards, "shards", self.order.seed, epoch, source.name)
         return shards[self.lane.number :: self.lane.of]
 
     def one_pass(
-        self, shards: Sequence[str], begin: SourcePlace, rejects: list[Rejected]
+        self, source: Source, shards: Sequence[str], begin: SourcePlace, rejects: list[Rejected]
     ) -> Iterator[tuple[Slot, SourcePlace]]:
         """The rest of a pass from ``begin``; ``rejects`` keeps those of passes without a record for the next one."""
-        records = self.records(shards, begin, rejects)
+        records = self.records(source, shards, begin, rejects)
         while window := list(islice(records, self.order.window)):
-            for offset, slot in islice(enumerate(self.shuffled(window, begin)), begin.offset, None):
+            for offset, slot in islice(enumerate(self.shuffled(source, window, begin)), begin.offset, None):
                 yield slot, begin._replace(offset=offset + 1)
             ordinal, last = window[-1]
             begin = SourcePlace(begin.epoch, ordinal, last.index + 1)
 
-    def shuffled(self, window: list[tuple[int, Record]], begin: SourcePlace) -> list[Slot]:
-        """A window's records in training order."""
-        address = ("window", self.order.seed, begin.epoch, self.source.name, self.lane.number, self.lane.of)
+    def shuffled(self, source: Source, window: list[tuple[int, Record]], begin: SourcePlace) -> list[Slot]:
+        address = ("window", self.order.seed, begin.epoch, source.name, self.lane.number, self.lane.of)
         records = permuted([record for _, record in window], *address, begin.shard, begin.record)
         if self.order.buckets is None:
-            return [Slot(self.source.name, begin.epoch, record) for record in records]
+            return [Slot(source.name, begin.epoch, record) for record in records]
         arranged = self.order.buckets.arrange([record.size for record in records], self.take)
-        return [Slot(self.source.name, begin.epoch, records[i], target) for group, target in arranged for i in group]
+        return [Slot(source.name, begin.epoch, records[i], target) for group, target in arranged for i in group]
 
     def records(
-        self, shards: Sequence[str], begin: SourcePlace, rejects: list[Rejected]
+        self, source: Source, shards: Sequence[str], begin: SourcePlace, rejects: list[Rejected]
     ) -> Iterator[tuple[int, Record]]:
         """Records with the number of their shard in the pass; shards before the position are not opened."""
         numbered = islice(enumerate(shards), begin.shard, None)
-        pairs = ((n, found) for n, shard in numbered for found in self.order.read(self.source, shard))
+        pairs = ((n, found) for n, shard in numbered for found in self.order.read(source, shard))
 
         def is_behind(pair: tuple[int, Record | Rejected]) -> bool:
             """Rejects before the first record belong to the record before them, and were counted with it."""

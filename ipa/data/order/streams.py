@@ -17,15 +17,15 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from ipa.data.order.lanes import Lane, Lanes, Share
-from ipa.data.order.sequence import Order, Slot, chunks
+from ipa.data.order.sequence import LaneOrder, Order, Slot, chunks
 from ipa.data.records import Preparation
-from ipa.data.rejects import Rejected, in_detail
+from ipa.data.rejects import Rejected, in_detail, no_good_samples
 from ipa.types import Batch, Position
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class TrainStream(Stream):
 
     def reader(self, lane: int, start: Position) -> Lookahead:
         place = start.lanes.get(lane, self.order.begin())
-        return Lookahead(self.order.lane(Lane(lane, self.lanes.number), self.take).endless(place))
+        return Lookahead(LaneOrder(self.order, Lane(lane, self.lanes.number), self.take).endless(place))
 
     def make(self, readers: dict[int, Lookahead], row: Sequence[int], step: int) -> Batch:
         """Sample p of a step is number p div ranks of the step's samples from lane p mod ranks of the row."""
@@ -121,7 +121,7 @@ class TrainStream(Stream):
             if candidate.epoch - begun.setdefault(candidate.source, candidate.epoch) >= 2 * self.lanes.number:
                 unread.discard(candidate.source)
             if not unread:
-                raise self.order.no_good_samples(reject for rejects in tried.values() for reject in rejects)
+                raise no_good_samples(chain(*tried.values()), self.order.sources)
             try:
                 return self.preparation.sample(candidate.record, address, slot.target), counted
             except Rejected as reject:
@@ -168,4 +168,4 @@ class ValStream(Stream):
         """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""
         rejects: list[Rejected] = []
         if not any(self.good([slot], rejects) for slot in self.order.in_file_order()):
-            raise self.order.no_good_samples(rejects)
+            raise no_good_samples(rejects, self.order.sources)

@@ -111,20 +111,15 @@ def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = N
     for source in sources:
         assert isinstance(source, ShardSource), "features have no metadata"
         check_seekable(source.shards)
-        for shard in source.shards:
-            jobs.append(Job(source, shard, features_of(source, shard, caches)))
+        if caches is None:
+            jobs += [Job(source, shard) for shard in source.shards]
+            continue
+        features = {shard_name(path): path for path in caches[source.name].shards}
+        if missing := [name for name in map(shard_name, source.shards) if name not in features]:
+            raise UserError(f"the cache of {source.name} has no shard {missing[0]}, which the pictures have")
+        check_seekable(list(features.values()))
+        jobs += [Job(source, shard, (caches[source.name], features[shard_name(shard)])) for shard in source.shards]
     return jobs
-
-
-def features_of(source: Source, shard: str, caches: Mapping[str, Source] | None) -> tuple[Source, str] | None:
-    if caches is None:
-        return None
-    cache = caches[source.name]
-    for path in cache.shards:
-        if shard_name(path) == shard_name(shard):
-            check_seekable([path])
-            return cache, path
-    raise UserError(f"the cache of {source.name} has no shard {shard_name(shard)}, which the pictures have")
 
 
 def check_local(shards: Sequence[str]) -> None:
@@ -184,7 +179,6 @@ def build_index(
 def assemble(
     jobs: Sequence[Job], parts: Sequence[NDArray[Any]], pairs: Pairs
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Metadata and arrays of the index."""
     rows = np.concatenate(parts)
     if len(rows) >= MAX_ROWS:
         raise UserError(f"{len(rows):,} samples are more than an index holds ({MAX_ROWS - 1:,})")
@@ -303,7 +297,6 @@ def has_others(group_of: Array, differs: Array, sizes: Array) -> Array:
 
 
 def in_words(about: Mapping[str, Any]) -> list[str]:
-    """Lines for the log and the console."""
     report, lines = about["report"], list[str]()
     left = report["samples"]
     for name, level in zip(about["by"], report["levels"], strict=True):

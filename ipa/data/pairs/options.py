@@ -1,19 +1,12 @@
-"""The options ``data.pairs``.
-
-    pairs: {by: style}                              another sample with the same style
-    pairs: {by: [character, franchise], self: 0.2}  of the same character, else franchise; 20 % their own reference
-    pairs: {by: concept, differ: style}             the same concept in another style
-
-The names are entries of the samples' metadata.
-"""
+"""The options ``data.pairs`` (docs/pairs.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ipa.data.shards.fields import ENTRY
+from ipa.data.shards.fields import ENTRY, as_list
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
 
@@ -66,8 +59,8 @@ class Pairs:
 
 def read_names(given: Any, option: str) -> tuple[str, ...]:
     """``style`` and ``json.style`` are the same entry."""
-    names = [] if given is None else [given] if isinstance(given, str) else given
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) and name.strip() for name in names):
+    names = as_list(given)
+    if not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{option}={given}: {WAYS}")
     read = tuple(name.strip().removeprefix(ENTRY) for name in names)
     if not all(read) or len(set(read)) < len(read):

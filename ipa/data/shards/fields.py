@@ -1,11 +1,6 @@
 """The members of one sample: its picture, captions and metadata, each parsed only when it is needed.
 
-    captions: txt                               one key: a member's extension, or json.NAME, an entry of the metadata
-    captions: [json.recaption, txt]             the first that exists
-    captions: {json.recaption: 3, txt: 1}       sampled in each pass, by weight
-    captions: {keys: [txt, json.alt], choice: random}       sampled uniformly
-
-An entry of the metadata may be a list of texts; these share the key's weight.
+docs/data.md has the ways to name captions. Several texts in one entry of the metadata share the key's weight.
 """
 
 from __future__ import annotations
@@ -71,7 +66,6 @@ class Fields:
 
     @cached_property
     def size(self) -> Size:
-        """Width and height of the picture, see ``picture_size``."""
         return picture_size(self.picture)
 
     @cached_property
@@ -139,7 +133,6 @@ class Captions:
 
 
 def weighted(keys: Any, option: str) -> tuple[tuple[str, float], ...]:
-    """Keys with their weights, checked."""
     named = [keys] if isinstance(keys, str) else keys
     listed = named if isinstance(named, Sequence) else []
     pairs = list(named.items()) if isinstance(named, Mapping) else [(key, 1) for key in listed]
@@ -148,6 +141,13 @@ def weighted(keys: Any, option: str) -> tuple[tuple[str, float], ...]:
     if not checked or len(dict(checked)) < len(checked):
         raise UserError(f"{option}={keys}: give {WAYS}; each key once, weights above 0")
     return tuple(checked)
+
+
+def as_list(given: Any) -> list[Any]:
+    """One or several; None is none."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def is_entry(key: Any) -> bool:

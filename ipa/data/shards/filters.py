@@ -1,23 +1,17 @@
 """Samples that are rejected because of a number: a score in the metadata, the picture's size, the caption's length.
 
-    filters:
-      watermark: {key: [json.pwatermark, json.watermark_score], max: 0.5, missing: keep}
-      small: {key: short_side_px, min: 512}
-
-Rejects are counted under the filter's name, ``filter: watermark``. Of several keys the first that gives a number is
-used. ``missing`` decides about samples without one: ``reject`` (``filter: watermark is missing``) or ``keep``. A filter
-that is null is off. The picture is not decoded.
+docs/data.md has the options. Rejects are counted as ``filter: NAME``, or ``filter: NAME is missing`` without a number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ipa.data.rejects import Rejected
-from ipa.data.shards.fields import ENTRY, Fields, is_entry
+from ipa.data.shards.fields import ENTRY, Fields, as_list, is_entry
 from ipa.errors import UserError
 
 OPTIONS = ("key", "min", "max", "missing")
@@ -81,7 +75,6 @@ def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters"
 
 
 def faults(values: Any) -> list[str]:
-    """What is wrong with a filter's values."""
     if not isinstance(values, Mapping):
         return [f"{values} is no filter; give {{{', '.join(OPTIONS)}}}, or null to turn it off"]
     found = [f"unknown option {name}; there are {', '.join(OPTIONS)}" for name in values if name not in OPTIONS]
@@ -96,10 +89,6 @@ def faults(values: Any) -> list[str]:
     if values.get("missing") not in (None, *MISSING):
         found.append(f"missing={values['missing']}: give {' or '.join(MISSING)}")
     return found
-
-
-def as_list(keys: Any) -> list[Any]:
-    return list(keys) if isinstance(keys, Sequence) and not isinstance(keys, str) else [keys]
 
 
 def is_number(value: Any) -> bool:

@@ -1,16 +1,6 @@
-"""Shard specifications → a list of shards, checked before anything is loaded.
+"""Shard specifications (docs/data.md, "Where shards can be stored") → a list of shards, checked at the start.
 
-A specification is one of these, relative paths starting in the working directory:
-
-    data/train                            a folder: its *.tar, sorted
-    data/train/*.tar                      a glob
-    data/{00000..00099}.tar               braces; every shard must exist
-    [laion/{00000..00099}.tar, coyo]      a list of these
-    shards.txt                            a file of these, one a line, # for comments: a configuration is slow with many
-    s3://…  https://…  pipe:…             what a program fetches: only the scheme is checked
-
-Only URLs whose scheme is in ``schemes`` are accepted. ``pipe:`` runs its command in a shell, so the user must allow it.
-A plain path counts as ``file``.
+``pipe:`` runs its command in a shell, so the user must allow it.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from ipa.data.addresses import digest
 from ipa.data.records import Record, Source
 from ipa.data.rejects import Reason, Rejected
-from ipa.data.shards.fields import ALPHA, Captions, Fields, is_extension, is_weight
-from ipa.data.shards.filters import Filter, as_list, read_filters
+from ipa.data.shards.fields import ALPHA, Captions, Fields, as_list, is_extension, is_weight
+from ipa.data.shards.filters import Filter, read_filters
 from ipa.data.shards.names import TRUSTED, expand_shards, shard_name
 from ipa.data.shards.strip import Strip
 from ipa.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, Forward, Member, read_members, walk
@@ -67,10 +67,10 @@ class Layout:
         reference_masks = tuple(fields.mask(name, each) for name, each in shown)
         for each in self.filters:
             each.check(fields, captions[0][0])
-        captions = self.strip.captions(captions, fields)
-        measured = vars(fields).get("size")  # if it was needed
-        found = Record(key, shard, index, picture, captions, references, measured)
-        found.loss_mask, found.reference_masks = loss_mask, reference_masks
+        if self.strip.terms or self.strip.names:
+            captions = self.strip.captions(captions, fields)
+        found = Record(key, shard, index, picture, captions, references, loss_mask=loss_mask)
+        found.measured, found.reference_masks = vars(fields).get("size"), reference_masks  # the size if it was needed
         found.values = tuple(fields.entry(name) for name in self.columns)
         return found
 
@@ -117,7 +117,7 @@ class ShardSource(Source):
             read_filters(filters, f"{option}.filters"),
             read_extensions(image, f"{option}.image"),
             "".join(read_masks(loss_mask, 1, f"{option}.loss_mask")),
-            read_masks(reference_mask, max(1, len(as_list(reference or ()))), f"{option}.reference_mask"),
+            read_masks(reference_mask, max(1, len(as_list(reference))), f"{option}.reference_mask"),
             strip or Strip(),
         )
         found = expand_shards(shards, schemes, f"{option.partition('.')[0]}.schemes")
@@ -148,7 +148,7 @@ class ShardSource(Source):
 
 
 def read_extensions(given: Any, option: str) -> tuple[str, ...]:
-    names = [] if given is None else as_list(given)
+    names = as_list(given)
     if not all(map(is_extension, names)) or len({name.lower() for name in names}) < len(names):
         raise UserError(
             f"{option}={given}: give the extension of a member (ref.jpg of 0001.ref.jpg), or a list of them"

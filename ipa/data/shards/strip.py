@@ -1,10 +1,8 @@
 """Terms that are taken out of captions, so that what they name has to come from the image prompt.
 
-    strip: [style_words.txt, json.artist]       files with a term per line, and entries of the sample's own metadata
-
-"a cat, oil painting, by Van Gogh" becomes "a cat". Terms match whole words in any case, and a space in them also
-matches an underscore. What a removed term leaves behind goes with it: "by", "in the style of", the rest of "an … of"
-at the begin of a clause, articles and prepositions before its end, doubled commas.
+"a cat, oil painting, by Van Gogh" becomes "a cat" (docs/pairs.md). A space in a term also matches an underscore. What a
+removed term leaves behind goes with it: "by", "in the style of", the rest of "an … of" at the begin of a clause,
+articles and prepositions before its end, doubled commas.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ipa.data.shards.fields import ENTRY, Fields
+from ipa.data.shards.fields import ENTRY, Fields, as_list
 from ipa.errors import UserError, brief
 from ipa.files import read_list
 
@@ -48,8 +46,8 @@ class Strip:
     @classmethod
     def of(cls, given: Any, option: str = "data.pairs.strip") -> Strip:
         """From YAML; raises UserError, which names the ``option``."""
-        entries = [] if given is None else [given] if isinstance(given, str) else given
-        if not isinstance(entries, Sequence) or not all(isinstance(entry, str) and entry for entry in entries):
+        entries = as_list(given)
+        if not all(isinstance(entry, str) and entry for entry in entries):
             raise UserError(f"{option}={given}: {WAYS}")
         names = tuple(entry.removeprefix(ENTRY) for entry in entries if entry.startswith(ENTRY))
         terms = [term for entry in entries if not entry.startswith(ENTRY) for term in read_terms(entry, option)]
@@ -69,18 +67,13 @@ class Strip:
         return found
 
     def captions(self, captions: Captions, fields: Fields) -> Captions:
-        if not self.terms and not self.names:
-            return captions
-        return tuple((self.apply(text, fields)[0], chance) for text, chance in captions)
+        values = [fields.entry(name) for name in self.names]
+        return tuple((self.apply(text, values)[0], chance) for text, chance in captions)
 
-    def apply(self, text: str, fields: Fields) -> tuple[str, list[str]]:
-        """The caption without the terms, and those that were in it.
-
-        Without any the caption does not change; it is empty if it has nothing else.
-        """
+    def apply(self, text: str, values: Sequence[Any]) -> tuple[str, list[str]]:
+        """The caption without the terms, and those that were in it; ``values`` are those of the entries ``names``."""
         words = dict.fromkeys(WORD.findall(text.lower()))
         terms = [term for word in words for term in self.by_first_word.get(word, ())]
-        values = [fields.entry(name) for name in self.names]
         own = [term for value in values for term in (value if isinstance(value, list) else [value])]
         terms += [term for term in own if isinstance(term, str) and WORD.search(term)]
         return remove(text, terms) if terms else (text, [])

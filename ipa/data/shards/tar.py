@@ -83,10 +83,6 @@ class Forward:
             data = b"".join([data, *self.chunks(size - len(data))])
         return data
 
-    def skip(self, size: int) -> int:
-        """Read without keeping; fewer bytes than ``size`` only at the end of the file."""
-        return sum(map(len, self.chunks(size)))
-
     def chunks(self, size: int) -> Iterator[bytes]:
         """A damaged header may ask for any number of bytes."""
         while size and (data := self.some(size)):
@@ -131,7 +127,6 @@ def walk(file: Forward) -> Iterator[Member | Rejected]:
 
 
 def rejection(info: tarfile.TarInfo) -> Rejected | None:
-    """Why a member is not read, if it is not."""
     name = info.name
     if not info.isreg() and not info.isdir():
         return Rejected(Reason.UNSAFE_MEMBER, f"{name}: a link, a device or a pipe")
@@ -146,7 +141,7 @@ def rejection(info: tarfile.TarInfo) -> Rejected | None:
 
 def skip_to(offset: int, file: Forward) -> None:
     missing = offset - file.tell()
-    if missing and file.skip(missing) < missing:
+    if missing and sum(map(len, file.chunks(missing))) < missing:
         raise cut_off(file)
 
 

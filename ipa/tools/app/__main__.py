@@ -11,7 +11,6 @@ copied as a command of ipa.tools.sample. Several adapters share one base. Nothin
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -22,7 +21,7 @@ from omegaconf import MISSING
 
 from ipa.cli import quiet_libraries
 from ipa.errors import UserError
-from ipa.tools.options import option, run_tool
+from ipa.tools.options import option, tool
 
 LOCAL = "127.0.0.1"
 MIN_PASSWORD_LENGTH = 8
@@ -75,9 +74,7 @@ def check_gradio() -> None:
         raise UserError(f"the page needs gradio 6, this is {gradio.__version__}: pip install 'gradio>=6'")
 
 
-def main() -> None:
-    run_tool(sys.argv[1:], Options, serve, __doc__)
-
+main = tool(Options, serve, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -36,10 +36,10 @@ def make_inputs(offer: Offer) -> dict[str, Any]:
     gallery: dict[str, Any] = {"interactive": True, "sources": ["upload", "clipboard"], "buttons": []}
     gallery |= {"columns": 4, "height": 220, "object_fit": "contain", "fit_columns": False}
     found: dict[str, Any] = {
-        "image": gr.Gallery(label="Pictures", type="filepath", file_types=["image"], elem_id="pictures", **gallery),
-        "text": gr.Textbox(label="Text", placeholder="empty: the picture alone decides", elem_id="text"),
-        "negative_text": gr.Textbox(label="Negative text", placeholder="what should not be there", elem_id="negative"),
-        "scale": gr.Slider(0, 2, 1, step=0.05, label="λ, the weight of the picture", elem_id="scale"),
+        "image": gr.Gallery(label="Pictures", type="filepath", file_types=["image"], **gallery),
+        "text": gr.Textbox(label="Text", placeholder="empty: the picture alone decides"),
+        "negative_text": gr.Textbox(label="Negative text", placeholder="what should not be there"),
+        "scale": gr.Slider(0, 2, 1, step=0.05, label="λ, the weight of the picture"),
     }
     with gr.Accordion("Where and when the picture acts", open=False):
         found |= make_place(offer)
@@ -49,55 +49,46 @@ def make_inputs(offer: Offer) -> dict[str, Any]:
         found |= make_sampling(offer)
     with gr.Accordion("Start image and control", open=False):
         found |= make_control(offer.has_control)
+    for name, component in found.items():
+        component.elem_id = name
     return found
 
 
 def make_place(offer: Offer) -> dict[str, Any]:
     found: dict[str, Any] = {
         "blocks": gr.Dropdown(
-            list(offer.presets),
-            label="Preset of λ per block (several: side by side)",
-            multiselect=True,
-            elem_id="blocks",
+            list(offer.presets), label="Preset of λ per block (several: side by side)", multiselect=True
         )
     }
     with gr.Row():
-        found["start"] = gr.Slider(0, 1, 0, step=0.05, label="From (0: noise)", min_width=120, elem_id="start")
-        found["end"] = gr.Slider(0, 1, 1, step=0.05, label="To (1: image)", min_width=120, elem_id="end")
-    found["combine"] = gr.Dropdown(
-        list(COMBINE), value="concat", label="Several pictures are combined by", elem_id="combine"
-    )
+        found["start"] = gr.Slider(0, 1, 0, step=0.05, label="From (0: noise)", min_width=120)
+        found["end"] = gr.Slider(0, 1, 1, step=0.05, label="To (1: image)", min_width=120)
+    found["combine"] = gr.Dropdown(list(COMBINE), value="concat", label="Several pictures are combined by")
     found["mask"] = gr.HTML(
         "",
         html_template=(HERE / "mask.html").read_text(),
         js_on_load=(HERE / "mask.js").read_text(),
         **canvas(offer.edge_px, offer.edge_px),
         container=True,
-        elem_id="mask",
     )
-    found["keep_outside"] = gr.Checkbox(
-        False, label="Outside the mask: as without the pictures (twice the time)", elem_id="keep_outside"
-    )
+    found["keep_outside"] = gr.Checkbox(False, label="Outside the mask: as without the pictures (twice the time)")
     return found
 
 
 def make_comparison(offer: Offer) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "scales": gr.Textbox(label="Several λ", placeholder="0, 0.5, 1", elem_id="scales"),
+        "scales": gr.Textbox(label="Several λ", placeholder="0, 0.5, 1"),
         "adapter": gr.Dropdown(
             offer.adapters,
             value=[offer.adapters[0][1]],
             label="Adapter (several: side by side)",
             multiselect=True,
             visible=len(offer.adapters) > 1,
-            elem_id="adapter",
         ),
     }
     with gr.Row():
-        found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
-        found["count"] = gr.Number(
-            1, label="Seeds in a row", precision=0, minimum=1, maximum=MAX_IMAGES, min_width=120, elem_id="count"
-        )
+        found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+        found["count"] = gr.Number(1, label="Seeds in a row", precision=0, minimum=1, maximum=MAX_IMAGES, min_width=120)
     return found
 
 
@@ -106,63 +97,53 @@ def make_sampling(offer: Offer) -> dict[str, Any]:
     with gr.Row():
         for name in ("width", "height"):
             found[name] = gr.Number(
-                offer.edge_px,
-                label=f"{name.capitalize()} (px)",
-                precision=0,
-                step=offer.multiple_px,
-                min_width=120,
-                elem_id=name,
+                offer.edge_px, label=f"{name.capitalize()} (px)", precision=0, step=offer.multiple_px, min_width=120
             )
     with gr.Row():
         found["num_steps"] = gr.Number(
-            offer.num_steps, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=120, elem_id="steps"
+            offer.num_steps, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=120
         )
-        found["guidance"] = gr.Number(
-            offer.guidance, label="Guidance (1: none)", minimum=0, step=0.5, min_width=120, elem_id="guidance"
-        )
+        found["guidance"] = gr.Number(offer.guidance, label="Guidance (1: none)", minimum=0, step=0.5, min_width=120)
     found["guidance_rescale"] = gr.Slider(
-        0, 1, offer.guidance_rescale, step=0.05, label="Less contrast of guidance (φ)", elem_id="rescale"
+        0, 1, offer.guidance_rescale, step=0.05, label="Less contrast of guidance (φ)"
     )
     return found
 
 
-def make_picture(label: str, name: str, visible: bool = True) -> gr.Image:
+def make_picture(label: str, visible: bool = True) -> gr.Image:
     """An upload, handed out as its path: gradio itself would open it, with limits and messages of its own."""
-    found = gr.Image(label=label, type="filepath", sources=["upload"], height=180, visible=visible, elem_id=name)
+    found = gr.Image(label=label, type="filepath", sources=["upload"], height=180, visible=visible)
     found.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return found
 
 
 def make_control(has_control: bool) -> dict[str, Any]:
     return {
-        "start_image": make_picture("Start image", "start_image"),
-        "strength": gr.Slider(0, 1, 0.8, step=0.05, label="How much of it is made anew", elem_id="strength"),
-        "control": make_picture("Control image, such as edges", "control", has_control),
-        "control_weight": gr.Slider(
-            0, 2, 1, step=0.05, label="Weight of the control", visible=has_control, elem_id="control_weight"
-        ),
+        "start_image": make_picture("Start image"),
+        "strength": gr.Slider(0, 1, 0.8, step=0.05, label="How much of it is made anew"),
+        "control": make_picture("Control image, such as edges", has_control),
+        "control_weight": gr.Slider(0, 2, 1, step=0.05, label="Weight of the control", visible=has_control),
     }
 
 
 def make_outputs() -> SimpleNamespace:
     found = SimpleNamespace()
     with gr.Row():
-        found.generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
-        found.cancel = gr.Button("Cancel", interactive=False, min_width=120, elem_id="cancel")
-    found.status = gr.HTML("", elem_id="status")
+        found.generate = gr.Button("Generate", variant="primary", min_width=120)
+        found.cancel = gr.Button("Cancel", min_width=120)
+    found.status = gr.HTML("")
     options: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
-    found.picture = gr.Image(label="Image", type="filepath", elem_id="picture", **options)
-    found.show = gr.Button("Show these settings as a command and as Python", size="sm", elem_id="show")
+    found.picture = gr.Image(label="Image", type="filepath", **options)
+    found.show = gr.Button("Show these settings as a command and as Python", size="sm")
     code: dict[str, Any] = {"visible": False, "wrap_lines": True, "show_line_numbers": False, "buttons": ["copy"]}
-    found.command = gr.Code(label="Command", language="shell", elem_id="command", **code)
-    found.python = gr.Code(label="Python", language="python", elem_id="python", **code)
-    found.files = gr.File(
-        label="Files that they name", file_count="multiple", visible=False, interactive=False, elem_id="files"
-    )
+    found.command = gr.Code(label="Command", language="shell", **code)
+    found.python = gr.Code(label="Python", language="python", **code)
+    found.files = gr.File(label="Files that they name", file_count="multiple", visible=False, interactive=False)
+    for name, component in vars(found).items():
+        component.elem_id = name
     return found
 
 
 def canvas(width: int, height: int) -> dict[str, Any]:
-    """Of these proportions."""
     longer = max(width, height)
     return {"canvas_width": max(1, width * CANVAS_PX // longer), "canvas_height": max(1, height * CANVAS_PX // longer)}

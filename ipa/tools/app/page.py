@@ -6,11 +6,11 @@ import asyncio
 import html
 import logging
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from threading import Event, Lock
+from typing import Any, Self
 
 import gradio as gr
 import torch
@@ -19,7 +19,6 @@ from ipa.errors import UserError
 from ipa.presets import own_presets, preset_names
 from ipa.prompter import Prompter, batches
 from ipa.sampling import SamplingOptions
-from ipa.tools.app.jobs import Cancelled, Job, Queue
 from ipa.tools.app.layout import Offer, canvas, make_inputs, make_outputs
 from ipa.tools.app.settings import as_command, as_python, read_page
 from ipa.tools.app.uploads import Files, check_picture, check_pictures
@@ -29,14 +28,49 @@ from ipa.tools.sample import check, items_of, label, make, pipeline_of
 log = logging.getLogger(__name__)
 
 PICTURES = ("image", "mask", "start_image", "control")  # settings that name files of the job
+PROGRESS = gr.Progress()
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+class Cancelled(Exception):
+    """The user has cancelled the job, or has gone."""
+
+
+class Job:
+    """One or several ``calls`` of a pipeline; it replaces the pipeline's progress bar."""
+
+    def __init__(self, show: gr.Progress) -> None:
+        self.show, self.calls, self.call, self.step, self.num_steps = show, 1, 0, 0, 0
+        self.stop = Event()
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Self:
+        """What diffusers pipelines call before their first step."""
+        self.call, self.step, self.num_steps = self.call + 1, 0, total or 1
+        self.update(0)
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, steps: int = 1) -> None:
+        """After each step; raises Cancelled, which ends the pipeline."""
+        if self.stop.is_set():
+            raise Cancelled
+        self.step += steps
+        part = f"part {self.call} of {self.calls}" if self.calls > 1 else ""
+        self.show((self.step, self.num_steps), desc=part)
 
 
 class Page:
     """``fixed`` are the settings that the page's own command line decides on."""
 
-    def __init__(self, prompter: Prompter, fixed: dict[str, Any], queue: Queue) -> None:
-        self.prompter, self.fixed, self.queue = prompter, fixed, queue
+    def __init__(self, prompter: Prompter, fixed: dict[str, Any]) -> None:
+        self.prompter, self.fixed = prompter, fixed
+        self.jobs: dict[str, Job] = {}  # by the session's name
+        self.model = Lock()  # a cancelled job ends after its step, when the next one has begun
         self.sampling = SamplingOptions(**prompter.defaults)
         self.edge_px = self.sampling.image_size_px or prompter.family.image_size_px
 
@@ -68,51 +102,48 @@ class Page:
         inputs, out = self.inputs, self.outputs
         values = list(inputs.values())
         shown = [out.command, out.python, out.files]
-        made = [out.status, out.picture, out.generate, out.cancel, *shown]
-        out.generate.click(self.generate, values, made, concurrency_limit=None, **HIDDEN)
-        out.cancel.click(self.cancel, None, None, queue=False, **HIDDEN)
+        made = [out.status, out.picture, *shown]
+        waiting: dict[str, Any] = {"show_progress_on": out.status, "concurrency_limit": 1, "api_visibility": "private"}
+        generating = out.generate.click(self.generate, values, made, **waiting)
+        out.cancel.click(self.cancel, None, out.status, queue=False, cancels=generating, **HIDDEN)
         out.show.click(self.show, values, [out.status, *shown], concurrency_limit=2, **HIDDEN)
         inputs["image"].upload(self.check_pictures, inputs["image"], [inputs["image"], out.status], **HIDDEN)
         for name in ("start_image", "control"):
             inputs[name].upload(self.check_picture, inputs[name], [inputs[name], out.status], **HIDDEN)
         for name in ("width", "height"):
             inputs[name].change(resized, [inputs["width"], inputs["height"]], inputs["mask"], **HIDDEN)
-        blocks.unload(self.cancel)
+        blocks.unload(self.stop)
 
     # buttons
 
-    async def generate(self, request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+    async def generate(self, request: gr.Request, show: Any = PROGRESS, *values: Any) -> AsyncIterator[dict[Any, Any]]:
         out, session = self.outputs, str(request.session_hash)
-        buttons = {out.generate: gr.Button(interactive=True), out.cancel: gr.Button(interactive=False)}
-        yield {
-            out.generate: gr.Button(interactive=False),
-            out.cancel: gr.Button(interactive=True),
-            out.status: progress(0, "Reading the pictures …"),
-        }
+        job = self.jobs[session] = Job(show)
         with TemporaryDirectory() as name:
             folder = Path(name)
             try:
                 settings, files = await asyncio.to_thread(self.prepare, values, folder)
-                calls = len(list(batches(items_of(at(settings, folder)), self.sampling.batch_size)))
-                calls *= 1 + settings["keep_outside"]  # once more without the pictures
-                job = self.queue.submit(session, calls, lambda job: self.make(job, settings, folder))
-                async for fraction, words in self.queue.watch(session, job):
-                    yield {out.status: progress(fraction, words)}
-                job.future.result()
-                notes = self.notes(settings)
+                await asyncio.to_thread(self.make, job, settings, folder)
                 yield {
-                    **buttons,
                     **self.shown(settings, files),
                     out.picture: str(folder / "picture.png"),
-                    out.status: message("Ready. The file contains its settings.", *notes),
+                    out.status: message("Ready. The file contains its settings.", *self.notes(settings)),
                 }
-            except (Cancelled, CancelledError):
-                yield {**buttons, out.status: message("Cancelled.")}
+            except Cancelled:
+                yield {out.status: message("Cancelled.")}
             except Exception as error:
-                yield {**buttons, out.status: problem(explained(error, folder))}
+                yield {out.status: problem(explained(error, folder))}
+            finally:
+                job.stop.set()  # gradio cancels this function, not its thread
+                self.jobs.pop(session, None)
 
-    def cancel(self, request: gr.Request) -> None:
-        self.queue.cancel(str(request.session_hash))
+    def cancel(self, request: gr.Request) -> str:
+        self.stop(request)
+        return message("Cancelled.")
+
+    def stop(self, request: gr.Request) -> None:
+        if job := self.jobs.get(str(request.session_hash)):
+            job.stop.set()
 
     async def show(self, *values: Any) -> AsyncIterator[dict[Any, Any]]:
         with TemporaryDirectory() as name:
@@ -151,11 +182,14 @@ class Page:
 
     def make(self, job: Job, settings: dict[str, Any], folder: Path) -> None:
         here = at(settings, folder)
+        calls = len(list(batches(items_of(here), self.sampling.batch_size)))
+        job.calls = calls * (1 + settings["keep_outside"])  # once more without the pictures
         chosen = [self.prompter.models[self.fixed["adapter"].index(each)] for each in settings["adapter"]]
         prompter = replace(self.prompter, models=chosen)
-        pipeline, arguments = pipeline_of(prompter, here)
-        pipeline.progress_bar = job.progress_bar
-        write_picture(make(prompter, here, pipeline, arguments), folder / "picture.png", settings)
+        with self.model:
+            pipeline, arguments = pipeline_of(prompter, here)
+            pipeline.progress_bar = job.progress_bar
+            write_picture(make(prompter, here, pipeline, arguments), folder / "picture.png", settings)
 
     def shown(self, settings: dict[str, Any], files: Files) -> dict[Any, Any]:
         out, made = self.outputs, [str(files.folder / name) for name in files.made]
@@ -173,7 +207,6 @@ class Page:
 
 
 def at(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """With the files where they are."""
 
     def moved(value: Any) -> Any:
         return [str(folder / each) for each in value] if isinstance(value, list) else value and str(folder / value)
@@ -182,7 +215,6 @@ def at(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def resized(width: float | None, height: float | None) -> Any:
-    """The canvas in the images' proportions."""
     return gr.skip() if not (width and height) else gr.HTML("", **canvas(int(width), int(height)))
 
 
@@ -195,10 +227,6 @@ def explained(error: Exception, folder: Path) -> str:
         return "there is not enough memory for this: ask for fewer or smaller images"
     log.error("a job failed", exc_info=error)
     return "this went wrong on the server, whose console has the details"
-
-
-def progress(fraction: float, words: str) -> str:
-    return f'<progress max="1" value="{fraction:.3f}"></progress><p role="status">{html.escape(words)}</p>'
 
 
 def message(*lines: str) -> str:

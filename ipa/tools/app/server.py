@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from ipa.errors import UserError
 from ipa.export.loading import known_sources
 from ipa.export.reading import read_adapter
-from ipa.tools.app.jobs import Queue
 from ipa.tools.app.page import Page
 from ipa.tools.app.settings import LOADING
 from ipa.tools.app.uploads import MAX_BYTES
@@ -33,8 +32,8 @@ def run(options: Any) -> None:
         check_bases(options.adapter)
     if options.control_model is not None:
         load_control(options.control_model)
-    queue = Queue()
-    blocks = Page(load(fixed, options.device), fixed, queue).build()
+    page = Page(load(fixed, options.device), fixed)
+    blocks = page.build()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that temporary files go
     try:
         launch(blocks, options.host, options.port, options.password)
@@ -42,7 +41,8 @@ def run(options: Any) -> None:
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
     finally:
-        queue.close()
+        for job in list(page.jobs.values()):
+            job.stop.set()  # so that the process can end
         blocks.close(verbose=False)
 
 

@@ -25,9 +25,7 @@ MAX_ENLARGEMENT = 2  # of the base's native size, in each direction
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError, which names the file as the user does: too large, no picture, or broken."""
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path.name} is larger than {MAX_BYTES // 10**6} MB: give a smaller file")
+    """Raises UserError, which names the file as the user does: no picture, or broken. Gradio checks ``MAX_BYTES``."""
     too_many = f"{path.name} has more than {MAX_PIXELS // 10**6} million pixels: give a smaller picture"
     try:
         width, height = picture_size(path.read_bytes())

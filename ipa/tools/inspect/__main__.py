@@ -1,10 +1,4 @@
-"""Look into shards as training reads them: counts, rejects by reason, sizes, captions, speed, and a contact sheet.
-
-    python -m ipa.tools.inspect                                              # the demo data
-    python -m ipa.tools.inspect recipe=sd15 data.train=/data/laion samples=null
-
-Takes the configuration of train.py. Loads no model: sizes come from the configuration files of base and encoder.
-"""
+"""Look into shards as training reads them; ``--help`` prints conf/hydra/help/inspect.yaml."""
 
 from omegaconf import DictConfig
 

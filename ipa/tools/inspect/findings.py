@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,6 @@ from ipa.data.order.lanes import Share
 from ipa.data.order.sequence import Order
 from ipa.data.records import Record
 from ipa.data.rejects import Rejected, Tally
-from ipa.data.shards.fields import Fields
 from ipa.data.shards.source import read_shard
 from ipa.data.shards.strip import Strip
 from ipa.errors import UserError
@@ -38,40 +37,21 @@ GREY = "#e8e8e8"
 OTHER_FILE = "choose another file with out=FILE"
 
 
-@dataclass
-class Findings:
-    """What was seen: original sizes (height, width), how many are upscaled, caption lengths in characters, rejects.
-
-    ``references`` counts samples by their number of references.
-    """
-
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    captions: list[int] = field(default_factory=list)
-    upscaled: int = 0
-    rejected: Tally = field(default_factory=Tally)
-    buckets: Counter[tuple[int, int]] = field(default_factory=Counter)
-    references: Counter[int] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    def add(self, seen: Seen | None, rejects: list[Rejected]) -> None:
-        found = Tally.of(rejects)
-        self.rejected.add(found.counts, found.examples)
-        if seen is not None:
-            height, width, _, _, target_height, target_width = seen.size_6
-            self.sizes.append((height, width))
-            self.upscaled += height < target_height or width < target_width
-            self.buckets[target_width, target_height] += 1
-            self.references[seen.references] += 1
-            self.captions.append(seen.letters)
-
-
 class Seen(NamedTuple):
-    """A good sample: its size condition, its number of references, and the length of its caption."""
+    """A good sample: its original size and its target's (width, height), its references, letters of its caption."""
 
     key: str
-    size_6: list[int]
+    size: tuple[int, int]
+    target: tuple[int, int]
     references: int
     letters: int
+
+
+@dataclass
+class Findings:
+    good: list[Seen] = field(default_factory=list)
+    rejected: Tally = field(default_factory=Tally)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -92,7 +72,9 @@ class Reading(IterableDataset[tuple[Seen | None, list[Rejected]]]):
                 except Rejected as reject:
                     yield None, [*slot.record.rejects, reject.at()]
                     continue
-                seen = Seen(slot.record.key, sample.size_6.tolist(), 1 + len(sample.more_references), len(sample.text))
+                height, width, _, _, *target = sample.size_6.tolist()
+                references = 1 + len(sample.more_references)
+                seen = Seen(slot.record.key, (width, height), (target[1], target[0]), references, len(sample.text))
                 yield seen, slot.record.rejects
             yield None, rest
 
@@ -109,7 +91,7 @@ def inspect(cfg: DictConfig) -> None:
         latent_shape=(1, 8, 8),  # of the noise, which is not looked at
     )
     findings = read(data, cfg.samples)
-    if not findings.sizes:
+    if not findings.good:
         raise UserError(f"there is no good sample in these shards: {str(findings.rejected) or 'they are empty'}")
     print(describe(findings, data.num_workers))
     for line in describe_stripped(data, cfg.samples):
@@ -130,45 +112,46 @@ def read(data: ShardDataModule, samples: int | None) -> Findings:
     loader = DataLoader(Reading(data.train_order, data.train_preparation()), None, num_workers=data.num_workers)
     with tqdm(total=samples, unit=" samples", desc="reading") as bar:
         for seen, rejects in loader:
-            findings.add(seen, rejects)
+            found = Tally.of(rejects)
+            findings.rejected.add(found.counts, found.examples)
+            findings.good += [] if seen is None else [seen]
             bar.update(seen is not None)
-            if samples is not None and len(findings.sizes) >= samples:
+            if samples is not None and len(findings.good) >= samples:
                 break
     findings.seconds = time.perf_counter() - started
     return findings
 
 
 def describe(findings: Findings, workers: int) -> str:
-    """The findings as lines for the console."""
-    good, bad = len(findings.sizes), findings.rejected.counts.total()
+    good, bad = findings.good, findings.rejected.counts.total()
+    buckets = Counter(tuple(seen.target) for seen in good)  # a list, from a data worker
+    references = Counter(seen.references for seen in good)
     lines = [
-        f"{good:,} good samples, {bad:,} rejected ({100 * bad / (good + bad):.1f} %)",
+        f"{len(good):,} good samples, {bad:,} rejected ({100 * bad / (len(good) + bad):.1f} %)",
         *(f"    {line}" for line in findings.rejected.lines()),
-        quantiles("shorter side (px)", [min(size) for size in findings.sizes]),
-        *describe_upscaled(findings),
-        quantiles("aspect ratio", [max(size) / min(size) for size in findings.sizes]),
-        quantiles("caption (characters)", findings.captions),
-        f"{good / findings.seconds:,.0f} samples/s with {workers} workers, startup included",
+        quantiles("shorter side (px)", [min(seen.size) for seen in good]),
+        *describe_upscaled(good, *buckets.most_common(1)[0][0]),
+        quantiles("aspect ratio", [max(seen.size) / min(seen.size) for seen in good]),
+        quantiles("caption (characters)", [seen.letters for seen in good]),
+        f"{len(good) / findings.seconds:,.0f} samples/s with {workers} workers, startup included",
     ]
-    if len(findings.references) > 1:
-        numbers = ", ".join(f"{number}: {count:,}" for number, count in sorted(findings.references.items()))
+    if len(references) > 1:
+        numbers = ", ".join(f"{number}: {count:,}" for number, count in sorted(references.items()))
         lines.append(f"samples by number of references: {numbers}")
-    if len(findings.buckets) > 1:
-        most = ", ".join(f"{w} × {h}: {count:,}" for (w, h), count in findings.buckets.most_common(12))
+    if len(buckets) > 1:
+        most = ", ".join(f"{w} × {h}: {count:,}" for (w, h), count in buckets.most_common(12))
         lines.append(f"buckets (width × height): {most}")
     return "\n".join(lines)
 
 
-def describe_upscaled(findings: Findings) -> list[str]:
+def describe_upscaled(good: Sequence[Seen], width: int, height: int) -> list[str]:
     """A line about pictures that are smaller than what training crops, if there are any."""
-    if not findings.upscaled:
-        return []
-    width, height = findings.buckets.most_common(1)[0][0]
+    upscaled = sum(seen.size[0] < seen.target[0] or seen.size[1] < seen.target[1] for seen in good)
     return [
-        f"{findings.upscaled:,} of them ({100 * findings.upscaled / len(findings.sizes):.0f} %) are smaller than what "
-        f"training crops ({width} × {height} px) and are upscaled: use larger pictures, a smaller image_size_px, or "
+        f"{upscaled:,} of them ({100 * upscaled / len(good):.0f} %) are smaller than what training crops ({width} × "
+        f"{height} px) and are upscaled: use larger pictures, a smaller image_size_px, or "
         f"'data.filters={{small: {{key: short_side_px, min: {min(width, height)}}}}}'"
-    ]
+    ] * (upscaled > 0)
 
 
 def quantiles(name: str, values: list[Any]) -> str:
@@ -177,55 +160,29 @@ def quantiles(name: str, values: list[Any]) -> str:
     return f"{name}: median {middle:.4g}, 5 % below {few:.4g}, 5 % above {most:.4g}, from {low:.4g} to {high:.4g}"
 
 
-@dataclass
-class Stripped:
-    """What ``data.pairs.strip`` takes out of the captions that are seen, and the first changes."""
-
-    captions: int = 0
-    changed: int = 0
-    empty: int = 0
-    terms: Counter[str] = field(default_factory=Counter)
-    examples: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, before: str, after: str, terms: list[str]) -> None:
-        self.captions += 1
-        self.changed += bool(terms)
-        self.empty += bool(terms) and not after
-        self.terms.update(term.lower() for term in terms)
-        if terms and len(self.examples) < MAX_EXAMPLES:
-            self.examples.append((before, after))
-
-    def describe(self) -> list[str]:
-        most = ", ".join(f"{term} ({times:,})" for term, times in self.terms.most_common(MAX_TERMS))
-        return [
-            f"data.pairs.strip changed {self.changed:,} of {self.captions:,} captions; {self.empty:,} are empty now",
-            *([f"    removed: {most}"] if most else []),
-            *(f"    {before!r} → {after!r}" for before, after in self.examples),
-        ]
-
-
-@dataclass(frozen=True)
-class CountingStrip(Strip):
-    stripped: Stripped = field(default_factory=Stripped, compare=False)
-
-    def apply(self, text: str, fields: Fields) -> tuple[str, list[str]]:
-        after, terms = super().apply(text, fields)
-        self.stripped.add(text, after, terms)
-        return after, terms
-
-
 def describe_stripped(data: ShardDataModule, samples: int | None) -> list[str]:
-    """Of the first ``samples`` in file order; nothing if nothing is stripped."""
+    """What ``data.pairs.strip`` takes out of the captions of the first ``samples`` in file order, if anything."""
     sources: Any = data.train_order.sources
     strip = sources[0].layout.strip
     if not strip.parts:
         return []
-    counting = CountingStrip(strip.terms, strip.names)
-    shards = ((shard, replace(source.layout, strip=counting)) for source in sources for shard in source.shards)
+    layouts = [replace(source.layout, strip=Strip(), columns=strip.names) for source in sources]
+    shards = ((shard, layout) for source, layout in zip(sources, layouts, strict=True) for shard in source.shards)
     records = (found for each in shards for found in read_shard(*each) if isinstance(found, Record))
-    for _ in islice(records, samples):
-        pass
-    return counting.stripped.describe()
+    number, changed, removed = 0, list[tuple[str, str]](), Counter[str]()
+    for record in islice(records, samples):
+        for before, _ in record.captions:
+            after, terms = strip.apply(before, record.values)
+            number += 1
+            changed += [(before, after)] * bool(terms)
+            removed.update(term.lower() for term in terms)
+    most = ", ".join(f"{term} ({times:,})" for term, times in removed.most_common(MAX_TERMS))
+    empty = sum(not after for _, after in changed)
+    return [
+        f"data.pairs.strip changed {len(changed):,} of {number:,} captions; {empty:,} are empty now",
+        *([f"    removed: {most}"] if most else []),
+        *(f"    {before!r} → {after!r}" for before, after in changed[:MAX_EXAMPLES]),
+    ]
 
 
 def draw_cell(batch: Batch, row: int) -> Image.Image:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,6 @@ def encode_pictures(
 
 
 def make_all(jobs: Sequence[Job], encoded: Iterator[tuple[Decoded, Rows]]) -> Made:
-    """With a progress bar."""
     made = Made()
     with tqdm(unit=" samples", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         for number, job in enumerate(jobs, 1):
@@ -115,27 +115,21 @@ class FrozenParts:
 
     def encode_all(self, loader: Iterable[Decoded]) -> Iterator[tuple[Decoded, Rows]]:
         """One batch behind, so that the device works on the next batch while the last one is written."""
-        last: tuple[Decoded, dict[str, Tensor]] | None = None
-        for decoded in loader:
-            tensors = self.encode(decoded)
-            if last is not None:
-                yield last[0], self.rows(last[0].good, last[1])
-            last = decoded, tensors
-        if last is not None:
-            yield last[0], self.rows(last[0].good, last[1])
+        encoded = ((decoded, self.encode(decoded)) for decoded in loader)
+        for (decoded, tensors), _ in pairwise(chain[Any](encoded, [None])):
+            yield decoded, self.rows(decoded.good, tensors)
 
     def encode(self, decoded: Decoded) -> dict[str, Tensor]:
         """A row for each good record; the device may still be computing them."""
-        if decoded.image_B3HW is None or decoded.reference_B3HW is None or decoded.size_B6 is None:
+        if not decoded.good:
             return {}
-        posterior = self.family.encode_pixels(self.pixels(decoded.image_B3HW))
-        found = {"mean_CHW": posterior.mean_BCHW, "logvar_CHW": posterior.logvar_BCHW, "size_6": decoded.size_B6}
+        found = dict(decoded.tensors)
+        posterior = self.family.encode_pixels(self.pixels(found.pop("image_3HW")))
+        found |= {"mean_CHW": posterior.mean_BCHW, "logvar_CHW": posterior.logvar_BCHW}
         if "pooled" in self.kept:
-            found["pooled_E"] = self.encoder.encode(self.pixels(decoded.reference_B3HW), "pooled").pooled_BE
-        if "reference" in self.kept:
-            found["reference_3HW"] = decoded.reference_B3HW
-        if decoded.loss_mask_B1HW is not None:
-            found["mask_1HW"] = decoded.loss_mask_B1HW
+            found["pooled_E"] = self.encoder.encode(self.pixels(found["reference_3HW"]), "pooled").pooled_BE
+        if "reference" not in self.kept:
+            del found["reference_3HW"]
         return {name: tensor.to(DTYPES[name]) for name, tensor in found.items()}
 
     def pixels(self, image_B3HW: Tensor) -> Tensor:
@@ -213,7 +207,6 @@ def make_headers(data: ShardDataModule, sizes: dict[str, Any], found: dict[str, 
 
 
 def make_loader(tasks: Iterator[Task], preparation: ImagePreparation, num_workers: int | None) -> DataLoader[Decoded]:
-    """Decoded tasks, in their order."""
     if num_workers is None:
         num_workers = min(8, len(os.sched_getaffinity(0)))
     loading: Any = {"batch_size": None, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}

@@ -1,8 +1,4 @@
-"""Which shards a process makes, how their pictures are decoded in data workers, and how a feature shard is written.
-
-Rank r of w processes makes the shards r, r + w, r + 2 w … and skips those that are complete. A shard gets its name when
-it is complete, so after a kill, or the loss of a node, the same command makes only what is missing.
-"""
+"""Which shards a process makes, how their pictures are decoded in data workers, and how a feature shard is written."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,21 +112,13 @@ class Task:
     rejects: list[Rejected] = field(default_factory=list)
 
 
-@dataclass
-class Decoded:
-    """The result of a task: the rows of the tensors belong to ``good``; ``broken`` could not be decoded."""
+class Decoded(NamedTuple):
+    """The result of a task: the rows of ``tensors`` belong to ``good``; ``broken`` could not be decoded."""
 
     task: Task
-    good: list[Record] = field(default_factory=list)
-    broken: list[Record] = field(default_factory=list)
-    image_B3HW: Tensor | None = None
-    reference_B3HW: Tensor | None = None
-    size_B6: Tensor | None = None
-    loss_mask_B1HW: Tensor | None = None
-
-    def pin_memory(self) -> Decoded:
-        pinned: dict[str, Any] = {name: x.pin_memory() for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **pinned)
+    good: list[Record]
+    broken: list[Record]
+    tensors: dict[str, Tensor]
 
 
 class Decoding(Dataset[Decoded]):
@@ -141,7 +129,7 @@ class Decoding(Dataset[Decoded]):
 
     def __getitem__(self, task: Task) -> Decoded:
         samples: list[Sample] = []
-        decoded = Decoded(replace(task, records=[], addresses=[]))
+        decoded = Decoded(replace(task, records=[], addresses=[]), [], [], {})
         for record, address in zip(task.records, task.addresses, strict=True):
             light = replace(record, picture=b"", references=(), measured=record.size, rejects=[])
             light.loss_mask, light.reference_masks = None, ()
@@ -150,11 +138,10 @@ class Decoding(Dataset[Decoded]):
                 decoded.good.append(light)
             except Rejected as reject:
                 decoded.broken.append(replace(light, broken=reject.at()))
-        if samples:
-            decoded.image_B3HW = torch.stack([sample.image_3HW for sample in samples])
-            decoded.reference_B3HW = torch.stack([sample.reference_3HW for sample in samples])
-            decoded.size_B6 = torch.stack([sample.size_6 for sample in samples])
-            decoded.loss_mask_B1HW = stack_masks([sample.loss_mask_1HW for sample in samples])
+        for name in ("image_3HW", "reference_3HW", "size_6") if samples else ():
+            decoded.tensors[name] = torch.stack([getattr(sample, name) for sample in samples])
+        if (masks := stack_masks([sample.loss_mask_1HW for sample in samples])) is not None:
+            decoded.tensors["mask_1HW"] = masks
         return decoded
 
 
