@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from tars import bomb, noise_picture, png, png_chunk, saved
 
 from ipa.data.images.opening import FORMATS, known_formats, picture_size
@@ -176,6 +176,13 @@ def jpeg_with(*segments: tuple[int, bytes], after: bytes = b"") -> bytes:
     return plain[:2] + b"".join(inserted) + plain[2:] + after
 
 
+def odd_exif() -> bytes:
+    """Orientation 6 between tags whose types and values do not fit."""
+    entries = [(0x010E, 5, 9, 0xFFFF), (ExifTags.Base.Orientation, 3, 1, 6), (0x011A, 2, 3, 0x00303030)]
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+
 SCANS = b"\xff\xda" * 300
 ODD: dict[str, Callable[[], bytes]] = {
     "EXIF of a PNG": lambda: png_with(png_chunk(b"eXIf", b"no EXIF at all")),
@@ -197,6 +204,12 @@ def test_what_is_stored_next_to_the_pixels_decides_nothing(kind: str) -> None:
     data = ODD[kind]()
     plain = opened(jpeg_with()) if data.startswith(b"\xff\xd8") else gradient()
     assert differ(opened(data), plain) == 0 and picture_size(data) == (96, 64)
+
+
+def test_an_orientation_between_odd_tags_counts() -> None:
+    data = jpeg_with((0xE1, odd_exif()))
+    assert picture_size(data) == open_picture(data, "white", MILLION, [(32, 32)]).size == (64, 96)
+    assert differ(opened(data), opened(jpeg_with()).rotate(-90, expand=True)) == 0
 
 
 # colours

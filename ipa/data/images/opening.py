@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # not a stuffed 0xff in a s
 # modes of more than 8 bits, and what white may be in them
 WHITES: dict[str, tuple[int, ...]] = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 SAME_COLOURS = 2  # of 255: a profile that changes no colour by more is sRGB, as nearly all of the web's are
+SHORT = 3  # a type of EXIF's values
 TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE}
 TURNS |= {6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 
@@ -153,7 +155,23 @@ def orientation(picture: Image.Image) -> int:
         found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)  # a PNG's own method would decode it
     except Exception:  # whatever a parser raises on damaged bytes
         return 1
+    found = found or stored_orientation(picture.info.get("exif", b""))
     return found if found in TURNS else 1
+
+
+def stored_orientation(exif: bytes) -> int | None:
+    """Of the first directory: before version 13, Pillow stops at the first tag whose value is not there."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    with suppress(struct.error):
+        if order is not None:
+            (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+            (count,) = struct.unpack_from(f"{order}H", tiff, start)
+            for at in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, at)
+                if (tag, kind) == (ExifTags.Base.Orientation, SHORT):
+                    return value
+    return None
 
 
 def upright(picture: Image.Image) -> Image.Image:
