@@ -135,7 +135,8 @@ class Page:
                 yield {out.status: problem(explained(error, folder))}
             finally:
                 job.stop.set()  # gradio cancels this function, not its thread
-                self.jobs.pop(session, None)
+                if self.jobs.get(session) is job:
+                    del self.jobs[session]
 
     def cancel(self, request: gr.Request) -> str:
         self.stop(request)
