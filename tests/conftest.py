@@ -62,7 +62,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(main: Callable[[], None], *arguments: object, **options: object) -> str:
         words = [*map(str, arguments), *(f"{name}={value}" for name, value in options.items())]
-        monkeypatch.setattr(sys, "argv", [main.__module__.rpartition(".")[2], *words])
+        monkeypatch.setattr(sys, "argv", ["tool.py", *words])
         capsys.readouterr()
         main()
         return capsys.readouterr().out

@@ -195,7 +195,7 @@ def test_a_file_that_the_reader_would_misread_is_not_written(export: Export, tmp
 def test_wrong_options_are_refused_in_one_line(export: Export, options: dict[str, str], expected: str) -> None:
     message = export(**options)
 
-    assert message.startswith("export: ") and expected in message and "\n" not in message
+    assert message.startswith("tool: ") and expected in message and "\n" not in message
 
 
 def test_a_checkpoint_of_something_else_is_refused(export: Export, tmp_path: Path) -> None:

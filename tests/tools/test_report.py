@@ -15,7 +15,7 @@ def evaluation(tmp_path: Path) -> Path:
     items = [{"id": "a", "captions": ["a thing"], "reference": "references/a.png"}]
     manifest = {"label": "seecoder", "method": {"name": "seecoder"}, "status": "skipped", "reason": "download it"}
     (tmp_path / "demo" / "seecoder").mkdir(parents=True)
-    content = {"benchmark": {"name": "demo"}, "num_seeds": 1, "items": items}
+    content = {"benchmark": {"name": "demo", "settings": {}}, "num_seeds": 1, "items": items}
     (tmp_path / "demo" / "items.json").write_text(json.dumps(content))
     (tmp_path / "demo" / "seecoder" / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path / "demo"
@@ -30,7 +30,7 @@ def test_a_folder_is_enough(evaluation: Path, argument: str, command: Callable[.
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [(each, f"report: {each}") for each in ("rows=-1", "best=-1", "thumbnail_px=2", "system=mine")]
+    [(each, f"tool: {each}") for each in ("rows=-1", "best=-1", "thumbnail_px=2", "system=mine")]
     + [("sytem=mine", "Did you mean system="), ("rows=many", "rows=many"), ("folder=/nowhere", "folder")],
 )
 def test_mistakes_end_with_a_message(
