@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, PICTURE = ROOT / "runs", ROOT / "docs" / "images" / "flux.png"
-SEEDS, BATCH, BIN, LAST = (1, 2, 3), 16, 800, 10
+SEEDS, BATCH, BIN = (1, 2, 3), 16, 800
+ENDS = 10  # measurements at the start and at the end, of 160 samples each
 FREE_LAYOUT = "adapter.layout=ipa"  # for what diffusers does not read
 VARIANTS = {
     "recipe=demo_flux": (),
@@ -100,22 +101,18 @@ def draw() -> int:
         style = {"color": f"C{number}", "label": variant, "marker": "o", "markersize": 3}
         for panel in panels if number == 0 else [panels[int(variant.startswith("experiment="))]]:
             panel.plot(*zip(*smoothed(curves), strict=True), **style)
-        last = [statistics.mean(list(curve.values())[-LAST:]) for curve in curves]
-        print(f"| `{variant}` | {spread([first_sign(curve) for curve in curves], 0)} | {spread(last, 1)} | ", end="")
+        values = [list(curve.values()) for curve in curves]
+        first, last = ([statistics.mean(each[part]) for each in values] for part in (slice(ENDS), slice(-ENDS, None)))
+        print(f"| `{variant}` | {spread(first, 1)} | {spread(last, 1)} | ", end="")
         print(" | ".join(spread([scores(run)[name] for run in runs], digits) for name, digits in SCORES.items()), "|")
     for panel in panels:
         panel.axhline(0, color="#63625e", linewidth=0.7)
         panel.set_xlabel("samples")
         panel.legend(fontsize=8)
     panels[0].set_ylabel("image_prompt/gap, %")
+    panels[0].set_ylim(top=11)  # room for the legend
     figure.savefig(PICTURE, dpi=110)
     return 0
-
-
-def first_sign(curve: dict[int, float]) -> float:
-    """How many samples were seen when the gap was last below 1 %."""
-    below = [samples for samples, gap in curve.items() if gap < 1]
-    return max(below, default=0)
 
 
 def spread(values: list[float], digits: int) -> str:
