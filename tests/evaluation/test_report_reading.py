@@ -77,3 +77,15 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"metrics": ')
         with pytest.raises(UserError, match=f"{name} is not JSON"):
             read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"items": [1], "status": "complete", "pictures": [1], "metrics": []}'])
+def test_a_foreign_file_is_named(tmp_path: Path, content: str) -> None:
+    write_items(tmp_path, ["a"])
+    write_run(tmp_path, "mine", scored(0.5), ["a_0"])
+    for name in ("mine/scores.json", "mine/manifest.json", "items.json"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name} is not as evaluate\.py writes it"):
+            read_evaluation(tmp_path)
+        (tmp_path / name).write_text(before)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,24 @@ class Evaluation:
 def read_evaluation(folder: Path) -> Evaluation:
     """Everything below ``folder`` except the images' content. Raises UserError if that is not one evaluation."""
     check_folder(folder)
-    content = read_json(folder / ITEMS)
-    items = [Item(each["id"], each["captions"], folder / each["reference"]) for each in content["items"]]
-    systems = [read_system(each.parent, content["benchmark"]) for each in folder.glob(f"*/{MANIFEST}")]
+    with written(folder / ITEMS) as content:
+        items = [Item(each["id"], each["captions"], folder / each["reference"]) for each in content["items"]]
+        benchmark, num_seeds = content["benchmark"], content["num_seeds"]
+        ours = {"name": benchmark["name"], "fingerprint": benchmark["settings"].get("fingerprint")}
+    systems = [read_system(each.parent, ours) for each in folder.glob(f"*/{MANIFEST}")]
     if not systems:
         raise UserError(f"folder={folder} has items but no system yet. python evaluate.py method=… adds one.")
-    return Evaluation(content["benchmark"], content["num_seeds"], items, sorted(systems, key=order_of))
+    return Evaluation(benchmark, num_seeds, items, sorted(systems, key=order_of))
+
+
+@contextmanager
+def written(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a file of evaluate.py; raises UserError, which names it, if what is used inside is not there."""
+    content = read_json(path)
+    try:
+        yield content
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not as evaluate.py writes it ({error!r}): remove it, or its folder") from error
 
 
 def check_folder(folder: Path) -> None:
@@ -126,11 +139,19 @@ def order_of(system: System) -> tuple[Any, ...]:
     return (rank(system.name), *names, *numbers, system.label)
 
 
-def read_system(folder: Path, benchmark: Mapping[str, Any]) -> System:
-    """Raises UserError for images of another benchmark."""
-    content = read_json(folder / MANIFEST)
+def read_system(folder: Path, ours: Mapping[str, Any]) -> System:
+    """Raises UserError for images of another benchmark than ``ours``."""
+    with written(folder / MANIFEST) as content:
+        check_benchmark(content.get("benchmark") or {}, ours, folder / MANIFEST)
+        system = system_of(content, folder)
+    if system.status != COMPLETE or not (folder / SCORES).is_file():
+        return system
+    with written(folder / SCORES) as content:
+        return with_scores(system, content)
+
+
+def system_of(content: Mapping[str, Any], folder: Path) -> System:
     status, planned = content["status"], content.get("pictures") or []
-    check_benchmark(content.get("benchmark") or {}, benchmark, folder / MANIFEST)
     pictures: dict[str, list[Path]] = {}
     for each in sorted(planned, key=lambda picture: picture["number"]):
         file = folder / each["file"]
@@ -139,7 +160,7 @@ def read_system(folder: Path, benchmark: Mapping[str, Any]) -> System:
     settings = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
     sampling = content.get("sampling")
     settings |= {"sampling": {**NEWER_SAMPLING, **sampling}} if sampling else {}
-    system = System(
+    return System(
         label=folder.name,
         status=status,
         reason=content.get("reason") or "",
@@ -150,13 +171,10 @@ def read_system(folder: Path, benchmark: Mapping[str, Any]) -> System:
         pictures=pictures,
         num_planned=len(planned),
     )
-    scores = folder / SCORES
-    return with_scores(system, scores) if status == COMPLETE and scores.is_file() else system
 
 
-def check_benchmark(named: Mapping[str, Any], benchmark: Mapping[str, Any], path: Path) -> None:
+def check_benchmark(named: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
     """Raises UserError for another name or fingerprint, which changes with any item."""
-    ours = {"name": benchmark["name"], "fingerprint": benchmark["settings"].get("fingerprint")}
     differ = [f"{name} {named[name]}, not {ours[name]}" for name in ours if named.get(name, ours[name]) != ours[name]]
     if differ:
         raise UserError(
@@ -165,9 +183,8 @@ def check_benchmark(named: Mapping[str, Any], benchmark: Mapping[str, Any], path
         )
 
 
-def with_scores(system: System, path: Path) -> System:
-    """``system`` with what is in its scores file. A value that is not a finite number counts as missing."""
-    content = read_json(path)
+def with_scores(system: System, content: Mapping[str, Any]) -> System:
+    """``system`` with the ``content`` of its scores file. A value that is not a finite number counts as missing."""
     metrics, scores, missing = content["metrics"], {}, dict(content["missing"])
     for name, entry in metrics.items():
         value = finite(entry["value"])
