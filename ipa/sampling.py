@@ -107,7 +107,7 @@ def run_pipeline(
         raise UserError(f"guidance_rescale={options.guidance_rescale}: {type(pipeline).__name__} has none, give 0")
     given |= {"width": size[0], "height": size[1]}
     given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]  # for further noise
-    if "strength" not in known or not hasattr(pipeline, "_pack_latents"):  # FLUX' would not start from the image
+    if "strength" not in known:  # with given latents, a pipeline that starts from an image would not start from it
         given["latents"] = family.pack(draw_noise(shape, seeds)).to(family.device, family.dtype)
     latents = pipeline(
         **arguments,

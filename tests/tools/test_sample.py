@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_flow
+import tiny_sdxl
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image, ImageChops, ImageFont
@@ -257,6 +258,21 @@ def test_other_pipelines_and_schedulers(sample: Sample, image: Path, base_folder
     assert len({pixels(tmp_path / f"{number}.png") for number in range(len(ways))}) == len(ways)
     with pytest.raises(SystemExit, match="scheduler=PNDMScheduler cannot make num_steps=1"):
         sample(out=tmp_path / "x.png", num_steps=1, scheduler="PNDMScheduler")
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "chroma", "sd3"])
+def test_images_start_from_the_start_image(name: str, image: Path) -> None:
+    unets = {"sd": tiny.make_family, "sdxl": tiny_sdxl.make_family}
+    model = tiny.make_model(family=unets[name]()) if name in unets else tiny_flow.make_model(tiny_flow.MAKERS[name])
+    prompter, made = Prompter([model]), []
+    model.adapter.install()
+    for colour in ("black", "white"):
+        start = image.with_name(f"{colour}.png")
+        Image.new("RGB", (30, 20), colour).save(start)
+        pipeline, arguments = make_pipeline(prompter, num_steps=4, start_image=start, strength=0.3)
+        made += prompter(image, num_steps=4, pipeline=pipeline, arguments=arguments)
+
+    assert made[0].tobytes() != made[1].tobytes()
 
 
 @pytest.mark.parametrize("name", ["flux", "chroma", "sd3"])
