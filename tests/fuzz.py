@@ -434,6 +434,7 @@ def caches_by_hand(material: Material) -> Named:
     headers: list[dict[str, Any]] = [
         *({"more": 1}, {"choices": {}}, {"choices": [1]}, {"sizes": {}}, {"source": {"a": 1}}),
         *({"sizes": {"kept": 3, "latent_shape": "x"}}, {"choices": {"crop": "center", "buckets": [[0, -1]]}}),
+        {"choices": {"crop": "center", "reference_fit": "crop", "background": "white", "buckets": []}},
     ]
     abouts: list[dict[str, Any]] = [{}, {"index": "x"}, {"captions": []}, {"captions": [["a", 1], ["b", 2]]}]
     dtypes = {"mean_CHW": torch.float16, "logvar_CHW": torch.float16, "pooled_E": torch.float16}

@@ -95,10 +95,11 @@ class Header:
     def check(self) -> None:
         """Raise one of ``DAMAGED`` for entries that are missing or have a wrong type."""
         kept, text = self.sizes.get("kept", []), self.sizes.get("text")
+        buckets = self.choices.get("buckets")
         right = {
             "source": isinstance(self.source, str),
             "fingerprints": isinstance(self.fingerprints, dict),
-            "choices": all(is_shape(size, 2) for size in self.choices.get("buckets") or []),
+            "choices": buckets is None or (bool(buckets) and all(is_shape(size, 2) for size in buckets)),
             "sizes": {*kept} <= {"pooled", "reference"} and is_shape(self.sizes.get("latent_shape", [1] * 3), 3),
             "text": text is None or (isinstance(text, dict) and is_text(text)),
         }

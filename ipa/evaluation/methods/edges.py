@@ -26,6 +26,7 @@ def canny(image_3HW: Tensor, low: float = 100.0, high: float = 200.0) -> Tensor:
     gray_HW = (image_3HW.float() * torch.tensor(LUMA)[:, None, None]).sum(0)
     size_HW, direction_HW = gradient(gray_HW)
     thin_HW = size_HW * is_largest_across(size_HW, direction_HW)
+    low, high = sorted((low, high))  # as OpenCV
     return connected(thin_HW > high, thin_HW > low).float()
 
 

@@ -48,6 +48,7 @@ def test_plain_pictures_have_no_edges() -> None:
 def test_thresholds_are_in_opencvs_units() -> None:
     """A step of ``n`` levels has a Sobel sum of 4 n."""
     assert canny(step(51), high=200, low=0).any() and not canny(step(51), high=208, low=0).any()
+    assert not canny(step(51), high=0, low=208).any()  # exchanged
 
 
 def test_weak_edges_stay_where_strong_ones_lead_to_them() -> None:
