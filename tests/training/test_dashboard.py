@@ -139,7 +139,9 @@ class Refuses(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("server", ["absent", "silent", pytest.param("refuses", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "server", ["silent", *(pytest.param(each, marks=pytest.mark.slow) for each in ("absent", "refuses"))]
+)
 def test_without_a_dashboard_the_run_is_recorded_offline(
     logged_in: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, server: str
 ) -> None:
