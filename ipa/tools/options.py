@@ -134,8 +134,8 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 
 def range_of(known: Field[Any], hint: Any) -> Range | None:
     """The range of a number or switch."""
-    kinds, limits = kinds_of(hint), known.metadata["limits"]
-    return next((Range(kind, *limits, null=NoneType in kinds) for kind in kinds if kind in (int, float, bool)), None)
+    kinds, (low, high) = kinds_of(hint), known.metadata["limits"]
+    return next((Range(kind, low, high, null=NoneType in kinds) for kind in kinds if kind in (int, float, bool)), None)
 
 
 def read(value: Any, known: Field[Any], hint: Any) -> Any:

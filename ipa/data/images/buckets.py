@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from ipa.data.images.opening import Size
 from ipa.errors import UserError
@@ -54,7 +54,6 @@ class Buckets:
     """``sizes`` are (width, height), by aspect ratio."""
 
     sizes: tuple[Size, ...]
-    cut_rest: ClassVar[CutRest] = staticmethod(cut_mixed)
 
     @classmethod
     def of(cls, values: Any, edge_px: int) -> Self:
@@ -80,6 +79,10 @@ class Buckets:
         aspect = math.log(size[0] / size[1]) if size else 0.0
         return min(range(len(self.sizes)), key=lambda i: abs(aspect - math.log(self.sizes[i][0] / self.sizes[i][1])))
 
+    @staticmethod
+    def cut_rest(buckets: Sequence[int], rest: list[int], group: int) -> list[Group]:
+        return cut_mixed(buckets, rest, group)
+
     def arrange(self, sizes: Sequence[Size | None], group: int) -> list[tuple[list[int], Size]]:
         """Records of these sizes in groups that share a bucket, see ``arrange``."""
         groups = arrange([self.index(size) for size in sizes], group, self.cut_rest)
@@ -89,7 +92,9 @@ class Buckets:
 class FixedBuckets(Buckets):
     """For pictures that are already cropped: none is moved to another bucket, which gives some more groups."""
 
-    cut_rest = staticmethod(cut_apart)
+    @staticmethod
+    def cut_rest(buckets: Sequence[int], rest: list[int], group: int) -> list[Group]:
+        return cut_apart(buckets, rest, group)
 
 
 def ordered(sizes: Any) -> tuple[Size, ...]:
