@@ -101,7 +101,7 @@ class Evaluation:
 def read_evaluation(folder: Path) -> Evaluation:
     """Everything below ``folder`` except the images' content. Raises UserError if that is not one evaluation."""
     check_folder(folder)
-    with written(folder / ITEMS) as content:
+    with content_of(folder / ITEMS) as content:
         items = [Item(each["id"], each["captions"], folder / each["reference"]) for each in content["items"]]
         benchmark, num_seeds = content["benchmark"], content["num_seeds"]
         ours = {"name": benchmark["name"], "fingerprint": benchmark["settings"].get("fingerprint")}
@@ -112,7 +112,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[dict[str, Any]]:
+def content_of(path: Path) -> Iterator[dict[str, Any]]:
     """The content of a file of evaluate.py; raises UserError, which names it, if what is used inside is not there."""
     content = read_json(path)
     try:
@@ -141,12 +141,12 @@ def order_of(system: System) -> tuple[Any, ...]:
 
 def read_system(folder: Path, ours: Mapping[str, Any]) -> System:
     """Raises UserError for images of another benchmark than ``ours``."""
-    with written(folder / MANIFEST) as content:
+    with content_of(folder / MANIFEST) as content:
         check_benchmark(content.get("benchmark") or {}, ours, folder / MANIFEST)
         system = system_of(content, folder)
     if system.status != COMPLETE or not (folder / SCORES).is_file():
         return system
-    with written(folder / SCORES) as content:
+    with content_of(folder / SCORES) as content:
         return with_scores(system, content)
 
 

@@ -70,7 +70,7 @@ class Page:
     def __init__(self, prompter: Prompter, fixed: dict[str, Any]) -> None:
         self.prompter, self.fixed = prompter, fixed
         self.jobs: dict[str, Job] = {}  # by the session's name
-        self.model = Lock()  # a cancelled job ends after its step, when the next one has begun
+        self.model_lock = Lock()  # a cancelled job ends after its step, when the next one has begun
         self.sampling = SamplingOptions(**prompter.defaults)
         self.edge_px = self.sampling.image_size_px or prompter.family.image_size_px
 
@@ -187,7 +187,7 @@ class Page:
         job.calls = calls * (1 + settings["keep_outside"])  # once more without the pictures
         chosen = [self.prompter.models[self.fixed["adapter"].index(each)] for each in settings["adapter"]]
         prompter = replace(self.prompter, models=chosen)
-        with self.model:
+        with self.model_lock:
             pipeline, arguments = pipeline_of(prompter, here)
             pipeline.progress_bar = job.progress_bar
             write_picture(make(prompter, here, pipeline, arguments), folder / "picture.png", settings)
