@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,6 +186,7 @@ def run_tool(
         print(f"{about}\n{describe(kind, positional)}")
         return
     refuse_pickles()
+    logging.basicConfig(format="%(message)s")  # before a library chooses its own
     values: list[Any] = [typed_values(arguments)]
     try:
         options = read_options(arguments, kind, positional, saved and saved())
