@@ -145,24 +145,15 @@ def test_bases_that_read_more_than_latents_are_refused(folders: dict[str, str], 
         family_of(str(tmp_path))
 
 
-def test_what_the_family_lacks_is_refused_by_name(family: Any) -> None:
-    with pytest.raises(UserError, match=r"guidance_rescale=0\.7: .* have none"):
-        family.guidance_arguments(3.0, 0.7)
-    with pytest.raises(UserError, match=r"image_size_px=18: .* multiples of 4 px"):
-        family.check_size(18)
-    if isinstance(family, StableDiffusion3):
-        with pytest.raises(UserError, match="positions of the base tiny end at 32 px"):
-            family.check_size(64)
-    with pytest.raises(UserError, match="min_snr_gamma=5"):
-        IPAdapterModel(family, tiny.make_encoder(), GlobalHead(12, 8), SimpleAdapter(), 5.0)
-
-
-def test_wrong_words_are_refused() -> None:
+def test_wrong_words_and_sizes_are_refused() -> None:
+    """What else the families lack is refused by name at the start of a training: tests/training/test_refusals.py."""
     with pytest.raises(UserError, match=r"base\.hosts=some: give double .* or all"):
         tiny_flow.make_flux(hosts="some")
     for option in ("timesteps", "weighting", "shift"):
         with pytest.raises(UserError, match=rf"base\.times\.{option}=odd: give "):
             FlowTimes(**{option: "odd"})
+    with pytest.raises(UserError, match="positions of the base tiny end at 32 px"):
+        tiny_flow.make_sd3().check_size(64)
 
 
 def test_chroma_without_its_mask_is_refused() -> None:

@@ -131,7 +131,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_it_is_the_base_with_rounded_weights(name: str, scheme: str, load: Callable[..., Any]) -> None:
     """The loss and the adapter's gradients are those of such a base, and the gradients near the base's own."""
-    base, quantized = load(name), load(name, scheme)
+    quantized, base = load(name, scheme), load(name)
     plain = step(name, load(name))
     kept, changed = layers(base.denoiser), 0
     with torch.no_grad():
