@@ -2,6 +2,7 @@
 
 import io
 import random
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 from bystanders import train_of_ranks
-from conftest import QUIET, SIX, Run, World, assert_same_run, checkpoint, column, last_checkpoint
+from conftest import (
+    QUIET,
+    SIX,
+    Run,
+    World,
+    assert_same_run,
+    checkpoint,
+    column,
+    last_checkpoint,
+    rows,
+    saved_configuration,
+)
 from ranks import WORLD, together
 
 from ipa.errors import UserError
@@ -181,19 +193,29 @@ def test_a_file_to_start_from_that_is_none_is_refused(tmp_path: Path) -> None:
             read_checkpoint(tmp_path / name)
 
 
-def test_a_run_resumes_from_before_a_broken_checkpoint_and_leaves_no_unfinished_one(
-    train_in: Run, half_done: Path, six: Path, caplog: pytest.LogCaptureFixture
+def test_a_moved_run_is_extended_from_before_a_broken_checkpoint_and_no_row_is_lost(
+    train_in: Run, half_done: Path, six: Path, first_four: Path, world: World, tmp_path: Path, caplog: Any
 ) -> None:
-    broken = last_checkpoint(half_done)
+    """The run, its data and its base are in other places; it was killed between a checkpoint and its row in the log."""
+    broken, log = last_checkpoint(half_done), half_done / "log.csv"
     damage(broken)
     for name in ("checkpoints/.step_00000005.ckpt.99.tmp", ".adapter.safetensors.98.tmp", "previews/.x.png.7.tmp"):
         (half_done / name).write_bytes(b"PK")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    before, moved = rows(half_done), {"data.train": world.train, "base.path": world.base}
+    for name, place in moved.items():
+        shutil.copytree(place, tmp_path / name)
 
-    train_in(half_done, *SIX)
+    train_in(half_done, *SIX, *(f"{name}={tmp_path / name}" for name in moved))
 
     assert f"{broken} is skipped: it is damaged" in caplog.text
-    assert list(half_done.rglob("*.tmp")) == []
+    assert list(half_done.rglob("*.tmp")) == [] and rows(half_done)[:1] == before
     assert_same_run(half_done, six)
+    clocks = ("train/samples_per_s", "train/step_s", "train/data_wait_s")
+    known = [name for name in rows(six)[1] if name not in clocks]
+    assert [rows(half_done)[1].get(name) for name in known] == [rows(six)[1][name] for name in known]
+    assert saved_configuration(half_done).trainer.max_steps == 6
+    assert str(first_four) not in (half_done / "config.yaml").read_text()
 
 
 def test_a_run_starts_from_the_checkpoint_of_another(

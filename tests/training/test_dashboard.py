@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 import wandb
-from conftest import World, column, run_training, saved_configuration
+from conftest import SCORED, World, column, run_training, saved_configuration
 from omegaconf import OmegaConf
 from PIL import Image
 from wandb_records import WandbRun, read_offline_runs
@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, world: World, home: Path) -
     """Of a run of four steps with wandb; only to be read."""
     folder = tmp_path_factory.mktemp("runs") / "shown"
     try:
-        return run_training(folder, *world.overrides(), "image_prompt_check.every_n_steps=1", "seed=7", "group=ours")
+        few = (*SCORED, "image_prompt_check.every_n_steps=1")
+        return run_training(folder, *world.overrides(), *few, "seed=7", "group=ours")
     finally:
         wandb.finish()
         wandb.teardown()  # ends the process that writes: on a busy machine it may still have something to write
