@@ -87,22 +87,18 @@ def test_folders_that_no_family_reads_are_refused(unet: dict[str, Any], index: d
             read(path)
 
 
-def test_a_folder_without_a_unet_or_its_configuration_is_refused(tmp_path: Path) -> None:
+def test_bases_without_a_unet_its_configuration_or_alphas_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "x"]}')
-    with pytest.raises(ValueError, match=r"none of the bases that ipa knows"):
+    with pytest.raises(UserError, match=r"none of the bases that ipa knows"):
         family_of(str(tmp_path))
     path = write_configuration(tmp_path / "base", SD)
     shutil.rmtree(tmp_path / "base/unet")
     with pytest.raises(UserError, match=rf"base\.path={path}/unet: .*config\.json"):
         StableDiffusion.read_widths(path)
-
-
-def test_a_schedule_without_alphas_is_refused() -> None:
     made = tiny.make_family()
-    with pytest.raises(ValueError, match=r"base\.path=mine samples with EDMEulerScheduler"):
-        StableDiffusion(
-            "mine", **{name: getattr(made, name) for name in made.part_names} | {"scheduler": EDMEulerScheduler()}
-        )
+    parts = {name: getattr(made, name) for name in made.part_names} | {"scheduler": EDMEulerScheduler()}
+    with pytest.raises(UserError, match=r"base\.path=mine samples with EDMEulerScheduler"):
+        StableDiffusion("mine", **parts)
 
 
 def test_importing_families_and_encoders_is_light() -> None:
@@ -155,38 +151,29 @@ def test_a_text_is_its_ids_encoded(make: Callable[[], LatentDiffusion]) -> None:
     assert all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
-def test_sdxl_has_the_ids_of_both_its_tokenizers_which_pad_differently() -> None:
-    family = tiny_sdxl.make_family()
-    first_BL, second_BL = family.split_ids(family.prepare_text(["cat"]))
-
-    assert torch.equal(first_BL[:, :5], second_BL[:, :5]) and not torch.equal(first_BL, second_BL)
-
-
 def test_tokenizers_that_give_other_ids_have_another_hash() -> None:
-    family = tiny.make_family()
+    """Of those of SDXL, which pad differently, both count."""
+    family, xl = tiny.make_family(), tiny_sdxl.make_family()
+    first_BL, second_BL = xl.split_ids(xl.prepare_text(["cat"]))
+    assert torch.equal(first_BL[:, :5], second_BL[:, :5]) and not torch.equal(first_BL, second_BL)
     before = family.tokenizer_hash()
     assert before == tiny.make_family(seed=1).tokenizer_hash() == family.tokenizer_hash()
     padded, shorter = tiny.make_tokenizer(), tiny.make_tokenizer()
     padded.pad_token, shorter.model_max_length = padded.bos_token, 8
-    hashes = set()
+    hashes = {before, xl.tokenizer_hash()}
     for family.tokenizer in (padded, shorter):
         hashes.add(family.tokenizer_hash())
 
-    assert len({before, tiny_sdxl.make_family().tokenizer_hash(), *hashes}) == 4
+    assert len(hashes) == 4
 
 
-def test_sizes_mean_nothing_to_1_x_and_2_x() -> None:
+def test_2_1_predicts_v_with_the_heads_of_its_levels_and_ignores_sizes() -> None:
     family = tiny_sdxl.make_family_2_1()
+    assert (family.prediction_type, family.context_width) == ("v_prediction", tiny_sdxl.TEXT_WIDTHS[1])
+    assert [host.attention.heads for host in family.hosts()] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 4]
     text = family.encode_text(["cat", "dog"], torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]))
 
     assert torch.equal(text.states_BLD, family.encode_text(["cat", "dog"]).states_BLD)
     assert (text.pooled_BE, text.size_B6) == (None, None)
     assert family.prompt_arguments(text, None) == {"prompt_embeds": text.states_BLD}
     assert family.prompt_arguments(text, text).keys() == {"prompt_embeds", "negative_prompt_embeds"}
-
-
-def test_2_1_predicts_v_with_the_heads_that_its_levels_have() -> None:
-    family = tiny_sdxl.make_family_2_1()
-
-    assert (family.prediction_type, family.context_width) == ("v_prediction", tiny_sdxl.TEXT_WIDTHS[1])
-    assert [host.attention.heads for host in family.hosts()] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 4]

@@ -147,26 +147,20 @@ def test_its_pipeline_makes_the_pictures_of_the_public_one(public: StableDiffusi
     assert (pipeline.watermark, pipeline.unet, pipeline.vae) == (None, family.unet, family.vae)
 
 
-def test_the_pipelines_arguments_without_a_negative_text(family: StableDiffusionXL) -> None:
+def test_the_pipelines_arguments_have_one_set_of_sizes_and_a_negative_text_if_there_is_one(
+    family: StableDiffusionXL,
+) -> None:
     text = family.encode_text(["cat", "dog"])
-    arguments = family.prompt_arguments(text, None)
-
-    assert arguments.keys() == {
-        *("prompt_embeds", "pooled_prompt_embeds"),
-        *("original_size", "crops_coords_top_left", "target_size"),
-    }
+    own = {"prompt_embeds", "pooled_prompt_embeds"}
+    sizes = {"original_size", "crops_coords_top_left", "target_size"}
+    assert family.prompt_arguments(text, None).keys() == own | sizes
     text.size_B6 = None
-    assert family.prompt_arguments(text, text).keys() == {
-        *("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    }
+    assert family.prompt_arguments(text, text).keys() == own | {f"negative_{name}" for name in own}
 
-
-def test_one_call_of_the_pipeline_takes_one_set_of_sizes(family: StableDiffusionXL) -> None:
-    other = SIZES.clone()
+    other, text = SIZES.clone(), family.encode_text(["cat", "dog"], SIZES)
     other[1, 2] = 8
-    text = family.encode_text(["cat", "dog"], SIZES)
     for positive, negative in [(family.encode_text(["cat", "dog"], other), None), (text, family.encode_text(["", ""]))]:
-        with pytest.raises(ValueError, match=r"one set of sizes, but these differ: \[\[.*Group the pictures by size"):
+        with pytest.raises(UserError, match=r"one set of sizes, but these differ: \[\[.*Group the pictures by size"):
             family.prompt_arguments(positive, negative)
 
 
