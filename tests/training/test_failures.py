@@ -12,28 +12,18 @@ from ipa.training.checkpointing import read_checkpoint
 from ipa.training.run import describe
 
 
-def break_in_the_middle(path: Path) -> None:
-    """Overwrite the header of the second half's first member."""
-    content = bytearray(path.read_bytes())
-    middle = content.index(b"000000203.txt")
-    content[middle : middle + 512] = b"\xff" * 512
-    path.write_bytes(content)
-
-
 def test_dirty_data_is_skipped_and_counted(train_in: Run, tmp_path: Path, world: World) -> None:
     """A broken tar, broken pictures and a sample without caption, beside good shards; eight steps are one pass."""
     broken = write_shard(tmp_path / "dirty/00000.tar", samples(range(200, 206)))
-    break_in_the_middle(broken)
+    content = bytearray(broken.read_bytes())
+    middle = content.index(b"000000203.txt")  # the header of the second half's first member
+    content[middle : middle + 512] = b"\xff" * 512
+    broken.write_bytes(content)
     dirt = [("a.txt", b"a thing"), ("a.png", picture(1)[:60]), ("b.png", picture(2)), ("c.txt", b"c"), ("c.png", b"no")]
     write_shard(tmp_path / "dirty/00001.tar", [*dirt, *samples([300, 301, 302])])
 
-    folder = train_in(
-        tmp_path / "x",
-        f"data.train=[{tmp_path}/dirty,{world.train}]",
-        *QUIET,
-        "trainer.max_steps=8",
-        "preview.every_n_steps=8",
-    )
+    one_pass = (f"data.train=[{tmp_path}/dirty,{world.train}]", "trainer.max_steps=8", "preview.every_n_steps=8")
+    folder = train_in(tmp_path / "x", *QUIET, *one_pass)
 
     for reason, count in {"broken tar": 1, "broken picture": 2, "no caption": 1}.items():
         counts = [float(value) for value in column(folder, f"data/rejected/{reason}").values()]
@@ -57,16 +47,11 @@ def test_weights_that_overflow_fp16_are_not_saved(train_in: Run, tmp_path: Path)
 FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
 
 
-@pytest.fixture
-def two_steps(train_in: Run, tmp_path: Path) -> Path:
-    """A run of two steps in the folder where ``start`` resumes."""
-    return train_in(tmp_path / "runs/decoupled_global/x", *QUIET, "trainer.max_steps=2")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "adapter"])
-def test_a_full_disk_leaves_the_last_files(start: Command, two_steps: Path, what: str) -> None:
+def test_a_full_disk_leaves_the_last_files(start: Command, train_in: Run, tmp_path: Path, what: str) -> None:
     """A limit on the size of files stands for the full disk: the adapter fits, the checkpoint does not; or neither."""
+    two_steps = train_in(tmp_path / "runs/decoupled_global/x", *QUIET, "trainer.max_steps=2")
     last, adapter = last_checkpoint(two_steps), two_steps / "adapter.safetensors"
     contents = {path: path.read_bytes() for path in (last, adapter)}
     limit = len(contents[last]) // 2 if what == "checkpoint" else len(contents[adapter]) - 1000

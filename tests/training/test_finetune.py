@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import lightning as L
 import pytest
 import tiny
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from ipa.export.loading import load_model
 from ipa.files import read_json
 from ipa.model import IPAdapterModel
-from ipa.training.heldout import HeldOutGap, end_here
+from ipa.training.heldout import HeldOutGap
 from ipa.training.monitors import ImagePromptGuard, compare_images
 from ipa.weights import count_parameters
 
@@ -119,10 +118,3 @@ def test_the_alarm_warns_once_and_not_for_the_scatter(tmp_path: Path, caplog: py
 
     (message,) = caplog.messages
     assert message.startswith("step 20: the adapter overfits") and "20.00 %" in message and "9.00 %" in message
-
-
-def test_the_last_step_can_be_moved_in_lightnings_trainer() -> None:
-    trainer = L.Trainer(max_steps=5, logger=False, enable_checkpointing=False, accelerator="cpu")
-    end_here(trainer)
-
-    assert trainer.max_steps == trainer.global_step == 0

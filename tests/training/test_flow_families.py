@@ -8,6 +8,7 @@ from functools import cache, partialmethod
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from ipa.tools.precompute.run import precompute
 from ipa.training.callbacks import ScaleWarmup
 from ipa.training.dry_run import dry_run
 from ipa.training.memory import make_batch
-from ipa.training.parts import build_model, check_training
+from ipa.training.parts import build_model
 from ipa.training.strategies import frozen_blocks
 
 SLOW = ("chroma", "instantx", "schnell")
@@ -220,22 +221,12 @@ def test_a_run_from_states_resumes_to_the_bit(train_in: Run, features: Any, tmp_
 def test_other_texts_than_the_cache_has_are_refused(
     given: list[str], message: str, train_in: Run, features: Any, tmp_path: Path
 ) -> None:
+    cached = features("flux", "text=states", "preview.text=cat")
     with pytest.raises((UserError, InstantiationException), match=message):
-        train_in(
-            tmp_path / "run", *QUIET, *features("flux", "text=states", "preview.text=cat"), "preview.text=cat", *given
-        )
-
-
-def test_the_time_embedding_is_as_wide_as_the_base_expects(tmp_path: Path) -> None:
-    given = ("base=sd35_medium", "experiment=decoupled_time_aware")
-    check_training(compose(tmp_path / "x", *given), "decoupled", None)
-    with pytest.raises(UserError, match=r"base\.time_width=9: "):
-        check_training(compose(tmp_path / "x", *given, "base.time_width=9"), "decoupled", None)
+        train_in(tmp_path / "run", *QUIET, *cached, "preview.text=cat", *given)
 
 
 def test_warm_up_of_λ_follows_the_step() -> None:
-    from types import SimpleNamespace
-
     module = SimpleNamespace(model=SimpleNamespace(train_scale=None))
     for num_steps, step, expected in ((4, 0, 0.0), (4, 1, 0.25), (4, 9, 1.0), (0, 0, 1.0)):
         trainer: Any = SimpleNamespace(global_step=step)
@@ -262,14 +253,7 @@ def test_fsdp_shards_transformer_and_text_encoders_by_block(name: str) -> None:
     + [("chroma", "states", "ddp")],
 )
 def test_two_processes_train_as_one(
-    name: str,
-    text: str | None,
-    strategy: str,
-    world: World,
-    train_in: Run,
-    overrides_of: Any,
-    features: Any,
-    tmp_path: Path,
+    name: str, text: str | None, strategy: str, world: World, train_in: Run, overrides_of: Any, features, tmp_path
 ) -> None:
     cached = [] if text is None else [*features(name, f"text={text}", "preview.text=cat"), "preview.text=cat"]
     own = cached or overrides_of(name)

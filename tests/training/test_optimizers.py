@@ -97,11 +97,11 @@ def test_an_estimate_of_memory_counts_the_state(name: str) -> None:
     assert sum(kept) == 600 * state_bytes(cfg)
 
 
-def test_the_8_bit_state_needs_no_package() -> None:
-    assert state_bytes(composed("train", "optimizer=adamw8bit").optimizer) == 2
-
-
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_and_the_memory_of_its_state_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose(tmp_path / "run", "optimizer=adamw8bit")
+    assert state_bytes(cfg.optimizer) == 2
     monkeypatch.setattr("ipa.training.optimizers.find_spec", lambda package: None)
     with pytest.raises(MissingWeights, match="pip install bitsandbytes"):
-        check_optimizer(compose(tmp_path / "run", "optimizer=adamw8bit"))
+        check_optimizer(cfg)
