@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import slurm as slurm_here
-from trainings import TinyRuns, World
+from trainings import TinyRuns, training_conftest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-def training_fixtures() -> ModuleType:
-    """tests/training/conftest.py under a name of its own, since pytest has one ``conftest`` at a time."""
-    spec = importlib.util.spec_from_file_location("training_fixtures", HERE.parent / "training/conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-world = training_fixtures().world
+TRAINING = training_conftest()
+world = TRAINING.world
 
 
 @pytest.fixture
-def tiny_runs(world: World, tmp_path: Path) -> TinyRuns:
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """That log, adapter files and last checkpoint of two runs are the same to the bit."""
+    return TRAINING.assert_same_run
+
+
+@pytest.fixture
+def tiny_runs(world: Any, tmp_path: Path) -> TinyRuns:
     """What a training in the tiny world is told, and what it left; runs are in ``tmp_path/runs``."""
     return TinyRuns(world.overrides(), tmp_path)
 

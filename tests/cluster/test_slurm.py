@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from slurm import Slurm, wait_until
-from trainings import (
-    EVERY_STEPS,
-    PATIENCE_S,
-    STEPS,
-    TinyRuns,
-    assert_same_outcome,
-    newest_step,
-    steps_made,
-    wait_for_step,
-)
+from trainings import EVERY_STEPS, PATIENCE_S, STEPS, TinyRuns, newest_step, steps_made, wait_for_step
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "docs/cluster/train.sbatch"
@@ -44,14 +36,9 @@ def folders_of(job: int, tiny_runs: TinyRuns) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_slurm_runs_on_both_nodes(slurm: Slurm) -> None:
-    assert len(slurm.run("srun", "-n", "2", "hostname").split()) == 2
-    nodes = slurm.run("srun", "--nodes=2", "bash", "-c", "echo $SLURMD_NODENAME $SLURM_NODEID $SLURM_NNODES")
-    assert sorted(nodes.splitlines()) == ["one 0 2", "two 1 2"]
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(slurm: Slurm, tiny_runs: TinyRuns) -> None:
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    slurm: Slurm, tiny_runs: TinyRuns, assert_same_run: Callable[[Path, Path], None]
+) -> None:
     """Stopped three times, the job resumes its own run; the other run has a node for each of its tasks."""
     job, run = submit(slurm, tiny_runs, *ONE_NODE)
     for times, disturb in enumerate([slurm.requeue, slurm.warn, lambda job: slurm.preempt()], 1):
@@ -65,7 +52,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(slurm: Slurm, tiny_ru
     whole, undisturbed = submit(slurm, tiny_runs, *TWO_NODES)
     assert slurm.wait_for_end(whole, PATIENCE_S) == "COMPLETED", output(whole, tiny_runs)
     assert steps_made(run) == steps_made(undisturbed) == STEPS
-    assert_same_outcome(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 @pytest.mark.slow

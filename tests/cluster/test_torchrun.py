@@ -46,7 +46,7 @@ def told(tiny_runs: TinyRuns) -> str:
 def test_run_survives_the_death_of_a_process_and_of_a_node(nodes: list[Node], tiny_runs: TinyRuns) -> None:
     """torchrun restarts after the death of a process; a node that died is given torchrun once more, and joins again."""
     first, second = nodes
-    run = tiny_runs.run_folder("two-nodes")
+    run = tiny_runs.folder / "runs/decoupled_global/two-nodes"
     torchruns = [start(node, first, tiny_runs) for node in nodes]
     wait_for_step(run, EVERY_STEPS)
     assert second.kill(only="-u train.py") > 0

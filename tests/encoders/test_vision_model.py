@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,9 @@ import tiny
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
-from ipa.data.images.transforms import Opened, fit_reference
 from ipa.encoders.open_clip import OpenClipEncoder
 from ipa.encoders.vision_model import VisionModelEncoder, locate
 from ipa.errors import UserError
@@ -26,7 +22,6 @@ from ipa.types import EncoderWidths, Features, to_unit_range
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = EncoderWidths(tiny.POOLED_WIDTH, tiny.PATCH_WIDTH, 10, tiny.REFERENCE_PX)
-READERS = [VisionModelEncoder.from_pretrained, VisionModelEncoder.read_widths]
 
 
 @pytest.fixture
@@ -80,19 +75,10 @@ def test_other_models_give_their_pooler_output_and_penultimate_states(name: str,
     assert_same(encoder.encode(image, "patches"), Features(patches_BPF=theirs.hidden_states[-2]))
 
 
-def demo_images(count: int, size_px: int) -> torch.Tensor:
-    """The first images of the demo world's held-out shard, in [-1, 1]."""
-    with tarfile.open(ROOT / "demo/data/heldout/00000.tar") as shard:
-        members = [member for member in shard if member.name.endswith(".webp")][:count]
-        files = [shard.extractfile(member).read() for member in members]
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
-    return to_unit_range(torch.stack([fit_reference(Opened.of(image), size_px) for image in images]))
-
-
 def test_the_demo_encoder_sees_the_same_in_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     theirs, ours = (instantiate(OmegaConf.load(f"conf/encoder/{name}.yaml")) for name in ("demo", "demo_clip_vision"))
-    images = demo_images(4, ours.image_size_px)
+    images = to_unit_range(tiny.make_pictures(4, ours.image_size_px))
 
     assert isinstance(theirs, OpenClipEncoder) and isinstance(ours, VisionModelEncoder)
     assert ours.widths == theirs.widths == (192, 128, 65, 64)
@@ -102,42 +88,39 @@ def test_the_demo_encoder_sees_the_same_in_both_layouts(monkeypatch: pytest.Monk
 
 
 def test_mean_and_deviation_come_from_the_preprocessor_else_from_clip(folder: Path) -> None:
-    plain = VisionModelEncoder.from_pretrained(str(folder))
+    plain, clip = VisionModelEncoder.from_pretrained(str(folder)), tiny.make_encoder()
+    assert torch.equal(plain.mean, clip.mean) and torch.equal(plain.std, clip.std)
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
     other = VisionModelEncoder.from_pretrained(str(folder))
-
-    assert torch.equal(plain.mean, tiny.make_encoder().mean) and torch.equal(plain.std, tiny.make_encoder().std)
-    assert other.mean.flatten().tolist() == pytest.approx(mean) and other.std.flatten().tolist() == pytest.approx(std)
+    assert (other.mean.flatten().tolist(), other.std.flatten().tolist()) == (pytest.approx(mean), pytest.approx(std))
 
 
-@pytest.mark.parametrize(
-    ("path", "subfolder"), [("", "image_encoder"), ("image_encoder", None), ("image_encoder/", "")]
-)
-def test_a_subfolder_may_be_given_apart_or_in_the_path(folder: Path, path: str, subfolder, monkeypatch) -> None:
+def test_a_subfolder_may_be_given_apart_or_in_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    encoder = VisionModelEncoder.from_pretrained(path or str(folder.parent), subfolder)
-
-    assert encoder.source == (f"{folder.parent}/image_encoder" if not path else "image_encoder")
-    assert VisionModelEncoder.read_widths(encoder.source) == encoder.widths, "a string alone finds it again"
-
-
-@pytest.mark.parametrize(
-    ("given", "root", "folder"),
-    [
-        (("h94/IP-Adapter/models/image_encoder",), "h94/IP-Adapter", "models/image_encoder"),
-        (("h94/IP-Adapter", "sdxl_models/image_encoder"), "h94/IP-Adapter", "sdxl_models/image_encoder"),
-        (("openai/clip-vit-large-patch14",), "openai/clip-vit-large-patch14", ""),
-    ],
-)
-def test_of_a_hub_path_two_names_are_the_id_and_the_rest_the_subfolder(given, root: str, folder: str) -> None:
-    assert locate(*given)[:3] == ("/".join(given), root, folder)
+    for given, source in (
+        ((str(folder.parent), "image_encoder"), f"{folder.parent}/image_encoder"),
+        (("image_encoder", None), "image_encoder"),
+        (("image_encoder/", ""), "image_encoder"),
+    ):
+        encoder = VisionModelEncoder.from_pretrained(*given)
+        assert encoder.source == source
+        assert VisionModelEncoder.read_widths(encoder.source) == encoder.widths, "a string alone finds it again"
 
 
 def test_a_hub_path_is_loaded_from_its_repository(
     folder: Path, image: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the hub's cache, where a download would have put it, with the hub out of reach."""
+    """From the hub's cache, where a download would have put it, with the hub out of reach.
+
+    Two names of a path are the repository, and the rest is the subfolder.
+    """
+    for given, root, rest in (
+        (("h94/IP-Adapter/models/image_encoder",), "h94/IP-Adapter", "models/image_encoder"),
+        (("h94/IP-Adapter", "sdxl_models/image_encoder"), "h94/IP-Adapter", "sdxl_models/image_encoder"),
+        (("openai/clip-vit-large-patch14",), "openai/clip-vit-large-patch14", ""),
+    ):
+        assert locate(*given)[:3] == ("/".join(given), root, rest)
     repository = tmp_path / "hub" / "models--someone--adapters"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text("0" * 40)
@@ -145,8 +128,7 @@ def test_a_hub_path_is_loaded_from_its_repository(
     folder.rename(repository / "snapshots" / ("0" * 40) / "models" / "image_encoder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub_path = "someone/adapters/models/image_encoder"
-    encoder = VisionModelEncoder.from_pretrained(hub_path)
+    encoder = VisionModelEncoder.from_pretrained(hub_path := "someone/adapters/models/image_encoder")
 
     assert encoder.source == hub_path
     assert VisionModelEncoder.read_widths(hub_path) == encoder.widths == WIDTHS
@@ -167,36 +149,29 @@ def test_incomplete_and_broken_weights_are_refused(folder: Path) -> None:
         VisionModelEncoder.from_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_what_is_not_a_vision_model_is_named(read, folder: Path, clip_name: str, tmp_path: Path) -> None:
+def test_what_is_not_a_vision_model_is_named(folder: Path, clip_name: str, tmp_path: Path) -> None:
     for path, message in (
         (clip_name.removeprefix("local-dir:"), rf"encoder=demo encoder\.name={clip_name}"),
         (str(tmp_path), rf"encoder\.path={tmp_path}: there is no config\.json in this folder"),
         (f"{tmp_path}/nowhere", rf"encoder\.path={tmp_path}/nowhere: no such folder\. .*owner/name"),
-        ("nowhere", r"encoder\.path=nowhere: no such folder"),
-        ("./no/where", r"encoder\.path=\./no/where: no such folder"),
-        ("no body/nothing", r"encoder\.path=no body/nothing: no such folder"),
+        *((path, rf"encoder\.path={path}: no such folder") for path in ("nowhere", "./no/where", "no body/nothing")),
         ("tests/nothing", r"encoder\.path=tests/nothing: no such folder"),  # there is a folder tests here
     ):
-        with pytest.raises(UserError, match=message):
-            read(path)
-    with pytest.raises(UserError, match=r"encoder\.dtype=half: give float32"):
-        read(str(folder), dtype="half")
+        for read in (VisionModelEncoder.from_pretrained, VisionModelEncoder.read_widths):
+            with pytest.raises(UserError, match=message):
+                read(path)
+            with pytest.raises(UserError, match=r"encoder\.dtype=half: give float32"):
+                read(str(folder), dtype="half")
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
+def test_a_configuration_that_cannot_be_used_is_named(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    for config, message in (
         ({"model_type": "nonsense"}, "model of type nonsense, which is not a vision model"),
         ({"model_type": "dinov2"}, "no preprocessor_config.json with image_mean"),
         ({"model_type": "siglip2_vision_model"}, "no preprocessor_config"),
         ({"image_size": [24, 32]}, "reads images of 24 × 32"),
-    ],
-    ids=str,
-)
-def test_a_configuration_that_cannot_be_used_is_named(config: dict[str, Any], message: str, folder: Path) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | config))
-
-    with pytest.raises(UserError, match=message):
-        VisionModelEncoder.read_widths(str(folder))
+    ):
+        (folder / "config.json").write_text(json.dumps(content | config))
+        with pytest.raises(UserError, match=message):
+            VisionModelEncoder.read_widths(str(folder))

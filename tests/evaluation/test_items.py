@@ -29,15 +29,12 @@ def test_a_plan_has_every_picture_once_with_a_seed_of_its_own() -> None:
     assert len({task.seed for task in tasks}) == 6
 
 
-def test_seeds_depend_on_the_item_alone() -> None:
-    """Neither other items nor more pictures of each change them."""
+def test_seeds_depend_on_the_item_alone_and_what_cannot_be_asked_is_refused() -> None:
+    """Neither other items nor more pictures of each change the seeds."""
     seeds = {(task.item.id, task.number): task.seed for task in plan(ITEMS, 3, 0, "empty")}
     others = {(task.item.id, task.number): task.seed for task in plan(ITEMS[::-1], 2, 0, "empty")}
     assert all(seeds[key] == seed for key, seed in others.items())
     assert plan(ITEMS, 1, 1, "empty")[0].seed != seeds["a", 0]
-
-
-def test_items_without_captions_or_usable_ids_are_refused() -> None:
     with pytest.raises(UserError, match=r"1 items have no caption \(c"):
         plan([*ITEMS, Item("c", ())], 1, 0, "caption")
     with pytest.raises(UserError, match=r"1 items have ids that cannot name files \('\.\./c'"):
@@ -54,14 +51,23 @@ def test_a_folder_gives_its_pictures_by_name(prompts: Path) -> None:
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give a folder with images"):
-        FolderBenchmark("folder", str(tmp_path / "nowhere")).items()
-    with pytest.raises(UserError, match="give a folder with images"):
-        FolderBenchmark("folder", str(tmp_path)).items()
-    for ending in ("png", "jpg"):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"same.{ending}")
-    with pytest.raises(UserError, match="differ only in their extension"):
-        FolderBenchmark("folder", str(tmp_path)).items()
+    """Or has two images of one name; what macOS leaves next to them is no image."""
+
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            FolderBenchmark("folder", str(folder)).items()
+
+    refused(tmp_path / "nowhere", "give a folder with images")
+    refused(tmp_path, "give a folder with images")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"left by macOS")
+    (tmp_path / "a.txt").write_bytes("\ufeffein Café\n".encode())
+    assert FolderBenchmark("folder", str(tmp_path)).items() == [Item("a", ("ein Café",)), Item("b", ())]
+    (tmp_path / "b.txt").write_bytes("Café".encode("latin-1"))
+    refused(tmp_path, r"b\.txt is not UTF-8: byte 3 ")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    refused(tmp_path, "differ only in their extension")
 
 
 def test_shards_give_their_good_samples(tmp_path: Path) -> None:
@@ -69,27 +75,13 @@ def test_shards_give_their_good_samples(tmp_path: Path) -> None:
     benchmark = ShardBenchmark("mine", shard)
     assert [(item.id, item.captions) for item in benchmark.items()] == [("a", ("red heart",)), ("c", ("a thing",))]
     assert benchmark.read(benchmark.items()[0]).shape == (3, 8, 10)
-    broken = ShardBenchmark("mine", write_tar(tmp_path / "1.tar", [("a.png", b"no png"), ("a.txt", b"a thing")]))
+    other = write_tar(tmp_path / "1.tar", [("a.png", b"no png"), ("a.txt", b"a thing")])
+    broken = ShardBenchmark("mine", other)
     with pytest.raises(UserError, match="benchmark=mine: sample a "):
         broken.read(broken.items()[0])
-
-
-def test_samples_of_one_key_are_told(tmp_path: Path) -> None:
-    shards = [write_tar(tmp_path / f"{number}.tar", good("a", f"thing {number}")) for number in range(2)]
     with pytest.raises(UserError, match="two samples have the key a"):
-        ShardBenchmark("mine", shards).items()
-    assert len(ShardBenchmark("mine", shards, limit=1).items()) == 1
-
-
-def test_files_that_are_no_captions_or_pictures(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    (tmp_path / "._a.png").write_bytes(b"left by macOS")
-    (tmp_path / "a.txt").write_bytes("\ufeffein Café\n".encode())
-    assert FolderBenchmark("folder", str(tmp_path)).items() == [Item("a", ("ein Café",)), Item("b", ())]
-    (tmp_path / "b.txt").write_bytes("Café".encode("latin-1"))
-    with pytest.raises(UserError, match=r"b\.txt is not UTF-8: byte 3 "):
-        FolderBenchmark("folder", str(tmp_path)).items()
+        ShardBenchmark("mine", [shard, other]).items()
+    assert len(ShardBenchmark("mine", [shard, other], limit=1).items()) == 1
 
 
 def coco(folder: Path) -> tuple[Path, Path]:
@@ -107,19 +99,12 @@ def coco(folder: Path) -> tuple[Path, Path]:
 def test_coco_gives_pictures_by_id_with_all_captions(tmp_path: Path) -> None:
     images, annotations = coco(tmp_path)
     benchmark = CocoBenchmark("coco2017", str(images), str(annotations), limit=2)
-    items = benchmark.items()
-    assert [(item.id, item.captions) for item in items] == [
-        ("000000000007", ("a dog",)),
-        ("000000000009", ("a cat", "the cat")),
-    ]
+    items, settings = benchmark.items(), benchmark.settings
+    assert [item.id for item in items] == ["000000000007", "000000000009"]
+    assert [item.captions for item in items] == [("a dog",), ("a cat", "the cat")]
     assert benchmark.read(items[0]).shape == (3, 5, 6)
-
-
-def test_a_resized_copy_of_coco_is_another_benchmark(tmp_path: Path) -> None:
-    images, annotations = coco(tmp_path)
-    whole = CocoBenchmark("coco2017", str(images), str(annotations), limit=2).settings
-    Image.new("RGB", (60, 50), "teal").save(images / "000000000007.jpg")
-    assert CocoBenchmark("coco2017", str(images), str(annotations), limit=2).settings != whole
+    Image.new("RGB", (60, 50), "teal").save(images / "000000000007.jpg")  # a resized copy is another benchmark
+    assert CocoBenchmark("coco2017", str(images), str(annotations), limit=2).settings != settings
 
 
 def test_coco_that_is_not_whole_is_told(tmp_path: Path) -> None:

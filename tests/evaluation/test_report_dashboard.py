@@ -8,7 +8,6 @@ from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 import pytest
-import wandb
 from PIL import Image
 from report_folder import write_demo
 from wandb.proto import wandb_internal_pb2 as pb
@@ -20,23 +19,16 @@ from ipa.evaluation.report.table import make_table
 from ipa.tools.report import main
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from wandb_records import read_offline_runs, records
-
-HOME_OF_WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "WANDB_MODE", "NETRC")
+from wandb_records import logged_out, read_offline_runs, records
 
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that was reported by a user who is not logged in; only to be read."""
     folder = write_demo(tmp_path_factory.mktemp("evaluation") / "demo")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in HOME_OF_WANDB:
-            patch.setenv(name, "")  # so that it is restored even if it was not set
-            patch.delenv(name)
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    with logged_out(tmp_path_factory.mktemp("home")) as patch:
         patch.setattr(sys, "argv", ["report", str(folder), "wandb=mine", "rows=3", "thumbnail_px=16"])
         main()
-        wandb.teardown()  # waits until everything is written, as the end of a process does
     return folder
 
 

@@ -95,17 +95,20 @@ def test_text_of_the_user_cannot_break_the_page(tmp_path: Path, page: str) -> No
     assert hostile.count("data:image/svg+xml") == 2
 
 
-def test_files_are_the_same_for_the_same_input(tmp_path: Path) -> None:
+def test_files_are_the_same_for_the_same_input_and_a_missing_or_broken_image_leaves_a_gap(tmp_path: Path) -> None:
     """Also in another folder, and when they are written again."""
     folders, shown = [write_demo(tmp_path / name) for name in ("one", "two")], Shown(rows=1, best=1)
-
     written = [
         {path.name: path.read_bytes() for path in write_report(folder, shown).parent.iterdir() if path.is_file()}
         for folder in (*folders, folders[0])
     ]
-
     assert set(written[0]) == {"items.json", "table.md", "report.html"}
     assert written[0] == written[1] == written[2]
+
+    (folders[0] / "mine-0/pictures/item0_0.png").unlink()
+    (folders[0] / "mine-0/pictures/item1_0.png").write_bytes(b"no image")
+    (folders[0] / "style/pictures/item0_0.png").unlink()
+    assert page_of(folders[0], rows=6, best=0).count("no image") == 2
 
 
 def charts_of(folder: Path, runs: dict[str, dict[str, object]]) -> list[Chart]:
@@ -155,28 +158,28 @@ def test_curves_of_one_system_have_different_names(tmp_path: Path, labels: tuple
 
 def test_a_chart_is_an_svg_with_a_line_for_each_series(evaluation: Evaluation) -> None:
     chart = find_charts(evaluation)[0]
+    drawn = svg(draw(chart))
 
-    drawn = base64.b64decode(draw(chart).removeprefix("data:image/svg+xml;base64,")).decode()
-
-    assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert drawn.count(f"stroke: {line_style(0)[0]}; stroke-width: 2") == 1 and line_style(1)[0] not in drawn
     assert describe(chart) == "CLIP-I against λ.\nIP-Adapter, mine: 0.000 at 0, 0.125 at 0.5, 0.250 at 1."
     assert len({line_style(number) for number in range(16)}) == 16
 
 
-def test_items_of_the_grid_depend_on_the_seed_alone(evaluation: Evaluation) -> None:
-    chosen = [[item.id for item in choose_items(evaluation, 3, seed)] for seed in (*range(8), 0)]
+def svg(address: str) -> str:
+    """The source of an image in a page."""
+    drawn = base64.b64decode(address.removeprefix("data:image/svg+xml;base64,")).decode()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    return drawn
 
+
+def test_items_of_the_grid_depend_on_the_seed_and_best_and_worst_are_in_order(evaluation: Evaluation) -> None:
+    chosen = [[item.id for item in choose_items(evaluation, 3, seed)] for seed in (*range(8), 0)]
     assert chosen[0] == chosen[-1] and len({tuple(ids) for ids in chosen}) > 1
     assert all(ids == sorted(ids) for ids in chosen) and len(choose_items(evaluation, 99, 0)) == 6
 
-
-def test_best_and_worst_are_separate_and_in_order(evaluation: Evaluation) -> None:
     system = choose_system(evaluation, None)
     assert system is not None and system.label == "mine-1.0"
-
     best, worst = extremes(system, evaluation.items, 4)
-
     assert [item.id for item in best] == ["item5", "item4", "item3"]
     assert [item.id for item in worst] == ["item0", "item1", "item2"]
     for label in ("style", "theirs"):
@@ -184,27 +187,17 @@ def test_best_and_worst_are_separate_and_in_order(evaluation: Evaluation) -> Non
             choose_system(evaluation, label)
 
 
-def test_a_missing_or_broken_image_leaves_a_gap(tmp_path: Path) -> None:
-    pictures = write_demo(tmp_path) / "mine-0" / "pictures"
-    (pictures / "item0_0.png").unlink()
-    (pictures / "item1_0.png").write_bytes(b"no image")
-    (tmp_path / "style" / "pictures" / "item0_0.png").unlink()
-
-    assert page_of(tmp_path, rows=6, best=0).count("no image") == 2
-
-
 def test_bars_show_the_attention_to_the_image_of_each_adapter_once(tmp_path: Path) -> None:
     write_items(tmp_path, ["a"])
     ratios = {"down_blocks.0": 0.25, "$mid$": 1.5, "broken": None}
     for label, found in {"one-scale0": ratios, "one-scale1": ratios, "other": {"mid": 0.1}, "none": None}.items():
         write_run(tmp_path, label, method={"image_attention": found} if found else {})
-    bars = find_bars(read_evaluation(tmp_path))
+    bars = {system.label: (drawn, words) for system, drawn, words in find_bars(read_evaluation(tmp_path))}
 
-    assert [(system.label, words) for system, _, words in bars] == [
-        ("one-scale0", "down_blocks.0 0.25, $mid$ 1.50"),
-        ("other", "mid 0.10"),
-    ]
-    drawn = base64.b64decode(bars[0][1].removeprefix("data:image/svg+xml;base64,")).decode()
-    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert {label: words for label, (_, words) in bars.items()} == {
+        "one-scale0": "down_blocks.0 0.25, $mid$ 1.50",
+        "other": "mid 0.10",
+    }
+    assert svg(bars["one-scale0"][0])
     page = write_report(tmp_path, Shown()).read_text()
     assert 'id="image-attention"' in page and "down_blocks.0 0.25" in page

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: tiny_flow.save(MAKERS[name](), place / name) for name in ("flux", "chroma", "sd35_medium")}
 
 
-def test_text_is_encoded_as_by_the_public_pipelines(family: Any) -> None:
+def test_text_is_encoded_as_by_the_public_pipelines_and_read_for_images_that_are_not_square(family: Any) -> None:
     pipeline, text = family.pipeline(), family.encode_text(TEXTS)
     length = {"max_sequence_length": tiny_flow.T5_LENGTH}
     if isinstance(family, StableDiffusion3):
@@ -55,6 +55,8 @@ def test_text_is_encoded_as_by_the_public_pipelines(family: Any) -> None:
     torch.testing.assert_close(text.states_BLD, states, rtol=0, atol=1e-6)
     torch.testing.assert_close(text.pooled_BE, pooled, rtol=0, atol=1e-6)
     assert family.cut_off("a" * 50) and not family.cut_off("cat")
+    noisy, time_B = torch.randn(2, 4, 4, 8), torch.tensor([0.5, 0.1]) * family.time_factor  # not square
+    assert family.denoise(noisy, time_B, text).shape == noisy.shape
 
 
 def test_latents_are_packed_and_scaled_as_by_the_public_pipeline() -> None:
@@ -72,12 +74,6 @@ def test_latents_are_packed_and_scaled_as_by_the_public_pipeline() -> None:
     torch.testing.assert_close(
         family.decode_latents((encoded.mean - 0.1) * 0.4), family.vae.decode(encoded.mean).sample.clamp(-1, 1)
     )
-
-
-def test_images_that_are_not_square(family: Any) -> None:
-    noisy, time_B = torch.randn(2, 4, 4, 8), torch.tensor([0.5, 0.1]) * family.time_factor
-
-    assert family.denoise(noisy, time_B, family.encode_text(TEXTS)).shape == noisy.shape
 
 
 def test_folders_are_recognised_and_loaded_again(folders: dict[str, str]) -> None:
@@ -99,32 +95,17 @@ def test_folders_are_recognised_and_loaded_again(folders: dict[str, str]) -> Non
                 other.read_widths(path)
 
 
-def test_a_base_without_t5_is_refused_before_weights_are_read(folders: dict[str, str], tmp_path: Path) -> None:
-    for name, part in (("flux", "text_encoder_2"), ("chroma", "text_encoder"), ("sd35_medium", "text_encoder_3")):
-        folder = tmp_path / name
-        (folder / "transformer").mkdir(parents=True)
-        index = json.loads((Path(folders[name]) / "model_index.json").read_text()) | {part: [None, None]}
-        (folder / "model_index.json").write_text(json.dumps(index))
-        config = (Path(folders[name]) / "transformer/config.json").read_bytes()
-        (folder / "transformer/config.json").write_bytes(config)
-        with pytest.raises(UserError, match=rf"has no {part}, its T5 text encoder"):
-            family_of(str(folder)).from_pretrained(str(folder))
-    assert StableDiffusion3.read_widths(str(tmp_path / "sd35_medium"), t5=False).branches == "sd3"
-
-
-@pytest.mark.parametrize(
-    ("part", "pattern"), [("tokenizer_2", "*"), ("text_encoder_2", "*.safetensors"), ("scheduler", "*")]
-)
 def test_a_folder_without_files_of_a_part_is_refused(
-    part: str, pattern: str, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers would make an empty tokenizer, which encodes all texts alike."""
-    shutil.copytree(folders["flux"], tmp_path / "base")
-    for file in (tmp_path / "base" / part).glob(pattern):
-        file.unlink()
     monkeypatch.setattr(Flux.pipeline_class, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match=rf"base\.path=.*: the files of its {part} are missing"):
-        Flux.from_pretrained(str(tmp_path / "base"))
+    for part, pattern in (("tokenizer_2", "*"), ("text_encoder_2", "*.safetensors"), ("scheduler", "*")):
+        shutil.copytree(folders["flux"], tmp_path / part)
+        for file in (tmp_path / part / part).glob(pattern):
+            file.unlink()
+        with pytest.raises(UserError, match=rf"base\.path=.*: the files of its {part} are missing"):
+            Flux.from_pretrained(str(tmp_path / part))
 
 
 def test_stable_diffusion_3_without_t5_reads_zeros_as_the_pipeline_does() -> None:
@@ -135,46 +116,38 @@ def test_stable_diffusion_3_without_t5_reads_zeros_as_the_pipeline_does() -> Non
     assert not text.states_BLD[:, tiny.TEXT_LENGTH :].any() and "t5_ids" not in family.prepare_text(TEXTS)
 
 
-def test_bases_that_read_more_than_latents_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "model_index.json").write_bytes((Path(folders["flux"]) / "model_index.json").read_bytes())
-    config = json.loads((Path(folders["flux"]) / "transformer/config.json").read_text())
-    (tmp_path / "transformer/config.json").write_text(json.dumps(config | {"in_channels": 96, "out_channels": 16}))
+def copy_configurations(base: str, target: Path, transformer: dict[str, Any], **index: Any) -> str:
+    """A folder without weights, with changes to the configuration of the transformer and to the parts."""
+    (target / "transformer").mkdir(parents=True)
+    for name, changes in (("model_index.json", index), ("transformer/config.json", transformer)):
+        (target / name).write_text(json.dumps(json.loads((Path(base) / name).read_text()) | changes))
+    return str(target)
 
+
+def test_bases_that_read_more_than_latents_or_have_no_t5_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    filling = copy_configurations(folders["flux"], tmp_path / "fill", {"in_channels": 96, "out_channels": 16})
     with pytest.raises(UserError, match=r"none of the bases that ipa knows: .*Chroma"):
-        family_of(str(tmp_path))
+        family_of(filling)
+    for name, part in (("flux", "text_encoder_2"), ("chroma", "text_encoder"), ("sd35_medium", "text_encoder_3")):
+        folder = copy_configurations(folders[name], tmp_path / name, {}, **{part: [None, None]})
+        with pytest.raises(UserError, match=rf"has no {part}, its T5 text encoder"):
+            family_of(folder).from_pretrained(folder)
+    assert StableDiffusion3.read_widths(folder, t5=False).branches == "sd3"
 
 
-def test_what_the_family_lacks_is_refused_by_name(family: Any) -> None:
-    with pytest.raises(UserError, match=r"guidance_rescale=0\.7: .* have none"):
-        family.guidance_arguments(3.0, 0.7)
-    with pytest.raises(UserError, match=r"image_size_px=18: .* multiples of 4 px"):
-        family.check_size(18)
-    if isinstance(family, StableDiffusion3):
-        with pytest.raises(UserError, match="positions of the base tiny end at 32 px"):
-            family.check_size(64)
-    with pytest.raises(UserError, match="min_snr_gamma=5"):
-        IPAdapterModel(family, tiny.make_encoder(), GlobalHead(12, 8), SimpleAdapter(), 5.0)
-
-
-def test_wrong_words_are_refused() -> None:
+def test_wrong_words_and_sizes_are_refused() -> None:
+    """What else the families lack is refused by name at the start of a training: tests/training/test_refusals.py."""
     with pytest.raises(UserError, match=r"base\.hosts=some: give double .* or all"):
         tiny_flow.make_flux(hosts="some")
     for option in ("timesteps", "weighting", "shift"):
         with pytest.raises(UserError, match=rf"base\.times\.{option}=odd: give "):
             FlowTimes(**{option: "odd"})
+    with pytest.raises(UserError, match="positions of the base tiny end at 32 px"):
+        tiny_flow.make_sd3().check_size(64)
 
 
-def test_chroma_without_its_mask_is_refused() -> None:
-    chroma, flux = tiny_flow.make_chroma(), tiny_flow.make_flux()
-    with pytest.raises(UserError, match=r"mask of the text .* is missing"):
-        chroma.text_states(flux.prepare_text(TEXTS))
-    with pytest.raises(UserError, match="mask of the text is missing"):
-        chroma.denoise(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.5]), flux.encode_text(TEXTS))
-
-
-def test_masked_text_is_not_read() -> None:
-    family = tiny_flow.make_chroma()
+def test_chroma_does_not_read_masked_text_and_needs_its_mask() -> None:
+    family, flux = tiny_flow.make_chroma(), tiny_flow.make_flux()
     text = family.encode_text(["cat"])
     noisy, time_B = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
     before = family.denoise(noisy, time_B, text)
@@ -184,17 +157,18 @@ def test_masked_text_is_not_read() -> None:
     text.states_BLD[:, kept:] += 1
     torch.testing.assert_close(family.denoise(noisy, time_B, text), before, rtol=0, atol=1e-6)
     text.states_BLD[:, : kept - 1] += 1
-
     assert not torch.allclose(family.denoise(noisy, time_B, text), before, atol=1e-3)
+
+    with pytest.raises(UserError, match=r"mask of the text .* is missing"):
+        family.text_states(flux.prepare_text(TEXTS))
+    with pytest.raises(UserError, match="mask of the text is missing"):
+        family.denoise(noisy, time_B, flux.encode_text(["cat"]))
 
 
 def test_checkpointed_gradients_are_the_same(family: Any) -> None:
     """Also Chroma's, whose masks diffusers forgets in recomputed single-stream blocks."""
-    latents, time_B, text = (
-        torch.randn(2, 4, 8, 8),
-        torch.tensor([0.5, 0.1]) * family.time_factor,
-        family.encode_text(TEXTS),
-    )
+    latents, time_B = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.1]) * family.time_factor
+    text = family.encode_text(TEXTS)
     kept = []
 
     def run_again(module: torch.nn.Module, *inputs: Any) -> Any:

@@ -9,6 +9,7 @@ import tiny_sdxl
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
+from ipa.errors import UserError
 from ipa.families.sdxl import StableDiffusionXL
 from ipa.types import TextCondition, to_unit_range
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def public(folder: Path) -> StableDiffusionXLPipeline:
     """The stock pipeline with DDIM, loaded by diffusers alone."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
@@ -73,23 +74,19 @@ def test_the_text_is_encoded_as_the_public_pipeline_does(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sizes_are_those_of_the_public_pipeline(
+def test_sizes_are_those_of_the_public_pipeline_and_stay_whole_numbers_of_pixels(
     family: StableDiffusionXL, public: StableDiffusionXLPipeline, dtype: torch.dtype
 ) -> None:
     edge = family.image_size_px
     whole = public._get_add_time_ids((edge, edge), (0, 0), (edge, edge), dtype, tiny_sdxl.POOLED_WIDTH)
     cropped = public._get_add_time_ids((512, 768), (0, 128), (512, 512), dtype, tiny_sdxl.POOLED_WIDTH)
     given = torch.tensor([[512, 768, 0, 128, 512, 512]])
+    odd = torch.tensor([[1023, 1021, 3, 257, 1023, 1021]])  # none of the large ones is a bfloat16
     family = family.to(dtype)
 
     assert torch.equal(family.encode_text(["cat"] * 3).size_B6, whole.float().expand(3, 6))
     assert torch.equal(family.encode_text(["cat"], given).size_B6, cropped.float())
-
-
-def test_sizes_stay_whole_numbers_of_pixels_in_half_precision(family: StableDiffusionXL) -> None:
-    size = torch.tensor([[1023, 1021, 3, 257, 1023, 1021]])  # none of the large ones is a bfloat16
-
-    assert torch.equal(family.to(torch.bfloat16).encode_text(["cat"], size).size_B6, size.float())
+    assert torch.equal(family.encode_text(["cat"], odd).size_B6, odd.float())
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -150,45 +147,21 @@ def test_its_pipeline_makes_the_pictures_of_the_public_one(public: StableDiffusi
     assert (pipeline.watermark, pipeline.unet, pipeline.vae) == (None, family.unet, family.vae)
 
 
-def test_the_pipelines_arguments_without_a_negative_text(family: StableDiffusionXL) -> None:
+def test_the_pipelines_arguments_have_one_set_of_sizes_and_a_negative_text_if_there_is_one(
+    family: StableDiffusionXL,
+) -> None:
     text = family.encode_text(["cat", "dog"])
-    arguments = family.prompt_arguments(text, None)
-
-    assert arguments.keys() == {
-        *("prompt_embeds", "pooled_prompt_embeds"),
-        *("original_size", "crops_coords_top_left", "target_size"),
-    }
+    own = {"prompt_embeds", "pooled_prompt_embeds"}
+    sizes = {"original_size", "crops_coords_top_left", "target_size"}
+    assert family.prompt_arguments(text, None).keys() == own | sizes
     text.size_B6 = None
-    assert family.prompt_arguments(text, text).keys() == {
-        *("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    }
+    assert family.prompt_arguments(text, text).keys() == own | {f"negative_{name}" for name in own}
 
-
-def test_one_call_of_the_pipeline_takes_one_set_of_sizes(family: StableDiffusionXL) -> None:
-    other = SIZES.clone()
+    other, text = SIZES.clone(), family.encode_text(["cat", "dog"], SIZES)
     other[1, 2] = 8
-    text = family.encode_text(["cat", "dog"], SIZES)
     for positive, negative in [(family.encode_text(["cat", "dog"], other), None), (text, family.encode_text(["", ""]))]:
-        with pytest.raises(ValueError, match=r"one set of sizes, but these differ: \[\[.*Group the pictures by size"):
+        with pytest.raises(UserError, match=r"one set of sizes, but these differ: \[\[.*Group the pictures by size"):
             family.prompt_arguments(positive, negative)
-
-
-def test_schedule_and_prediction_type_are_the_checkpoints_own(folder: Path, tmp_path: Path) -> None:
-    prediction_type, zero_snr = "v_prediction", True
-    copy = tmp_path / "base"
-    copy.mkdir()
-    for part in folder.iterdir():
-        (copy / part.name).symlink_to(part)
-    (copy / "scheduler").unlink()
-    tiny_sdxl.make_family(prediction_type, zero_snr).scheduler.save_pretrained(copy / "scheduler")
-    family = StableDiffusionXL.from_pretrained(str(copy))
-    sampler = family.pipeline().scheduler
-
-    assert isinstance(sampler, DDIMScheduler) and not sampler.config.clip_sample
-    assert family.prediction_type == sampler.config.prediction_type == prediction_type
-    assert torch.equal(family.alphas_cumprod, sampler.alphas_cumprod)
-    assert bool(family.alphas_cumprod[-1] == 0) is zero_snr
-    torch.testing.assert_close(family.alphas_cumprod, family.scheduler.alphas_cumprod)
 
 
 def test_the_vae_can_have_another_type_than_the_rest(folder: Path, family: StableDiffusionXL) -> None:
@@ -198,10 +171,6 @@ def test_the_vae_can_have_another_type_than_the_rest(folder: Path, family: Stabl
 
     assert half == {torch.float16}
     assert torch.equal(loaded.encode_pixels(pixels).mean_BCHW, family.encode_pixels(pixels).mean_BCHW)
-
-
-def test_a_mistyped_type_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"base\.vae_dtype=float31: give float32, bfloat16 or float16"):
-        StableDiffusionXL.from_pretrained(str(folder), vae_dtype="float31")
-    with pytest.raises(ValueError, match=r"base\.dtype=int64: give"):
-        StableDiffusionXL.from_pretrained(str(folder), dtype="int64")
+    for option, wrong in (("vae_dtype", "float31"), ("dtype", "int64")):
+        with pytest.raises(UserError, match=rf"base\.{option}={wrong}: give float32"):
+            StableDiffusionXL.from_pretrained(str(folder), **{option: wrong})

@@ -1,11 +1,13 @@
 """The frozen base: what it is called with and gives, and how it is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import tiny_sdxl
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from torch import nn
 
 from ipa.errors import UserError
@@ -38,14 +40,20 @@ def test_latents_are_encoded_to_a_scale_and_decoded_from_it(family: StableDiffus
     assert to_uint8(pixels).unique().numel() > 2
 
 
-@pytest.mark.parametrize(("prediction_type", "zero_snr"), tiny.KINDS)
-def test_schedule_and_prediction_type_are_the_checkpoints_own(prediction_type: str, zero_snr: bool) -> None:
-    family = tiny.make_family(prediction_type, zero_snr)
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [*((tiny.make_family, kind) for kind in tiny.KINDS), (tiny_sdxl.make_family, ("v_prediction", True))],
+)
+def test_schedule_and_prediction_type_are_the_checkpoints_own(make: Any, kind: tuple[str, bool]) -> None:
+    """Also where the checkpoint's sampler is another than DDIM, as Stable Diffusion XL's is."""
+    family = make(*kind)
     sampler = family.pipeline().scheduler
 
-    assert family.prediction_type == sampler.config.prediction_type == prediction_type
+    assert isinstance(sampler, DDIMScheduler) and not sampler.config.clip_sample
+    assert (family.prediction_type, bool(family.alphas_cumprod[-1] == 0)) == kind
+    assert sampler.config.prediction_type == family.prediction_type
     assert torch.equal(family.alphas_cumprod, sampler.alphas_cumprod)
-    assert bool(family.alphas_cumprod[-1] == 0) is zero_snr
+    torch.testing.assert_close(family.alphas_cumprod, family.scheduler.alphas_cumprod)
 
 
 def test_the_text_is_encoded_as_the_public_pipeline_does(family: StableDiffusion) -> None:
@@ -59,15 +67,22 @@ def test_the_text_is_encoded_as_the_public_pipeline_does(family: StableDiffusion
     torch.testing.assert_close(family.encode_text(["", ""]).states_BLD, negative)
 
 
-def test_a_saved_folder_is_loaded_with_the_same_weights(base_folder: Path) -> None:
+def test_a_saved_folder_is_loaded_with_the_same_weights_laid_out_for_their_kernels(base_folder: Path) -> None:
     loaded, made = StableDiffusion.from_pretrained(str(base_folder)), tiny.make_family("v_prediction", zero_snr=True)
+    plain = StableDiffusion.from_pretrained(str(base_folder), channels_last=False)
+    kernels = [m.weight for part in (loaded.unet, loaded.vae) for m in part.modules() if isinstance(m, nn.Conv2d)]
+    latents, t_B = torch.randn(2, 4, 8, 8), torch.tensor([7, 500])
+    text = plain.encode_text(["cat", "a dog"])
 
-    assert loaded.source == str(base_folder)
-    assert loaded.prediction_type == "v_prediction"
+    assert (loaded.source, loaded.prediction_type) == (str(base_folder), "v_prediction")
     state = loaded.state_dict()
     assert state.keys() == made.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
-    assert StableDiffusionPipeline.from_pretrained(base_folder, safety_checker=None).unet.config == loaded.unet.config
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert plain.unet.conv_in.weight.is_contiguous() and not loaded.unet.conv_in.weight.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.denoise(latents, t_B, text), plain.denoise(latents, t_B, text))
+    assert hash_weights(loaded) == hash_weights(plain)
 
 
 def test_weights_are_loaded_in_the_type_asked_for(base_folder: Path) -> None:
@@ -81,15 +96,6 @@ def test_weights_are_loaded_in_the_type_asked_for(base_folder: Path) -> None:
     assert family.decode_latents(latents).dtype == torch.float32
 
 
-def test_widths_are_read_from_the_configuration_alone(base_folder: Path, tmp_path: Path) -> None:
-    for part in ("model_index.json", "unet/config.json"):
-        copy = tmp_path / part
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes((base_folder / part).read_bytes())
-
-    assert StableDiffusion.read_widths(str(tmp_path))[:2] == (tiny.CONTEXT_WIDTH, tiny.HIDDEN)
-
-
 def test_a_folder_that_is_not_there_or_something_else_is_named(tmp_path: Path) -> None:
     for path in ("./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/base", "tests/nowhere"):
         with pytest.raises(UserError, match=rf"base\.path={path}: no such folder.*hub id owner/name"):
@@ -97,17 +103,3 @@ def test_a_folder_that_is_not_there_or_something_else_is_named(tmp_path: Path) -
     with pytest.raises(UserError, match=rf"base\.path={tmp_path} has no model_index\.json"):
         StableDiffusion.from_pretrained(str(tmp_path))
     check_pipeline_folder("stable-diffusion-v1-5/stable-diffusion-v1-5")  # a hub id
-
-
-def test_convolutions_are_laid_out_for_their_kernels_and_mean_the_same(base_folder: Path) -> None:
-    laid_out = StableDiffusion.from_pretrained(str(base_folder))
-    plain = StableDiffusion.from_pretrained(str(base_folder), channels_last=False)
-    kernels = [m.weight for part in (laid_out.unet, laid_out.vae) for m in part.modules() if isinstance(m, nn.Conv2d)]
-    latents, t_B = torch.randn(2, 4, 8, 8), torch.tensor([7, 500])
-    text = plain.encode_text(["cat", "a dog"])
-
-    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
-    assert plain.unet.conv_in.weight.is_contiguous() and not laid_out.unet.conv_in.weight.is_contiguous()
-    with torch.no_grad():
-        torch.testing.assert_close(laid_out.denoise(latents, t_B, text), plain.denoise(latents, t_B, text))
-    assert hash_weights(laid_out) == hash_weights(plain)

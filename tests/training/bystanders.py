@@ -12,28 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class StopBefore(L.Callback):
-    """Fails once before the batch that follows so many steps: while the file ``flag`` is there, which goes then."""
-
-    def __init__(self, steps: int, flag: str) -> None:
-        self.steps, self.flag = steps, Path(flag)
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.steps and self.flag.exists():
-            self.flag.unlink()
-            raise RuntimeError("stopped on purpose")
-
-
-def stopping(steps: int, flag: Path) -> list[str]:
-    """The overrides for a run that is to stop once after so many steps, and the flag that they need."""
-    flag.touch()
-    return [
-        f"+callbacks.stop._target_={__name__}.StopBefore",
-        f"+callbacks.stop.steps={steps}",
-        f"+callbacks.stop.flag={flag}",
-    ]
-
-
 class Witness(L.Callback):
     """Remembers of the last run in this process its trainer, its module, and the keys of the batches of every step."""
 

@@ -41,6 +41,7 @@ SOME_EXPERIMENTS = [
 ]
 QUIET = ("data.val=null", "scoring=null", "image_prompt_check.every_n_steps=0")
 FEW = ("scoring=null", "preview.num_prompts=1", "preview.num_scored=2")
+SCORED = (*FEW[1:], "scoring.num_prompts=2")
 SIX = ("trainer.max_steps=6", "image_prompt_check.every_n_steps=2", *FEW)
 PAIRS = ("data.pairs.by=style", "data.pairs.self=0.25")
 # everything that a step can have at once; six steps of it are two passes over the data
@@ -292,10 +293,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     torch.testing.assert_close(trained(one), trained(other), rtol=0, atol=0)
 
 
-def assert_resumes(train_in: Run, place: Path, *overrides: str) -> Path:
-    """A run that stops after two steps and resumes gives what one without a stop gives; returns the latter."""
-    overrides += ("image_prompt_check.every_n_steps=2",)  # or it is done after the last step, which differs
-    whole = train_in(place / "whole", *overrides)
-    train_in(place / "parts", *overrides, "trainer.max_steps=2")
-    assert_same_run(train_in(place / "parts", *overrides), whole)
-    return whole
+def rewound(folder: Path, place: Path) -> Path:
+    """A copy of a run as it is when it is killed before its last checkpoint; the log may have later rows."""
+    copy = Path(shutil.copytree(folder, place))
+    last_checkpoint(copy).unlink()
+    for name in ("summary.json", "adapter.safetensors", "adapter_raw.safetensors"):
+        (copy / name).unlink(missing_ok=True)
+    return copy

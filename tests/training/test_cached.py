@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from composing import composed
-from conftest import QUIET, Run, World, checkpoint, column
+from conftest import QUIET, SCORED, Run, World, checkpoint, column
 
 from ipa.data.cache.format import CacheWriter, WrongCache
 from ipa.data.cache.source import read_header
@@ -35,14 +35,9 @@ def features(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
 def test_it_trains_previews_and_scores(
     experiment: str, precision: str, features: Path, train_in: Run, tmp_path: Path
 ) -> None:
-    overrides = [
-        f"experiment={experiment}",
-        f"trainer.precision={precision}",
-        "data=cache",
-        f"data.train={features}",
-        "image_prompt_check.every_n_steps=2",
-    ]
-    folder = train_in(tmp_path / "run", *overrides)
+    parts = [f"experiment={experiment}", f"trainer.precision={precision}", "data=cache", f"data.train={features}"]
+    few = [*SCORED, "image_prompt_check.every_n_steps=2"]
+    folder = train_in(tmp_path / "run", *parts, *few)
     summary = json.loads((folder / "summary.json").read_text())
 
     assert summary["steps"] == 4 and summary["scores"].keys() == {"scale 0", "scale 1"}

@@ -1,7 +1,7 @@
 """Checkpoints: whole or refused, written by a thread, the newest whole one found again, the others removed."""
 
-import io
 import random
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from bystanders import train_of_ranks
-from conftest import QUIET, SIX, Run, World, assert_same_run, checkpoint, column, last_checkpoint
+from conftest import (
+    QUIET,
+    SIX,
+    Run,
+    World,
+    assert_same_run,
+    checkpoint,
+    column,
+    last_checkpoint,
+    rows,
+    saved_configuration,
+)
 from ranks import WORLD, together
 
 from ipa.errors import UserError
@@ -53,21 +64,14 @@ def same(content: dict[str, Any]) -> bool:
     return torch.equal(weight, CONTENT["state_dict"]["weight"]) and content == rest  # type: ignore[index]
 
 
-def test_a_sealed_checkpoint_of_earlier_versions_is_read(tmp_path: Path) -> None:
-    """They had a SHA-256 in the archive's comment."""
-    buffer, seal = io.BytesIO(), b"sha256:" + b"0" * 64
-    torch.save(CONTENT, buffer)
-    (tmp_path / "a.ckpt").write_bytes(buffer.getvalue()[:-2] + len(seal).to_bytes(2, "little") + seal)
-
-    assert same(read_checkpoint(tmp_path / "a.ckpt"))
-
-
 def test_a_changed_bit_is_noticed_or_changes_nothing_and_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
-    """Only padding and dates of the archive are not covered."""
+    """Only padding and dates of the archive are not covered. Earlier versions had a SHA-256 in its comment."""
     path, draw, noticed = tmp_path / "a.ckpt", random.Random(0), 0
     write_checkpoint(path, CONTENT)
     assert same(load(path)) and same(torch.load(path, weights_only=True)) and list(tmp_path.iterdir()) == [path]
-    whole = path.read_bytes()
+    whole, seal = path.read_bytes(), b"sha256:" + b"0" * 64
+    path.write_bytes(whole[:-2] + len(seal).to_bytes(2, "little") + seal)
+    assert same(read_checkpoint(path))
     for place in draw.sample(range(len(whole)), 300):
         changed = bytearray(whole)
         changed[place] ^= 1 << draw.randrange(8)
@@ -155,6 +159,8 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     folder, (other,) = tmp_path / "checkpoints", write(tmp_path / "other", 7)
     assert where_to_start(folder, "auto") is where_to_start(folder, "never") is None
     assert where_to_start(folder, str(other)) == other
+    with pytest.raises(UserError, match=r"resume=.*no\.ckpt: no such checkpoint"):
+        where_to_start(folder, str(tmp_path / "no.ckpt"))
 
     first, second = write(folder, 1, 2)
     assert where_to_start(folder, "auto") == where_to_start(folder, str(other)) == second
@@ -168,32 +174,42 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
         where_to_start(folder, "auto")
 
 
-def test_a_file_to_start_from_that_is_none_is_refused(tmp_path: Path) -> None:
-    (good,) = write(tmp_path, 1)
-    with pytest.raises(UserError, match=r"resume=.*no\.ckpt: no such checkpoint"):
-        where_to_start(tmp_path / "run", str(tmp_path / "no.ckpt"))
-    with pytest.raises(UserError, match=rf"no\.ckpt: no such checkpoint.* {good.name}"):
-        read_checkpoint(tmp_path / "no.ckpt")
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 1)
     write_checkpoint(tmp_path / "other.ckpt", {"weight": torch.zeros(1)})
     (tmp_path / "torn.ckpt").write_bytes(b"PK")
-    for name in ("other.ckpt", "torn.ckpt"):
-        with pytest.raises(UserError, match=rf"{name} is not a checkpoint of a training"):
+    for name, message in (
+        ("no.ckpt", r"no such checkpoint.* step_00000001\.ckpt"),
+        ("other.ckpt", " is not a checkpoint of a training"),
+        ("torn.ckpt", " is not a checkpoint of a training"),
+    ):
+        with pytest.raises(UserError, match=f"{name}:?.*{message}"):
             read_checkpoint(tmp_path / name)
 
 
-def test_a_run_resumes_from_before_a_broken_checkpoint_and_leaves_no_unfinished_one(
-    train_in: Run, half_done: Path, six: Path, caplog: pytest.LogCaptureFixture
+def test_a_moved_run_is_extended_from_before_a_broken_checkpoint_and_no_row_is_lost(
+    train_in: Run, half_done: Path, six: Path, first_four: Path, world: World, tmp_path: Path, caplog: Any
 ) -> None:
-    broken = last_checkpoint(half_done)
+    """The run, its data and its base are in other places; it was killed between a checkpoint and its row in the log."""
+    broken, log = last_checkpoint(half_done), half_done / "log.csv"
     damage(broken)
     for name in ("checkpoints/.step_00000005.ckpt.99.tmp", ".adapter.safetensors.98.tmp", "previews/.x.png.7.tmp"):
         (half_done / name).write_bytes(b"PK")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    before, moved = rows(half_done), {"data.train": world.train, "base.path": world.base}
+    for name, place in moved.items():
+        shutil.copytree(place, tmp_path / name)
 
-    train_in(half_done, *SIX)
+    train_in(half_done, *SIX, *(f"{name}={tmp_path / name}" for name in moved))
 
     assert f"{broken} is skipped: it is damaged" in caplog.text
-    assert list(half_done.rglob("*.tmp")) == []
+    assert list(half_done.rglob("*.tmp")) == [] and rows(half_done)[:1] == before
     assert_same_run(half_done, six)
+    clocks = ("train/samples_per_s", "train/step_s", "train/data_wait_s")
+    known = [name for name in rows(six)[1] if name not in clocks]
+    assert [rows(half_done)[1].get(name) for name in known] == [rows(six)[1][name] for name in known]
+    assert saved_configuration(half_done).trainer.max_steps == 6
+    assert str(first_four) not in (half_done / "config.yaml").read_text()
 
 
 def test_a_run_starts_from_the_checkpoint_of_another(

@@ -79,14 +79,6 @@ def test_terminal_gets_a_bar_with_loss_and_speed_and_the_log_its_lines(
     assert [record.levelname for record in caplog.records if record.message.startswith("step 4 of 4")] == ["DEBUG"]
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("host", "server", "expected"),
     [
@@ -96,20 +88,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("api.wandb.ai", "https://wandb.example.org", False),
     ],
 )
-@pytest.mark.parametrize("place", [".netrc", "elsewhere"])
 def test_netrc_is_a_login_at_its_host_and_a_key_in_the_environment_everywhere(
-    home: Path, monkeypatch: pytest.MonkeyPatch, host: str, server: str | None, expected: bool, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, server: str | None, expected: bool
 ) -> None:
-    netrc = home / place
-    netrc.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
-    netrc.chmod(0o600)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     if server:
         monkeypatch.setenv("WANDB_BASE_URL", server)
-    if place != ".netrc":
-        monkeypatch.setenv("NETRC", str(netrc))
-
-    assert logged_in() == expected
-    netrc.write_text("machine\n")
-    assert not logged_in()
+    for place in (".netrc", "elsewhere"):
+        netrc = tmp_path / place
+        netrc.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+        netrc.chmod(0o600)
+        if place != ".netrc":
+            monkeypatch.setenv("NETRC", str(netrc))
+        assert logged_in() == expected
+        netrc.write_text("machine\n")
+        assert not logged_in()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert logged_in()

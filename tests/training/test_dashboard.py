@@ -13,16 +13,15 @@ from threading import Thread
 
 import pytest
 import wandb
-from conftest import World, column, run_training, saved_configuration
+from conftest import SCORED, World, column, run_training, saved_configuration
 from omegaconf import OmegaConf
 from PIL import Image
-from wandb_records import WandbRun, read_offline_runs
+from wandb_records import WandbRun, logged_out, read_offline_runs
 
 from ipa.cli import explain_failure
 from ipa.errors import UserError
 from ipa.training.loggers import make_wandb
 
-WANDB = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_API_KEY", "NETRC", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 CURVES = ("train/loss", "image_prompt/gap", "train/lr", "train/grad_norm", "train/samples_per_s")
 BUCKETS = [f"train/error_t/{bucket}" for bucket in ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")]
 
@@ -31,14 +30,9 @@ BUCKETS = [f"train/error_t/{bucket}" for bucket in ("0.0-0.2", "0.2-0.4", "0.4-0
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty home folder of a user who is not logged in."""
     folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in WANDB:
-            patch.setenv(name, "")  # so that it is put back even if it was not there
-            patch.delenv(name)
-        patch.setenv("HOME", str(folder))
+    with logged_out(folder) as patch:
         patch.setenv("WANDB_MODE", "offline")
         yield folder
-        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, world: World, home: Path) -
     """Of a run of four steps with wandb; only to be read."""
     folder = tmp_path_factory.mktemp("runs") / "shown"
     try:
-        return run_training(folder, *world.overrides(), "image_prompt_check.every_n_steps=1", "seed=7", "group=ours")
+        few = (*SCORED, "image_prompt_check.every_n_steps=1")
+        return run_training(folder, *world.overrides(), *few, "seed=7", "group=ours")
     finally:
         wandb.finish()
         wandb.teardown()  # ends the process that writes: on a busy machine it may still have something to write
@@ -101,22 +96,18 @@ def test_a_resumed_run_is_another_file_with_the_same_id(home: Path, tmp_path: Pa
     assert list(first.curve("loss")) == [1, 2, 3] and list(second.curve("loss")) == [4, 5]
 
 
-@pytest.mark.parametrize(
-    ("variables", "options", "message"),
-    [
-        ({"WANDB_MODE": "onlin"}, {}, "WANDB_MODE=onlin: give one of online, offline"),
-        ({}, {"project": "a/b"}, r"logger\.wandb\.project=a/b"),
-        ({}, {"project": None}, r"logger\.wandb\.project=None"),
-        ({}, {"entitty": "me"}, r"logger\.wandb has no option entitty"),
-    ],
-)
-def test_wrong_settings_are_refused_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], options: dict[str, str], message: str
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        make_wandb(tmp_path, **{"project": "ipa", "name": "x", **options})
+def test_wrong_settings_are_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[tuple[dict[str, str | None], str]] = [
+        ({"project": "a/b"}, r"logger\.wandb\.project=a/b"),
+        ({"project": None}, r"logger\.wandb\.project=None"),
+        ({"entitty": "me"}, r"logger\.wandb has no option entitty"),
+    ]
+    for option, message in options:
+        with pytest.raises(UserError, match=message):
+            make_wandb(tmp_path, **{"project": "ipa", "name": "x", **option})
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(UserError, match="WANDB_MODE=onlin: give one of online, offline"):
+        make_wandb(tmp_path, project="ipa", name="x")
 
 
 @pytest.fixture

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import lightning as L
 import pytest
 import tiny
 import torch
-from conftest import FEW, Run, assert_same_run, checkpoint, column, saved_configuration
+from conftest import FEW, Run, assert_same_run, checkpoint, column, rewound, saved_configuration
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
-from ipa.errors import UserError
 from ipa.export.loading import load_model
 from ipa.files import read_json
 from ipa.model import IPAdapterModel
-from ipa.training.heldout import HeldOutGap, end_here
+from ipa.training.heldout import HeldOutGap
 from ipa.training.monitors import ImagePromptGuard, compare_images
 from ipa.weights import count_parameters
 
@@ -64,28 +62,6 @@ def test_only_the_rest_gets_gradients(part: str, kept: str, model: IPAdapterMode
     assert sum(each.numel() for each in model.trained()) < count_parameters(model.trainable)
 
 
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (("experiment=finetune",), r"starts from an adapter: give adapter\.init_from=FILE"),
-        ((*WATCHED, "adapter.init_from=FINISHED", "data.val=null"), r"give data\.val=SHARDS"),
-        (("adapter.freeze=encoder",), r"adapter\.freeze=encoder, of a decoupled adapter: head, branches, or null"),
-        (("adapter.freeze=head", "experiment=simple_global"), "of a simple adapter: it has nothing but a head"),
-        (
-            ("data.references.chances=[1,1]", "experiment=simple_global", "++data.reference=[a.jpg,b.jpg]"),
-            r"data\.references\.chances=\[1, 1\].*a simple adapter",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused_before_weights_are_read(
-    options: tuple[str, ...], complaint: str, train_in: Run, tmp_path: Path, finished: Path
-) -> None:
-    given = [option.replace("FINISHED", f"{finished}/adapter.safetensors") for option in options]
-    base = () if options[0] == WATCHED[0] else ("base.path=demo/base",)
-    with pytest.raises(UserError, match=complaint):
-        train_in(tmp_path / "x", *given, *base)
-
-
 def test_the_gap_is_that_of_the_held_out_samples_with_the_weights_of_the_file(watched: Path) -> None:
     gaps = {step: float(gap) for step, gap in column(watched, "image_prompt/heldout_gap").items()}
     assert list(gaps) == [2, 4, 6]
@@ -106,12 +82,11 @@ def test_the_gap_is_that_of_the_held_out_samples_with_the_weights_of_the_file(wa
 
 
 def test_it_resumes_to_the_bit(train_in: Run, tmp_path: Path, donor: str, watched: Path) -> None:
-    half = train_in(tmp_path / "half", *WATCHED, donor, "trainer.max_steps=4")
-    train_in(half, *WATCHED, donor, "trainer.max_steps=6")
+    again = train_in(rewound(watched, tmp_path / "x"), *WATCHED, donor, "trainer.max_steps=6")
 
-    assert_same_run(half, watched)
+    assert_same_run(again, watched)
     for name in ("image_prompt/heldout_gap", "image_prompt/overfit"):
-        assert column(half, name) == column(watched, name)
+        assert column(again, name) == column(watched, name)
 
 
 def test_it_stops_when_the_gap_no_longer_grows_and_stays_stopped(train_in: Run, tmp_path: Path, donor: str) -> None:
@@ -143,10 +118,3 @@ def test_the_alarm_warns_once_and_not_for_the_scatter(tmp_path: Path, caplog: py
 
     (message,) = caplog.messages
     assert message.startswith("step 20: the adapter overfits") and "20.00 %" in message and "9.00 %" in message
-
-
-def test_the_last_step_can_be_moved_in_lightnings_trainer() -> None:
-    trainer = L.Trainer(max_steps=5, logger=False, enable_checkpointing=False, accelerator="cpu")
-    end_here(trainer)
-
-    assert trainer.max_steps == trainer.global_step == 0

@@ -7,13 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
-import pytest
 from conftest import World, compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
-from ipa.errors import UserError
-from ipa.training.callbacks import ExportAdapter
 from ipa.training.hooks import in_order
 from ipa.training.run import own_metadata
 
@@ -43,13 +40,6 @@ def test_the_order_of_the_configuration_does_not_matter(tmp_path: Path, world: W
     assert all(one is not other for one, other in pairwise(in_order(callbacks)))
 
 
-def test_an_adapter_is_not_written_as_integers() -> None:
-    with pytest.raises(UserError, match=r"callbacks\.export\.dtype=int8: give float32"):
-        ExportAdapter("adapter.safetensors", every_n_steps=0, dtype="int8")
-
-
-@pytest.mark.parametrize("licence", ["MIT", "4.0", "[MIT,CC0-1.0]"])
-def test_a_licence_is_text(tmp_path: Path, licence: str) -> None:
-    metadata = own_metadata(compose(tmp_path, f"licence={licence}"))
-
-    assert isinstance(metadata["licence"], str) and licence[1:3] in metadata["licence"]
+def test_a_licence_is_text(tmp_path: Path) -> None:
+    for licence, text in (("MIT", "MIT"), ("4.0", "4.0"), ("[MIT,CC0-1.0]", "['MIT', 'CC0-1.0']")):
+        assert own_metadata(compose(tmp_path, f"licence={licence}"))["licence"] == text

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from ipa.model import Errors, IPAdapterModel
 from ipa.training.module import AdapterTraining
 from ipa.training.monitors import AttentionRatios, ImagePromptGuard, StepSize, TimestepBuckets, compare_images
-from ipa.types import Batch
 
 
 def errors(error: list[float], time: list[float]) -> Errors:
@@ -32,12 +31,9 @@ def test_buckets_are_the_plain_means_by_noise_level() -> None:
     buckets = TimestepBuckets(num_buckets=4)
     buckets.add(errors([1.0, 2.0, 3.0], [0.0, 0.2, 0.25]))
     buckets.add(errors([5.0, 6.0], [0.999, 0.1]))
+    expected = {"0.0-0.25": 3.0, "0.25-0.5": 3.0, "0.75-1.0": 5.0}
 
-    assert buckets.take() == {
-        "train/error_t/0.0-0.25": pytest.approx(3.0),
-        "train/error_t/0.25-0.5": pytest.approx(3.0),
-        "train/error_t/0.75-1.0": pytest.approx(5.0),
-    }
+    assert buckets.take() == {f"train/error_t/{name}": pytest.approx(mean) for name, mean in expected.items()}
     buckets.add(errors([4.0], [0.1]))
     assert buckets.take() == {"train/error_t/0.0-0.25": 4.0}
 
@@ -49,7 +45,7 @@ def using_image() -> IPAdapterModel:
     optimizer = torch.optim.AdamW(model.trainable.parameters(), lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()
-        model.errors(batch_of()).loss.backward()
+        model.errors(tiny.make_batch(4)).loss.backward()
         optimizer.step()
     return model
 
@@ -64,13 +60,9 @@ def ignoring() -> IPAdapterModel:
     return model
 
 
-def batch_of() -> Batch:
-    return tiny.make_batch(4)
-
-
 def test_images_are_compared_with_the_neighbours_and_nothing_dropped(model: IPAdapterModel) -> None:
     model.adapter.install()
-    kept, dropped = batch_of(), tiny.make_batch(4, drop_text=True, drop_image=True)
+    kept, dropped = tiny.make_batch(4), tiny.make_batch(4, drop_text=True, drop_image=True)
     neighbours = replace(kept, reference_B3HW=kept.reference_B3HW[[3, 0, 1, 2]])
     with torch.no_grad():
         expected = [model.errors(each).error_B.mean().item() for each in (kept, neighbours)]
@@ -80,32 +72,24 @@ def test_images_are_compared_with_the_neighbours_and_nothing_dropped(model: IPAd
     assert expected[0] != pytest.approx(expected[1], rel=1e-4)
 
 
-def judged(gaps: list[float], caplog: pytest.LogCaptureFixture, patience: int = 4) -> list[str]:
+def judged(gaps: list[float], caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is said to measurements at steps 10, 20, 30 …"""
-    guard = ImagePromptGuard(every_n_steps=10, patience=patience)
+    guard = ImagePromptGuard(every_n_steps=10, patience=4)
     with caplog.at_level(logging.WARNING, logger="ipa.training.monitors"):
         for i, gap in enumerate(gaps, start=1):
             guard.judge(gap, 10 * i)
     return caplog.messages
 
 
-@pytest.mark.parametrize(("ratio", "ignored"), [(1.9, True), (2.1, False)])
-def test_it_warns_once_patience_is_at_its_end_below_two_standard_errors(
-    ratio: float, ignored: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of mean ± 1, the sample deviation is √(4/3), and of four measurements the standard error √(1/3)."""
-    mean = ratio / 3**0.5
-
-    assert judged([mean + 1, mean - 1, mean + 1], caplog) == []
-    messages = judged([mean + 1, mean - 1] * 4, caplog)
-    assert [each.startswith("step 40: the image prompt") for each in messages] == [True] * ignored
-    with pytest.raises(ValueError, match="patience=1"):  # one measurement has no scatter
-        judged([], caplog, patience=1)
+EDGE = [x / 3**0.5 for x in (1.9, 2.1)]  # of mean ± 1 the deviation is √(4/3), of four the standard error √(1/3)
 
 
 @pytest.mark.parametrize(
     ("gaps", "ignored"),
     [
+        ([EDGE[0] + 1, EDGE[0] - 1] * 4, True),  # below two standard errors
+        ([EDGE[1] + 1, EDGE[1] - 1] * 4, False),
+        ([0.0, 0.0, 0.0], False),  # patience is not at its end
         ([0.01, 0.011, 0.009, 0.01], False),  # small but sure
         ([0.02, -0.02, 0.01, -0.01], True),
         ([0.10, -0.06, 0.05, -0.01], True),  # above zero on average, within the scatter
@@ -114,25 +98,26 @@ def test_it_warns_once_patience_is_at_its_end_below_two_standard_errors(
         ([0.2, 0.2, 0.2, 0.2, 0.0, 0.0, 0.0, 0.0], True),  # it was used at first
     ],
 )
-def test_it_depends_on_the_last_measurements(
+def test_it_warns_once_by_the_last_measurements(
     gaps: list[float], ignored: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert bool(judged(gaps, caplog)) is ignored
+    messages = judged(gaps, caplog)
+    assert len(messages) == ignored and all(" the image prompt" in each for each in messages)
 
 
 def test_measurements_and_the_warning_survive_a_round_trip(caplog: pytest.LogCaptureFixture) -> None:
-    first, second = (ImagePromptGuard(every_n_steps=10, patience=4) for _ in range(2))
+    first, second, third = (ImagePromptGuard(every_n_steps=10, patience=4) for _ in range(3))
     for _ in range(3):
         first.judge(0.0, 10)
     second.load_state_dict(first.state_dict())
     second.judge(0.0, 40)
-    assert len(caplog.messages) == 1
-
-    third = ImagePromptGuard(every_n_steps=10, patience=4)
+    assert [each.startswith("step 40: the image prompt") for each in caplog.messages] == [True]
     third.load_state_dict(second.state_dict())
     for _ in range(5):
         third.judge(0.0, 50)
     assert len(caplog.messages) == 1 and third.state_dict() == {"gaps": [0.0] * 4, "told": True, "attention": {}}
+    with pytest.raises(ValueError, match="patience=1"):  # one measurement has no scatter
+        ImagePromptGuard(every_n_steps=10, patience=1)
 
 
 def fit(model: IPAdapterModel, folder: Path, callbacks: list[L.Callback], **options: Any) -> list[dict[str, str]]:
@@ -149,7 +134,7 @@ def fit(model: IPAdapterModel, folder: Path, callbacks: list[L.Callback], **opti
         **options,
     )
     module = AdapterTraining(model, partial(torch.optim.SGD, lr=LR))
-    trainer.fit(module, DataLoader([batch_of()] * 4, batch_size=None))
+    trainer.fit(module, DataLoader([tiny.make_batch(4)] * 4, batch_size=None))
     with (folder / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -165,7 +150,7 @@ def values(rows: list[dict[str, str]], name: str) -> list[float]:
 def test_a_trainer_logs_all_of_it(tmp_path: Path) -> None:
     model = tiny.shake(tiny.make_model())
     model.adapter.install()
-    expected, own_other = model.errors(batch_of()), compare_images(model, batch_of())
+    expected, own_other = model.errors(tiny.make_batch(4)), compare_images(model, tiny.make_batch(4))
     expected.loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable.parameters()])
     by_bucket = TimestepBuckets(2)
@@ -184,7 +169,7 @@ def test_a_trainer_logs_all_of_it(tmp_path: Path) -> None:
     assert values(rows, "image_prompt/own") == twice(own) and values(rows, "image_prompt/other") == twice(other)
     assert values(rows, "image_prompt/gap") == pytest.approx([(other - own) / own] * 2, abs=1e-5)
     ratios = AttentionRatios()
-    compare_images(model, batch_of(), ratios)
+    compare_images(model, tiny.make_batch(4), ratios)
     layers, blocks = ratios.take({host.name: host.block for host in model.family.hosts()})
     for name, ratio in layers.items():
         assert values(rows, f"image_attention/{name}") == twice(ratio)
@@ -214,7 +199,7 @@ def test_transformers_are_watched_in_every_host(name: str) -> None:
         elif projection is not None:
             projection[0].register_forward_pre_hook(lambda _, args, keep=keep: keep([args[0]]) and None)
     model.watch = lambda host, own, image: found.setdefault(host, (own, image))
-    model.errors(batch_of())
+    model.errors(tiny.make_batch(4))
 
     assert found.keys() == {host.name for host in model.family.hosts()}
     for host, handed_on in seen.items():
@@ -230,7 +215,7 @@ def test_only_a_training_that_ignores_the_image_is_warned_and_once(
 ) -> None:
     """Images that are not used make no difference to the bit; those that are used make more than 5 %."""
     for model, uses in ((using_image(), True), (ignoring(), False)):
-        own, other = compare_images(model, batch_of())
+        own, other = compare_images(model, tiny.make_batch(4))
         assert other > 1.05 * own if uses else own == other > 0
         model.adapter.remove()
         rows = fit(model, tmp_path / str(uses), [ImagePromptGuard(every_n_steps=1, patience=2)])
@@ -272,6 +257,6 @@ def test_a_simple_adapter_has_no_ratios_of_its_layers() -> None:
     model = tiny.make_model(kind="simple")
     model.adapter.install()
     ratios = AttentionRatios()
-    compare_images(model, batch_of(), ratios)
+    compare_images(model, tiny.make_batch(4), ratios)
 
     assert ratios.take({}) == ({}, {}) and model.watch is None

@@ -11,39 +11,19 @@ from ipa.ranges import range_of
 
 # of every option the smallest value, a fraction, and a value that people type for "none" or "as much as there is"
 ODD = [0, 0.5, 1, 1000]
-OPTIONS = [
-    "seed",
-    "min_snr_gamma",
-    "ema.decay",
-    "data.batch_size",
-    "data.num_workers",
-    "data.window",
-    "data.headroom",
-    "data.drops.text",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "schedule.num_warmup_steps",
-    "trainer.accumulate_grad_batches",
-    "trainer.log_every_n_steps",
-    "trainer.gradient_clip_val",
-    "stop.grace_s",
-    "guard.most_skips",
-    "guard.stall_minutes",
-    "preview.num_prompts",
-    "preview.num_scored",
-    "preview.every_n_steps",
-    "scoring.num_prompts",
-    "checkpoint.keep_last",
-    "checkpoint.every_n_steps",
-    "image_prompt_check.every_n_steps",
-    "callbacks.buckets.num_buckets",
-    "callbacks.progress.refresh_every_n_steps",
-    "sampling.num_steps",
-    "sampling.guidance",
-    "sampling.guidance_rescale",
-    "sampling.scale",
-    "sampling.batch_size",
-]
+GROUPS = {
+    "data": ("batch_size", "num_workers", "window", "headroom", "drops.text"),
+    "optimizer": ("lr", "weight_decay"),
+    "schedule": ("num_warmup_steps",),
+    "trainer": ("accumulate_grad_batches", "log_every_n_steps", "gradient_clip_val"),
+    "guard": ("most_skips", "stall_minutes"),
+    "preview": ("num_prompts", "num_scored", "every_n_steps"),
+    "checkpoint": ("keep_last", "every_n_steps"),
+    "sampling": ("num_steps", "guidance", "guidance_rescale", "scale", "batch_size"),
+    "callbacks": ("buckets.num_buckets", "progress.refresh_every_n_steps"),
+}
+OPTIONS = ["seed", "min_snr_gamma", "ema.decay", "stop.grace_s", "scoring.num_prompts"]
+OPTIONS += ["image_prompt_check.every_n_steps", *(f"{group}.{name}" for group in GROUPS for name in GROUPS[group])]
 # a process each, a batch each; the drop rates sum to more than 1
 LEFT_OUT = {("data.num_workers", 1000), ("trainer.accumulate_grad_batches", 1000), ("data.drops.text", 1)}
 

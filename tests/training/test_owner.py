@@ -100,7 +100,7 @@ DAMAGED += [{"pid": "7"}, {"pid": 0}, {"pid": 2**70}, {"token": "../x"}, {"resta
 def test_a_lock_that_no_process_wrote_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | dict[str, Any] | None
 ) -> None:
-    """Text, a lock with other values, or a link to nothing; damaged later, it does not hide the cause."""
+    """Text, a lock with other values, or a link to nothing."""
     monkeypatch.setattr("ipa.training.owner.UNREADABLE_S", 0.02)
     if content is None:
         (tmp_path / LOCK).symlink_to(tmp_path / "nothing")
@@ -110,12 +110,14 @@ def test_a_lock_that_no_process_wrote_is_reported(
         owned_by(tmp_path, **content)
     with pytest.raises(UserError, match=r"lock cannot be read.*remove it"), owning(tmp_path):
         pass
-    (tmp_path / LOCK).unlink()
+
+
+def test_a_lock_damaged_while_it_is_held_and_file_systems_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with owning(tmp_path, {"SLURM_RESTART_COUNT": ""}):  # what is raised inside would be replaced here
         (tmp_path / LOCK).write_text("{")
-
-
-def test_without_links_it_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).unlink()
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links")))
     with owning(tmp_path), pytest.raises(UserError, match="belongs to a training that runs"), owning(tmp_path):
         pass

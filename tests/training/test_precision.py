@@ -1,14 +1,22 @@
-"""What changes the arithmetic of a step and nothing else: bfloat16, gradient checkpointing, weights over time."""
+"""What changes the arithmetic of a step and nothing else: bfloat16, recomputed, compiled blocks, weights over time."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from bystanders import WITNESS, Witness
-from conftest import QUIET, Run, checkpoint, column
+from conftest import QUIET, SIX, Run, assert_same_run, checkpoint, column, rewound
+from omegaconf import OmegaConf
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
+
+from ipa.errors import UserError
+from ipa.training.failures import explain_fit_failure
+from ipa.training.run import check_strategy
+from ipa.training.strategies import AdapterDDP
 
 HALF = ("trainer.precision=bf16-mixed", "base.dtype=bfloat16", "encoder.dtype=bfloat16")
 
@@ -63,3 +71,47 @@ def test_min_snr_weighs_the_loss_and_not_the_error(train_in: Run, tmp_path: Path
     buckets = ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")
     errors = [[column(run, f"train/error_t/{bucket}").get(1) for bucket in buckets] for run in (folder, plain)]
     assert errors[0] == errors[1] and any(errors[0])
+
+
+BUSY = (*SIX, "preview.every_n_steps=2", "preview.num_prompts=2", "preview.num_scored=2")
+
+
+def test_it_is_refused_with_weights_of_torchao() -> None:
+    for compiled, scheme in ((True, None), (False, "fp8"), (False, "int8"), (True, "fp8"), (True, "int8")):
+        options = OmegaConf.create({"compile": compiled, "base": {"quantization": scheme}})
+        expected = pytest.raises(UserError, match=rf"compile=true.*base\.quantization={scheme}")
+        with expected if compiled and scheme else nullcontext():
+            check_strategy(options, AdapterDDP())
+
+
+def test_a_missing_compiler_is_reported_and_other_errors_are_left_alone() -> None:
+    error = RuntimeError("backend failed")
+    error.__cause__ = InvalidCxxCompiler()
+    with pytest.raises(ValueError, match=r"compile=true needs a compiler: g\+\+"):
+        explain_fit_failure(error, None, None, None)  # type: ignore[arg-type]
+    for left in (UserError("none is good"), RuntimeError("mat1 and mat2")):  # keep their own message
+        explain_fit_failure(left, None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("gradient_checkpointing=true",)], ids=["plain", "checkpointing"])
+def test_it_survives_previews_and_a_resume(train_in: Run, tmp_path: Path, more: tuple[str, ...]) -> None:
+    eager = train_in(tmp_path / "eager", *BUSY, *more)
+    torch._dynamo.reset()
+    whole = train_in(tmp_path / "whole", *BUSY, *more, "compile=true")
+    torch._dynamo.reset()
+    resumed = train_in(rewound(whole, tmp_path / "x"), *BUSY, *more, "compile=true")
+
+    assert_same_run(resumed, whole)
+    assert list(column(whole, "preview/clip_i")) == list(column(eager, "preview/clip_i"))
+    torch.testing.assert_close(checkpoint(whole)["state_dict"], checkpoint(eager)["state_dict"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_is_the_blocks_that_run_compiled(train_in: Run, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train_in(tmp_path / "x", *SIX, "compile=true")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""Previews of the user's own pictures, with captions and without."""
+"""Previews of the user's own pictures, with captions and without; where the judge runs that scores them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import Run, column, picture
 from PIL import Image
 
 from ipa.data.images.transforms import fit_reference, read_picture
-from ipa.training.previews import HeldOutPrompts
+from ipa.metrics.clip import ClipScorer
+from ipa.training.previews import HeldOutPrompts, score_pictures
+from ipa.types import to_unit_range
 
 NAMES = ("b", "a", "d", "c")
 
@@ -55,3 +58,26 @@ def test_pictures_of_a_folder_come_by_name_with_their_captions_and_cut_as_in_tra
     corners = [tuple(image[:, 0, 0].tolist()) for image in prompts.images_B3HW]
     assert corners == [Image.open(path).convert("RGB").getpixel((0, 4)) for path in by_name]
     assert torch.equal(prompts.references_B3HW, torch.stack(references))
+
+
+def test_the_judge_scores_on_the_models_device_and_goes_back_to_the_cpu(
+    clip_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an error. No other device is here, so the moves are recorded in place of being made."""
+    scorer, done = ClipScorer.from_pretrained(clip_name), []
+    prompts = HeldOutPrompts(tiny.make_pictures(2, 20), tiny.make_pictures(2, 16), ["cat", "dog"])
+    pixels_B3HW = to_unit_range(tiny.make_pictures(2, 16))
+    expected = score_pictures(scorer, prompts, pixels_B3HW, "cpu")
+
+    def move(device: object) -> ClipScorer:
+        done.append(str(device))
+        return scorer
+
+    embed_images = scorer.embed_images
+    monkeypatch.setattr(scorer, "to", move)
+    monkeypatch.setattr(scorer, "embed_images", lambda *given: done.append("embedded") or embed_images(*given))
+    assert score_pictures(scorer, prompts, pixels_B3HW, torch.device("cuda:1")) == expected
+    assert done == ["cuda:1", "embedded", "embedded", "cpu"]
+    with pytest.raises(InterruptedError), scorer.on("cuda:1"):
+        raise InterruptedError
+    assert done[-2:] == ["cuda:1", "cpu"]

@@ -22,8 +22,6 @@ from ipa.data.order.streams import TrainStream
 from ipa.training import profiling
 from ipa.training.profiling import FETCH, MODEL, REST, StepClock, StepProfile, by_part, table
 
-LONG = (*QUIET, "trainer.max_steps=8", "preview.every_n_steps=100")
-
 
 def test_time_belongs_to_the_innermost_action_and_adds_up() -> None:
     clock, earliest = StepClock(), time.perf_counter()
@@ -44,25 +42,10 @@ def test_every_action_has_a_part() -> None:
     seconds = {FETCH: 3.0, f"{MODEL}VAE": 2.0, callback: 1.0, "[Callback]Small.on_fit_start": 1e-3, "": 0.5}
     parts = by_part(seconds)
 
-    assert (
-        parts["data wait"] == 3
-        and parts["VAE"] == 2
-        and parts["callbacks"] == pytest.approx(1.001)
-        and parts[REST] == 0.5
-    )
+    assert (parts["data wait"], parts["VAE"], parts[REST]) == (3, 2, 0.5)
+    assert parts["callbacks"] == pytest.approx(1.001)
     assert sum(parts.values()) == pytest.approx(sum(seconds.values()))
     assert "| **step** | 3250.50 | 100.0% |" in table(parts, 2)
-
-
-def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    read = TrainStream.__iter__
-
-    def slowly(self: TrainStream) -> Iterator[object]:
-        for batch in read(self):
-            time.sleep(seconds)
-            yield batch
-
-    monkeypatch.setattr(TrainStream, "__iter__", slowly)
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -70,7 +53,14 @@ def test_the_wait_for_slow_data_is_in_the_log(
     every: int, train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two batches a step; the first row has no wait for its first batch, in which the workers start."""
-    slow_down(monkeypatch, 0.1)
+    read = TrainStream.__iter__
+
+    def slowly(self: TrainStream) -> Iterator[object]:
+        for batch in read(self):
+            time.sleep(0.1)
+            yield batch
+
+    monkeypatch.setattr(TrainStream, "__iter__", slowly)
     logs = ("trainer.max_steps=6", f"trainer.log_every_n_steps={every}", "trainer.accumulate_grad_batches=2")
     folder = train_in(tmp_path / "slow", *QUIET, *logs)
     waits, steps, rates = (
@@ -125,17 +115,17 @@ class Wrong(L.Callback):
             raise KeyError("wrong")
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 7], ids=["timed", "traced"])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3], ids=["timed", "traced"])
 def test_a_step_that_fails_leaves_nothing_running(
     step: int, train_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiling, "PLAN", {2: "timed", 6: "traced", 8: "end"})
+    monkeypatch.setattr(profiling, "PLAN", {1: "timed", 2: "traced", 4: "end"})
     wrong = ("+callbacks.wrong._target_=test_profiling.Wrong", f"+callbacks.wrong.step={step}")
     with pytest.raises(KeyError, match="wrong"):
-        train_in(tmp_path / "run", *LONG, *wrong, "profile=true")
+        train_in(tmp_path / "run", *QUIET, *wrong, "profile=true", "preview.every_n_steps=100")
 
     assert not torch.autograd._profiler_enabled()
-    assert (tmp_path / "run/profile/table.md").exists() == (step == 7)
+    assert (tmp_path / "run/profile/table.md").exists() == (step == 3)
     assert not (tmp_path / "run/profile/trace.json.gz").exists()
 
 

@@ -11,14 +11,12 @@ from bystanders import WITNESS, Witness
 from conftest import (
     HELDOUT,
     QUIET,
-    ROOT,
     Run,
     World,
     checkpoint,
     column,
     compose,
     rows,
-    run_training,
     saved_configuration,
 )
 from diffusers import StableDiffusionPipeline
@@ -47,32 +45,22 @@ PUBLISHED = {
 def test_run_folder_holds_everything_and_nothing_else(finished: Path) -> None:
     found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     assert found == {
-        "config.yaml",
-        "log.csv",
-        "summary.json",
-        "adapter.safetensors",
-        "checkpoints/step_00000002.ckpt",
-        "checkpoints/step_00000004.ckpt",
-        "previews/step_000002.png",
-        "previews/step_000004.png",
+        *("config.yaml", "log.csv", "summary.json", "adapter.safetensors"),
+        *("checkpoints/step_00000002.ckpt", "checkpoints/step_00000004.ckpt"),
+        *("previews/step_000002.png", "previews/step_000004.png"),
     }
     assert "${" not in (finished / "config.yaml").read_text()
     assert saved_configuration(finished).callbacks.export.path == f"{finished}/adapter.safetensors"
 
 
-def test_log_has_the_loss_of_every_step_and_the_scores_of_the_previews(finished: Path) -> None:
+def test_log_has_every_step_and_previews_are_scored_grids(finished: Path) -> None:
+    """Three prompts; the prompt, three scales, and one with a text."""
     assert [row["step"] for row in rows(finished)] == ["1", "2", "3", "4"]
-    assert all(0 < float(loss) < 10 for loss in column(finished, "train/loss").values())
-    assert list(column(finished, "train/loss")) == [1, 2, 3, 4]
+    assert [0 < float(loss) < 10 for loss in column(finished, "train/loss").values()] == [True] * 4
+    assert all(float(speed) > 0 for speed in column(finished, "train/samples_per_s").values())
     for score in ("clip_i", "clip_t", "retrieval_at_1", "border_lab"):
         assert list(column(finished, f"preview/{score}")) == [2, 4]
-    assert all(float(speed) > 0 for speed in column(finished, "train/samples_per_s").values())
-
-
-def test_preview_is_a_grid_of_rows_and_columns(finished: Path) -> None:
-    """Three prompts; the prompt, three scales, and one with a text."""
     cell, gap, header = 96, 4, 18
-
     with Image.open(finished / "previews/step_000004.png") as grid:
         assert grid.size == (5 * (cell + gap) + gap, 3 * (cell + gap) + gap + header)
         first = [grid.crop((gap + x * 100, header + gap, x * 100 + 100, header + 100)) for x in range(5)]
@@ -146,16 +134,16 @@ def test_summary_is_plain_json_with_the_scores(finished: Path) -> None:
 def test_the_last_step_counts_always_and_there_may_be_fewer_held_out_images_than_configured(
     train_in: Run, tmp_path: Path
 ) -> None:
-    more = (f"preview.num_prompts={HELDOUT + 3}", f"scoring.num_prompts={HELDOUT + 3}")
-    folder = train_in(tmp_path / "odd", "trainer.max_steps=3", "trainer.log_every_n_steps=10", *more)
+    more = (f"preview.num_prompts={HELDOUT + 3}", f"scoring.num_prompts={HELDOUT + 3}", "trainer.max_steps=1")
+    folder = train_in(tmp_path / "odd", *more, "trainer.log_every_n_steps=10")
 
-    assert sorted(path.name for path in (folder / "previews").iterdir()) == ["step_000002.png", "step_000003.png"]
-    assert checkpoint(folder)["global_step"] == 3
+    assert [path.name for path in (folder / "previews").iterdir()] == ["step_000001.png"]
+    assert checkpoint(folder)["global_step"] == 1
     with safe_open(folder / "adapter.safetensors", framework="pt") as file:
-        assert file.metadata()["step"] == "3"
-    assert list(column(folder, "preview/clip_i")) == [2, 3]
+        assert file.metadata()["step"] == "1"
+    assert list(column(folder, "preview/clip_i")) == [1]
     assert json.loads((folder / "summary.json").read_text())["samples per second"] > 0
-    with Image.open(folder / "previews/step_000002.png") as grid:
+    with Image.open(folder / "previews/step_000001.png") as grid:
         assert grid.height == HELDOUT * 100 + 4 + 18
 
 
@@ -196,13 +184,3 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(
     first, second, third = (load_file(folder / "adapter.safetensors") for folder in (finished, again, other))
     torch.testing.assert_close(second, first, rtol=0, atol=0)
     assert not torch.equal(third["image_proj.proj.weight"], first["image_proj.proj.weight"])
-
-
-@pytest.mark.slow
-def test_the_demo_world_trains_with_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Needs the weights and data of ``demo/``, unlike all other tests here."""
-    monkeypatch.chdir(ROOT)
-    overrides = ["~logger.wandb", "trainer.max_steps=2", "data.batch_size=2", "sampling.num_steps=2"]
-    run_training(tmp_path / "demo", *overrides, "preview.num_scored=8", "scoring.num_prompts=4")
-
-    assert (tmp_path / "demo/summary.json").is_file()

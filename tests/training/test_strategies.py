@@ -7,16 +7,30 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import conftest
 import pytest
-from conftest import EVERYTHING, EXPERIMENTS, PAIRS, ROOT, Command, Run, World, checkpoint, column, compose, rows
+from conftest import (
+    EVERYTHING,
+    EXPERIMENTS,
+    PAIRS,
+    ROOT,
+    Command,
+    Run,
+    World,
+    assert_same_run,
+    checkpoint,
+    column,
+    compose,
+    rewound,
+    rows,
+)
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from ranks import together, train_all
 from torch import Tensor
+from torture import torture
 
 from ipa.errors import UserError
 from ipa.training.run import make_trainer
@@ -42,10 +56,8 @@ ALL = (
     *QUIET,
     "global_batch_size=8",
     "trainer.max_steps=3",
-    "schedule.num_training_steps=3",
     "gradient_checkpointing=true",
 )
-TWO_STEPS = (*ALL, "trainer.max_steps=2")
 
 Jobs = dict[str, Sequence[str]]
 
@@ -65,21 +77,17 @@ def place(
 ) -> Path:
     """Folders of trainings of one process and of two, and of what was begun by one kind and ended by the other."""
     place, strategy = tmp_path_factory.mktemp(request.param), STRATEGIES[request.param]
+    spying = ("+callbacks.spy._target_=ranks.Spy", f"+callbacks.spy.path={place}/travelled.json")
     train_in(place / "one", *ACCEPTANCE)
-    train_in(place / "one-all", *ALL)
-    train_in(place / "one-two", *TWO_STEPS)
+    rewound(train_in(place / "one-all", *ALL), place / "one-two")
     jobs = {
-        "two": (*strategy, *ACCEPTANCE, *(spying(place) if strategy is DDP else ())),
-        "two-one": (*strategy, *TWO_STEPS),
+        "two": (*strategy, *ACCEPTANCE, *(spying if strategy is DDP else ())),
+        "two-all": (*strategy, *ALL),
         "one-two": (*strategy, *ALL),
     }
     train_together(place, world, jobs)
-    train_in(place / "two-one", *ALL)
+    train_in(rewound(place / "two-all", place / "two-one"), *ALL)
     return place
-
-
-def spying(place: Path) -> Sequence[str]:
-    return ("+callbacks.spy._target_=ranks.Spy", f"+callbacks.spy.path={place}/travelled.json")
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
@@ -160,18 +168,18 @@ SRUN = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SL
 SRUN |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "4"}
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "slurm", *STRATEGIES])
-def test_every_trainer_names_its_strategy(tmp_path: Path, name: str) -> None:
-    strategy = compose(tmp_path / "x", f"trainer={name}").trainer.strategy
-    assert strategy.kind == (name if name in STRATEGIES else "ddp")
-
-
-def test_several_processes_get_a_strategy_of_their_kind() -> None:
+def test_every_trainer_names_its_strategy_and_several_processes_get_one_of_its_kind(tmp_path: Path) -> None:
+    for name in ("cpu", "gpu", "slurm", *STRATEGIES):
+        strategy = compose(tmp_path / "x", f"trainer={name}").trainer.strategy
+        assert strategy.kind == (name if name in STRATEGIES else "ddp")
     for kind, expected in {"ddp": AdapterDDP, "fsdp": AdapterFSDP, "zero2": AdapterZeRO2}.items():
         assert make_strategy(kind, "cpu", 1, 1, 60) == "auto"
         assert type(make_strategy(kind, "cpu", 2, 1, 60)) is type(make_strategy(kind, "cpu", 1, 2, 60)) is expected
     with pytest.raises(UserError, match=r"trainer\.strategy\.kind=ddpp: give one of ddp, fsdp, zero2"):
         make_strategy("ddpp", "cpu", 1, 1, 60)
+    for devices in ([], [0, -1], ["x"]):
+        with pytest.raises(UserError, match=r"^trainer.devices=\["):
+            make_strategy("ddp", "cpu", devices, num_nodes=1, timeout_minutes=1)
 
 
 def test_slurm_says_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,15 +249,8 @@ def test_both_ways_to_start_processes(start: Command, world: World, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "overrides"), [(4, ()), (10, PAIRS)], ids=["", "pairs"])
-def test_kills_at_any_moment_change_nothing(kills: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    """Of a rank or within a checkpoint, with data workers; `tests/training/torture.py` takes any number."""
-    command = [sys.executable, str(ROOT / "tests/training/torture.py"), f"--kills={kills}", f"--folder={tmp_path}"]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True)
-
-    assert done.returncode == 0 and "the same bit for bit" in done.stdout, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("devices", [[], [0, -1], ["x"]], ids=str)
-def test_devices_that_there_cannot_be_are_named(devices: list[Any]) -> None:
-    with pytest.raises(UserError, match=r"^trainer.devices=\["):
-        make_strategy("ddp", "cpu", devices, num_nodes=1, timeout_minutes=1)
+def test_kills_at_any_moment_change_nothing(
+    kills: int, overrides: tuple[str, ...], world: World, tmp_path: Path
+) -> None:
+    """Of a rank or within a checkpoint, with data workers: log, adapter and checkpoint are the same bit for bit."""
+    assert_same_run(*torture(tmp_path, [*world.overrides(), *overrides], kills))

@@ -43,16 +43,6 @@ def folder(variant: Callable[[str], Path], experiment: str) -> Path:
     return variant(experiment)
 
 
-def test_the_file_says_what_it_is(folder: Path, experiment: str) -> None:
-    kind, _, head = experiment.partition("_")
-    adapter = read_adapter(folder / FILES[0])
-    file, metadata = adapter.file, adapter.metadata
-
-    assert (file.kind, file.head, file.num_tokens) == (kind, head, {"global": 4, "fine_grained": 16}[head])
-    assert metadata["kind"] == kind and metadata["head"] == head and metadata["step"] == "6"
-    assert bool(file.hidden) == (kind == "decoupled")
-
-
 def test_it_samples_from_its_file(folder: Path) -> None:
     model, prompts = load_model(folder / FILES[0]), held_out(folder)
     options = instantiate(saved_configuration(folder).sampling)
@@ -68,14 +58,20 @@ def test_it_samples_from_its_file(folder: Path) -> None:
     torch.testing.assert_close(other[1:], pictures[1.0][1:], rtol=0, atol=1e-5)
 
 
-def test_the_files_hold_the_average_and_the_raw_weights(folder: Path) -> None:
+def test_the_files_say_what_they_are_and_hold_the_average_and_the_raw_weights(folder: Path, experiment: str) -> None:
+    kind, _, head = experiment.partition("_")
+    adapter = read_adapter(folder / FILES[0])
+    file, metadata = adapter.file, adapter.metadata
+    assert (file.kind, file.head, file.num_tokens) == (kind, head, {"global": 4, "fine_grained": 16}[head])
+    assert (metadata["kind"], metadata["head"], metadata["step"]) == (kind, head, "6")
+    assert bool(file.hidden) == (kind == "decoupled")
+
     state = checkpoint(folder)["state_dict"]
     files = [load_file(folder / name) for name in FILES]
-    for prefix, file in zip(("average.", "trainable."), files, strict=True):
+    for prefix, tensors in zip(("average.", "trainable."), files, strict=True):
         weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         expected = {publish_name(name): value.half() for name, value in weights.items() if name != "count"}
-        torch.testing.assert_close(file, expected, rtol=0, atol=0)
-
+        torch.testing.assert_close(tensors, expected, rtol=0, atol=0)
     assert int(state["average.count"]) == 6
     assert any(not torch.equal(files[0][name], files[1][name]) for name in files[0])
 

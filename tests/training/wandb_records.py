@@ -12,10 +12,13 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
 HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
@@ -23,6 +26,24 @@ PIECE = struct.Struct("<IHB")
 BLOCK_BYTES = 32 * 1024
 FULL, LAST = 1, 4  # kinds that end a record
 STEP = "trainer/global_step"  # Lightning's name of the step; wandb's own "_step" counts the calls
+
+
+HOME_OF_WANDB = (
+    *("WANDB_API_KEY", "WANDB_MODE", "NETRC"),
+    *("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME"),
+)
+
+
+@contextmanager
+def logged_out(home: Path) -> Iterator[pytest.MonkeyPatch]:
+    """The environment of a user with this empty home folder; at the end everything is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in HOME_OF_WANDB:
+            patch.setenv(name, "")  # so that it is restored even if it was not set
+            patch.delenv(name)
+        patch.setenv("HOME", str(home))
+        yield patch
+        wandb.teardown()
 
 
 @dataclass

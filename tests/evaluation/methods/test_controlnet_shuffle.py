@@ -6,6 +6,7 @@ import tiny
 import tiny_prompt_tokens as parts
 import torch
 from diffusers import ControlNetModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ipa.errors import UserError
@@ -58,14 +59,11 @@ def test_residuals_are_pooled_and_heard_in_the_conditional_half_alone(method: Co
     assert all(not residual[:3].any() and residual[3:].all() for residual in heard)
 
 
-def test_noise_reaches_from_0_to_1_and_is_smooth() -> None:
+def test_a_shuffled_picture_is_made_of_the_whole_picture() -> None:
+    """Of pictures whose pixels are their own coordinates every pixel is the flow there: smooth noise from 0 to 1."""
     noise_HW = smooth_noise(64, 32, seeded(0))
     assert noise_HW.shape == (64, 64) and noise_HW.min() == 0 and noise_HW.max() == 1
     assert noise_HW.diff(dim=0).abs().max() < 0.1 and noise_HW.diff(dim=1).abs().max() < 0.1
-
-
-def test_a_shuffled_picture_is_made_of_the_whole_picture() -> None:
-    """Of pictures whose pixels are their own coordinates: every pixel is the flow at its place."""
     x_HW = torch.arange(200, dtype=torch.uint8).expand(100, 200)
     y_HW = torch.arange(100, dtype=torch.uint8)[:, None].expand(100, 200)
     made_3HW = shuffle(torch.stack([x_HW, y_HW, y_HW]), 48, seeded(3), cell_px=24) * 255
@@ -81,14 +79,13 @@ def test_every_picture_is_shuffled_by_its_own_seed(method: ControlNetShuffle) ->
     assert first.min() >= 0 and first.max() <= 1
 
 
-def test_another_kind_of_controlnet_is_refused() -> None:
-    family = tiny.make_family()
-    with pytest.raises(ValueError, match=r"method\.controlnet: this ControlNet does not pool.*control_v11e_sd15_shuff"):
+def test_folders_are_read_and_another_kind_of_controlnet_or_less_than_its_weights_is_refused(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    family = StableDiffusion.from_pretrained(str(base_folder))
+    with pytest.raises(UserError, match=r"method\.controlnet: this ControlNet does not pool.*control_v11e_sd15_shuff"):
         ControlNetShuffle(family, parts.make_controlnet(family))
-
-
-def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
-    made = parts.make_controlnet(StableDiffusion.from_pretrained(str(base_folder)), pooled=True)
+    made = parts.make_controlnet(family, pooled=True)
     made.save_pretrained(tmp_path)
     method = ControlNetShuffle.from_pretrained(str(base_folder), str(tmp_path), dtype="float32")
     loaded = method.controlnet.state_dict()
@@ -97,15 +94,7 @@ def test_folders_are_read(base_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"method\.dtype=float8: give float32"):
         ControlNetShuffle.from_pretrained(str(base_folder), str(tmp_path), dtype="float8")
 
-
-def test_a_controlnet_that_lacks_weights_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    made = parts.make_controlnet(tiny.make_family(), pooled=True)
-    made.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    del state["conv_in.bias"]
-    save_file(state, file)
-    with pytest.raises(ValueError, match=rf"method\.controlnet={tmp_path}: 1 weights are missing, conv_in\.bias"):
+    save_file({name: value for name, value in load_file(file).items() if name != "conv_in.bias"}, file)
+    with pytest.raises(UserError, match=rf"method\.controlnet={tmp_path}: 1 weights are missing, conv_in\.bias"):
         ControlNetShuffle.from_pretrained("base", str(tmp_path))

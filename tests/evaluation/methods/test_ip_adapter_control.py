@@ -63,11 +63,8 @@ def test_the_controlnet_gets_the_text_alone(kind: str) -> None:
     def note(into: list[Tensor]) -> Any:
         return lambda module, arguments, given: into.append(given["encoder_hidden_states"])
 
-    layer, unet = method.controlnet.down_blocks[0].attentions[0], method.model.family.unet
-    hooks = [
-        layer.register_forward_pre_hook(note(heard), with_kwargs=True),
-        unet.register_forward_pre_hook(note(read), with_kwargs=True),
-    ]
+    watched = ((method.controlnet.down_blocks[0].attentions[0], heard), (method.model.family.unet, read))
+    hooks = [module.register_forward_pre_hook(note(into), with_kwargs=True) for module, into in watched]
     method.generate(parts.make_prompts(), FAST)
     for hook in hooks:
         hook.remove()
@@ -106,7 +103,4 @@ def test_files_are_read(adapter: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weight, loaded[name]) for name, weight in made.state_dict().items())
     assert method.trained == alone.trained and method.to("cpu") is method
     assert method.edges.keywords == {"low": 50, "high": 200.0}
-    assert method.source == f"{adapter} with {tmp_path}"
-    prompts = parts.make_prompts()
-    pixels = method.generate(prompts, FAST)
-    torch.testing.assert_close(pixels, alone.generate(prompts, FAST), atol=1e-5, rtol=0)
+    assert (method.source, method.control_weight) == (f"{adapter} with {tmp_path}", 0.0)

@@ -153,20 +153,17 @@ def test_unclips_embedding_is_noised_with_other_numbers_than_the_picture(monkeyp
     assert not torch.isin(drawn[0], starts).any()
 
 
-def test_variations_use_ddim_on_the_checkpoints_schedule_and_clip_no_latents() -> None:
+def test_variations_use_ddim_clip_no_latents_and_squeeze_pictures_as_the_card_has_it() -> None:
     weights = SYSTEMS["sd_image_variations"].make_parts()
     scheduler = SYSTEMS["sd_image_variations"].make(weights).pipeline.scheduler
     assert isinstance(scheduler, DDIMScheduler) and not scheduler.config.clip_sample
     theirs = weights["path"]["scheduler"].alphas_cumprod
     torch.testing.assert_close(scheduler.alphas_cumprod, theirs, rtol=0, atol=0)
-
-
-def test_variations_squeeze_pictures_as_the_card_has_it() -> None:
     image_3HW = PROMPTS[0].image_3HW
-    theirs, smooth = (
+    rough, smooth = (
         resize(image_3HW / 255, [16, 16], InterpolationMode.BICUBIC, antialias=antialias) for antialias in (False, True)
     )
-    torch.testing.assert_close(squeeze(image_3HW, 16), theirs)
+    torch.testing.assert_close(squeeze(image_3HW, 16), rough)
     assert (squeeze(image_3HW, 16) - smooth).abs().mean() > 0.05
 
 
@@ -196,14 +193,17 @@ def test_kandinskys_embeddings_are_those_of_the_priors_interpolation() -> None:
         torch.testing.assert_close(method.prior.get_zero_embed(1), theirs.negative_image_embeds)
 
 
-def test_without_text_dual_guidance_is_image_variation() -> None:
+def test_without_text_dual_guidance_is_image_variation_and_the_library_stays_as_it_is() -> None:
     """Of its parameters only those of the image flow count."""
-    weights = SYSTEMS["versatile"].make_parts()
+    weights, before = SYSTEMS["versatile"].make_parts(), DualTransformer2DModel.forward
     image_flow = count_parameters(weights["path"]["image_unet"])
     expected = SYSTEMS["versatile"].make(weights).generate(PROMPTS, parts.FAST)
     method = SYSTEMS["versatile_dual"].make(weights, text_weight=0.0)
     torch.testing.assert_close(method.generate(PROMPTS, parts.FAST), expected, atol=1e-4, rtol=0)
     assert method.trained == image_flow < count_parameters(method.unet)
+    assert DualTransformer2DModel.forward is before
+    assert all(len(layer._forward_pre_hooks) == 1 for layer in method.dual_layers())
+    assert not DualTransformer2DModel(2, 8, 8, norm_num_groups=4)._forward_pre_hooks
 
 
 def test_versatiles_no_image_is_grey() -> None:
@@ -219,11 +219,3 @@ def test_versatiles_no_image_is_grey() -> None:
     assert len(seen) == 4 and len(grey) == 2
     torch.testing.assert_close(grey[0] * std + mean, torch.full((3, 3, 16, 16), 128 / 255))
     assert torch.equal(grey[0], grey[1])
-
-
-def test_versatile_leaves_the_library_itself_as_it_is() -> None:
-    before = DualTransformer2DModel.forward
-    method = SYSTEMS["versatile_dual"].make()
-    assert DualTransformer2DModel.forward is before
-    assert all(len(layer._forward_pre_hooks) == 1 for layer in method.dual_layers())
-    assert not DualTransformer2DModel(2, 8, 8, norm_num_groups=4)._forward_pre_hooks

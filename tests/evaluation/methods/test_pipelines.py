@@ -1,7 +1,6 @@
 """How parts of published pipelines are found and read: from the hub's cache, old layouts, pickles."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -48,33 +47,23 @@ def test_a_hub_id_is_found_in_the_cache_by_its_revision(tmp_path: Path, monkeypa
         find_folder(Source("someone/pipeline"), ["vae"])
 
 
-def pickle_weights(folder: Path, content: Any) -> None:
-    file = folder / "diffusion_pytorch_model.safetensors"
-    file.unlink(missing_ok=True)
-    torch.save(content, file.with_suffix(".bin"))
-
-
-def test_pickles_with_the_former_names_of_attention_layers_are_read(tmp_path: Path) -> None:
+def test_pickles_with_the_former_names_of_attention_layers_are_read_and_run_no_code(tmp_path: Path) -> None:
     """As some of the published ones are."""
-    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    vae = tiny.make_vae()
+    former, vae = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, tiny.make_vae()
     made.save_parts(tmp_path, {"vae": vae})
-    state = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
-    renamed = {}
+    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    state, renamed = load_file(file), {}
+    file.unlink()
     for name, tensor in state.items():
         for now, then in former.items():
             name = name.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
         renamed[name] = tensor
     assert len(renamed.keys() - state.keys()) == 16, "four of each kind, with bias, in encoder and decoder"
-    pickle_weights(tmp_path / "vae", renamed)
+    torch.save(renamed, file.with_suffix(".bin"))
 
     loaded = load_part(AutoencoderKL, tmp_path / "vae", Source(str(tmp_path)), torch.float32)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in vae.state_dict().items())
-
-
-def test_pickles_run_no_code(tmp_path: Path) -> None:
-    made.save_parts(tmp_path, {"vae": tiny.make_vae()})
-    pickle_weights(tmp_path / "vae", {"encoder.conv_in.weight": tiny.Harmful(tmp_path / "harm")})
+    torch.save({"encoder.conv_in.weight": tiny.Harmful(tmp_path / "harm")}, file.with_suffix(".bin"))
     with pytest.raises((MissingWeights, ValueError), match=r"cannot be read in vae/"):
         load_part(AutoencoderKL, tmp_path / "vae", Source(str(tmp_path)), torch.float32)
     assert not (tmp_path / "harm").exists()

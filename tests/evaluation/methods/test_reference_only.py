@@ -35,8 +35,9 @@ def predict_reading(unet: Any, reference: Tensor, style_fidelity: float = 0.5) -
         return predict(unet, *make_inputs())
 
 
-def test_it_keeps_what_every_method_promises() -> None:
+def test_it_keeps_what_every_method_promises(base_folder: Path) -> None:
     parts.check_promises(make_method())
+    assert ReferenceOnly.from_pretrained(str(base_folder), style_fidelity=1, dtype="float32").source == str(base_folder)
 
 
 def test_the_unet_is_restored_also_after_an_error() -> None:
@@ -72,14 +73,5 @@ def test_style_fidelity_keeps_the_unconditional_half_its_own() -> None:
     assert parts.differs(weak[:2], middle[:2]) and parts.differs(middle[:2], strong[:2])
     assert torch.equal(weak[2:], middle[2:]) and torch.equal(middle[2:], strong[2:])
     assert parts.differs(weak[2:], plain[2:])
-
-
-def test_without_guidance_no_row_is_unconditional() -> None:
-    unet, inputs = make_method().family.unet, make_inputs()
-    reference = inputs[0].flip(0)
-    assert torch.equal(predict_reading(unet, reference, 0.0), predict_reading(unet, reference, 1.0))
-
-
-def test_folders_are_read(base_folder: Path) -> None:
-    loaded = ReferenceOnly.from_pretrained(str(base_folder), style_fidelity=1, dtype="float32")
-    assert loaded.source == str(base_folder)
+    unguided = inputs[0].flip(0)  # as many rows as the images: none of them is unconditional
+    assert torch.equal(predict_reading(unet, unguided, 0.0), predict_reading(unet, unguided, 1.0))

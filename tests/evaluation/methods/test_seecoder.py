@@ -51,16 +51,6 @@ def test_it_keeps_what_every_method_promises(method: SeeCoder) -> None:
     parts.check_promises(method)
 
 
-def test_the_encoder_at_full_size() -> None:
-    """294 M: at four bytes each the 1.18 GB of the published file."""
-    with torch.device("meta"):
-        coder = SemanticContextEncoder.large()
-    counts = [count_parameters(part) for part in (coder.imencoder, coder.imdecoder, coder.qtransformer)]
-    assert counts == [195_201_204, 27_783_168, 71_130_624]
-    assert sum(counts) == count_parameters(coder) == 294_114_996
-    assert coder(torch.zeros(2, 3, 512, 512, device="meta")).shape == (2, 148, 768)
-
-
 def both(*names: str) -> list[str]:
     return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
 
@@ -102,9 +92,14 @@ def published(module: nn.Module, *sizes: Any) -> dict[str, Tensor]:
     return {names[name]: weight for name, weight in module.state_dict().items()}
 
 
-def test_its_weights_have_the_published_names_at_full_size() -> None:
+def test_the_encoder_at_full_size_has_the_published_weights() -> None:
+    """294 M: at four bytes each the 1.18 GB of the published file."""
     with torch.device("meta"):
         coder = SemanticContextEncoder.large()
+    counts = [count_parameters(part) for part in (coder.imencoder, coder.imdecoder, coder.qtransformer)]
+    assert counts == [195_201_204, 27_783_168, 71_130_624]
+    assert sum(counts) == count_parameters(coder) == 294_114_996
+    assert coder(torch.zeros(2, 3, 512, 512, device="meta")).shape == (2, 148, 768)
     assert published(coder, [2, 2, 18, 2]).keys() == set(published_names([2, 2, 18, 2]))
 
 
@@ -198,21 +193,18 @@ def test_global_queries_see_the_picture_through_the_local_ones() -> None:
     assert changed(layers=1).tolist() == [False] * 4 + [True] * 5
 
 
-def test_tokens_take_the_texts_place_and_no_image_is_zeros(method: SeeCoder) -> None:
-    positive, negative = method.states(parts.make_prompts())
-    assert positive.shape == (3, 9, WIDTH)
-    assert torch.equal(negative, torch.zeros_like(positive))
-    assert method.trained == count_parameters(method.adapter)
-
-
-def test_pictures_are_read_from_0_to_1_without_normalisation(method: SeeCoder) -> None:
+def test_tokens_of_plain_pixels_take_the_texts_place_and_no_image_is_zeros(method: SeeCoder) -> None:
+    """Pixels from 0 to 1, without normalisation."""
     found = []
     method.adapter.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
     images = [torch.full((3, 9, 9), level, dtype=torch.uint8) for level in (255, 0)]
-    method.states([Prompt(image_3HW, "", 0) for image_3HW in images])
+    positive, negative = method.states([Prompt(image_3HW, "", 0) for image_3HW in images])
     (image_B3HW,) = found
-    assert image_B3HW.shape == (2, 3, 64, 64)
+
+    assert image_B3HW.shape == (2, 3, 64, 64) and positive.shape == (2, 9, WIDTH)
     torch.testing.assert_close(image_B3HW.mean((1, 2, 3)), torch.tensor([1.0, 0.0]))
+    assert torch.equal(negative, torch.zeros_like(positive))
+    assert method.trained == count_parameters(method.adapter)
 
 
 def test_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
