@@ -52,14 +52,6 @@ def test_big_recipes_need_no_weights(shard, clip_name: str, tmp_path: Path, caps
     assert "10 good samples" in said and "10 of them (100 %) are smaller than" in said and "upscaled" in said
 
 
-@pytest.mark.parametrize(
-    ("overrides", "complaint"), [(["recipe=sd15"], "data.train=SHARDS"), (["data.train=nowhere"], "no such shard")]
-)
-def test_mistakes_are_reported(overrides: list[str], complaint: str) -> None:
-    with pytest.raises(Exception, match=complaint):
-        inspect(compose(*overrides))
-
-
 @pytest.mark.parametrize("content", ["<html>", "cache"])
 def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str, content: str) -> None:
     (tmp_path / "0.tar").write_text(content)
