@@ -41,7 +41,7 @@ from ipa.metrics.bootstrap import confidence_interval
 from ipa.sampling import SamplingOptions
 
 OTHER_SYSTEMS = ("variations", "shuffle", "style", "reference")
-SHOWN = [2, 4, 8, 9]  # with charts, marks, and a section that may be skipped
+SHOWN = [4, 8, 9]  # with charts, marks, and a section that may be skipped
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?![\w.])")
 
 

@@ -6,6 +6,7 @@ Tiny Stable Diffusion pipelines in float32; the features of the images are hande
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -139,25 +140,28 @@ def differ(one: Image.Image, other: Image.Image) -> bool:
     return bool(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 3)
 
 
-def test_one_image_and_several_in_one_softmax_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files[:1])
-    pipeline.set_ip_adapter_scale(0.7)
-    for images in ([CAT], [CAT, DOG]):
-        ours = latents_of(prompter, Item([Reference(images, 0.7)], "cat", seed=3))
-        assert_same(ours, stock_latents(pipeline, 3, [embeds(prompter, *images)]))
-
-
-def test_masks_are_those_of_diffusers_and_limit_their_images(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files[:1])
-    pipeline.set_ip_adapter_scale([[0.7, 0.4]])
+def test_images_masks_blocks_and_adapters_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    """Several images of one prompt are in one softmax; prompts, of one or several adapters, add up."""
+    cat, pair = embeds(prompter, CAT), embeds(prompter, CAT, DOG)
     masks = IPAdapterMaskProcessor().preprocess([half(True), half(False)], height=PX, width=PX)
     masked = {"cross_attention_kwargs": {"ip_adapter_masks": [masks.transpose(0, 1)]}}
-    theirs = stock_latents(pipeline, 3, [embeds(prompter, CAT, DOG)], **masked)
-    references = [Reference(CAT, 0.7, mask=half(True)), Reference(DOG, 0.4, mask=half(False))]
-    ours = latents_of(prompter, Item(references, "cat", seed=3))
+    up = dict.fromkeys((name for name in prompter.family.blocks() if name.startswith("up_blocks.1.")), 0.6)
+    # diffusers' scale, embeddings and arguments, and our references
+    cases: list[tuple[Any, list[Tensor], dict[str, Any], list[Reference]]] = [
+        (0.7, [cat], {}, [Reference(CAT, 0.7)]),
+        (0.7, [pair], {}, [Reference([CAT, DOG], 0.7)]),
+        ([[0.7, 0.4]], [pair], masked, [Reference(CAT, 0.7, mask=half(True)), Reference(DOG, 0.4, mask=half(False))]),
+        ({"up": {"block_1": [0.6]}}, [cat], {}, [Reference(CAT, blocks=up)]),
+        ([0.7, 0.5], [cat, embeds(prompter, DOG, number=1)], {}, [Reference(CAT, 0.7), Reference(DOG, 0.5, adapter=1)]),
+    ]
+    one, both, made = stock(files[:1]), stock(files), []
+    for scale, embeddings, arguments, references in cases:
+        pipeline = one if len(embeddings) == 1 else both
+        pipeline.set_ip_adapter_scale(scale)
+        made.append(latents_of(prompter, Item(references, "cat", seed=3)))
+        assert_same(made[-1], stock_latents(pipeline, 3, embeddings, **arguments))
 
-    assert_same(ours, theirs)
-    assert not torch.allclose(ours, latents_of(prompter, Item(references[:1], "cat", seed=3)), atol=1e-3)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in combinations(made, 2))
 
 
 def test_outside_the_masks_the_latents_are_the_bases(prompter: Prompter) -> None:
@@ -193,26 +197,6 @@ def latents_of(prompter: Prompter, *items: Item, **options: Any) -> Tensor:
             prompter.generate(batch, **options, **OPTIONS)
             found.append(passes[-1])  # with keep_outside the base's come first
     return torch.cat(found)
-
-
-def test_several_adapters_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files)
-    pipeline.set_ip_adapter_scale([0.7, 0.5])
-    theirs = stock_latents(pipeline, 3, [embeds(prompter, CAT), embeds(prompter, DOG, number=1)])
-    references = [Reference(CAT, 0.7), Reference(DOG, 0.5, adapter=1)]
-
-    assert_same(latents_of(prompter, Item(references, "cat", seed=3)), theirs)
-
-
-def test_blocks_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files[:1])
-    pipeline.set_ip_adapter_scale({"up": {"block_1": [0.6]}})
-    theirs = stock_latents(pipeline, 3, [embeds(prompter, CAT)])
-    up = [name for name in prompter.family.blocks() if name.startswith("up_blocks.1.")]
-    ours = latents_of(prompter, Item([Reference(CAT, blocks=dict.fromkeys(up, 0.6))], "cat", seed=3))
-
-    assert_same(ours, theirs)
-    assert not torch.allclose(ours, latents_of(prompter, Item([Reference(CAT, 0.6)], "cat", seed=3)), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -450,28 +434,6 @@ def test_textual_inversion_is_that_of_diffusers(files: list[Path], tmp_path: Pat
 
     assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)], "a <new> cat"))
     assert differ(ours, before)
-
-
-def test_an_adapter_on_a_fine_tuned_base_is_that_of_diffusers(files: list[Path]) -> None:
-    """A custom model or a DreamBooth checkpoint of the base that it was trained on."""
-
-    def custom() -> Any:
-        family = tiny.make_family()
-        with torch.no_grad():
-            for number, parameter in enumerate(family.unet.parameters()):
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-        return family
-
-    donor = adapted(tiny.make_family(), 1)
-    model = tiny.make_model(family=custom())
-    model.trainable.load_state_dict(donor.trainable.state_dict())
-    model.adapter.install()
-    prompter, theirs = Prompter([model]), stock(files[:1], custom())
-    theirs.set_ip_adapter_scale(0.7)
-    (ours,) = prompter(CAT, "cat", scale=0.7, seed=3, **OPTIONS)
-
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)]))
-    assert differ(ours, Prompter([donor])(CAT, "cat", scale=0.7, seed=3, **OPTIONS)[0])
 
 
 @pytest.mark.parametrize(

@@ -107,24 +107,6 @@ def test_without_guidance_there_is_no_unconditional_half(
     )
 
 
-def test_text_image_seeds_options_and_weights_all_count(installed: IPAdapterModel, features: Features) -> None:
-    whole = make(installed, features)
-    others = [
-        make(installed, features, texts=["dog"] * 5),
-        make(installed, features, seeds=[seed + 1 for seed in SEEDS]),
-        make(installed, Features(pooled_BE=-features.pooled_BE)),
-        make(installed, features, SamplingOptions(num_steps=3, guidance=6.0)),
-        make(installed, features, OPTIONS.with_scale(0.5)),
-        make(installed, features, SamplingOptions(num_steps=4, guidance=3.0)),
-    ]
-    with torch.no_grad():
-        for branch in installed.adapter.branches:
-            branch.to_v_ip.weight.mul_(2)
-    others.append(make(installed, features))
-
-    assert all((other - whole).abs().max() > 0.01 for other in others)
-
-
 def test_another_size_and_a_base_in_half_precision(installed: IPAdapterModel, features: Features) -> None:
     assert make(installed, features, SamplingOptions(num_steps=2, image_size_px=32)).shape == (5, 3, 32, 32)
     whole = make(installed, features)
@@ -192,8 +174,7 @@ def stock_pictures(model: IPAdapterModel, options: SamplingOptions, **prompts: A
     ("family", "head", "guidance", "scale"),
     [
         ("sd15", "global", 3.0, 0.5),
-        ("sd15", "fine_grained", 1.0, 1.0),
-        ("sd21", "fine_grained", 3.0, 0.5),
+        ("sd21", "fine_grained", 1.0, 1.0),
         ("sdxl", "global", 3.0, 0.5),
     ],
 )
@@ -221,7 +202,7 @@ def test_a_simple_adapter_makes_the_pictures_of_the_stock_call_with_embeddings(
     assert (generate(model, features, TEXTS, SEEDS, options.with_scale(0.0)) - pictures).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("family", tiny_sdxl.FAMILIES)
+@pytest.mark.parametrize("family", ["sd21", "sdxl"])
 @torch.no_grad()
 def test_rescaled_guidance_is_the_stock_pipelines(family: str) -> None:
     model = tiny.shake(tiny.make_model(family=tiny_sdxl.FAMILIES[family]()))
@@ -237,7 +218,7 @@ def test_rescaled_guidance_is_the_stock_pipelines(family: str) -> None:
     assert (generate(model, features, TEXTS, SEEDS, plain) - pictures).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("family", tiny_sdxl.FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @torch.no_grad()
 def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:
     model = tiny.shake(tiny.make_model(kind="simple", family=tiny_sdxl.FAMILIES[family]()))
@@ -249,9 +230,7 @@ def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:
     torch.testing.assert_close(stock_pictures(model, OPTIONS, **arguments), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"), [*(("decoupled", family) for family in tiny_sdxl.FAMILIES), ("simple", "sdxl")]
-)
+@pytest.mark.parametrize(("kind", "family"), [("decoupled", "sd21"), ("decoupled", "sdxl"), ("simple", "sdxl")])
 @torch.no_grad()
 def test_scale_zero_gives_the_frozen_bases_pictures_and_those_of_the_stock_pipeline(kind: str, family: str) -> None:
     model = tiny.shake(tiny.make_model(kind=kind, family=tiny_sdxl.FAMILIES[family]()))
