@@ -144,7 +144,9 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(pickled: Path) -> None:
         load_adapter(pickled.with_suffix(".ckpt"))
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))], ids=["zip", "raw"]
+)
 def test_a_pickle_that_would_run_code_is_refused_and_does_not(pickled: Path, save: Callable[[Any, Path], None]) -> None:
     trace = pickled.with_name("trace")
     save({"image_proj": {"proj.weight": torch.ones(2), "evil": tiny.Harmful(trace)}, "ip_adapter": {}}, pickled)
