@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 import pytest
 import tiny
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-from ipa.types import Batch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -68,35 +63,6 @@ def test_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["seconds"].keys() == {*step.REFERENCES, "online", "cached", "online, encoders in bf16"}
     assert found["tflop_per_sample"]["cached"] < found["tflop_per_sample"]["online"]
     assert "| cached |" in told and "Out of memory." in told
-
-
-def standing(step: memory.OurStep, batch: Batch) -> int:
-    """Bytes allocated before a step: weights, optimizer state, batch."""
-    tensors: list[Tensor] = [*step.model.parameters(), *step.model.buffers()]
-    tensors += [value for state in step.optimizer.state.values() for value in state.values()]
-    batch.map(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def real_peak(step: memory.OurStep, batch: Batch) -> int:
-    """Maximum of the bytes that torch's CPU allocator hands out in a step, on top of those allocated before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step(batch)
-    events = profiled.profiler.kineto_results.events()
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", [memory.Setting(), memory.Setting(cached=True, checkpointing=True)])
-def test_estimated_memory_is_what_is_allocated(setting: memory.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 on the CPU, where both can be measured; on tiny parts, blocks of 512 bytes make up some percent."""
-    monkeypatch.setitem(memory.models.MAKERS, "tiny", lambda head: tiny.make_model(head=head))
-    step = memory.OurStep(memory.prepare(tiny.make_model(), setting), setting, average=False)
-    batch = memory.make_batch(step.model, 16, tiny.IMAGE_PX, setting.cached)
-    step(batch)
-    estimated = memory.estimate("tiny", setting, batch=16, image_px=tiny.IMAGE_PX)
-
-    assert estimated - standing(step, batch) == pytest.approx(real_peak(step, batch), rel=0.08)
 
 
 def test_what_fits_a_card_leaves_the_reserve() -> None:

@@ -196,7 +196,6 @@ def prepared() -> Iterator[Prepare]:
     ("arguments", "expected"),
     [
         (["seed=1,2", "experiment=decoupled_global"], ["decoupled_global-seed1", "decoupled_global-seed2"]),
-        (["experiment=decoupled_global", "seed=1"], ["decoupled_global-seed1"]),
         (["seed=range(1,3)", "optimizer.lr=1e-4"], ["seed1", "seed2"]),
         (["optimizer.lr=0.1,0.01", "data.batch_size=8"], ["lr0.1", "lr0.01"]),
         (["trainer.precision=bf16-mixed,32-true"], ["precision_bf16-mixed", "precision32-true"]),

@@ -219,6 +219,8 @@ def prose(markdown: str) -> str:
 
 
 def test_page_shows_the_figures_of_its_json_and_opens_offline(settings: Settings, found: list[dict[str, Any]]) -> None:
+    settings.out.mkdir()
+    (settings.out / "notes.yaml").write_text("4: Our belief.\n")
     markdown, html, figures = page_of(settings, found)
 
     for section in chosen(sections_of(settings), SHOWN):
@@ -232,8 +234,6 @@ def test_page_shows_the_figures_of_its_json_and_opens_offline(settings: Settings
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html)
     assert all((settings.out / file).is_file() for file in re.findall(r"\]\((images/[^)]*)\)", markdown))
     assert page_of(settings, found)[:2] == (markdown, html)  # the same figures give the same page
-    (settings.out / "notes.yaml").write_text("4: Our belief.\n")
-    markdown, html, _ = page_of(settings, found)
     assert "Our belief." in markdown.split("## 4.")[1].split("## 8.")[0] and "Our belief." in html
 
 

@@ -5,7 +5,7 @@ Tiny Stable Diffusion pipelines in float32; the features of the images are hande
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -393,21 +393,29 @@ def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prom
         prompter(DOG, pipeline=pipeline, guidance_rescale=0.5, arguments=arguments, **OPTIONS)
 
 
-def test_a_lora_is_that_of_diffusers_and_comes_off_again(files: list[Path], tmp_path: Path) -> None:
+def test_loras_and_learned_words_are_those_of_diffusers(files: list[Path], tmp_path: Path) -> None:
+    """The tokenizer and the text encoder are the prompter's, too; a LoRA comes off again."""
     pytest.importorskip("peft")
     write_lora(tmp_path)
+    save_file({"<new>": 5 * torch.randn(tiny.CONTEXT_WIDTH)}, tmp_path / "new.safetensors")
     prompter, theirs = Prompter([adapted(tiny.make_family(), 1)]), stock(files[:1])
-    (before,) = prompter(CAT, "cat", scale=0.7, seed=3, **OPTIONS)
     pipeline = prompter.pipeline()
-    for each in (pipeline, theirs):
-        each.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     theirs.set_ip_adapter_scale(0.7)
-    (ours,) = prompter(CAT, "cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)
+    ways: list[Callable[[Any], None]] = [
+        lambda pipe: None,
+        lambda pipe: pipe.load_textual_inversion(str(tmp_path), weight_name="new.safetensors"),
+        lambda pipe: pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors"),
+        lambda pipe: pipe.unload_lora_weights(),
+    ]
+    made = []
+    for change in ways:
+        change(pipeline)
+        change(theirs)
+        made += prompter(CAT, "a <new> cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)
+        assert_alike(made[-1], call(theirs, 3, [embeds(prompter, CAT)], "a <new> cat"))
 
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)]))
-    assert differ(ours, before)
-    pipeline.unload_lora_weights()
-    assert_alike(prompter(CAT, "cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)[0], before)
+    assert differ(made[0], made[1]) and differ(made[1], made[2])
+    assert_alike(made[3], made[1])
 
 
 def write_lora(folder: Path) -> None:
@@ -420,20 +428,6 @@ def write_lora(folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(
         folder, unet_lora_layers=convert_state_dict_to_diffusers(layers), weight_name="lora.safetensors"
     )
-
-
-def test_textual_inversion_is_that_of_diffusers(files: list[Path], tmp_path: Path) -> None:
-    """The tokenizer and the text encoder are the prompter's, too."""
-    save_file({"<new>": 5 * torch.randn(tiny.CONTEXT_WIDTH)}, tmp_path / "new.safetensors")
-    prompter, theirs = Prompter([adapted(tiny.make_family(), 1)]), stock(files[:1])
-    (before,) = prompter(CAT, "a <new> cat", scale=0.7, seed=3, **OPTIONS)
-    for each in (prompter.pipeline(), theirs):
-        each.load_textual_inversion(str(tmp_path), weight_name="new.safetensors")
-    theirs.set_ip_adapter_scale(0.7)
-    (ours,) = prompter(CAT, "a <new> cat", scale=0.7, seed=3, **OPTIONS)
-
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)], "a <new> cat"))
-    assert differ(ours, before)
 
 
 @pytest.mark.parametrize(

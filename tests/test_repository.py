@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
@@ -248,38 +247,12 @@ def test_large_recipes_are_the_papers(recipe: str, size_px: int) -> None:
     """Ye et al. 2023, section 4.1, except for the image size of 2.1."""
     cfg = training(recipe)
 
-    assert (cfg.global_batch_size, cfg.data.batch_size, cfg.image_size_px) == (64, None, size_px)
-    assert cfg.trainer.max_steps == cfg.schedule.num_training_steps == 1_000_000
-    adamw = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-4, "weight_decay": 0.01, "fused": True}
-    assert cfg.optimizer == adamw
+    assert (cfg.global_batch_size, cfg.image_size_px, cfg.trainer.max_steps) == (64, size_px, 1_000_000)
+    assert (cfg.optimizer._target_, cfg.optimizer.lr, cfg.optimizer.weight_decay) == ("torch.optim.AdamW", 1e-4, 0.01)
     assert (cfg.schedule.name, cfg.schedule.num_warmup_steps, cfg.scale_lr) == ("constant_with_warmup", 0, None)
     assert [cfg.data.drops[name] for name in ("text", "image", "both")] == [0.05] * 3 and len(cfg.data.drops) == 4
-    assert cfg.trainer.precision == "bf16-mixed"
-    assert cfg.base.dtype == cfg.encoder.dtype == "bfloat16"
     assert cfg.base.vae_dtype == ("float32" if recipe.startswith("sdxl") else None)
     assert cfg.min_snr_gamma is None and cfg.ema.decay is None and cfg.trainer.accumulate_grad_batches == 1
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Composes as Hydra does for a job and reads the folder from it, which that creates."""
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def read(key: str, *overrides: str) -> str:
-        cfg = composed("train", *overrides)
-        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-        HydraConfig.instance().set_config(cfg)
-        return OmegaConf.select(cfg, key)
-
-    return read
-
-
-def test_run_folder_is_named_after_experiment_and_run(folder, tmp_path: Path) -> None:
-    assert folder("hydra.run.dir", "name=mine") == "runs/decoupled_global/mine"
-    assert folder("hydra.run.dir", "name=mine", f"paths.runs={tmp_path}/a") == f"{tmp_path}/a/decoupled_global/mine"
-    assert folder("hydra.sweep.dir", "name=mine") == "runs/mine"
-    assert re.fullmatch(r"runs/decoupled_global/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder("hydra.run.dir"))
 
 
 def private_names() -> tuple[set[tuple[str, str]], set[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ipa.types import Features, ImageCondition
 TEXTS = ["cat", "a red dog", "", "hearts", "b"]
 SEEDS = [5, 6, 7, 8, 9]
 OPTIONS = SamplingOptions(num_steps=3, guidance=3.0, batch_size=8)
+RESCALED = {"guidance": 6.0, "guidance_rescale": 0.7}
 
 
 @pytest.fixture
@@ -200,34 +202,9 @@ def test_a_simple_adapter_makes_the_pictures_of_the_stock_call_with_embeddings(
 
     torch.testing.assert_close(pictures, stock_pictures(model, options, **prompts), rtol=0, atol=1e-5)
     assert (generate(model, features, TEXTS, SEEDS, options.with_scale(0.0)) - pictures).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("family", ["sd21", "sdxl"])
-@torch.no_grad()
-def test_rescaled_guidance_is_the_stock_pipelines(family: str) -> None:
-    model = tiny.shake(tiny.make_model(family=tiny_sdxl.FAMILIES[family]()))
-    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
-    model.adapter.install()
-    plain, rescaled = (
-        SamplingOptions(num_steps=3, guidance=6.0, scale=0.0, guidance_rescale=share) for share in (0.0, 0.7)
-    )
-    pictures = generate(model, features, TEXTS, SEEDS, rescaled)
-
-    expected = stock_pictures(model, rescaled, prompt=TEXTS, negative_prompt=[""] * 5)
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
-    assert (generate(model, features, TEXTS, SEEDS, plain) - pictures).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@torch.no_grad()
-def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:
-    model = tiny.shake(tiny.make_model(kind="simple", family=tiny_sdxl.FAMILIES[family]()))
-    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
-    with prompt_arguments([(model, [ImageCondition([features], scale=0.7)])], TEXTS) as arguments:
-        pass
-
-    expected = generate(model, features, TEXTS, SEEDS, OPTIONS.with_scale(0.7))
-    torch.testing.assert_close(stock_pictures(model, OPTIONS, **arguments), expected, rtol=0, atol=1e-5)
+    with prompt_arguments([(model, [ImageCondition([features], scale=scale)])], TEXTS) as arguments:
+        pass  # they serve after leaving
+    torch.testing.assert_close(stock_pictures(model, options, **arguments), pictures, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "family"), [("decoupled", "sd21"), ("decoupled", "sdxl"), ("simple", "sdxl")])
@@ -236,11 +213,13 @@ def test_scale_zero_gives_the_frozen_bases_pictures_and_those_of_the_stock_pipel
     model = tiny.shake(tiny.make_model(kind=kind, family=tiny_sdxl.FAMILIES[family]()))
     features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
     off, other = OPTIONS.with_scale(0.0), Features(pooled_BE=-features.pooled_BE)
-    frozen = generate(model, features, TEXTS, SEEDS, off)
-    stock = stock_pictures(model, OPTIONS, prompt=TEXTS, negative_prompt=[""] * 5)
+    frozen, rescaled = (generate(model, features, TEXTS, SEEDS, each) for each in (off, replace(off, **RESCALED)))
     model.adapter.install()
 
-    torch.testing.assert_close(frozen, stock, rtol=0, atol=1e-5)
+    for pictures, options in ((frozen, off), (rescaled, replace(off, **RESCALED))):
+        stock = stock_pictures(model, options, prompt=TEXTS, negative_prompt=[""] * 5)
+        torch.testing.assert_close(pictures, stock, rtol=0, atol=1e-5)
+    assert (rescaled - frozen).abs().max() > 0.01
     assert all(torch.equal(generate(model, each, TEXTS, SEEDS, off), frozen) for each in (features, other))
     assert (generate(model, features, TEXTS, SEEDS, OPTIONS) - frozen).abs().max() > 0.01
     model.adapter.remove()

@@ -85,18 +85,15 @@ def test_sizes_are_those_of_the_picture_whatever_the_metadata_say() -> None:
     assert reason({"it": {"key": "short_side_px", "min": 200}}, picture=png((300, 200))[:60]) is None
     assert reason({"it": {"key": "short_side_px", "min": 21}}, {"width": 3000, "height": 2000}) == "filter: it"
     assert reason({"it": {"key": "json.original_width", "min": 21}}, {"original_width": 3000}) is None
+    filters = {"long": {"key": "aspect_ratio", "max": 1.2}, "small": {"key": "short_side_px", "min": 512}}
+    assert reason(filters) == "filter: long"  # the first one that rejects is counted
+    assert reason(dict(reversed(filters.items()))) == "filter: small"
 
 
 def test_broken_things_keep_their_own_reasons() -> None:
     assert reason({"it": {"key": "short_side_px", "min": 1}}, picture=b"<html>") == "broken picture"
     assert reason({"it": {"key": "json.p", "min": 1, "missing": "keep"}}, ["no", "mapping"]) == "broken metadata"
     assert reason({"it": {"key": "caption_words", "min": 1}}, ["no", "mapping"], b"<html>") is None
-
-
-def test_the_first_filter_that_rejects_is_counted() -> None:
-    filters = {"long": {"key": "aspect_ratio", "max": 1.2}, "small": {"key": "short_side_px", "min": 512}}
-    assert reason(filters) == "filter: long"
-    assert reason(dict(reversed(filters.items()))) == "filter: small"
 
 
 def test_filters_from_hydra_are_plain_values() -> None:

@@ -32,10 +32,6 @@ def records(tmp_path: Path, members: Members, layout: Layout = TEXT) -> list[Rec
     return [item for item in found if isinstance(item, Record)]
 
 
-def captioned(keys: object) -> Layout:
-    return Layout(Captions.of(keys))
-
-
 def five(tmp_path: Path) -> tuple[Path, list[int]]:
     """A shard of five samples and where each ends."""
     path = Path(write_tar(tmp_path / "00000.tar", [m for i in range(5) for m in good(f"k{i}")]))
@@ -46,18 +42,12 @@ def five(tmp_path: Path) -> tuple[Path, list[int]]:
 
 
 def test_records_carry_name_index_and_caption(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "00007.tar", [*good("a", " a cat\n"), *good("b")])
-    first, second = read_shard(shard, TEXT)
-    assert isinstance(first, Record) and isinstance(second, Record)
+    """Of adjacent doubles the first counts."""
+    shard = write_tar(tmp_path / "00007.tar", [*good("a", " a cat\n"), *good("a", "a dog"), *good("b")])
+    first, second = (item for item in read_shard(shard, TEXT) if isinstance(item, Record))
+    assert read(shard)[1] == {"duplicate key": 1}
     assert (first.key, first.shard, first.index, first.captions) == ("a", "00007.tar", 0, (("a cat", 1.0),))
     assert first.picture == png() and second.index == 1 and first.references == ()
-
-
-def test_of_adjacent_doubles_the_first_counts(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "00000.tar", [*good("a", "first"), *good("a", "second"), *good("b")])
-    found = [item.captions[0][0] for item in read_shard(shard, TEXT) if isinstance(item, Record)]
-    assert found == ["first", "a thing"]
-    assert read(shard)[1] == {"duplicate key": 1}
 
 
 REFERENCES = Layout(references=("ref.jpg", "ref.png"))
@@ -92,11 +82,6 @@ def test_what_is_dirty_by_itself_is_not_counted_as_filtered(tmp_path: Path, dirt
     _, rejects = read(write_tar(tmp_path / "00000.tar", dirty_members), layout)
     reasons = {reason: n for reason, n in DIRT.items() if reason not in ("broken picture", "too many pixels")}
     assert rejects == {**reasons, "broken picture": 1, "filter: small": 5}  # a cut-off one still has its header
-
-
-def test_a_size_that_is_not_known() -> None:
-    assert Record("a", "0.tar", 0, b"<html>", (("x", 1.0),)).size is None
-    assert Record("a", "0.tar", 0, b"no picture", (("x", 1.0),), measured=(3, 4)).size == (3, 4)
 
 
 class Sample(dict[str, bytes]):

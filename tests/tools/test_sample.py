@@ -147,34 +147,27 @@ def test_lists_make_a_labelled_grid_of_the_single_images(
                 assert ImageChops.difference(cell, one).getextrema() <= ((0, int(across == "seed")),) * 3
 
 
-def test_a_folder_gives_an_image_for_each_and_resumes(sample: Command, image: Path, tmp_path: Path) -> None:
-    folder, out = tmp_path / "prompts", tmp_path / "made"
-    folder.mkdir()
-    for name, colour in (("a", "teal"), ("b", "red")):
-        Image.new("RGB", (30, 20), colour).save(folder / f"{name}.png")
-    sample(image=folder, out=out)
-    first = {path.name: path.read_bytes() for path in out.iterdir()}
-    (out / "b.png").unlink()
-    kept = (out / "a.png").stat().st_mtime_ns
-    sample(image=folder, out=out)
-
-    assert sorted(first) == ["a.png", "b.png"] and first["a.png"] != first["b.png"]
-    assert (out / "b.png").read_bytes() == first["b.png"] and (out / "a.png").stat().st_mtime_ns == kept
-    sample(out=tmp_path / "single.png")  # image is teal, too
-    assert pixels(tmp_path / "single.png") == pixels(out / "a.png")
-
-
-def test_a_folder_is_made_but_for_what_is_no_picture(sample: Command, image: Path, tmp_path: Path) -> None:
+def test_a_folder_gives_an_image_for_each_picture_and_resumes(sample: Command, image: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "prompts", tmp_path / "made"
     (folder / "c.png").mkdir(parents=True)
-    for name in ("a.png", "a.jpg", "z.png"):
-        Image.open(image).save(folder / name)
+    for name, colour in (("a.png", "teal"), ("a.jpg", "white"), ("z.png", "red")):
+        Image.new("RGB", (30, 20), colour).save(folder / name)
     for name in ("._a.png", "b.png"):
         (folder / name).write_bytes(b"no picture")
-    with pytest.raises(SystemExit, match=rf"^tool: image={folder}/b.png cannot be read .*\nwrote the others to {out}$"):
-        sample(image=folder, out=out)
 
-    assert sorted(path.name for path in out.iterdir()) == ["a.jpg.png", "a.png.png", "z.png"]
+    def refused() -> dict[str, bytes]:
+        with pytest.raises(SystemExit, match=rf"image={folder}/b.png cannot be read .*\nwrote the others to {out}$"):
+            sample(image=folder, out=out)
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    first = refused()
+    (out / "z.png").unlink()
+    kept = (out / "a.png.png").stat().st_mtime_ns
+
+    assert sorted(first) == ["a.jpg.png", "a.png.png", "z.png"] and len(set(first.values())) == 3
+    assert refused() == first and (out / "a.png.png").stat().st_mtime_ns == kept
+    sample(out=tmp_path / "single.png")  # image is teal, too
+    assert pixels(tmp_path / "single.png") == pixels(out / "a.png.png")
     with pytest.raises(SystemExit, match="give another one"):
         sample(image=folder, out=folder)
 
