@@ -285,8 +285,7 @@ def options() -> set[str]:
     worlds = [
         ("train", ()),
         ("train", ("recipe=sd15", "encoder=clip_vision")),
-        ("train", ("recipe=sd15", "data=cache")),
-        ("train", ("hydra/launcher=submitit_slurm",)),
+        ("train", ("recipe=sd15", "data=cache", "hydra/launcher=submitit_slurm")),
         ("evaluate", ("method=ip_adapter_control", "benchmark=coco2017")),
         ("evaluate", ("benchmark=folder",)),
         ("inspect", ()),

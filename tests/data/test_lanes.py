@@ -17,7 +17,7 @@ from ipa.data.order.lanes import Lanes, Share
 from ipa.data.order.sequence import Order
 from ipa.data.order.streams import TrainStream
 from ipa.data.records import Record
-from ipa.data.rejects import Rejected
+from ipa.data.rejects import NoGoodSamples, Rejected
 from ipa.data.shards.source import ShardSource
 from ipa.types import Position
 
@@ -150,6 +150,13 @@ def test_a_broken_picture_of_a_large_source_is_replaced_though_the_small_one_is_
     order = Order([much, ShardSource.of("little", shards=little, weight=20.0)], seed=0, window=9)
     steps = train(order, preparation, 4, 60)
     assert {key for [batch] in steps for key in batch.keys} == {"only", "first", "second"}
+
+
+def test_nothing_good_in_any_source_is_an_error(tmp_path, preparation) -> None:
+    broken = [("x.txt", b"a thing"), ("x.png", b"?")]
+    sources = [ShardSource.of(name, shards=write_tar(tmp_path / f"{name}.tar", broken)) for name in ("one", "other")]
+    with pytest.raises(NoGoodSamples, match=r"data\.one, other: .* \(2 × broken picture: x of one\.tar, x of"):
+        train(Order(sources, seed=0), preparation, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from ipa.data.order.lanes import Lane, Lanes, Share
 from ipa.data.order.sequence import LaneOrder, Order, Slot
 from ipa.data.order.streams import TrainStream, ValStream
 from ipa.data.rejects import NoGoodSamples
-from ipa.data.shards.source import ShardSource
 from ipa.types import Batch, LanePlace, Position, SourcePlace
 
 MakeOrder = Callable[..., Order]
@@ -183,6 +182,3 @@ def test_nothing_good_is_an_error_with_counts(make_order, preparation, tmp_path,
         next(iter(TrainStream(order, preparation, 2)))
     with pytest.raises(NoGoodSamples, match=f"\\({counts}"):
         list(ValStream(order, preparation, 2))
-    two = Order([ShardSource.of(name, shards=order.sources[0].shards) for name in ("one", "two")], seed=0)
-    with pytest.raises(NoGoodSamples, match=r"data\.one, two: "):
-        next(iter(TrainStream(two, preparation, 2)))

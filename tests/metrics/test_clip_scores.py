@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from metric_samples import CAPTIONS, images, told
+from metric_samples import CAPTIONS, images
 from torch import Tensor
 from torchmetrics import Metric
 
