@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import pytest
 import tiny
@@ -13,9 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import loop
 import memory
-import pairs
 import sample
 import step
 from reference import ReferenceStep
@@ -71,20 +68,3 @@ def test_what_fits_a_card_leaves_the_reserve() -> None:
 
     assert [memory.largest_batch(found, card) for card in (4, 6.9, 8, 16)] == [0, 2, 4, 12]
     assert memory.usable(8) == 0.95 * 7 * memory.GIB
-
-
-def test_a_loop_is_compared_with_the_plain_one_of_its_round() -> None:
-    ways = {loop.PLAIN: {"between_s": [0.1, 0.2], "own_s": []}, "other": {"between_s": [0.1, 0.3], "own_s": [4.0]}}
-    told = loop.in_markdown({"rounds": 2, "steps": 20, "ways": ways})
-
-    assert loop.ratio(ways, "other").median == pytest.approx(median([1.0, 1.5]))
-    assert "| other | 200.0 | 1.250 | 1.000 – 1.500 | 4000 |" in told
-
-
-def test_the_benchmark_of_pairs_runs_on_a_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "LOOKUPS", 10)
-    monkeypatch.setattr(pairs, "CACHED", 2)
-    found = pairs.measure(tmp_path, 2, 2000)
-
-    assert found["report"]["samples"] == 2000 and len(found["memory_mb"]) == pairs.ROUNDS + 1
-    assert "The index of 2,000 samples in 2 shards took" in pairs.in_markdown(found)

@@ -286,7 +286,9 @@ def test_systems_are_sampled_and_measured_once(name: str, tmp_path: Path) -> Non
     assert (tmp_path / "measured" / f"{tasks[0].ask.name}.json").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("name", ["demo/adapters/decoupled_global.safetensors", "reference"])
+@pytest.mark.parametrize(
+    "name", ["demo/adapters/decoupled_global.safetensors", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_structure_control_joins_any_system(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CONTROL", str(tmp_path))
     method = measuring.load_method(name, None if name == "reference" else name, BASE)

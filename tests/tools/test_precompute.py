@@ -166,27 +166,6 @@ def both(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path:
     return run(tmp_path_factory.mktemp("both") / "features", *parts, TWO_CAPTIONS, "keep=[pooled,reference]")
 
 
-@pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained"])
-def test_training_on_the_cache_has_the_losses_of_training_on_the_pictures(
-    experiment: str, both: Path, parts: list[str]
-) -> None:
-    parts = [f"experiment={experiment}", *parts, "data.num_workers=0", "++data.window=8", TWO_CAPTIONS]
-    online = composed("train", *parts, "data.background=null")
-    cached = composed("train", *parts, "data=cache", f"data.train={both}", "data.lanes.ranks=1", "data.lanes.workers=1")
-    model = tiny.shake(build_model(online))
-    model.adapter.install()
-    pairs = zip(train_batches(online, model, 4), train_batches(cached, model, 4), strict=True)
-    for pictures, features in pairs:
-        assert (features.keys, features.shards, features.text) == (pictures.keys, pictures.shards, pictures.text)
-        assert features.position == pictures.position
-        assert torch.equal(features.draws.noise_BCHW, pictures.draws.noise_BCHW)
-        assert torch.equal(features.size_B6, pictures.size_B6) and features.image_B3HW is None
-        with torch.no_grad():
-            torch.testing.assert_close(
-                model.errors(features).error_B, model.errors(pictures).error_B, rtol=2e-3, atol=0
-            )
-
-
 def test_aspect_buckets_are_kept_and_batches_have_one_each(parts: list[str], tmp_path: Path) -> None:
     buckets = "data.buckets=[[16,16],[24,16],[16,24]]"
     online = composed("train", *parts, "data.num_workers=0", "data.background=null", f"++{buckets}")
