@@ -11,6 +11,7 @@ import signal
 import tarfile
 import time
 import weakref
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -23,6 +24,7 @@ import tiny
 import torch
 import toy_family
 from composing import composed
+from dirt import write_dirty_shard
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -34,6 +36,7 @@ from ipa.data.cache.format import WrongCache
 from ipa.data.cache.source import read_header
 from ipa.data.cache.states import Texts
 from ipa.data.records import Record
+from ipa.data.rejects import Rejected
 from ipa.errors import UserError
 from ipa.tools.precompute.run import FrozenParts, check_finite, precompute
 from ipa.tools.precompute.shards import read_share
@@ -164,6 +167,38 @@ def train_batches(cfg: DictConfig, model: Any, number: int, image_size_px: int |
 def both(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path:
     """A cache that keeps the pooled embedding and the reference, with two captions of some samples."""
     return run(tmp_path_factory.mktemp("both") / "features", *parts, TWO_CAPTIONS, "keep=[pooled,reference]")
+
+
+def test_training_sees_the_same_in_dirty_data_as_online(parts: list[str], tmp_path: Path) -> None:
+    """Order, stand-ins for broken pictures, draws and positions; a pass counts the same rejects."""
+    folder, expected = tmp_path / "data", Counter[str]()
+    for number in range(3):
+        expected += write_dirty_shard(folder / f"{number:05d}.tar", number, samples=24, share=0.4).rejects
+    parts = [*parts, f"data.train={folder}", "data.lanes.ranks=1", "data.lanes.workers=2", "++data.window=20"]
+    out = run(tmp_path / "features", *parts)
+    parts += ["data.num_workers=0", "data.drops.text=0.2", "data.drops.image=0.2"]
+    online, cached = (
+        composed("train", *parts, "data.background=null"),
+        composed("train", *parts, "data=cache", f"data.train={out}"),
+    )
+    model = build_model(online)
+    for one, other in zip(train_batches(online, model, 30), train_batches(cached, model, 30), strict=True):
+        for name in ("keys", "shards", "text", "position"):
+            assert getattr(one, name) == getattr(other, name), name
+        assert torch.equal(one.size_B6, other.size_B6)
+        assert all(torch.equal(drawn, vars(other.draws)[name]) for name, drawn in vars(one.draws).items())
+    for cfg in (online, cached):
+        data, counted = instantiate(cfg.data), Counter[str]()
+        data.fit_to(image_size_px=16, reference_size_px=tiny.REFERENCE_PX, latent_shape=(4, 8, 8))
+        preparation, (source,) = data.train_preparation(), data.train_order.sources
+        for found in (each for shard in source.shards for each in source.read(shard)):
+            try:
+                if isinstance(found, Rejected):
+                    raise found
+                preparation.sample(found, Address(0, 0, "", "", 0), None)
+            except Rejected as reject:
+                counted[reject.reason] += 1
+        assert counted == expected
 
 
 def test_aspect_buckets_are_kept_and_batches_have_one_each(parts: list[str], tmp_path: Path) -> None:

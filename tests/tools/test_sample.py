@@ -13,7 +13,7 @@ import tiny
 import tiny_flow
 import tiny_sdxl
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel
 from PIL import Image, ImageChops, ImageFont
 
 from ipa.data.images.transforms import FITS
@@ -216,52 +216,37 @@ def test_references_have_their_own_options(sample: Command, image: Path, tmp_pat
     assert pixels(tmp_path / "half.png") == pixels(tmp_path / "same.png") != pixels(tmp_path / "none.png")
 
 
-def test_other_pipelines_and_schedulers(sample: Command, image: Path, base_folder: Path, tmp_path: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(base_folder, subfolder="unet")
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
-    for parameter in controlnet.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    controlnet.save_pretrained(tmp_path / "control")
-    ways: list[dict[str, object]] = [
-        {},
-        {"start_image": image},
-        {"start_image": image, "strength": 0.5},
-        {"start_image": image, "inpaint": image},
-        {"control": image, "control_model": tmp_path / "control"},
-        {"scheduler": "EulerDiscreteScheduler"},
-    ]
-    for number, way in enumerate(ways):
-        sample(out=tmp_path / f"{number}.png", num_steps=4, **way)
-
-    assert len({pixels(tmp_path / f"{number}.png") for number in range(len(ways))}) == len(ways)
-    with pytest.raises(SystemExit, match="scheduler=PNDMScheduler cannot make num_steps=1"):
-        sample(out=tmp_path / "x.png", num_steps=1, scheduler="PNDMScheduler")
-
-
-@pytest.mark.parametrize("name", ["sdxl", "flux", "chroma", "sd3"])
-def test_pipelines_of_other_bases(name: str, image: Path) -> None:
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "chroma", "sd3"])
+def test_pipelines_and_schedulers_of_every_base(name: str, image: Path, tmp_path: Path) -> None:
     """They start from images and inpaint as far as diffusers can; what they cannot is refused by name."""
-    is_flow = name in tiny_flow.MAKERS
-    model = tiny_flow.make_model(tiny_flow.MAKERS[name]) if is_flow else tiny.make_model(family=tiny_sdxl.make_family())
+    unets = {"sd": tiny.make_family, "sdxl": tiny_sdxl.make_family}
+    model = tiny.make_model(family=unets[name]()) if name in unets else tiny_flow.make_model(tiny_flow.MAKERS[name])
     model.adapter.install()
-    black = image.with_name("black.png")
+    black, control = image.with_name("black.png"), {"control": image, "control_model": tmp_path / "control"}
     Image.new("RGB", (30, 20)).save(black)
+    inpaint, scheduler = {"start_image": image, "inpaint": image}, "EulerDiscreteScheduler"
     prompter, ways = Prompter([model]), [{}, *({"start_image": start, "strength": 0.5} for start in (image, black))]
-    ways += [{"start_image": image, "inpaint": image}] if name == "flux" else []  # the tiny SD3 has too few channels
-    ways += [{"scheduler": "FlowMatchLCMScheduler"}] if is_flow else []
+    refusals = [("num_steps", {"num_steps": 1, "scheduler": "PNDMScheduler"})]
+    if name == "sd":
+        controlnet = ControlNetModel.from_unet(model.family.unet, conditioning_embedding_out_channels=(4, 8))
+        for parameter in controlnet.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        controlnet.save_pretrained(tmp_path / "control")
+        ways += [inpaint, control, {"scheduler": scheduler}]
+    elif name not in unets:
+        ways += [inpaint] if name == "flux" else []  # the tiny SD3 has too few channels
+        ways += [{"scheduler": "FlowMatchLCMScheduler"}]
+        refusals = [("scheduler", {"scheduler": each}) for each in (scheduler, "FlowMatchHeunDiscreteScheduler")]
+        refusals += [("control_model", control), *[("inpaint", inpaint)] * (name == "chroma")]
     images = []
     for way in ways:
         pipeline, arguments = make_pipeline(prompter, num_steps=4, **way)
         images += prompter(image, "cat", seed=1, num_steps=4, pipeline=pipeline, arguments=arguments)
 
     assert len({each.tobytes() for each in images}) == len(ways)
-    refusals = [("scheduler", {"scheduler": "EulerDiscreteScheduler"})]
-    refusals += [("scheduler", {"scheduler": "FlowMatchHeunDiscreteScheduler"})]
-    refusals += [("control_model", {"control": image, "control_model": "x"})]
-    refusals += [("inpaint", {"start_image": image, "inpaint": image})] if name == "chroma" else []
-    for option, way in refusals if is_flow else ():
+    for option, way in refusals:
         with pytest.raises(UserError, match=f"{option}="):
-            make_pipeline(prompter, num_steps=4, **way)
+            make_pipeline(prompter, **{"num_steps": 4, **way})
 
 
 def test_another_model_is_no_control(refused: Command, image: Path, base_folder: Path) -> None:
