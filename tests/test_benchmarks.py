@@ -1,7 +1,5 @@
 """The benchmarks on tiny parts: they compare the same computation, and report their results. Nothing is timed here."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What docs/combine.md says of the demo world, on a few of its hundred items (`demo/combine.py` has all)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

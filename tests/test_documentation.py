@@ -1,7 +1,5 @@
 """Every command, option and example of README and docs fits the code; `documented.py` explains how they are found."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """The masked loss against the plain one and against a step written out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The training step against one written out from the equations, and what it may touch."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import partial

@@ -3,8 +3,6 @@
 Tiny Stable Diffusion pipelines in float32; the features of the images are handed to diffusers as embeddings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path

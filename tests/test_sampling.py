@@ -1,7 +1,5 @@
 """Pictures: each from its own seed, guided against the empty text without an image."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

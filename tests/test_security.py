@@ -1,7 +1,5 @@
 """Untrusted files: they are read or refused with a message, nothing in them runs, nothing is written outside."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """Batches whose samples have different numbers of references: what is absent has no part in anything."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

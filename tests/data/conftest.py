@@ -1,7 +1,5 @@
 """Tiny real shards: numbered plain pictures with captions, and every kind of dirt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

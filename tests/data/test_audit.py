@@ -1,7 +1,5 @@
 """An epoch over dirty shards: every good sample exactly once, every bad one under its reason, nothing crashes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

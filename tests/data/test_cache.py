@@ -1,7 +1,5 @@
 """Feature shards: their bytes, and what is read from them."""
 
-from __future__ import annotations
-
 import json
 import tarfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The whole way, through real loaders and a real trainer."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What is read of a sample without decoding it: its picture, its captions and their chances."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers that a sample must have."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

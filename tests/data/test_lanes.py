@@ -1,7 +1,5 @@
 """Lanes: readers that open no other's shards, a place that leaves what lies behind unopened, several sources."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Decoding of whatever the web has: an image is its pixels, whatever is stored next to them."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

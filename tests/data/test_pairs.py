@@ -1,7 +1,5 @@
 """Pairs: which sample lends another its reference, and that nothing but data and seed decides it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

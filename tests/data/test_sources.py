@@ -1,7 +1,5 @@
 """Sources: YAML values → shards that are read alike."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

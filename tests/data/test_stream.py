@@ -1,7 +1,5 @@
 """Order, shares, stand-ins: what is seen is a pure function of seed and shards."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable

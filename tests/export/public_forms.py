@@ -1,7 +1,5 @@
 """One adapter in every form in which the public training script and its users save it."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recognising a file by names and shapes: all published ones at full size, gaps, files of others, heads of others."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

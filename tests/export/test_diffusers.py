@@ -3,8 +3,6 @@
 Predictions for three families and the published heads; pictures through the whole pipeline for one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations

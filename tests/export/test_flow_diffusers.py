@@ -1,7 +1,5 @@
 """Adapter files for transformers: diffusers' own loaders and ours give the same predictions and the same images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapter files into models: found parts, given parts, and misfits reported before any weight is read."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The published layout: numbers as diffusers counts them, both directions inverse, misfits named."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

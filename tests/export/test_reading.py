@@ -1,7 +1,5 @@
 """Every form in which an adapter is saved is read by one reader; what is not an adapter is refused by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

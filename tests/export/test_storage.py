@@ -1,7 +1,5 @@
 """Adapter files: written whole or not at all, and errors that name the file."""
 
-from __future__ import annotations
-
 import errno
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Border colours on cases whose answer is known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

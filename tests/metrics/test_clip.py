@@ -1,7 +1,5 @@
 """The scorer against transformers and open_clip's own preprocessing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """CLIP-I, CLIP-T and CLIPScore against their definitions, and retrieval on cases whose answer is known."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

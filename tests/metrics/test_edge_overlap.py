@@ -1,7 +1,5 @@
 """Edge overlap on cases whose answer is known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What all metrics promise: batches change nothing; images are fitted within their range, and known by their pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """What `python -m ipa.tools.inspect` prints, and its contact sheet."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

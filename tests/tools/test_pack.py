@@ -1,7 +1,5 @@
 """`python -m ipa.tools.pack`: what training reads from the shards is what was in the folder."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """`python -m ipa.tools.pair`, and training on its index: from pictures and from a feature cache the same."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """From pictures to feature shards and to the losses of a training on them; kills, company, and refusals."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
