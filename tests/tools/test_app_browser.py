@@ -225,17 +225,23 @@ def test_everything_that_is_set_reaches_the_image(users: Any, picture: Path) -> 
         made.append(pixels(user.generate()))
     user.type("width", 96)
     image = user.generate()
-    user.type("scales", "0, 0.5, 1")
-    user.choose("adapter", "simple_global")
-    grid = user.generate()
 
     assert len(set(made)) == len(made) and image.size == (96, 64)
-    assert grid.width > 3 * 96 and grid.height > 2 * 64
-    assert settings_in(grid)["adapter"] == list(map(str, ADAPTERS)) and settings_in(grid)["scale"] == [0, 0.5, 1]
     settings = settings_in(image)
     expected = {"text": ["red apple"], "negative_text": "blue", "scale": [0.4], "blocks": ["weak output"], "end": 0.5}
     assert settings.items() >= expected.items()
     assert (settings["mask"], settings["start_image"], settings["seed"]) == (None, "ball-2.png", [5])
+
+
+def test_adapters_and_scales_are_compared_side_by_side(users: Any, picture: Path) -> None:
+    user = users()
+    user.pictures(picture)
+    user.type("scales", "0, 0.5, 1")
+    user.choose("adapter", "simple_global")
+    image = user.generate()
+
+    assert image.width > 3 * 64 and image.height > 2 * 64
+    assert settings_in(image)["adapter"] == list(map(str, ADAPTERS)) and settings_in(image)["scale"] == [0, 0.5, 1]
 
 
 def test_copied_settings_make_the_image_again(users: Any, picture: Path, tmp_path: Path) -> None:
