@@ -317,46 +317,29 @@ def start_image() -> Image.Image:
     return CAT.resize((PX, PX))
 
 
-def test_image_to_image_and_inpainting_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    base = stock(files[:1])
-    base.set_ip_adapter_scale(0.7)
-    begin = start_image()
-    for kind, more in (
-        (StableDiffusionImg2ImgPipeline, {"image": begin, "strength": 0.7}),
-        (StableDiffusionInpaintPipeline, {"image": begin, "mask_image": half(True), "strength": 0.7}),
-    ):
-        theirs = kind(**base.components, requires_safety_checker=False)
-        theirs.set_progress_bar_config(disable=True)
-        sizes = {"height": PX, "width": PX} if kind is StableDiffusionInpaintPipeline else {}
-        out = theirs(
-            "cat",
-            ip_adapter_image_embeds=[embeds(prompter, DOG)],
-            **PLAIN,
-            generator=torch.Generator().manual_seed(3),
-            **sizes,
-            **more,
-        )
-        pipeline = prompter.pipeline(kind)
-        (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=more, **OPTIONS)
-        assert_alike(ours, as_image(out.images * 2 - 1))
-
-
-def test_controlnet_is_that_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+def test_image_to_image_inpainting_and_controlnet_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
     torch.manual_seed(5)
     controlnet = ControlNetModel.from_unet(prompter.family.unet, conditioning_embedding_out_channels=(4, 8)).eval()
     for parameter in controlnet.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
-    base = stock(files[:1])
+    base, begin, size = stock(files[:1]), start_image(), {"height": PX, "width": PX}
     base.set_ip_adapter_scale(0.7)
-    theirs = StableDiffusionControlNetPipeline(**base.components, controlnet=controlnet, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    control = start_image()
-    pipeline = prompter.pipeline(StableDiffusionControlNetPipeline, controlnet=controlnet)
-    (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments={"image": control}, **OPTIONS)
-
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, DOG)], image=control))
-    assert differ(ours, prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)[0])
+    ways: list[tuple[Any, dict[str, Any], dict[str, Any], dict[str, int]]] = [
+        (StableDiffusionImg2ImgPipeline, {}, {"image": begin, "strength": 0.7}, {}),
+        (StableDiffusionInpaintPipeline, {}, {"image": begin, "mask_image": half(True), "strength": 0.7}, size),
+        (StableDiffusionControlNetPipeline, {"controlnet": controlnet}, {"image": begin}, size),
+    ]
+    (plain,) = prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)
+    for kind, parts, arguments, sizes in ways:
+        theirs = kind(**base.components, **parts, requires_safety_checker=False)
+        theirs.set_progress_bar_config(disable=True)
+        prompt = {"ip_adapter_image_embeds": [embeds(prompter, DOG)], "generator": torch.Generator().manual_seed(3)}
+        out = theirs("cat", **prompt, **PLAIN, **sizes, **arguments)
+        pipeline = prompter.pipeline(kind, **parts)
+        (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=arguments, **OPTIONS)
+        assert_alike(ours, as_image(out.images * 2 - 1))
+        assert differ(ours, plain)
 
 
 def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prompter, files: list[Path]) -> None:
