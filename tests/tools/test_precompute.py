@@ -1,19 +1,15 @@
 """From pictures to feature shards and to the losses of a training on them; kills, company, and refusals."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
-import signal
 import tarfile
-import time
 import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,7 @@ from PIL import Image
 from tars import Members, saved, write_tar
 
 from ipa.data.addresses import Address
-from ipa.data.cache.format import WrongCache
+from ipa.data.cache.format import CacheWriter, WrongCache
 from ipa.data.cache.source import read_header
 from ipa.data.cache.states import Texts
 from ipa.data.records import Record
@@ -247,54 +243,29 @@ def test_a_family_with_packed_latents_and_two_tokenizers(parts: list[str], shard
             torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
 
 
-def killed_at_random(cfg: DictConfig) -> None:
-    """In a process of its own, which leads its data workers: they can be killed together."""
-    os.setsid()
-    torch.set_num_threads(1)
-    precompute(cfg)
-
-
-def start(cfg: DictConfig) -> BaseProcess:
-    """From a server that has imported everything: a run starts in a moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ipa.tools.precompute.run", "ipa.families.stable_diffusion", "open_clip", "hydra"])
-    process = context.Process(target=killed_at_random, args=(cfg,))
-    process.start()
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, 40])
-def test_kills_at_any_moment_change_no_byte(kills: int, made: Path, parts: list[str], tmp_path: Path) -> None:
-    """Each comes a random time after the process did something; in the end the same command makes what is missing."""
-    out, draw, left = tmp_path / "out", random.Random(), set[str]()
-    out.mkdir()
-    cfg = composed("precompute", *parts, "data.background=null", "batch_size=4", "num_workers=1", f"out={out}")
-    for _ in range(kills):
-        process, before = start(cfg), os.listdir(out)
-        while process.is_alive() and os.listdir(out) == before:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.05))
-        if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-        left |= {Path(name).suffix for name in os.listdir(out)}
-    run(out, *parts)
-
-    assert ".tmp" in left
-    assert contents(out) == contents(made)
-
-
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tarfile's stream is not closed
 def test_two_ranks_make_all_and_a_restart_makes_what_a_dead_one_left(
-    made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    made: Path, parts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 of 2 is killed in the middle of its only shard and started again; then a shard is lost."""
+    """Rank 1 of 2 is interrupted and killed in the middle of its only shard, and started again; a shard is lost."""
     out = tmp_path / "out"
     with caplog.at_level("INFO"):
         run(out, *parts, "rank=0", "world=2")
     assert sorted(os.listdir(out)) == ["00000.tar", "00002.tar"]
     assert "2 shards with" in caplog.text and "1 shards are left to other processes" in caplog.text
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    write = CacheWriter.sample
+
+    def interrupted(self: CacheWriter, record: Record, *others: Any) -> None:
+        if record.index > 9:
+            raise KeyboardInterrupt
+        write(self, record, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, *parts, "rank=1", "world=2")
+    assert not (out / "00001.tar").exists()
     (out / ".00001.tar.4711.tmp").write_bytes((made / "00001.tar").read_bytes()[:2000])
     run(out, *parts, "rank=1", "world=2")
 
