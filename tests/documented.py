@@ -176,20 +176,6 @@ def as_python(words: tuple[str, ...]) -> tuple[str, ...]:
     return ("python", "-m", scripts()[words[0]], *words[1:]) if words[0].startswith("ipa-") else words
 
 
-def needs_of(words: tuple[str, ...]) -> set[str]:
-    """What a training needs that a test has not, as far as its configuration tells."""
-    if words[0] in LAUNCHERS | FOREIGN:
-        return {"cluster"} if words[0] in LAUNCHERS else {"hub"}
-    if words[:2] not in (("python", "train.py"), ("python", "evaluate.py")) or {"--help", "--cfg"} & set(words):
-        return set()
-    args = get_args_parser().parse_args([word for word in words[2:] if not is_placeholder(word)])
-    cfg = composed(HYDRA[words[1]], tuple(args.overrides))
-    path = str(OmegaConf.select(cfg, "base.path") or OmegaConf.select(cfg, "method.base") or "demo")
-    gpu = {"gpu"} if OmegaConf.select(cfg, "trainer.accelerator") == "gpu" else set()
-    missing = "hours" if path.startswith("demo/") else "hub"
-    return gpu | ({missing} if "/" in path and not (ROOT / path).exists() else set())
-
-
 def complaint_of_launcher(words: list[str]) -> str | None:
     """``torchrun … train.py …``, ``sbatch … SCRIPT …``: the file, and the options behind it."""
     names = [word for word in words if word.endswith((".py", ".sbatch"))]
@@ -299,8 +285,7 @@ def options() -> set[str]:
     worlds = [
         ("train", ()),
         ("train", ("recipe=sd15", "encoder=clip_vision")),
-        ("train", ("recipe=sd15", "data=cache")),
-        ("train", ("hydra/launcher=submitit_slurm",)),
+        ("train", ("recipe=sd15", "data=cache", "hydra/launcher=submitit_slurm")),
         ("evaluate", ("method=ip_adapter_control", "benchmark=coco2017")),
         ("evaluate", ("benchmark=folder",)),
         ("inspect", ()),

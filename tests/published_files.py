@@ -1,8 +1,7 @@
-"""The seven published files for UNets as numbers: names, shapes, sizes in bytes, by hand and without memory."""
+"""The seven published files for UNets as numbers: names and shapes, by hand and without memory."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,7 @@ ENCODERS = {"ViT-H": (1024, 1280, 257), "ViT-bigG": (1280, 1664, 257)}
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """``num_bytes`` are those in fp16 without metadata; numbers are as published, not counted from the shapes."""
+    """Numbers are as published, not counted from the shapes."""
 
     kind: str
     base: str
@@ -53,7 +52,6 @@ class PublishedFile:
     shapes: Shapes
     num_tensors: int
     num_parameters: int
-    num_bytes: int
 
 
 def global_head(features: int, context: int) -> Shapes:
@@ -96,37 +94,27 @@ def count(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def file_length(shapes: Shapes) -> int:
-    """Bytes of an fp16 safetensors file without metadata: 8, a header padded to eights, and the numbers."""
-    entries, end = {}, 0
-    for name, shape in sorted(shapes.items()):
-        start, end = end, end + 2 * math.prod(shape)
-        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
-    header = len(json.dumps(entries, separators=(",", ":")))
-    return 8 + 8 * math.ceil(header / 8) + end
-
-
 SD15, SDXL = (branches(HIDDEN[base], CONTEXT[base]) for base in ("sd15", "sdxl"))
 PUBLISHED = {
     "ip-adapter_sd15": PublishedFile(
-        "global", "sd15", "ViT-H", 4, named(global_head(1024, 768)) | SD15, 36, 22_319_616, 44_642_768
+        "global", "sd15", "ViT-H", 4, named(global_head(1024, 768)) | SD15, 36, 22_319_616
     ),
     "ip-adapter_sd15_vit-G": PublishedFile(
-        "global", "sd15", "ViT-bigG", 4, named(global_head(1280, 768)) | SD15, 36, 23_106_048, 46_215_640
+        "global", "sd15", "ViT-bigG", 4, named(global_head(1280, 768)) | SD15, 36, 23_106_048
     ),
     "ip-adapter-full-face_sd15": PublishedFile(
-        "full", "sd15", "ViT-H", 257, named(full_head(1280, 768)) | SD15, 38, 21_794_304, 43_592_352
+        "full", "sd15", "ViT-H", 257, named(full_head(1280, 768)) | SD15, 38, 21_794_304
     ),
     "ip-adapter-plus_sd15": PublishedFile(
-        "fine_grained", "sd15", "ViT-H", 16, named(resampler(768, 768, 768)) | SD15, 83, 49_087_488, 98_183_288
+        "fine_grained", "sd15", "ViT-H", 16, named(resampler(768, 768, 768)) | SD15, 83, 49_087_488
     ),
     "ip-adapter_sdxl": PublishedFile(
-        "global", "sdxl", "ViT-bigG", 4, named(global_head(1280, 2048)) | SDXL, 144, 351_285_248, 702_585_376
+        "global", "sdxl", "ViT-bigG", 4, named(global_head(1280, 2048)) | SDXL, 144, 351_285_248
     ),
     "ip-adapter_sdxl_vit-h": PublishedFile(
-        "global", "sdxl", "ViT-H", 4, named(global_head(1024, 2048)) | SDXL, 144, 349_188_096, 698_391_064
+        "global", "sdxl", "ViT-H", 4, named(global_head(1024, 2048)) | SDXL, 144, 349_188_096
     ),
     "ip-adapter-plus_sdxl_vit-h": PublishedFile(
-        "fine_grained", "sdxl", "ViT-H", 16, named(resampler(1280, 1280, 2048)) | SDXL, 191, 423_748_864, 847_517_512
+        "fine_grained", "sdxl", "ViT-H", 16, named(resampler(1280, 1280, 2048)) | SDXL, 191, 423_748_864
     ),
 }

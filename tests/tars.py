@@ -54,15 +54,3 @@ def noise_picture(width: int, height: int, least: int = 0, most: int = 255) -> I
 
 def good(key: str, caption: str = "a thing") -> Members:
     return [(f"{key}.json", b"{}"), (f"{key}.txt", caption.encode()), (f"{key}.png", png())]
-
-
-# what the fixture dirty_members must be rejected for
-DIRT = {
-    "no picture": 1,
-    "broken picture": 2,
-    "empty caption": 1,
-    "caption is not UTF-8": 1,
-    "duplicate key": 1,
-    "too many pixels": 1,
-    "no caption": 1,
-}

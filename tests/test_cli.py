@@ -66,9 +66,7 @@ def test_nothing_heavy_is_loaded_to_answer(tmp_path: Path, arguments: list[str],
 
 MISSPELLED = {
     "optimizer.lrr=1": ("Key 'lrr' is not in struct", "optimizer.lr=1"),
-    "trainer.batchsize=1": ("Key 'batchsize' is not in struct", "data.batch_size=1"),
     "lr=1": ("Could not override 'lr'", "optimizer.lr=1"),
-    "sed=1": ("Could not override 'sed'", "seed=1"),
     "experiment=decoupled_globl": ("Available options in 'experiment'", "experiment=decoupled_global"),
     "experimnt=decoupled_global": ("Could not override 'experimnt'", "experiment=decoupled_global"),
     "~encodr": ("Could not delete from config", "~encoder"),
@@ -98,9 +96,9 @@ def test_misspelled_options_get_hydras_messages_and_the_nearest_names(train, her
         (["optimizer"], "Error parsing override 'optimizer'"),
         (["seed=1,2"], "add --multirun"),
         (["--config-name", "trian"], "trian"),
-        (["data.train=/a=b"], """Quote the value: 'data.train="/a=b"'"""),
-        (["data.train=/bücher/{0..9}.tar"], """'data.train="/bücher/{0..9}.tar"'"""),
+        (["data.train=/bücher/{0..9}.tar"], """Quote the value: 'data.train="/bücher/{0..9}.tar"'"""),
         (["-m", "data.train=/a(1)", "seed=1,2"], """'data.train="/a(1)"'"""),
+        (["data.train=/data/0.tar", "data.train=/data/1.tar"], "data.train is given twice"),  # by the shell's braces
         (["-m", "experiment=decoupled_global,decoupled_globl", "seed=1,2"], "experiment=decoupled_global"),
         (["-m", "seed=-1,2"], "seed=-1: give an integer at least 0"),
         (["-m", "seed=1,2", "--cfg", "job"], "--cfg, --info and dry_run show one run"),
@@ -143,14 +141,10 @@ def task(here: Path):
     return run
 
 
-DENIED = "raise PermissionError(13, 'Permission denied', '/data/shards/0.tar')"
-
-
 @pytest.mark.parametrize(
     ("body", "options", "message"),
     [
         ("from ipa.errors import UserError; raise UserError('give another')", [], "give another"),
-        (DENIED, ["data.train=/data/shards"], "PermissionError: [Errno 13] Permission denied: '/data/shards/0.tar'"),
         ("open(cfg.paths.run + '/nowhere/a')", [], "FileNotFoundError: "),  # named by the configuration
     ],
 )
@@ -189,14 +183,6 @@ def test_what_is_no_error_of_the_user_has_no_message(fail: Callable[[], object])
     assert explain_failure(caught.value, ["/data/shards"]) is None
 
 
-def test_braces_that_the_shell_expanded_are_noticed(train) -> None:
-    result = train("data.train=/data/0.tar", "data.train=/data/1.tar", "seed=1")
-
-    assert result.returncode == 2
-    assert "data.train is given twice, /data/0.tar and /data/1.tar" in result.stderr
-    assert "'data.train=\"/data/{00000..00099}.tar\"'" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("options", "environment"), [([], {"HYDRA_FULL_ERROR": "1"}), (["debug=default"], {})], ids=["variable", "debug"]
 )
@@ -218,7 +204,6 @@ def test_ctrl_c_while_libraries_are_imported_prints_nothing(task) -> None:
     ("options", "message"),
     [
         (["name=../x"], "name=../x: give the name of a folder in runs/decoupled_global"),
-        (["paths.runs=/proc/x"], "cannot be created"),
         (["hydra.run.dir=/proc/x"], "cannot be written"),
         (["hydra.run.dir=.", "hydra.job.name=here/.."], "cannot be written"),  # the log file is a folder
     ],

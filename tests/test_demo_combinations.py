@@ -1,16 +1,11 @@
 """What docs/combine.md says of the demo world, on a few of its hundred items (`demo/combine.py` has all)."""
 
-from __future__ import annotations
-
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
-from torch import Tensor
 
 from ipa.evaluation.blocks import pixels_of
 from ipa.families.stable_diffusion import StableDiffusion
@@ -43,24 +38,6 @@ def pictures() -> list[Image.Image]:
     from combine import heldout
 
     return heldout()[0][10 : 10 + COUNT]
-
-
-@pytest.mark.slow
-def test_a_mask_limits_the_change_to_its_region(prompter: Prompter, pictures: list[Image.Image]) -> None:
-    """With ``keep_outside``: the base's self-attention makes backgrounds of one color, wherever the mask ends."""
-    mask = Image.new("L", (PX, PX))
-    mask.paste(255, (0, 0, PX // 2, PX))
-    references = [Reference(each, mask=mask) for each in pictures]
-    base = made(prompter, [replace(each, scale=0.0) for each in references])
-    masked = made(prompter, references, keep_outside=True)
-    change_W = (masked - base).abs().mean((0, 1, 2))
-
-    assert change_W[PX // 2 :].mean() < 0.05 * change_W[: PX // 2].mean()
-
-
-def made(prompter: Prompter, references: list[Reference], **options: Any) -> Tensor:
-    items = [Item([each], "", seed=seed) for seed, each in enumerate(references)]
-    return torch.stack(pixels_of(prompter.generate(items, num_steps=STEPS, **options)))
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Every command, option and example of README and docs fits the code; `documented.py` explains how they are found."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -28,18 +26,6 @@ def test_commands_and_examples_of_a_page_fit(page: str) -> None:
             wrong.append(f"{page}:{block.line}: {why}")
 
     assert wrong == []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_that_cannot_run_here_are_marked(page: str) -> None:
-    wrong = [f"{each}: mark it {missing}" for each in documented.commands(page) if (missing := unmarked(each))]
-
-    assert wrong == []
-
-
-def unmarked(command: documented.Command) -> str:
-    needs = documented.needs_of(command.words)
-    return ", ".join(sorted(needs - command.marks))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -117,14 +103,6 @@ def test_workflows_of_comfyui_are_whole(workflow: Path) -> None:
     assert used["CLIPVisionLoader"]["clip_name"] in encoders
     assert {"IPAdapterModelLoader", "IPAdapterAdvanced", "CLIPVisionLoader"} <= set(used)
     assert all(f"`{name}`" in page for name in ("IPAdapterModelLoader", "IPAdapterAdvanced", "CLIPVisionLoader"))
-
-
-def test_every_page_is_in_the_navigation() -> None:
-    """`make docs` checks it too, but a test is nearer."""
-    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nhooks:")[0]
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"ablation_notes.md"}
-
-    assert [page for page in sorted(pages) if f": {page}" not in navigation] == []
 
 
 def test_every_quoted_message_is_in_the_source() -> None:

@@ -3,8 +3,6 @@
 Those of a page run one after the other in a folder with the checkout's files and the pictures that the page names.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import tarfile

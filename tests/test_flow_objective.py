@@ -1,7 +1,5 @@
 """Timestep sampling and weights of rectified flow are those of diffusers' training scripts and schedulers."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import forked
 import hydra
@@ -104,35 +105,23 @@ def jobs_in(output: str) -> list[dict[str, str]]:
 
 
 def test_each_job_is_a_single_run_in_its_own_process_and_failures_do_not_stop_the_others(sweep: SweepCommand) -> None:
-    code, output = sweep.run(END_IN_THREE_WAYS, "experiment=decoupled_global", "seed=1,2,3", "name=study")
+    """Hydra's options reach the jobs of all batches, also folders with characters of Hydra's grammar."""
+    options = ("hydra.job.name=other", "hydra.sweep.subdir='${seed}, a=it\\'s'", "group=mine", "hydra.mode=MULTIRUN")
+    batches = "hydra.sweeper.max_batch_size=2"
+    code, output = sweep.run(END_IN_THREE_WAYS, "seed=1,2,3", "name=study", batches, *options)
     jobs = jobs_in(output)
 
     assert code == 1, output
     assert len({job["pid"] for job in jobs}) == 3
-    for job, seed in zip(jobs, "123", strict=True):
-        name = f"decoupled_global-seed{seed}"
-        assert (job["seed"], job["name"], job["group"]) == (seed, name, "study")
-        assert job["run"] == str(sweep.folder / "runs/study" / name)
-        assert (job["HYDRA_FULL_ERROR"], job["OMP_NUM_THREADS"]) == ("None", "None")
-    assert sweep.files() == {f"runs/study/decoupled_global-seed{seed}/job.log" for seed in (1, 2, 3)}
-    assert "[HYDRA] Launching 3 jobs in runs/study" in output
-    assert "#1 decoupled_global-seed2 : experiment=decoupled_global seed=2" in output
-    assert "1 of 3 jobs done" in output and "name=study" in output
-    assert "seed2  failed with exit code 1, see runs/study/decoupled_global-seed2/job.log" in output
-    assert "seed1  ended by SIGKILL" in output
-    log = (sweep.folder / "runs/study/decoupled_global-seed2/job.log").read_text()
+    assert [(job["seed"], job["group"]) for job in jobs] == [(seed, "mine") for seed in "123"]
+    assert sweep.files() == {f"runs/study/{seed}, a=it's/other.log" for seed in (1, 2, 3)}
+    assert output.count(f"run={sweep.folder}/runs/study/") == 3
+    assert [(job["HYDRA_FULL_ERROR"], job["OMP_NUM_THREADS"]) for job in jobs] == [("None", "None")] * 3
+    assert output.count("jobs done") == 1 and "1 of 3 jobs done" in output and "name=study" in output
+    assert "1, a=it's  ended by SIGKILL" in output
+    assert "failed with exit code 1, see runs/study/2, a=it's/other.log" in output
+    log = (sweep.folder / "runs/study/2, a=it's/other.log").read_text()
     assert "Traceback" in log and "seed two is bad" in log
-
-
-def test_hydras_options_reach_the_jobs_of_all_batches(sweep: SweepCommand) -> None:
-    """Also folders with characters of Hydra's grammar; the outcome is reported once."""
-    options = ("hydra.job.name=other", "hydra.sweep.subdir='${seed}, a=it\\'s'", "group=mine", "hydra.mode=MULTIRUN")
-    code, output = sweep.run("pass", "seed=1,2", "name=study", "hydra.sweeper.max_batch_size=1", *options)
-
-    assert code == 0, output
-    assert sweep.files() == {f"runs/study/{seed}, a=it's/other.log" for seed in (1, 2)}
-    assert output.count("group=mine") == 4  # two starts, two jobs
-    assert output.count("jobs done") == 1 and "2 of 2 jobs done" in output
 
 
 def test_variables_of_the_user_win_and_a_stopped_run_is_reported_by_its_signal() -> None:
@@ -180,43 +169,33 @@ def test_hydras_own_launcher_on_demand(sweep: SweepCommand) -> None:
     assert [job["run"] for job in jobs_in(output)] == [str(sweep.folder / "runs/study" / str(n)) for n in (0, 1)]
 
 
-def test_wrong_options_of_a_sweep_are_refused(sweep: SweepCommand) -> None:
-    code, output = sweep.run("pass", "seed=1,2", "name=study", "hydra.launcher.jobs=0")
-
-    assert code == 2
-    assert "hydra.launcher.jobs=0: " in output
-    assert "Traceback" not in output
-    assert jobs_in(output) == []
-    with pytest.raises(UserError, match="jobs=two"):
-        ProcessLauncher("two").check()  # type: ignore[arg-type]
+Prepare = Callable[..., tuple[ProcessLauncher, list[list[str]]]]
 
 
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
-    """Names of the jobs that these arguments make."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m"])
-
-    def names(*arguments: str) -> list[str]:
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[Prepare]:
+    """A launcher, and what its jobs are given, for these arguments."""
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "-m"])
         loader = GlobalHydra.instance().config_loader()
-        launcher = ProcessLauncher(jobs=1)
-        launcher.sweep = Sweep({})  # type: ignore[misc]
-        config = loader.load_configuration("train", [*arguments, "name=study"], RunMode.MULTIRUN)
-        launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=config)
-        overrides = OverridesParser.create(loader).parse_overrides(as_typed(config.hydra.overrides.task))
-        (batch,) = BasicSweeper.split_arguments(overrides, None)
-        return [job.name for job in launcher.plan(batch, 0)]
+        config = loader.load_configuration("train", ["name=study"], RunMode.MULTIRUN)
 
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield names
+        def prepare(*arguments: str, jobs: Any = 1, options: Sequence[str] = ()) -> tuple[ProcessLauncher, Any]:
+            config.hydra.overrides.task, config.hydra.overrides.hydra = [*arguments, "name=study"], options
+            launcher = ProcessLauncher(jobs=jobs)
+            launcher.sweep = Sweep({})  # type: ignore[misc]
+            launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=config)
+            overrides = OverridesParser.create(loader).parse_overrides(as_typed(config.hydra.overrides.task))
+            (batch,) = BasicSweeper.split_arguments(overrides, None)
+            return launcher, batch
+
+        yield prepare
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["seed=1,2", "experiment=decoupled_global"], ["decoupled_global-seed1", "decoupled_global-seed2"]),
-        (["experiment=decoupled_global", "seed=1,2"], ["decoupled_global-seed1", "decoupled_global-seed2"]),
-        (["experiment=decoupled_global", "seed=1"], ["decoupled_global-seed1"]),
         (["seed=range(1,3)", "optimizer.lr=1e-4"], ["seed1", "seed2"]),
         (["optimizer.lr=0.1,0.01", "data.batch_size=8"], ["lr0.1", "lr0.01"]),
         (["trainer.precision=bf16-mixed,32-true"], ["precision_bf16-mixed", "precision32-true"]),
@@ -226,17 +205,23 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         (["data.train=/a,a,b"], ["0", "1", "train_b"]),
         ([f"data.train={'a' * 200},b"], ["0", "train_b"]),
         (["optimizer.lr=0.1"], ["0"]),
-        (["seed=1,2", "data.reference_background=${data.background}"], ["seed1", "seed2"]),
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_a_job_is_named_after_what_differs(planned, arguments: list[str], expected: list[str]) -> None:
-    assert planned(*arguments) == expected
+def test_a_job_is_named_after_what_differs(prepared: Prepare, arguments: list[str], expected: list[str]) -> None:
+    launcher, batch = prepared(*arguments)
+    assert launcher._names(batch, 0) == expected
 
 
-def test_jobs_that_would_share_a_folder_are_refused(planned) -> None:
+def test_wrong_options_of_a_sweep_are_refused(prepared: Prepare, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for jobs in (0, "two"):
+        with pytest.raises(UserError, match=f"hydra.launcher.jobs={jobs}"):
+            prepared("seed=1,2", jobs=jobs)
+    given = ("seed=1,2", "data.reference_background=${data.background}")
+    launcher, batch = prepared(*given, options=["hydra.sweep.subdir=same"])
     with pytest.raises(UserError, match="more than one job the folder runs/study/same"):
-        planned("seed=1,2", "hydra.sweep.subdir=same")
+        launcher.plan(batch, 0)
 
 
 @pytest.mark.parametrize("value", ["a=b,c", "it's", 'say "x"', "back\\slash", "end\\", 'a\\\\"b"', "", "${x}"])

@@ -1,7 +1,5 @@
 """The masked loss against the plain one and against a step written out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -36,7 +34,7 @@ def with_mask(mask: Tensor) -> Batch:
     return replace(tiny.make_batch(), loss_mask_B1HW=mask)
 
 
-@pytest.mark.parametrize("masked_loss", [MaskedLoss(), MaskedLoss(0.3), MaskedLoss(outside=1.0)])
+@pytest.mark.parametrize("masked_loss", [MaskedLoss(), MaskedLoss(0.3), MaskedLoss(prior=1.0)])
 def test_a_mask_of_ones_gives_the_plain_gradient_to_the_bit(masked_loss: MaskedLoss) -> None:
     model = installed(masked_loss)
     plain = gradients(model.errors(tiny.make_batch()).loss, model)
@@ -64,28 +62,3 @@ def test_the_step_is_that_written_out(outside: float, prior: float) -> None:
     found, wanted = gradients(loss, model), gradients(expected, model)
     for name in wanted:
         assert (found[name] - wanted[name]).norm() < 1e-6 * wanted[name].norm(), name
-
-
-def test_the_error_outside_does_not_enter() -> None:
-    prediction, target = torch.randn(2, 1, 4, CELLS, CELLS).unbind()
-    inside = (half_mask()[:1] // 255).float().expand_as(prediction)
-    other = prediction + (1 - inside) * 100
-    plain = MaskedLoss().error(inside, prediction, target)
-
-    assert torch.equal(MaskedLoss().error(inside, other, target), plain)
-    assert MaskedLoss(0.1).error(inside, other, target) > plain
-    torch.testing.assert_close(plain, (prediction - target)[inside.bool()].square().sum()[None] / prediction.numel())
-
-
-def test_the_prior_holds_only_the_outside_and_gives_the_base_no_gradient() -> None:
-    model = installed(MaskedLoss(prior=1.0))
-    nothing, everything = torch.zeros_like(half_mask()), torch.full_like(half_mask(), 255)
-    held = model.errors(with_mask(nothing)).error_B
-    with torch.no_grad():
-        for branch in model.adapter.branches:
-            branch.to_v_ip.weight.zero_()
-        silent = model.errors(with_mask(nothing)).error_B
-        plain = model.errors(tiny.make_batch()).error_B
-        assert torch.equal(model.errors(with_mask(everything)).error_B, plain)
-
-    assert held.min() > 0 and silent.abs().max() < 1e-12

@@ -3,9 +3,8 @@
 Tiny Stable Diffusion pipelines in float32; the features of the images are handed to diffusers as embeddings.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -139,25 +138,28 @@ def differ(one: Image.Image, other: Image.Image) -> bool:
     return bool(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() > 3)
 
 
-def test_one_image_and_several_in_one_softmax_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files[:1])
-    pipeline.set_ip_adapter_scale(0.7)
-    for images in ([CAT], [CAT, DOG]):
-        ours = latents_of(prompter, Item([Reference(images, 0.7)], "cat", seed=3))
-        assert_same(ours, stock_latents(pipeline, 3, [embeds(prompter, *images)]))
-
-
-def test_masks_are_those_of_diffusers_and_limit_their_images(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files[:1])
-    pipeline.set_ip_adapter_scale([[0.7, 0.4]])
+def test_images_masks_blocks_and_adapters_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+    """Several images of one prompt are in one softmax; prompts, of one or several adapters, add up."""
+    cat, pair = embeds(prompter, CAT), embeds(prompter, CAT, DOG)
     masks = IPAdapterMaskProcessor().preprocess([half(True), half(False)], height=PX, width=PX)
     masked = {"cross_attention_kwargs": {"ip_adapter_masks": [masks.transpose(0, 1)]}}
-    theirs = stock_latents(pipeline, 3, [embeds(prompter, CAT, DOG)], **masked)
-    references = [Reference(CAT, 0.7, mask=half(True)), Reference(DOG, 0.4, mask=half(False))]
-    ours = latents_of(prompter, Item(references, "cat", seed=3))
+    up = dict.fromkeys((name for name in prompter.family.blocks() if name.startswith("up_blocks.1.")), 0.6)
+    # diffusers' scale, embeddings and arguments, and our references
+    cases: list[tuple[Any, list[Tensor], dict[str, Any], list[Reference]]] = [
+        (0.7, [cat], {}, [Reference(CAT, 0.7)]),
+        (0.7, [pair], {}, [Reference([CAT, DOG], 0.7)]),
+        ([[0.7, 0.4]], [pair], masked, [Reference(CAT, 0.7, mask=half(True)), Reference(DOG, 0.4, mask=half(False))]),
+        ({"up": {"block_1": [0.6]}}, [cat], {}, [Reference(CAT, blocks=up)]),
+        ([0.7, 0.5], [cat, embeds(prompter, DOG, number=1)], {}, [Reference(CAT, 0.7), Reference(DOG, 0.5, adapter=1)]),
+    ]
+    one, both, made = stock(files[:1]), stock(files), []
+    for scale, embeddings, arguments, references in cases:
+        pipeline = one if len(embeddings) == 1 else both
+        pipeline.set_ip_adapter_scale(scale)
+        made.append(latents_of(prompter, Item(references, "cat", seed=3)))
+        assert_same(made[-1], stock_latents(pipeline, 3, embeddings, **arguments))
 
-    assert_same(ours, theirs)
-    assert not torch.allclose(ours, latents_of(prompter, Item(references[:1], "cat", seed=3)), atol=1e-3)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in combinations(made, 2))
 
 
 def test_outside_the_masks_the_latents_are_the_bases(prompter: Prompter) -> None:
@@ -193,26 +195,6 @@ def latents_of(prompter: Prompter, *items: Item, **options: Any) -> Tensor:
             prompter.generate(batch, **options, **OPTIONS)
             found.append(passes[-1])  # with keep_outside the base's come first
     return torch.cat(found)
-
-
-def test_several_adapters_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files)
-    pipeline.set_ip_adapter_scale([0.7, 0.5])
-    theirs = stock_latents(pipeline, 3, [embeds(prompter, CAT), embeds(prompter, DOG, number=1)])
-    references = [Reference(CAT, 0.7), Reference(DOG, 0.5, adapter=1)]
-
-    assert_same(latents_of(prompter, Item(references, "cat", seed=3)), theirs)
-
-
-def test_blocks_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    pipeline = stock(files[:1])
-    pipeline.set_ip_adapter_scale({"up": {"block_1": [0.6]}})
-    theirs = stock_latents(pipeline, 3, [embeds(prompter, CAT)])
-    up = [name for name in prompter.family.blocks() if name.startswith("up_blocks.1.")]
-    ours = latents_of(prompter, Item([Reference(CAT, blocks=dict.fromkeys(up, 0.6))], "cat", seed=3))
-
-    assert_same(ours, theirs)
-    assert not torch.allclose(ours, latents_of(prompter, Item([Reference(CAT, 0.6)], "cat", seed=3)), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -335,46 +317,29 @@ def start_image() -> Image.Image:
     return CAT.resize((PX, PX))
 
 
-def test_image_to_image_and_inpainting_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
-    base = stock(files[:1])
-    base.set_ip_adapter_scale(0.7)
-    begin = start_image()
-    for kind, more in (
-        (StableDiffusionImg2ImgPipeline, {"image": begin, "strength": 0.7}),
-        (StableDiffusionInpaintPipeline, {"image": begin, "mask_image": half(True), "strength": 0.7}),
-    ):
-        theirs = kind(**base.components, requires_safety_checker=False)
-        theirs.set_progress_bar_config(disable=True)
-        sizes = {"height": PX, "width": PX} if kind is StableDiffusionInpaintPipeline else {}
-        out = theirs(
-            "cat",
-            ip_adapter_image_embeds=[embeds(prompter, DOG)],
-            **PLAIN,
-            generator=torch.Generator().manual_seed(3),
-            **sizes,
-            **more,
-        )
-        pipeline = prompter.pipeline(kind)
-        (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=more, **OPTIONS)
-        assert_alike(ours, as_image(out.images * 2 - 1))
-
-
-def test_controlnet_is_that_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
+def test_image_to_image_inpainting_and_controlnet_are_those_of_diffusers(prompter: Prompter, files: list[Path]) -> None:
     torch.manual_seed(5)
     controlnet = ControlNetModel.from_unet(prompter.family.unet, conditioning_embedding_out_channels=(4, 8)).eval()
     for parameter in controlnet.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
-    base = stock(files[:1])
+    base, begin, size = stock(files[:1]), start_image(), {"height": PX, "width": PX}
     base.set_ip_adapter_scale(0.7)
-    theirs = StableDiffusionControlNetPipeline(**base.components, controlnet=controlnet, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    control = start_image()
-    pipeline = prompter.pipeline(StableDiffusionControlNetPipeline, controlnet=controlnet)
-    (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments={"image": control}, **OPTIONS)
-
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, DOG)], image=control))
-    assert differ(ours, prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)[0])
+    ways: list[tuple[Any, dict[str, Any], dict[str, Any], dict[str, int]]] = [
+        (StableDiffusionImg2ImgPipeline, {}, {"image": begin, "strength": 0.7}, {}),
+        (StableDiffusionInpaintPipeline, {}, {"image": begin, "mask_image": half(True), "strength": 0.7}, size),
+        (StableDiffusionControlNetPipeline, {"controlnet": controlnet}, {"image": begin}, size),
+    ]
+    (plain,) = prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)
+    for kind, parts, arguments, sizes in ways:
+        theirs = kind(**base.components, **parts, requires_safety_checker=False)
+        theirs.set_progress_bar_config(disable=True)
+        prompt = {"ip_adapter_image_embeds": [embeds(prompter, DOG)], "generator": torch.Generator().manual_seed(3)}
+        out = theirs("cat", **prompt, **PLAIN, **sizes, **arguments)
+        pipeline = prompter.pipeline(kind, **parts)
+        (ours,) = prompter(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=arguments, **OPTIONS)
+        assert_alike(ours, as_image(out.images * 2 - 1))
+        assert differ(ours, plain)
 
 
 def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prompter, files: list[Path]) -> None:
@@ -409,21 +374,29 @@ def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prom
         prompter(DOG, pipeline=pipeline, guidance_rescale=0.5, arguments=arguments, **OPTIONS)
 
 
-def test_a_lora_is_that_of_diffusers_and_comes_off_again(files: list[Path], tmp_path: Path) -> None:
+def test_loras_and_learned_words_are_those_of_diffusers(files: list[Path], tmp_path: Path) -> None:
+    """The tokenizer and the text encoder are the prompter's, too; a LoRA comes off again."""
     pytest.importorskip("peft")
     write_lora(tmp_path)
+    save_file({"<new>": 5 * torch.randn(tiny.CONTEXT_WIDTH)}, tmp_path / "new.safetensors")
     prompter, theirs = Prompter([adapted(tiny.make_family(), 1)]), stock(files[:1])
-    (before,) = prompter(CAT, "cat", scale=0.7, seed=3, **OPTIONS)
     pipeline = prompter.pipeline()
-    for each in (pipeline, theirs):
-        each.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     theirs.set_ip_adapter_scale(0.7)
-    (ours,) = prompter(CAT, "cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)
+    ways: list[Callable[[Any], None]] = [
+        lambda pipe: None,
+        lambda pipe: pipe.load_textual_inversion(str(tmp_path), weight_name="new.safetensors"),
+        lambda pipe: pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors"),
+        lambda pipe: pipe.unload_lora_weights(),
+    ]
+    made = []
+    for change in ways:
+        change(pipeline)
+        change(theirs)
+        made += prompter(CAT, "a <new> cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)
+        assert_alike(made[-1], call(theirs, 3, [embeds(prompter, CAT)], "a <new> cat"))
 
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)]))
-    assert differ(ours, before)
-    pipeline.unload_lora_weights()
-    assert_alike(prompter(CAT, "cat", scale=0.7, seed=3, pipeline=pipeline, **OPTIONS)[0], before)
+    assert differ(made[0], made[1]) and differ(made[1], made[2])
+    assert_alike(made[3], made[1])
 
 
 def write_lora(folder: Path) -> None:
@@ -436,42 +409,6 @@ def write_lora(folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(
         folder, unet_lora_layers=convert_state_dict_to_diffusers(layers), weight_name="lora.safetensors"
     )
-
-
-def test_textual_inversion_is_that_of_diffusers(files: list[Path], tmp_path: Path) -> None:
-    """The tokenizer and the text encoder are the prompter's, too."""
-    save_file({"<new>": 5 * torch.randn(tiny.CONTEXT_WIDTH)}, tmp_path / "new.safetensors")
-    prompter, theirs = Prompter([adapted(tiny.make_family(), 1)]), stock(files[:1])
-    (before,) = prompter(CAT, "a <new> cat", scale=0.7, seed=3, **OPTIONS)
-    for each in (prompter.pipeline(), theirs):
-        each.load_textual_inversion(str(tmp_path), weight_name="new.safetensors")
-    theirs.set_ip_adapter_scale(0.7)
-    (ours,) = prompter(CAT, "a <new> cat", scale=0.7, seed=3, **OPTIONS)
-
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)], "a <new> cat"))
-    assert differ(ours, before)
-
-
-def test_an_adapter_on_a_fine_tuned_base_is_that_of_diffusers(files: list[Path]) -> None:
-    """A custom model or a DreamBooth checkpoint of the base that it was trained on."""
-
-    def custom() -> Any:
-        family = tiny.make_family()
-        with torch.no_grad():
-            for number, parameter in enumerate(family.unet.parameters()):
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-        return family
-
-    donor = adapted(tiny.make_family(), 1)
-    model = tiny.make_model(family=custom())
-    model.trainable.load_state_dict(donor.trainable.state_dict())
-    model.adapter.install()
-    prompter, theirs = Prompter([model]), stock(files[:1], custom())
-    theirs.set_ip_adapter_scale(0.7)
-    (ours,) = prompter(CAT, "cat", scale=0.7, seed=3, **OPTIONS)
-
-    assert_alike(ours, call(theirs, 3, [embeds(prompter, CAT)]))
-    assert differ(ours, Prompter([donor])(CAT, "cat", scale=0.7, seed=3, **OPTIONS)[0])
 
 
 @pytest.mark.parametrize(

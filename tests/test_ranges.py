@@ -11,31 +11,19 @@ from omegaconf import OmegaConf
 from ipa.errors import UserError
 from ipa.ranges import RANGES, check, range_of, whole
 
-COMMANDS = {
-    "train": (
-        "recipe=demo",
-        "recipe=sdxl",
-        "recipe=flux",
-        "recipe=sd35_medium",
-        "experiment=decoupled_time_aware",
-        "data=cache",
-        "trainer=ddp",
-        "schedule=linear",
-        "optimizer=schedule_free",
-        "optimizer=prodigy",
-        "optimizer=muon",
-        "debug=default",
-    ),
-    "evaluate": (
-        "benchmark=demo",
-        "benchmark=coco2017",
-        "benchmark=folder",
-        "method=reference_only",
-        "method=ip_adapter_control",
-    ),
-    "precompute": ("recipe=demo",),
-    "inspect": ("recipe=demo",),
-    "pair": ("recipe=demo",),
+COMMANDS: dict[str, list[tuple[str, ...]]] = {
+    "train": [
+        ("recipe=demo", "debug=default"),
+        ("recipe=sdxl", "data=cache", "trainer=ddp", "optimizer=schedule_free"),
+        ("recipe=flux", "schedule=linear", "optimizer=prodigy"),
+        ("recipe=sd35_medium", "experiment=decoupled_time_aware", "optimizer=muon"),
+    ],
+    "evaluate": [
+        ("benchmark=demo",),
+        ("benchmark=coco2017", "method=reference_only"),
+        ("benchmark=folder", "method=ip_adapter_control"),
+    ],
+    **{command: [("recipe=demo",)] for command in ("precompute", "inspect", "pair")},
 }
 EXEMPT = ("filters.",)  # ipa/data/shards/filters.py
 ODD = [-1, 0, 0.5, 10**30, 1e30, float("nan"), float("inf"), None, "text", True]
@@ -55,7 +43,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 @cache
 def options() -> dict[str, Any]:
     """Option and value of everything in any configuration."""
-    every = [composed(command, (override,)) for command, overrides in COMMANDS.items() for override in overrides]
+    every = [composed(command, choices) for command, worlds in COMMANDS.items() for choices in worlds]
     return {option: value for cfg in every for option, value in leaves(OmegaConf.to_container(cfg))}
 
 

@@ -1,7 +1,6 @@
 """Pictures: each from its own seed, guided against the empty text without an image."""
 
-from __future__ import annotations
-
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from ipa.types import Features, ImageCondition
 TEXTS = ["cat", "a red dog", "", "hearts", "b"]
 SEEDS = [5, 6, 7, 8, 9]
 OPTIONS = SamplingOptions(num_steps=3, guidance=3.0, batch_size=8)
+RESCALED = {"guidance": 6.0, "guidance_rescale": 0.7}
 
 
 @pytest.fixture
@@ -107,24 +107,6 @@ def test_without_guidance_there_is_no_unconditional_half(
     )
 
 
-def test_text_image_seeds_options_and_weights_all_count(installed: IPAdapterModel, features: Features) -> None:
-    whole = make(installed, features)
-    others = [
-        make(installed, features, texts=["dog"] * 5),
-        make(installed, features, seeds=[seed + 1 for seed in SEEDS]),
-        make(installed, Features(pooled_BE=-features.pooled_BE)),
-        make(installed, features, SamplingOptions(num_steps=3, guidance=6.0)),
-        make(installed, features, OPTIONS.with_scale(0.5)),
-        make(installed, features, SamplingOptions(num_steps=4, guidance=3.0)),
-    ]
-    with torch.no_grad():
-        for branch in installed.adapter.branches:
-            branch.to_v_ip.weight.mul_(2)
-    others.append(make(installed, features))
-
-    assert all((other - whole).abs().max() > 0.01 for other in others)
-
-
 def test_another_size_and_a_base_in_half_precision(installed: IPAdapterModel, features: Features) -> None:
     assert make(installed, features, SamplingOptions(num_steps=2, image_size_px=32)).shape == (5, 3, 32, 32)
     whole = make(installed, features)
@@ -192,8 +174,7 @@ def stock_pictures(model: IPAdapterModel, options: SamplingOptions, **prompts: A
     ("family", "head", "guidance", "scale"),
     [
         ("sd15", "global", 3.0, 0.5),
-        ("sd15", "fine_grained", 1.0, 1.0),
-        ("sd21", "fine_grained", 3.0, 0.5),
+        ("sd21", "fine_grained", 1.0, 1.0),
         ("sdxl", "global", 3.0, 0.5),
     ],
 )
@@ -219,49 +200,24 @@ def test_a_simple_adapter_makes_the_pictures_of_the_stock_call_with_embeddings(
 
     torch.testing.assert_close(pictures, stock_pictures(model, options, **prompts), rtol=0, atol=1e-5)
     assert (generate(model, features, TEXTS, SEEDS, options.with_scale(0.0)) - pictures).abs().max() > 0.01
+    with prompt_arguments([(model, [ImageCondition([features], scale=scale)])], TEXTS) as arguments:
+        pass  # they serve after leaving
+    torch.testing.assert_close(stock_pictures(model, options, **arguments), pictures, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny_sdxl.FAMILIES)
-@torch.no_grad()
-def test_rescaled_guidance_is_the_stock_pipelines(family: str) -> None:
-    model = tiny.shake(tiny.make_model(family=tiny_sdxl.FAMILIES[family]()))
-    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
-    model.adapter.install()
-    plain, rescaled = (
-        SamplingOptions(num_steps=3, guidance=6.0, scale=0.0, guidance_rescale=share) for share in (0.0, 0.7)
-    )
-    pictures = generate(model, features, TEXTS, SEEDS, rescaled)
-
-    expected = stock_pictures(model, rescaled, prompt=TEXTS, negative_prompt=[""] * 5)
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
-    assert (generate(model, features, TEXTS, SEEDS, plain) - pictures).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("family", tiny_sdxl.FAMILIES)
-@torch.no_grad()
-def test_a_simple_adapters_arguments_serve_after_leaving(family: str) -> None:
-    model = tiny.shake(tiny.make_model(kind="simple", family=tiny_sdxl.FAMILIES[family]()))
-    features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
-    with prompt_arguments([(model, [ImageCondition([features], scale=0.7)])], TEXTS) as arguments:
-        pass
-
-    expected = generate(model, features, TEXTS, SEEDS, OPTIONS.with_scale(0.7))
-    torch.testing.assert_close(stock_pictures(model, OPTIONS, **arguments), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "family"), [*(("decoupled", family) for family in tiny_sdxl.FAMILIES), ("simple", "sdxl")]
-)
+@pytest.mark.parametrize(("kind", "family"), [("decoupled", "sd21"), ("decoupled", "sdxl"), ("simple", "sdxl")])
 @torch.no_grad()
 def test_scale_zero_gives_the_frozen_bases_pictures_and_those_of_the_stock_pipeline(kind: str, family: str) -> None:
     model = tiny.shake(tiny.make_model(kind=kind, family=tiny_sdxl.FAMILIES[family]()))
     features = model.encode_reference(tiny.make_pictures(5, tiny.REFERENCE_PX))
     off, other = OPTIONS.with_scale(0.0), Features(pooled_BE=-features.pooled_BE)
-    frozen = generate(model, features, TEXTS, SEEDS, off)
-    stock = stock_pictures(model, OPTIONS, prompt=TEXTS, negative_prompt=[""] * 5)
+    frozen, rescaled = (generate(model, features, TEXTS, SEEDS, each) for each in (off, replace(off, **RESCALED)))
     model.adapter.install()
 
-    torch.testing.assert_close(frozen, stock, rtol=0, atol=1e-5)
+    for pictures, options in ((frozen, off), (rescaled, replace(off, **RESCALED))):
+        stock = stock_pictures(model, options, prompt=TEXTS, negative_prompt=[""] * 5)
+        torch.testing.assert_close(pictures, stock, rtol=0, atol=1e-5)
+    assert (rescaled - frozen).abs().max() > 0.01
     assert all(torch.equal(generate(model, each, TEXTS, SEEDS, off), frozen) for each in (features, other))
     assert (generate(model, features, TEXTS, SEEDS, OPTIONS) - frozen).abs().max() > 0.01
     model.adapter.remove()

@@ -1,7 +1,5 @@
 """Batches whose samples have different numbers of references: what is absent has no part in anything."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -61,20 +59,6 @@ def test_padded_references_equal_the_unpadded_computation(head: str) -> None:
         torch.testing.assert_close(model.errors(wider).error_B, several, rtol=1e-6, atol=0)
 
     assert ((several - alone).abs() > 1e-4).tolist() == [False, True, True]
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_the_order_of_references_does_not_matter(head: str) -> None:
-    model, batch = installed(head), make_batch(counts=(3, 3, 3))
-    more = batch.more
-    assert more is not None and batch.reference_B3HW is not None
-    turned = torch.stack([batch.reference_B3HW, *more.reference_R3HW.unflatten(0, (3, 2)).unbind(1)], 1)[:, [2, 0, 1]]
-    further = replace(more, reference_R3HW=turned[:, 1:].flatten(0, 1))
-    with torch.no_grad():
-        expected = model.errors(batch).error_B
-        found = model.errors(replace(batch, reference_B3HW=turned[:, 0], more=further)).error_B
-
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_a_dropped_image_leaves_no_image_alone() -> None:

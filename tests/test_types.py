@@ -18,13 +18,6 @@ def test_pixels_survive_the_way_there_and_back_and_are_clipped_and_rounded() -> 
     assert to_uint8(torch.tensor([-3.0, -1.0, -0.999, 0.0, 0.9999, 1.5])).tolist() == [0, 0, 0, 128, 255, 255]
 
 
-def test_a_posterior_is_sampled_with_its_standard_deviation() -> None:
-    mean, logvar, noise = torch.randn(3, 2, 4, 5, 5).unbind(0)
-
-    assert torch.equal(Posterior(mean, logvar).sample(torch.zeros_like(noise)), mean)
-    torch.testing.assert_close(Posterior(mean, logvar).sample(noise), mean + logvar.exp().sqrt() * noise)
-
-
 def test_a_channel_nests_and_is_empty_outside_also_after_an_error() -> None:
     channel = Channel()
     outer, inner = (ImagePrompt(torch.randn(1, 4, 8), torch.ones(())) for _ in range(2))
@@ -53,20 +46,6 @@ def cached_batch() -> Batch:
         text_inputs={"ids": torch.arange(12).view(3, 4)},
         size_B6=torch.zeros(3, 6, dtype=torch.int64),
     )
-
-
-def test_a_prompt_keeps_what_was_made_of_it_where_no_gradients_are_recorded() -> None:
-    prompt, made = ImagePrompt(torch.randn(1, 4, 8), torch.ones(())), []
-
-    def make() -> int:
-        made.append(len(made))
-        return made[-1]
-
-    assert [prompt.once("a", make) for _ in range(2)] == [0, 1]
-    with torch.no_grad():
-        assert [prompt.once(key, make) for key in "aabab"] == [2, 2, 3, 2, 3]
-        assert replace(prompt, scale=torch.zeros(())).once("a", make) == 4
-    assert prompt.once("a", make) == 5
 
 
 def test_a_batch_is_mapped_in_all_its_tensors_and_nothing_else() -> None:

@@ -1,12 +1,11 @@
 """Tiny real shards: numbered plain pictures with captions, and every kind of dirt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from tars import Members, good, png, write_tar
+from dirt import Content, write_dirty_shard
+from tars import good, write_tar
 
 from ipa.data.addresses import DropRates
 from ipa.data.images.preparation import ImagePreparation
@@ -26,22 +25,10 @@ def clean_shards(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def dirty_members() -> Members:
-    """Four good samples, ``good0`` … ``good3``, between samples of every bad kind, ``bad…``; bad ones at both ends."""
-    return [
-        *[("bad0.txt", b"no picture")],
-        *good("good0"),
-        *[("bad1.txt", b"a caption"), ("bad1.jpg", b"<html>gone</html>")],
-        *[("bad2.txt", b"a caption"), ("bad2.png", png()[:50])],
-        *good("good1"),
-        *[("bad3.txt", b" \n"), ("bad3.png", png())],
-        *[("bad4.txt", b"caf\xe9"), ("bad4.png", png())],
-        *good("good2"),
-        *good("good0", "the same key again"),
-        *[("bad5.txt", b"a caption"), ("bad5.png", png((300, 200)))],
-        *good("good3"),
-        *[("bad6.png", png())],
-    ]
+def dirty(tmp_path: Path) -> tuple[str, Content]:
+    """A shard with four good samples between ten of seven bad kinds, and what must become of them."""
+    path = tmp_path / "dirty.tar"
+    return str(path), write_dirty_shard(path, 8, samples=14, share=0.6)
 
 
 @pytest.fixture

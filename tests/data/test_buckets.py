@@ -93,11 +93,8 @@ def test_every_record_comes_and_groups_share_a_bucket(seed: int, number: int) ->
     assert moved <= (GROUP - 1) * len(set(buckets)), "only what is left over leaves its bucket"
 
 
-def test_whole_groups_keep_the_given_order() -> None:
+def test_whole_groups_keep_their_order_and_what_is_left_over_is_sorted_and_takes_the_bucket_of_its_middle() -> None:
     assert arrange([0, 1, 0, 1, 1, 0, 1, 0], 2) == [([0, 2], 0), ([1, 3], 1), ([4, 6], 1), ([5, 7], 0)]
-
-
-def test_what_is_left_over_is_sorted_and_takes_the_bucket_of_its_middle() -> None:
     assert arrange([5, 0, 9, 1, 5], 3) == [([1, 3, 0], 1), ([4, 2, 4], 9)]
     assert arrange([3], 3) == [([0, 0, 0], 3)]
     assert arrange([3, 4], 5) == [([0, 1, 0, 1, 0], 4)]

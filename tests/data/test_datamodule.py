@@ -1,7 +1,5 @@
 """The whole way, through real loaders and a real trainer."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter
@@ -43,17 +41,6 @@ def take(data: ShardDataModule, number: int) -> list[tuple]:
     return [seen(batch) for batch in batches]
 
 
-@pytest.mark.parametrize("workers_after", [0, 1])
-def test_resume_continues_after_the_last_consumed_batch(clean_shards: list[str], workers_after: int) -> None:
-    whole = take(make(clean_shards), 9)
-    stopped = make(clean_shards, num_workers=2)
-    take(stopped, 3)
-    stopped.rejected.counts["no caption"] = 3
-    resumed = make(clean_shards, num_workers=workers_after)
-    resumed.load_state_dict(stopped.state_dict())
-    assert resumed.rejected.counts == {"no caption": 3} and take(resumed, 6) == whole[3:]
-
-
 def test_a_loader_iterated_again_continues(clean_shards: list[str]) -> None:
     whole = take(make(clean_shards), 6)
     data = make(clean_shards, num_workers=2)
@@ -82,16 +69,21 @@ def test_another_order_begins_a_new_pass_and_other_sizes_are_logged(
     assert "a step had 4 samples, now it has 2; global_batch_size=4 keeps it" in caplog.text
 
 
-@pytest.mark.parametrize("lanes", [None, {"ranks": None, "workers": 3}])
-def test_a_run_that_begins_has_a_lane_for_every_worker_and_keeps_it(clean_shards: list[str], lanes) -> None:
-    workers = (lanes or {}).get("workers") or 2
-    whole = take(make(clean_shards, num_workers=2, lanes=lanes), 9)
+@pytest.mark.parametrize(
+    ("lanes", "number", "workers_after"), [(ONE_LANE, 1, 1), (None, 2, 0), ({"ranks": None, "workers": 3}, 3, 0)]
+)
+def test_a_resumed_run_keeps_its_lanes_and_continues_after_the_last_consumed_batch(
+    clean_shards: list[str], lanes: dict[str, int] | None, number: int, workers_after: int
+) -> None:
+    """A run that begins has a lane for every worker, unless told otherwise."""
+    whole = take(make(clean_shards, num_workers=0 if lanes else 2, lanes=lanes), 9)
     stopped = make(clean_shards, num_workers=2, lanes=lanes)
     take(stopped, 4)
-    resumed = make(clean_shards, num_workers=0, lanes=lanes)
+    stopped.rejected.counts["no caption"] = 3
+    resumed = make(clean_shards, num_workers=workers_after, lanes=lanes)
     resumed.load_state_dict(stopped.state_dict())
-    assert take(resumed, 5) == whole[4:]
-    assert resumed.lanes == Lanes(1, workers)
+    assert resumed.rejected.counts == {"no caption": 3} and take(resumed, 5) == whole[4:]
+    assert resumed.lanes == Lanes(1, number)
 
 
 def test_a_second_checkpoint_of_several_ranks_keeps_what_each_of_them_read(clean_shards, monkeypatch) -> None:
@@ -193,11 +185,15 @@ def test_rejects_are_described_with_their_first_samples(tmp_path: Path, caplog: 
         assert f"data.{name}: rejected, broken picture: " in caplog.text
 
 
-def test_validation_through_workers_keeps_file_order(clean_shards: list[str]) -> None:
-    batches = list(make(clean_shards, clean_shards, val_batch_size=3, num_workers=2).val_dataloader())
-    keys = [key for batch in batches for key in batch.keys]
-    assert keys == sorted(keys) and len(keys) == 20
+def test_validation_through_workers_brings_every_sample_once_in_file_order(clean_shards: list[str]) -> None:
+    loader = make(clean_shards, clean_shards, val_batch_size=3, num_workers=2).val_dataloader()
+    batches = list(loader)
+    assert [key for b in batches for key in b.keys] == [
+        f"{s:05d}{i:04d}" for s, size in enumerate((7, 5, 8)) for i in range(size)
+    ]
+    assert [len(batch) for batch in batches] == [3] * 6 + [2] and batches[0].position is None
     assert not any(batch.draws.drop_text_B.any() or batch.draws.drop_image_B.any() for batch in batches)
+    assert [seen(batch) for batch in loader] == [seen(batch) for batch in batches]
 
 
 def test_a_batch_says_how_each_picture_was_cut(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Masks move with their pictures, and what does not fit is rejected by name."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from dataclasses import replace

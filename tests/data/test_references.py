@@ -1,7 +1,5 @@
 """How many references a sample has, and which."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -71,8 +71,11 @@ def test_a_folder_may_be_named_like_a_pattern(folder: Path) -> None:
         ("FOLDER/{00001..00004}.tar", "2 of the 4 shards of .* are missing: .*00003.tar, .*00004.tar"),
         ("FOLDER/../{00000..99999}.tar", "100000 of the 100000 shards"),  # by one listing
         ([], "the list of shards is empty"),
-        ("", "the list of shards is empty"),
         (["", " "], "the list of shards is empty"),
+        ("/x/{0..99999999999}.tar", "the braces"),
+        ("/x/" + "{0..999}" * 4, "the braces"),
+        ("{" * 500, "the braces"),
+        ("https://x/\0.tar", "characters that no address has"),
     ],
 )
 def test_what_names_no_shards_is_refused_with_what_is_there(

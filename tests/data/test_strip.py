@@ -1,7 +1,5 @@
 """Terms that are taken out of captions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The loop over an archive: it must find what Python's tarfile finds, and every break as well."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Text states in a feature cache: rounding, what is left out and put back, damaged ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,13 +1,10 @@
 """Recognising a file by names and shapes: all published ones at full size, gaps, files of others, heads of others."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import tiny
 import torch
 from diffusers import UNet2DConditionModel
@@ -20,9 +17,7 @@ from published_files import (
     Shapes,
     branches,
     count,
-    file_length,
     full_head,
-    global_head,
     named,
     resampler,
 )
@@ -72,33 +67,11 @@ def test_a_published_file_is_identified_fits_and_ours_has_its_names_and_shapes(n
     assert {name: tuple(tensor.shape) for name, tensor in published.items()} == known.shapes
     assert {tensor.dtype for tensor in published.values()} == {torch.float16}
     assert count(known.shapes) == known.num_parameters
-    assert file_length(known.shapes) == known.num_bytes
     assert [misreadings(head, "decoupled", layout) for layout in LAYOUTS] == [[], [], []]
     encoder = {"ViT-H": EncoderWidths(1024, 1280, 257, 224), "ViT-bigG": EncoderWidths(1280, 1664, 257, 224)}
     as_files_have_them = dict(sorted(known.shapes.items()))  # 1, 11, 13 …
     base = BaseWidths(CONTEXT[known.base], HIDDEN[known.base])
     check_fits(identify(as_files_have_them), base, encoder[known.encoder], source="a", base="b", encoder="c")
-
-
-def test_a_real_file_has_the_published_length_to_the_byte() -> None:
-    """And so the arithmetic that measures the large ones without writing them is right."""
-    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in PLUS.items()}
-
-    assert len(safetensors.torch.save(tensors)) == PUBLISHED["ip-adapter-plus_sd15"].num_bytes
-
-
-def test_a_file_is_described() -> None:
-    told = identify(PUBLISHED["ip-adapter-plus_sdxl_vit-h"].shapes).describe()
-    words = (
-        "fine-grained IP-Adapter",
-        "(70 layers, context width 2048)",
-        "16 tokens",
-        "OpenCLIP ViT-H/14",
-        "(1280)",
-    )
-    assert all(each in told for each in words)
-    simple = identify(named(global_head(1024, 768)), {"kind": "simple"})
-    assert (simple.kind, simple.hidden) == ("simple", ()) and "global simple adapter" in simple.describe()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +96,7 @@ def test_our_own_files_show_all_sizes(head: str, kind: str, options: dict[str, A
     file = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
     made = make_head(file)
 
-    assert (file.head, file.kind) == (head, kind)
+    assert (file.head, file.kind, bool(file.hidden)) == (head, kind, kind == "decoupled")
     assert (file.num_tokens, file.no_image) == (model.head.num_tokens, model.head.no_image)
     assert type(made) is type(model.head)
     for name in ("num_tokens", "context_width", "no_image", "width", "heads", "depth", "head_width", "expansion"):

@@ -1,7 +1,5 @@
 """Which programs can read an adapter: what they assume, and what to do."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Adapter files into models: found parts, given parts, and misfits reported before any weight is read."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,7 +52,6 @@ def predict(model: IPAdapterModel) -> Tensor:
 @pytest.mark.parametrize(
     ("head", "kind", "name"),
     [
-        ("global", "decoupled", "sd"),
         ("fine_grained", "simple", "sd"),
         ("full", "decoupled", "sd"),
         ("global", "decoupled", "sdxl"),
@@ -129,16 +126,13 @@ def parts_of(model: IPAdapterModel) -> tuple[Any, ...]:
     return model.family, model.encoder, model.head, model.adapter
 
 
-def test_an_unknown_preprocessing_is_reported_before_anything_is_read(tmp_path: Path) -> None:
-    tiny.write_adapter(tmp_path / "a.safetensors", {"preprocessing": "faces only, 112 px"})
-    with pytest.raises(UserError, match=r"a\.safetensors was trained .* faces only, 112 px\. Known: ") as caught:
-        load_model(tmp_path / "a.safetensors", "no base", "no encoder")
-
-    assert "shortest side bicubic, centre crop; longest side bicubic, padded with #7a7468" in str(caught.value)
-
-
-def test_a_file_without_metadata_asks_for_what_it_needs(model: IPAdapterModel, tmp_path: Path) -> None:
+def test_metadata_that_are_missing_or_not_known_are_reported_before_anything_is_read(
+    model: IPAdapterModel, tmp_path: Path
+) -> None:
     save_adapter(tmp_path / "a.bin", to_published(model.trainable.state_dict()), {})
+    tiny.write_adapter(tmp_path / "a.safetensors", {"preprocessing": "faces only, 112 px"})
+    with pytest.raises(UserError, match=r"a\.safetensors was trained .* faces only, 112 px\. Known: .*centre crop; "):
+        load_model(tmp_path / "a.safetensors", "no base", "no encoder")
     for given, missing in (({}, "base and encoder"), ({"base": "b"}, "encoder"), ({"encoder": "e"}, "base")):
         with pytest.raises(UserError, match=rf"a\.bin does not say which {missing} .*: give .*a global IP-Adapter for"):
             load_model(tmp_path / "a.bin", **given)
@@ -150,32 +144,17 @@ def test_misfits_are_reported_before_any_weight_is_read(
     base = without_weights(base_folder, tmp_path / "base")
     encoder = without_weights(image_encoder, tmp_path / "encoder")
     tiny.write_adapter(tmp_path / "sdxl.safetensors", head="fine_grained", family=tiny_sdxl.make_family())
-    with pytest.raises(UserError, match=r"is a fine-grained IP-Adapter .* It does not fit: ") as caught:
+    with pytest.raises(UserError, match=rf"It does not fit: the base {base} has {len(tiny.HIDDEN)} layers"):
         load_model(tmp_path / "sdxl.safetensors", str(base), str(encoder))
 
-    assert f"the base {base} has {len(tiny.HIDDEN)} layers of context width {tiny.CONTEXT_WIDTH}" in str(caught.value)
     tiny.write_adapter(tmp_path / "fitting.safetensors")
     with pytest.raises(UserError, match=str(base)):  # what fits is loaded after that
         load_model(tmp_path / "fitting.safetensors", str(base), str(encoder))
     tensors = to_published(tiny.make_model().trainable.state_dict())
     tensors["image_proj.proj.weight"] = torch.zeros(4 * tiny.CONTEXT_WIDTH, 1280)
     save_adapter(tmp_path / "a.safetensors", tensors, {})
-    with pytest.raises(UserError, match=rf"the encoder {encoder} gives pooled embedding of width 12") as caught:
+    with pytest.raises(UserError, match=rf"the encoder {encoder} gives pooled embedding of width 12"):
         load_model(tmp_path / "a.safetensors", str(base), str(encoder))
-    assert "the adapter reads 1280: give OpenCLIP ViT-bigG/14 (laion2b_s39b_b160k)" in str(caught.value)
-
-
-@pytest.mark.parametrize(("head", "ending"), [("global", ".bin"), ("fine_grained", ".safetensors")])
-def test_a_training_can_start_from_a_file(head: str, ending: str, tmp_path: Path) -> None:
-    path = tmp_path / f"adapter{ending}"
-    trained = tiny.write_adapter(path, head=head)
-    model = tiny.make_model(head=head)
-    before = {name: value.clone() for name, value in model.trainable.state_dict().items()}
-    load_into(model, path)
-    after = model.trainable.state_dict()
-
-    assert all(torch.equal(after[name], value) for name, value in trained.trainable.state_dict().items())
-    assert not all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize(

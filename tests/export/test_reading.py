@@ -1,7 +1,5 @@
 """Every form in which an adapter is saved is read by one reader; what is not an adapter is refused by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import pytest
 import tiny
 import torch
 from omegaconf import OmegaConf
-from public_forms import FORMS, accelerate
+from public_forms import FORMS, save
 from torch import Tensor
 
 from ipa.errors import UserError
@@ -57,21 +55,21 @@ def expected(trained: IPAdapterModel, stock: Any, tmp_path_factory: pytest.TempP
     return picture(stock, folder)
 
 
-@pytest.mark.parametrize("save", FORMS, ids=lambda save: save.__name__)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_public_form_gives_the_adapter_and_its_picture_in_diffusers(
-    save: Callable[[IPAdapterModel, Path], Path],
+    form: str,
     trained: IPAdapterModel,
     stock: Any,
     expected: Tensor,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = save(trained, tmp_path)
+    path = save(form, trained, tmp_path)
     adapter = read_adapter(path)
 
     assert adapter.tensors.keys() == published(trained).keys()
     assert all(torch.equal(adapter.tensors[name], value) for name, value in published(trained).items())
-    assert FORMS[save] in " ".join(adapter.remarks)
+    assert FORMS[form] in " ".join(adapter.remarks)
     export(OmegaConf.structured(Options(adapter=str(path), out=str(tmp_path / "out" / NAME), dtype="float32")))
     said = capsys.readouterr().out
     assert all(remark in said for remark in adapter.remarks)
@@ -81,7 +79,7 @@ def test_every_public_form_gives_the_adapter_and_its_picture_in_diffusers(
 def test_training_and_sampling_read_them_too_and_log_what_was_left_out(
     trained: IPAdapterModel, base_folder: Path, clip_name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = accelerate(trained, tmp_path)
+    path = save("accelerate", trained, tmp_path)
     other = tiny.make_model()
     load_into(other, path)
     model = load_model(path, str(base_folder), clip_name)

@@ -1,7 +1,5 @@
 """Images and captions to score."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import tiny

@@ -1,7 +1,5 @@
 """Intervals: known cases, items kept together, and coverage."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

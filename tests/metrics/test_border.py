@@ -1,14 +1,12 @@
 """Border colours on cases whose answer is known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
 from metric_samples import images
 from torch import Tensor
 
-from ipa.metrics.border import BorderColour, border_distance, rgb_to_lab
+from ipa.metrics.border import border_distance, rgb_to_lab
 from ipa.types import to_unit_range
 
 
@@ -22,16 +20,6 @@ def framed(inside: Tensor, colour: float) -> Tensor:
     out = torch.full_like(inside, colour)
     out[..., 1:-1, 1:-1] = inside[..., 1:-1, 1:-1]
     return out
-
-
-def test_the_metric_tells_each_pair_and_the_mean() -> None:
-    one, other, metric = images(1), images(2), BorderColour()
-    metric.update(one[:2], other[:2])
-    metric.update(list(one[2:]), list(other[2:]))
-
-    torch.testing.assert_close(metric.per_item()["border_lab"], border_distance(one, other))
-    assert metric.compute()["border_lab"].item() == pytest.approx(border_distance(one, other).mean().item())
-    assert metric.higher == {"border_lab": False}
 
 
 def test_black_is_100_away_from_white() -> None:

@@ -1,7 +1,5 @@
 """The scorer against transformers and open_clip's own preprocessing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +69,13 @@ def test_pictures_of_several_sizes_are_embedded_as_each_alone(scorer: ClipScorer
     torch.testing.assert_close(scorer.embed_images(images, batch_size=2), alone, rtol=0, atol=1e-5)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        MissingWeights, match=rf"judge\.name=local-dir:{tmp_path}: there is no open_clip_config\.json in"
-    ):
+def test_weights_that_cannot_be_had_are_told_with_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingWeights, match=rf"judge\.name=local-dir:{tmp_path}: .*open_clip_config\.json"):
         ClipScorer.from_pretrained(f"local-dir:{tmp_path}")
 
-
-def test_weights_that_cannot_be_had_are_told_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*names: object, **options: object) -> None:
         raise RuntimeError("Failed to download weights for tag 'openai': no route")
 
     monkeypatch.setattr("open_clip.create_model", fail)
-
-    with pytest.raises(
-        MissingWeights, match=r"judge\.pretrained=openai: .*Failed to download.*judge\.name=local-dir.*judge=null"
-    ):
+    with pytest.raises(MissingWeights, match=r"judge\.pretrained=openai: .*judge\.name=local-dir.*judge=null"):
         ClipScorer.from_pretrained("ViT-L-14-quickgelu", "openai")

@@ -1,6 +1,4 @@
-"""What all metrics promise: batches change nothing."""
-
-from __future__ import annotations
+"""What all metrics promise: batches change nothing; images are fitted within their range, and known by their pixels."""
 
 from collections.abc import Callable
 
@@ -10,12 +8,19 @@ from metric_samples import CAPTIONS, images, told
 from torch import Tensor
 
 from ipa.metrics.aesthetic import AestheticScore
-from ipa.metrics.border import BorderColour
+from ipa.metrics.border import BorderColour, border_distance
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipScores
 from ipa.metrics.distributions import FrechetDistance, KernelDistance
-from ipa.metrics.edges import EdgeOverlap
-from ipa.metrics.image_metric import ImageDistance, ImageMetric, ImageSimilarity, ItemMetric
+from ipa.metrics.edges import EdgeOverlap, edge_overlap, edges_at_one_size
+from ipa.metrics.image_metric import (
+    ImageDistance,
+    ImageMetric,
+    ImageSimilarity,
+    ItemMetric,
+    fit_square,
+    image_keys,
+)
 
 MAKERS: dict[str, Callable[[ClipScorer], ImageMetric]] = {
     "clip": lambda scorer: ClipScores(scorer),
@@ -50,6 +55,22 @@ def test_batches_resets_and_merges_do_not_matter(scorer: ClipScorer, name: str) 
         torch.testing.assert_close(metric.compute(), expected.compute(), rtol=0, atol=1e-5)
         if isinstance(metric, ItemMetric):
             torch.testing.assert_close(metric.per_item(), expected.per_item(), rtol=0, atol=1e-5)
+
+
+def overlap(one: Tensor, other: Tensor) -> Tensor:
+    return edge_overlap(edges_at_one_size(one), edges_at_one_size(other))
+
+
+@pytest.mark.parametrize(("name", "distance"), [("border", border_distance), ("edges", overlap)])
+def test_the_metric_has_each_pair_and_the_mean(name: str, distance: Callable[..., Tensor]) -> None:
+    """Also of images in a list."""
+    metric, expected = MAKERS[name](None), distance(images(1), images(2))  # type: ignore[arg-type]
+    metric.update(list(images(1)), list(images(2)))
+    ((key, value),) = metric.compute().items()
+
+    torch.testing.assert_close(metric.per_item()[key], expected)
+    torch.testing.assert_close(value, expected.mean())
+    assert metric.higher == {key: name == "edges"}
 
 
 def test_a_picture_is_like_itself(scorer: ClipScorer) -> None:
@@ -96,3 +117,31 @@ def test_a_gpu_gives_the_same_values(clip_name: str, name: str) -> None:
     metric.update(images(1)[4:].cuda(), images(2)[4:].cuda(), CAPTIONS[4:])
 
     torch.testing.assert_close(metric.compute(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(20, 32), (32, 20), (8, 8), (64, 64)])
+def test_fitted_pictures_stay_in_range(size: tuple[int, int]) -> None:
+    black_and_white = torch.rand(2, 3, *size).round() * 2 - 1
+    fitted = fit_square(black_and_white, 16)
+
+    assert fitted.shape == (2, 3, 16, 16)
+    assert -1 <= fitted.min() < -0.5 and 0.5 < fitted.max() <= 1
+
+
+def test_the_centre_is_cut_out_of_the_fitted_square() -> None:
+    large = images(0, size_px=30)
+
+    torch.testing.assert_close(fit_square(large, 20, 16), fit_square(large, 20)[..., 2:18, 2:18])
+    assert fit_square(large, 30, 16).equal(large[..., 7:23, 7:23])
+
+
+def test_keys_are_equal_for_equal_pictures_only() -> None:
+    given = images(0)
+    changed = given.clone()
+    changed[:, 0, 3, 5] = -changed[:, 0, 3, 5].sign()
+    reshaped = given.reshape(6, 3, 12, 48)
+    keys = [image_keys(some) for some in (given, changed, reshaped, list(given.roll(1, 0)))]
+
+    assert len(torch.cat(keys[:3]).unique()) == 18
+    assert keys[3].equal(keys[0].roll(1))
+    assert image_keys(given + 1e-4).equal(keys[0])  # as after a detour over 256 levels

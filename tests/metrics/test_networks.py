@@ -1,7 +1,5 @@
 """Networks of the optional metrics: real ones at tiny size, and what is said when one is missing."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -11,8 +11,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ipa.errors import UserError
-from ipa.export.published import to_published, with_metadata
-from ipa.export.storage import save_adapter
 from ipa.tools.ablation import Run, comparisons, draw_picture, main, read_runs, table
 
 SCORES = {"clip_i": 0.1, "clip_t": 0.2, "retrieval_at_1": 0.3, "border_lab": 40.0}
@@ -56,10 +54,8 @@ def sweep(tmp_path: Path, base_folder: Path, clip_name: str) -> Path:
     for kind in ("decoupled", "simple"):
         folder = tmp_path / "sweep" / kind
         folder.mkdir(parents=True)
-        model = tiny.shake(tiny.make_model(kind=kind))
-        tensors = to_published(model.trainable.state_dict())
-        metadata = with_metadata(tensors, {**model.describe(), "base": str(base_folder), "encoder": clip_name})
-        save_adapter(folder / "adapter.safetensors", tensors, metadata)
+        parts = {"base": str(base_folder), "encoder": clip_name}
+        tiny.write_adapter(folder / "adapter.safetensors", parts, kind=kind)
         (folder / "summary.json").write_text(json.dumps(make_run(kind, 1, 0.4).summary))
         OmegaConf.save(configuration(base_folder, pictures), folder / "config.yaml")
     return tmp_path / "sweep"

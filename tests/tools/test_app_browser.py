@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,12 @@ TIMEOUT_MS = 120_000
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
 
-def executable() -> str | None:
-    """Debian's Chromium, or None for the one that Playwright has downloaded."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
         try:
-            browser = started.chromium.launch(executable_path=executable(), args=["--no-sandbox"])
+            debians = shutil.which("chromium") or shutil.which("chromium-browser")  # None: Playwright's own
+            browser = started.chromium.launch(executable_path=debians, args=["--no-sandbox"])
         except playwright.Error as error:
             pytest.skip(f"no Chromium: apt-get install chromium ({str(error).splitlines()[0]})")
         yield browser
@@ -50,18 +47,11 @@ def browser() -> Iterator[Any]:
 @dataclass
 class Server:
     address: str
-    process: subprocess.Popen[str]
     log: Path
 
-    def __enter__(self) -> "Server":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-
-def serve(folder: Path, *arguments: str) -> Server:
+@contextmanager
+def serve(folder: Path, *arguments: str) -> Iterator[Server]:
     """The command, ready to be used."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,12 +61,16 @@ def serve(folder: Path, *arguments: str) -> Server:
     with log.open("w") as output:
         command = [sys.executable, "-m", "ipa.tools.app", *words]
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True)
-    for _ in range(600):
-        if "is open" in log.read_text() or process.poll() is not None:
-            break
-        time.sleep(0.2)
-    assert "is open" in log.read_text(), log.read_text()
-    return Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        for _ in range(600):
+            if "is open" in log.read_text() or process.poll() is not None:
+                break
+            time.sleep(0.2)
+        assert "is open" in log.read_text(), log.read_text()
+        yield Server(f"http://127.0.0.1:{port}", log)
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +139,9 @@ class User:
             self.page.mouse.move(box["x"] + box["width"] - 4, y, steps=5)
             self.page.mouse.up()
 
-    def status(self) -> str:
-        return self.page.locator("#status").inner_text()
-
     def wait_for(self, words: str) -> str:
         self.page.wait_for_function(f"document.querySelector('#status').innerText.match({json.dumps(words)})")
-        return self.status()
+        return self.page.locator("#status").inner_text()
 
     def start(self) -> None:
         self.page.locator("#generate").click()
@@ -315,16 +306,18 @@ def test_bad_uploads_get_one_clear_message_and_the_page_goes_on(users: Any, pict
     (tmp_path / "huge.png").write_bytes(bytes(50_000_000))
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     user = users()
-    for name, words in {"notes.png": "cannot be read as a picture", "bomb.png": "million pixels"}.items():
-        for into in ("image", "start_image"):
-            user.upload(tmp_path / name, into=into)
-            user.wait_for(f"{name} .*{words}")
-            assert user.page.locator("#status .problem").count() == 1
-            user.page.wait_for_timeout(300)
-            assert user.page.locator(f"#{into} img").count() == 0
-            user.page.reload()
-            user.page.wait_for_selector("#generate")
-            user.unfold()
+    for into, name, words in (
+        ("image", "notes", "cannot be read as a picture"),
+        ("start_image", "bomb", "million pixels"),
+    ):
+        user.upload(tmp_path / f"{name}.png", into=into)
+        user.wait_for(f"{name}.png .*{words}")
+        assert user.page.locator("#status .problem").count() == 1
+        user.page.wait_for_timeout(300)
+        assert user.page.locator(f"#{into} img").count() == 0
+        user.page.reload()
+        user.page.wait_for_selector("#generate")
+        user.unfold()
     user.upload(tmp_path / "huge.png")
     toast = user.page.locator(".toast-body")
     toast.wait_for()

@@ -5,15 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
-import torch
 from PIL import Image
 
-from ipa.evaluation.blocks import ALL, NONE, Measure, selections, sweep
-from ipa.export.published import to_published
-from ipa.export.storage import save_adapter
+from ipa.evaluation.blocks import ALL, NONE, Measure, pixels_of, selections, sweep
 from ipa.metrics.edges import EdgeOverlap
 from ipa.prompter import Prompter
 from ipa.references import Item, Reference
@@ -57,9 +53,8 @@ def test_blocks_and_presets_are_printed(blocks: Blocks, base: Path) -> None:
 def test_each_block_is_measured_and_the_presets_given(
     blocks: Blocks, base: Path, pictures: Path, clip_name: str, tmp_path: Path
 ) -> None:
-    tensors = to_published(tiny.shake(tiny.make_model()).trainable.state_dict())
-    metadata = {"format": "ip-adapter", "base": str(base), "encoder": clip_name, "sampling_num_steps": "2"}
-    save_adapter(tmp_path / "adapter.safetensors", tensors, metadata)
+    parts = {"base": str(base), "encoder": clip_name, "sampling_num_steps": "1"}
+    tiny.write_adapter(tmp_path / "adapter.safetensors", parts)
     given = {"adapter": tmp_path / "adapter.safetensors", "judge": clip_name, "judge_weights": "null"}
     out = blocks(**given, images=pictures, text="[cat,a dog]", presets="mine", out=tmp_path / "table.md")
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
@@ -97,12 +92,8 @@ def test_text_and_noise_are_those_of_the_base(tmp_path: Path) -> None:
     items = [Item([Reference(picture, 1.0, chosen[BLOCK])], text, seed=i) for i, text in enumerate(["cat", "a dog"])]
     plain = [Item(text=item.text, seed=item.seed) for item in items]
     metric = EdgeOverlap()
-    metric.update(*([pixels(image) for image in prompter.generate(each)] for each in (items, plain)))
+    metric.update(*(pixels_of(prompter.generate(each)) for each in (items, plain)))
 
     assert rows[NONE]["edges"].mean == 1 and rows[NONE]["gain"] == (0, 0, 0)
     assert rows[BLOCK]["edges"].mean == pytest.approx(float(metric.compute()["edges"]), abs=1e-6)
     assert list(selections(["a", "b"])) == [NONE, ALL, "a", "b"]
-
-
-def pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1

@@ -8,8 +8,6 @@ import tiny
 import yaml
 from PIL import Image
 
-from ipa.export.published import to_published, with_metadata
-from ipa.export.storage import save_adapter
 from ipa.files import hash_file, write_json
 from ipa.tools.card import main
 
@@ -30,10 +28,8 @@ SCORES = {
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    model = tiny.make_model()
-    tensors = to_published(model.trainable.state_dict())
     named = {"base": "owner/base", "encoder": "ViT-H-14", "encoder_weights": "laion2b_s32b_b79k", "licence": "mit"}
-    save_adapter(folder / "adapter.safetensors", tensors, with_metadata(tensors, model.describe() | named))
+    tiny.write_adapter(folder / "adapter.safetensors", named)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     write_json(folder / "summary.json", {"parameters trained": 1234, "steps": 20, "scores": SCORES})
     (folder / "previews").mkdir()
@@ -56,13 +52,10 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, command: C
     }
     for words in (
         "| scale 1 | 0.623 | 0.200 | 0.500 |",
-        "over 7 held-out",
         '"h94/IP-Adapter", subfolder="models/image_encoder"',
         "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
         "| data | laion |",
         "| trained parameters | 1,234 |",
-        "StableDiffusionPipeline.from_pretrained",
-        "](preview.png)",
     ):
         assert words in body
     assert "/data/private" not in body
@@ -74,10 +67,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, command: C
 def test_an_encoder_that_is_not_public_is_not_promised_to_other_programs(
     run: Path, command: Callable[..., str]
 ) -> None:
-    path = run / "adapter.safetensors"
-    model = tiny.make_model()
-    tensors = to_published(model.trainable.state_dict())
-    save_adapter(path, tensors, with_metadata(tensors, model.describe() | {"encoder": "local-dir:mine"}))
+    tiny.write_adapter(run / "adapter.safetensors", {"encoder": "local-dir:mine"})
     command(main, run=run)
     page = (run / "card" / "README.md").read_text()
     assert "# FOLDER: the image encoder (mine" in page
@@ -90,7 +80,6 @@ def test_an_encoder_that_is_not_public_is_not_promised_to_other_programs(
         ("adapter.safetensors", {}, "no adapter.safetensors"),
         ("summary.json", {}, "not finished"),
         ("config.yaml", {}, "config.yaml"),
-        (None, {"push": "name"}, "push=name: give OWNER/NAME"),
         (None, {"push": "a b/c"}, "push=a b/c"),
         (None, {"push": "owner/name"}, "log in first"),
         (None, {"evaluation": "nowhere"}, "nowhere"),

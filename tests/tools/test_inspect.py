@@ -1,8 +1,7 @@
-"""What `python -m ipa.tools.inspect` prints, and its contact sheet."""
-
-from __future__ import annotations
+"""What `python -m ipa.tools.inspect` reads and prints, and its contact sheet."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,14 @@ from dirt import write_dirty_shard
 from omegaconf import DictConfig
 from PIL import Image
 from tars import write_tar
+from torch.utils.data import DataLoader
 
-from ipa.tools.inspect.findings import inspect
+from ipa.data.addresses import NO_DROPS
+from ipa.data.images.preparation import ImagePreparation
+from ipa.data.order.sequence import Order
+from ipa.data.rejects import Tally
+from ipa.data.shards.source import ShardSource
+from ipa.tools.inspect.findings import Reading, inspect
 
 
 @pytest.fixture
@@ -52,14 +57,6 @@ def test_big_recipes_need_no_weights(shard, clip_name: str, tmp_path: Path, caps
     assert "10 good samples" in said and "10 of them (100 %) are smaller than" in said and "upscaled" in said
 
 
-@pytest.mark.parametrize(
-    ("overrides", "complaint"), [(["recipe=sd15"], "data.train=SHARDS"), (["data.train=nowhere"], "no such shard")]
-)
-def test_mistakes_are_reported(overrides: list[str], complaint: str) -> None:
-    with pytest.raises(Exception, match=complaint):
-        inspect(compose(*overrides))
-
-
 @pytest.mark.parametrize("content", ["<html>", "cache"])
 def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: str, content: str) -> None:
     (tmp_path / "0.tar").write_text(content)
@@ -69,3 +66,26 @@ def test_nothing_good_is_an_error(tmp_path: Path, base_folder: Path, clip_name: 
     with pytest.raises(ValueError, match="no good sample") as error:
         inspect(compose(*parts, f"data.train={tmp_path}/0.tar", f"out={tmp_path / 'x.png'}"))
     assert ("feature cache, which data=cache reads" in str(error.value)) == (content == "cache")
+
+
+@pytest.mark.parametrize(
+    ("shards", "samples", "share"), [(7, 60, 0.4), pytest.param(200, 1000, 0.03, marks=pytest.mark.slow)]
+)
+def test_an_epoch_through_real_data_workers(shards: int, samples: int, share: float, tmp_path: Path) -> None:
+    """Every good sample comes exactly once, every bad one is counted; every tenth shard breaks in the middle."""
+    contents = [
+        write_dirty_shard(tmp_path / f"{i:05d}.tar", i, samples, share=share, broken=i % 10 == 3) for i in range(shards)
+    ]
+    expected = sum((content.rejects for content in contents), Counter())
+    assert len(expected) >= 8
+    keys, rejects = Counter[str](), Counter[str]()
+    reading = Reading(
+        Order([ShardSource.of("train", shards=str(tmp_path))], seed=0), ImagePreparation(16, 16, (1, 2, 2), NO_DROPS)
+    )
+    for seen, found in DataLoader(reading, batch_size=None, num_workers=2):
+        keys.update([seen.key] if seen else [])
+        rejects.update(Tally.of(found).counts)
+
+    assert keys == Counter(key for content in contents for key in content.good)
+    assert set(keys.values()) == {1}
+    assert rejects == expected

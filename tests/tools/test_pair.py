@@ -1,13 +1,9 @@
 """`python -m ipa.tools.pair`, and training on its index: from pictures and from a feature cache the same."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -15,9 +11,9 @@ import torch
 from composing import composed
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from PIL import Image
 from tars import png, saved, write_tar
+from test_precompute import train_batches
 
 from ipa.data.rejects import Reason
 from ipa.errors import UserError
@@ -25,7 +21,6 @@ from ipa.tools.inspect.findings import inspect
 from ipa.tools.pair import pair
 from ipa.tools.precompute.run import precompute
 from ipa.training.parts import build_model
-from ipa.types import Batch
 
 STRIP = "data.pairs.strip=[json.style]"
 
@@ -63,17 +58,6 @@ def features(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> Path
     return out
 
 
-def batches(cfg: DictConfig, model: Any, number: int) -> list[Batch]:
-    data = instantiate(cfg.data)
-    data.batch_size = 5
-    shape = model.family.latent_shape(model.family.image_size_px)
-    data.fit_to(
-        image_size_px=model.family.image_size_px, reference_size_px=model.encoder.image_size_px, latent_shape=shape
-    )
-    data.check_model(model)
-    return list(islice(data.train_dataloader(), number))
-
-
 @pytest.mark.parametrize("experiment", ["decoupled_global", "decoupled_fine_grained"])
 def test_pairs_of_a_cache_are_those_of_the_pictures(
     experiment: str, features: Path, parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -92,7 +76,7 @@ def test_pairs_of_a_cache_are_those_of_the_pictures(
     model = tiny.shake(build_model(online))
     model.adapter.install()
     rejects: dict[str, int] = {}
-    for pictures, cache in zip(batches(online, model, 8), batches(cached, model, 8), strict=True):
+    for pictures, cache in zip(train_batches(online, model, 8), train_batches(cached, model, 8), strict=True):
         assert (cache.keys, cache.shards, cache.text) == (pictures.keys, pictures.shards, pictures.text)
         assert cache.position == pictures.position
         assert cache.rejects.get(Reason.BROKEN_PARTNER) == pictures.rejects.get(Reason.BROKEN_PARTNER)
