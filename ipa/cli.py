@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -220,7 +221,12 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 def list_choices(group: str) -> str:
     """The choices of a group for the help: ``${choices:recipe}`` → "recipe: demo, sd15, …", wrapped."""
-    words = f"{group}: {', '.join(group_options(group))}"
+    return _choices_in(group, str(GlobalHydra.instance().config_loader().get_search_path()))
+
+
+@functools.cache  # Hydra resolves the help in every merge, which was a quarter of composing a configuration
+def _choices_in(group: str, search_path: str) -> str:
+    words = f"{group}: {', '.join(name for name in group_options(group) if not name.startswith('_'))}"
     return textwrap.fill(words, HELP_WIDTH, subsequent_indent=" " * 8)
 
 
