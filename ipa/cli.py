@@ -224,9 +224,10 @@ def list_choices(group: str) -> str:
     return _choices_in(group, str(GlobalHydra.instance().config_loader().get_search_path()))
 
 
-@functools.cache  # Hydra resolves the help in every merge, which was a quarter of composing a configuration
+@functools.cache  # Hydra resolves the help in every merge, which took a quarter of composing a configuration
 def _choices_in(group: str, search_path: str) -> str:
-    words = f"{group}: {', '.join(name for name in group_options(group) if not name.startswith('_'))}"
+    """``search_path`` is where Hydra finds the group."""
+    words = f"{group}: {', '.join(group_options(group))}"
     return textwrap.fill(words, HELP_WIDTH, subsequent_indent=" " * 8)
 
 

@@ -111,7 +111,9 @@ def key_of(override: str) -> str:
 
 
 def group_options(group: str) -> list[str]:
-    return GlobalHydra.instance().config_loader().get_group_options(group)
+    """The choices of a group, without the parts that some share (``data/_common.yaml``)."""
+    found = GlobalHydra.instance().config_loader().get_group_options(group)
+    return [name for name in found if not name.startswith("_")]
 
 
 def _each_value(override: str) -> list[str]:

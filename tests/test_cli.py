@@ -42,6 +42,7 @@ def test_help_explains_the_options_with_their_values(train) -> None:
     assert result.returncode == 0, result.stderr
     for expected in ("experiment: decoupled_fine_grained, ", "recipe: demo", "optimizer.lr=0.5\n", "seed=1"):
         assert expected in result.stdout
+    assert "data: cache, demo, shards\n" in result.stdout  # not the parts that these share
     assert "${" not in result.stdout and "$APP" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 120
 

@@ -102,7 +102,8 @@ def test_bases_without_a_unet_its_configuration_or_alphas_are_refused(tmp_path: 
 
 
 def test_importing_families_and_encoders_is_light() -> None:
-    code = "import sys, ipa.families, ipa.encoders; print({'torch', 'diffusers', 'open_clip'} & {*sys.modules})"
+    heavy = {"torch", "diffusers", "open_clip", "transformers"}
+    code = f"import sys, ipa.families, ipa.encoders; print({heavy} & {{*sys.modules}})"
 
     assert run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
