@@ -8,6 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
 from ipa.data.addresses import Address
 from ipa.data.images.opening import Size, picture_size
 from ipa.data.rejects import Rejected, Tally
@@ -78,9 +81,15 @@ class Source(ABC):
 
 
 def make_batch(
-    samples: Sequence[Any], draws: Draws, rejects: Sequence[Rejected], position: Position | None, **tensors: Any
+    samples: Sequence[Any],
+    draws: Draws,
+    rejects: Sequence[Rejected],
+    position: Position | None,
+    *,
+    masks: Sequence[Tensor | None],
+    **tensors: Any,
 ) -> Batch:
-    """What the batches of all preparations have, and their ``tensors``."""
+    """What the batches of all preparations have, and their ``tensors``; ``masks`` are the loss masks of the samples."""
     tally = Tally.of(rejects)
     return Batch(
         text=[sample.text for sample in samples],
@@ -90,8 +99,18 @@ def make_batch(
         rejects=tally.counts,
         reject_examples=tally.examples,
         position=position,
+        loss_mask_B1HW=stack_masks(masks),
         **tensors,
     )
+
+
+def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """mask_B1HW; a sample without a mask is inside everywhere. None if no sample has one."""
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is None:
+        return None
+    inside = torch.full_like(known, 255)
+    return torch.stack([inside if mask is None else mask for mask in masks])
 
 
 class Preparation(Protocol):

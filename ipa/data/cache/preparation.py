@@ -16,7 +16,6 @@ from torch import Tensor
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.cache.format import DAMAGED, DTYPES, STATES, STORED, TEXT, to_size, unpack
 from ipa.data.cache.states import from_stored
-from ipa.data.images.masks import stack_masks
 from ipa.data.pairs.index import Place
 from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Record, Size, make_batch
@@ -108,7 +107,7 @@ class CachedPreparation:
     def batch(
         self, samples: Sequence[CachedSample], rejects: Sequence[Rejected], position: Position | None = None
     ) -> Batch:
-        masks = stack_masks([to_mask(sample.arrays.get("mask_1HW")) for sample in samples])
+        masks = [to_mask(sample.arrays.get("mask_1HW")) for sample in samples]
         stacked = stack([{name: x for name, x in sample.arrays.items() if name != "mask_1HW"} for sample in samples])
         pooled_BE = stacked.get("pooled_E")
         channels, height, width = samples[0].arrays["mean_CHW"].shape
@@ -117,13 +116,13 @@ class CachedPreparation:
         states = [sample.text_states for sample in samples]
         return make_batch(
             *(samples, draws, rejects, position),
+            masks=masks,
             reference_B3HW=stacked.get("reference_3HW"),
             posterior=Posterior(stacked["mean_CHW"], stacked["logvar_CHW"]),
             features=None if pooled_BE is None else Features(pooled_BE=pooled_BE),
             text_inputs=ids or None,
             text_states={name: torch.stack([each[name] for each in states]) for name in states[0]} or None,
             size_B6=stacked["size_6"].long(),
-            loss_mask_B1HW=masks,
         )
 
 

@@ -5,8 +5,6 @@ A mask is a picture of the same size, white inside. It moves with its picture th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from PIL import Image, ImageColor
@@ -53,12 +51,3 @@ def masked(picture: Opened, mask: Image.Image, colour: str = PAD_COLOUR) -> Open
     colour_311 = torch.tensor(ImageColor.getrgb(colour)[:3], dtype=torch.float32)[:, None, None]
     pixels_3HW = colour_311 + share_1HW * (source.pixels_3HW - colour_311)
     return Opened(pixels_3HW.round().to(torch.uint8), source.size, source.span)
-
-
-def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """mask_B1HW; a sample without a mask is inside everywhere. None if no sample has one."""
-    known = next((mask for mask in masks if mask is not None), None)
-    if known is None:
-        return None
-    inside = torch.full_like(known, 255)
-    return torch.stack([inside if mask is None else mask for mask in masks])

@@ -15,10 +15,10 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -81,13 +81,6 @@ def rejecting(data: bytes) -> Iterator[None]:
         other = next((words for begin, words in OTHERS if re.match(begin, data, re.IGNORECASE | re.DOTALL)), None)
         unknown = "its format is not known" if isinstance(error, UnidentifiedImageError) else brief(error)
         raise Rejected(Reason.BROKEN_PICTURE, other or unknown) from error
-
-
-def with_open(picture: Image.Image, use: Callable[[Image.Image], Found]) -> Found:
-    """``with_picture`` of a picture that a caller of this library has opened or made."""
-    with rejecting(b""):
-        check_size(picture)
-        return use(picture)
 
 
 def open_header(data: bytes) -> Image.Image:
@@ -213,6 +206,61 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     colours = Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)).convert(mode)
     changes = np.asarray(transform.apply(colours)).astype(int) - np.asarray(colours.convert("RGB"))
     return None if np.abs(changes).max() <= SAME_COLOURS else transform
+
+
+class Pixels(NamedTuple):
+    """An upright RGB picture, the original's size, and what of its pixels is filled: see ``transforms.Opened``."""
+
+    picture: Image.Image
+    size: Size
+    span: tuple[float, float]
+
+
+def decode_picture(
+    data: bytes, background: str, max_pixels: int, needs: Sequence[Size] = (), headroom: float = 1
+) -> Pixels:
+    """See ``transforms.open_picture``; raises ``Rejected``."""
+    return with_picture(data, lambda picture: decode(picture, background, max_pixels, needs, headroom))
+
+
+def decode_open(picture: Image.Image, background: str) -> Pixels:
+    """A picture that a caller of this library has opened or made; raises ``Rejected``."""
+    with rejecting(b""):
+        check_size(picture)
+        return decode(picture, background, picture.width * picture.height)
+
+
+def decode(
+    picture: Image.Image, background: str, max_pixels: int, needs: Sequence[Size] = (), headroom: float = 1
+) -> Pixels:
+    """Raises ``Rejected``, or whatever PIL raises on damaged bytes."""
+    if picture.width * picture.height > max_pixels:
+        size_px = f"{picture.width} x {picture.height}"
+        raise Rejected(Reason.TOO_MANY_PIXELS, f"{size_px}, more than data.max_pixels={max_pixels}")
+    size, scale = None, 1
+    if needs and picture.format in JPEGS:
+        size, scale = upright_size(picture), scale_down(picture, needs, headroom)
+    pixels = flatten(upright(picture), background)
+    width, height = size = size or pixels.size
+    return Pixels(pixels, size, (width / scale, height / scale))
+
+
+def scale_down(picture: Image.Image, needs: Sequence[Size], headroom: float) -> int:
+    """Make libjpeg decode at 1/2, 1/4 or 1/8 if all ``needs`` keep the headroom; returns 2, 4, 8, or 1."""
+    turn = orientation(picture)
+    sides = [need[::-1] if turn >= 5 else need for need in needs]
+    width, height = picture.size
+    for scale in (8, 4, 2):
+        # turning would bring the half empty pixels of an inexact division to the near edges
+        exact = turn == 1 or width % scale == height % scale == 0
+        if exact and all(covers((width / scale, height / scale), side, headroom) for side in sides):
+            picture.draft(None, (width // scale, height // scale))
+            return scale
+    return 1
+
+
+def covers(have: tuple[float, float], need: Size, times: float = 1) -> bool:
+    return all(side >= times * least for side, least in zip(have, need, strict=True))
 
 
 def flatten(picture: Image.Image, background: str) -> Image.Image:

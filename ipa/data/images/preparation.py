@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipa.data.addresses import Address, DropRates, draw
 from ipa.data.images.augment import Augmentation
-from ipa.data.images.masks import cover_mask, masked, open_mask, stack_masks
+from ipa.data.images.masks import cover_mask, masked, open_mask
 from ipa.data.images.opening import Size
 from ipa.data.images.references import References
 from ipa.data.images.transforms import (
@@ -28,7 +28,7 @@ from ipa.data.pairs.partners import BrokenPartner, Partners
 from ipa.data.records import Mask, Record, make_batch
 from ipa.data.rejects import Rejected
 from ipa.errors import UserError
-from ipa.types import Batch, Position
+from ipa.types import Batch, MoreReferences, Position
 
 CROPS = ("center", "random")
 
@@ -162,9 +162,17 @@ class ImagePreparation:
         }
         width, height = self.cells_of(tensors["image_B3HW"].shape[:1:-1])
         draws = draw([sample.address for sample in samples], (self.latent_shape[0], height, width), self.drops)
-        more = self.references.stack([[sample.reference_3HW, *sample.more_references] for sample in samples])
-        masks = stack_masks([sample.loss_mask_1HW for sample in samples])
-        return make_batch(samples, draws, rejects, position, **tensors, more=more, loss_mask_B1HW=masks)
+        more = self.stack_more([sample.more_references for sample in samples])
+        masks = [sample.loss_mask_1HW for sample in samples]
+        return make_batch(samples, draws, rejects, position, masks=masks, **tensors, more=more)
+
+    def stack_more(self, references: Sequence[Sequence[Tensor]]) -> MoreReferences | None:
+        """The references of each sample in a batch beyond its first, uint8 pixels_3HW; None if no sample has any."""
+        rows = [(row, slot, each) for row, of_row in enumerate(references) for slot, each in enumerate(of_row)]
+        if not rows:
+            return None
+        row_R, slot_R, pixels = zip(*rows, strict=True)
+        return MoreReferences(torch.stack(pixels), torch.tensor(row_R), torch.tensor(slot_R), self.references.most - 1)
 
     def cells_of(self, target: Sequence[int]) -> Size:
         """Width and height of the latents of an image: those of the square, in proportion."""

@@ -8,11 +8,9 @@ from math import inf
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ipa.data.addresses import Address
 from ipa.errors import UserError
-from ipa.types import MoreReferences
 
 Picture = TypeVar("Picture")
 
@@ -53,11 +51,3 @@ class References:
         others = [each for i, each in enumerate(offered) if i != first]
         order = torch.randperm(len(others), generator=address.generator("further references")).tolist()
         return [offered[first], *(others[i] for i in order[: number - 1])]
-
-    def stack(self, references: Sequence[Sequence[Tensor]]) -> MoreReferences | None:
-        """The references of each sample in a batch beyond its first, uint8 pixels_3HW; None if no sample has any."""
-        rows = [(row, slot, each) for row, of_row in enumerate(references) for slot, each in enumerate(of_row[1:])]
-        if not rows:
-            return None
-        row_R, slot_R, pixels = zip(*rows, strict=True)
-        return MoreReferences(torch.stack(pixels), torch.tensor(row_R), torch.tensor(slot_R), self.most - 1)

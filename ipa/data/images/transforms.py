@@ -27,8 +27,8 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ipa.data.addresses import Address
-from ipa.data.images.opening import JPEGS, Size, flatten, orientation, upright, upright_size, with_open, with_picture
-from ipa.data.rejects import Reason, Rejected
+from ipa.data.images.opening import Size, covers, decode_open, decode_picture
+from ipa.data.rejects import Rejected
 from ipa.errors import UserError
 
 HEADROOM = 2
@@ -76,8 +76,8 @@ class Opened:
     larger: Opened | None = None
 
     @classmethod
-    def of(cls, picture: Image.Image) -> Opened:
-        return cls(view(picture), picture.size, picture.size)
+    def of(cls, picture: Image.Image, size: Size | None = None, span: tuple[float, float] | None = None) -> Opened:
+        return cls(view(picture), size or picture.size, span or picture.size)
 
     def version_for(self, whole: Size) -> Opened:
         """The smallest version that gives a good picture of this size, or the largest one."""
@@ -112,7 +112,7 @@ def open_picture(
     ``needs`` are all sizes that it will be resized to: a much larger JPEG is not decoded in full, but at least
     ``headroom`` times as large as they are.
     """
-    return with_picture(data, lambda picture: decode(picture, background, max_pixels, needs, headroom))
+    return Opened.of(*decode_picture(data, background, max_pixels, needs, headroom))
 
 
 def read_picture(path: Path, option: str = "image", background: str = "white") -> Opened:
@@ -128,40 +128,9 @@ def read_picture(path: Path, option: str = "image", background: str = "white") -
 def from_pil(picture: Image.Image, option: str = "image", background: str = "white") -> Opened:
     """``read_picture`` of a picture that is open already."""
     try:
-        return with_open(picture, lambda each: decode(each, background, each.width * each.height, (), HEADROOM))
+        return Opened.of(*decode_open(picture, background))
     except Rejected as error:
         raise UserError(f"{option}={picture} cannot be read as a picture: {error}") from error
-
-
-def decode(picture: Image.Image, background: str, max_pixels: int, needs: Sequence[Size], headroom: float) -> Opened:
-    """Raises ``Rejected``, or whatever PIL raises on damaged bytes."""
-    if picture.width * picture.height > max_pixels:
-        size_px = f"{picture.width} x {picture.height}"
-        raise Rejected(Reason.TOO_MANY_PIXELS, f"{size_px}, more than data.max_pixels={max_pixels}")
-    size, scale = None, 1
-    if needs and picture.format in JPEGS:
-        size, scale = upright_size(picture), scale_down(picture, needs, headroom)
-    pixels = flatten(upright(picture), background)
-    width, height = size = size or pixels.size
-    return Opened(view(pixels), size, (width / scale, height / scale))
-
-
-def scale_down(picture: Image.Image, needs: Sequence[Size], headroom: float) -> int:
-    """Make libjpeg decode at 1/2, 1/4 or 1/8 if all ``needs`` keep the headroom; returns 2, 4, 8, or 1."""
-    turn = orientation(picture)
-    sides = [need[::-1] if turn >= 5 else need for need in needs]
-    width, height = picture.size
-    for scale in (8, 4, 2):
-        # turning would bring the half empty pixels of an inexact division to the near edges
-        exact = turn == 1 or width % scale == height % scale == 0
-        if exact and all(covers((width / scale, height / scale), side, headroom) for side in sides):
-            picture.draft(None, (width // scale, height // scale))
-            return scale
-    return 1
-
-
-def covers(have: tuple[float, float], need: Size, times: float = 1) -> bool:
-    return all(side >= times * least for side, least in zip(have, need, strict=True))
 
 
 def covering(size: Size, target: Size) -> Size:

@@ -16,10 +16,9 @@ from torch.utils.data import Dataset
 from ipa.data.addresses import Address
 from ipa.data.cache.format import CacheWriter, Header, WrongCache
 from ipa.data.cache.source import read_header
-from ipa.data.images.masks import stack_masks
 from ipa.data.images.preparation import ImagePreparation, Sample
 from ipa.data.order.sequence import Order, Slot, chunks
-from ipa.data.records import Record, Source
+from ipa.data.records import Record, Source, stack_masks
 from ipa.data.rejects import Reason, Rejected, Tally
 from ipa.data.shards.names import is_remote, shard_name
 from ipa.errors import UserError
