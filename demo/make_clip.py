@@ -10,8 +10,9 @@ Both resume from ``demo/build/clip/``. Captions name concept, style and backgrou
 model forgets what its captions never say (Radford et al. 2021 for the loss). Hardly a batch of random pictures asks for
 the style, since the thing alone tells the captions apart. So a batch holds things in all their styles, and the pooled
 embedding is also asked for the style through a linear map that is thrown away; the encoder's in the same way for the
-picture's 8 × 8 thumbnail, so that the layout of the colours stays. The judge has another architecture, seed and
-augmentation, no thumbnail, and has also seen the held-out concepts.
+picture's 8 × 8 thumbnail, so that the layout of the colours stays. Each of the encoder's patches before the last layer,
+which is what fine-grained heads read, is asked for its own principal components: what is where. The judge has another
+architecture, seed and augmentation, neither of these losses, and has also seen the held-out concepts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from make_base import Progress, autocast, load_state, make_tokenizer, save_state, set_learning_rate, taken
+from make_base import (
+    LATENT_CHANNELS,
+    Progress,
+    autocast,
+    load_pca,
+    load_state,
+    make_tokenizer,
+    save_state,
+    set_learning_rate,
+    taken,
+)
 from open_clip import CLIP
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file, save_file
@@ -36,6 +47,7 @@ from world import (
     BOS,
     DEVICE,
     HERE,
+    MORE_STYLE_WORDS,
     SIZE_PX,
     STYLE_WORDS,
     TEXT_LENGTH,
@@ -50,7 +62,8 @@ from world import (
 
 # the normalisation that diffusers assumes of an image encoder when nobody tells it another
 MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-STYLE_NAMES = list(STYLE_WORDS)
+STYLE_NAMES = [*STYLE_WORDS, *MORE_STYLE_WORDS]
+STYLES_PER_THING = 3
 WEIGHTS = "open_clip_model.safetensors"
 # what the committed weights took, one thread each
 MINUTES = {"encoder": 62, "judge": 42}
@@ -67,6 +80,7 @@ class Recipe:
     folders: tuple[str, ...]
     seed: int
     thumbnail_weight: float
+    patch_weight: float
     style_weight: float
     shift_px: int
     smallest_crop: float
@@ -83,9 +97,10 @@ RECIPES = {
         vision={"layers": 6, "width": 128, "head_width": 32, "patch_size": 8},
         text={"width": 96, "heads": 4, "layers": 2},
         embed_dim=192,
-        folders=("all",),
+        folders=("all", "styles"),
         seed=1,
         thumbnail_weight=2.0,
+        patch_weight=1.0,
         style_weight=2.0,
         shift_px=2,
         smallest_crop=0.85,
@@ -99,6 +114,7 @@ RECIPES = {
         folders=("all", "judge"),
         seed=2,
         thumbnail_weight=0.0,
+        patch_weight=0.0,
         style_weight=2.0,
         shift_px=4,
         smallest_crop=0.75,
@@ -112,18 +128,23 @@ def make_model(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIP:
     return CLIP(config["embed_dim"], config["vision_cfg"], {**config["text_cfg"], "hf_tokenizer_name": None})
 
 
-def rows_by_concept(world: World) -> Tensor:
-    """rows_CS: where each concept stands in each style; raises KeyError when one lacks a style."""
-    places = {(concept, style): i for i, (concept, style) in enumerate(zip(world.concepts, world.styles, strict=True))}
-    return torch.tensor(
-        [[places[concept, style] for style in STYLE_NAMES] for concept in dict.fromkeys(world.concepts)]
-    )
+def rows_by_concept(world: World) -> list[list[int]]:
+    """Where each concept's pictures stand, one in each style in which it is drawn."""
+    rows: dict[str, list[int]] = {}
+    for i, concept in enumerate(world.concepts):
+        rows.setdefault(concept, []).append(i)
+    return list(rows.values())
 
 
 def caption(concept: str, style: str, background: int, generator: torch.Generator) -> str:
     """Say all of it half of the time, else leave out the style, the background, or both."""
     say = torch.randint(6, (), generator=generator)
     return describe(concept, style if say not in (0, 1) else "", background if say not in (0, 2) else None)
+
+
+def choose_styles(rows: list[int], generator: torch.Generator) -> Tensor:
+    """``STYLES_PER_THING`` of a thing's pictures at random."""
+    return torch.tensor(rows)[torch.randperm(len(rows), generator=generator)[:STYLES_PER_THING]]
 
 
 def augment(pixels_B3HW: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -164,13 +185,20 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     world: World = read_world(*(HERE / "build" / "data" / folder for folder in recipe.folders)).to(DEVICE)
     tokenizer = clip_tokenizer()
-    rows_CS = rows_by_concept(world)
+    rows = rows_by_concept(world)
     styles_N = torch.tensor([STYLE_NAMES.index(style) for style in world.styles], device=DEVICE)
     thumbnail, style = nn.Linear(recipe.embed_dim, 3 * 8 * 8), nn.Linear(recipe.embed_dim, len(STYLE_NAMES))
     clip = make_model(recipe, tokenizer)
     if options.start:
         clip.load_state_dict(load_file(options.start / WEIGHTS))
-    parts = nn.ModuleDict({"clip": clip, "thumbnail": thumbnail, "style": style}).to(DEVICE)
+    parts = nn.ModuleDict({"clip": clip, "thumbnail": thumbnail, "style": style})
+    if recipe.patch_weight:
+        width = recipe.vision["width"]
+        parts["patch"] = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, LATENT_CHANNELS))
+        patches: list[Tensor] = []
+        clip.visual.transformer.resblocks[-2].register_forward_hook(lambda _, __, out_BLD: patches.append(out_BLD))
+        pca = load_pca(DEVICE)
+    parts.to(DEVICE)
     count = sum(p.numel() for p in clip.parameters())
     print(f"{count:,} parameters")
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=0.1, betas=(0.9, 0.98), fused=True)
@@ -182,8 +210,8 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1000 * recipe.seed + step)
     while clock.share < 1:
         set_learning_rate(optimizer, options.lr, step, clock.share)
-        concepts = torch.randint(len(rows_CS), (options.batch // len(STYLE_NAMES),), generator=generator)
-        chosen = rows_CS[concepts].flatten()
+        concepts = torch.randint(len(rows), (options.batch // STYLES_PER_THING,), generator=generator)
+        chosen = torch.cat([choose_styles(rows[concept], generator) for concept in concepts])
         backgrounds = draw_backgrounds(len(chosen), generator)
         pixels = augment(compose(world.rgba[chosen], backgrounds), recipe, generator)
         texts = [
@@ -201,7 +229,14 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         small = F.avg_pool2d(pixels, SIZE_PX // 8).flatten(1)
         layout = F.mse_loss(thumbnail(image), small)
         manner = F.cross_entropy(style(image), styles_N[chosen])
-        (contrast + recipe.thumbnail_weight * layout + recipe.style_weight * manner).backward()
+        losses = {"contrast": contrast, "layout": layout, "style": manner}
+        total = contrast + recipe.thumbnail_weight * layout + recipe.style_weight * manner
+        if recipe.patch_weight:
+            # without the class token; the components come first by rows, as the patches do
+            predicted = parts["patch"](patches.pop()[:, 1:].float())
+            losses["patch"] = F.mse_loss(predicted, pca.encode(pixels).flatten(2).transpose(1, 2))
+            total = total + recipe.patch_weight * losses["patch"]
+        total.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -209,7 +244,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
             clip.logit_scale.clamp_(0, 4.6052)
         average.update_parameters(parts)
         step += 1
-        progress.log(step, contrast=contrast, layout=layout, style=manner)
+        progress.log(step, **losses)
         if clock.time_to_save() or clock.share >= 1:
             save_state(path, step, clock, parts=parts, optimizer=optimizer, average=average)
 

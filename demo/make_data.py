@@ -9,7 +9,8 @@ and background cycled and baked in, so that every run validates on the same pixe
 
 ``demo/data`` holds what the base and the adapter learn from and is committed. ``demo/build/data/all`` holds every
 training concept for the two contrastive models, ``demo/build/data/judge`` the held-out ones in all styles for the judge
-alone; both are made anew where they are needed.
+alone, ``demo/build/data/styles`` the training concepts in two more styles, as far as these draw them; all three are
+made anew where they are needed.
 
 Needs npm (the sources are npm packages) unless ``--sources`` holds their unpacked folders.
 """
@@ -39,6 +40,13 @@ STYLES = {
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
+# further styles of the training concepts, for the base and the encoder; they lack some concepts, and a table of code
+# points: their icons are named as those of the style in LIKE, whose table is read
+MORE_STYLES = {
+    "gradient": "@iconify-json/fluent-emoji@1.2.7",
+    "blob": "@iconify-json/noto-v1@1.2.5",
+}
+LIKE = {"gradient": "fluent", "blob": "noto"}
 NEW_STYLE = {"fxemoji": "@iconify-json/fxemoji@1.2.2"}  # of demo/make_style.py, which nothing here has seen
 NAMES = "emojibase-data@17.0.0"
 
@@ -73,7 +81,7 @@ class Concept:
     svgs: dict[str, str]
 
 
-def unpack_sources(folder: Path, packages: Iterable[str] = (*STYLES.values(), NAMES)) -> None:
+def unpack_sources(folder: Path, packages: Iterable[str] = (*STYLES.values(), *MORE_STYLES.values(), NAMES)) -> None:
     """Fetch the pinned npm packages into ``folder`` (a subfolder each), skipping those that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in packages:
@@ -97,9 +105,12 @@ def clean_caption(label: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s-]", " ", label.lower())).strip()
 
 
-def read_icons(folder: Path) -> dict[str, str]:
-    """Map code point → SVG for one icon set; aliases and mirrored icons are resolved."""
-    characters = json.loads((folder / "package" / "chars.json").read_text())
+def read_icons(folder: Path, table: Path | None = None) -> dict[str, str]:
+    """Map code point → SVG for one icon set; aliases and mirrored icons are resolved.
+
+    The code points are read from the icon set in ``table``, by default its own.
+    """
+    characters = json.loads(((table or folder) / "package" / "chars.json").read_text())
     sheet = json.loads((folder / "package" / "icons.json").read_text())
     width, height = sheet.get("width", 16), sheet.get("height", 16)
     svgs = {}
@@ -123,10 +134,11 @@ def join_code(code: str) -> str:
 
 
 def read_concepts(sources: Path) -> list[Concept]:
-    """All things that every style draws, in emojibase's order."""
+    """All things that every style of ``STYLES`` draws, in emojibase's order."""
     names = sources / package_folder(NAMES) / "package"
     meta = json.loads((names / "meta" / "groups.json").read_text())
-    icons = {style: read_icons(sources / package_folder(package)) for style, package in STYLES.items()}
+    folders = {style: sources / package_folder(package) for style, package in (STYLES | MORE_STYLES).items()}
+    icons = {style: read_icons(folder, folders[LIKE.get(style, style)]) for style, folder in folders.items()}
     concepts = []
     for entry in json.loads((names / "en" / "data.json").read_text()):
         if "group" not in entry:
@@ -138,7 +150,7 @@ def read_concepts(sources: Path) -> list[Concept]:
         if group in LEFT_OUT_GROUPS or subgroup in LEFT_OUT_SUBGROUPS or joined_person or clock_face:
             continue
         svgs = {style: found[code] for style, found in icons.items() if code in found}
-        if len(svgs) == len(STYLES):
+        if STYLES.keys() <= svgs.keys():
             concepts.append(Concept(code, clean_caption(entry["label"]), group, svgs))
     return concepts
 
@@ -176,7 +188,7 @@ def draw_sample(job: tuple[Concept, str, str | None, int]) -> tuple[bytes, dict]
         picture = on_background(picture, BACKGROUNDS[background])
     metadata = {
         "caption": concept.caption,
-        "url": f"{(STYLES | NEW_STYLE)[style]}#{concept.hexcode}",
+        "url": f"{(STYLES | MORE_STYLES | NEW_STYLE)[style]}#{concept.hexcode}",
         "status": "success",
         "width": size_px,
         "height": size_px,
@@ -247,12 +259,13 @@ def main() -> None:
     sources = options.sources or options.build / "sources"
     unpack_sources(sources)
     training, heldout = split_concepts(read_concepts(sources), options.heldout, options.seed)
-    print(f"{len(training)} training concepts, {len(heldout)} held out, {len(STYLES)} styles")
+    print(f"{len(training)} training concepts, {len(heldout)} held out, {len(STYLES)} styles; {len(MORE_STYLES)} more")
 
     styles, backgrounds = list(STYLES), list(BACKGROUNDS)
     all_jobs = [(concept, style, None, options.size) for concept in training for style in styles]
     train_jobs = all_jobs[: options.concepts * len(styles)]
     judge_jobs = [(concept, style, None, options.size) for concept in heldout for style in styles]
+    style_jobs = [(c, style, None, options.size) for c in training for style in MORE_STYLES if style in c.svgs]
     heldout_jobs = [
         (concept, styles[i % len(styles)], backgrounds[i // len(styles) % len(backgrounds)], options.size)
         for i, concept in enumerate(heldout)
@@ -260,6 +273,7 @@ def main() -> None:
     write_shards(options.out / "train", train_jobs, options.samples_per_shard)
     write_shards(options.out / "heldout", heldout_jobs, options.samples_per_shard)
     write_shards(options.build / "data" / "all", all_jobs, options.samples_per_shard)
+    write_shards(options.build / "data" / "styles", style_jobs, options.samples_per_shard)
     write_shards(options.build / "data" / "judge", judge_jobs, options.samples_per_shard)
 
 

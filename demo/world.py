@@ -26,6 +26,7 @@ SIZE_PX = 64
 TEXT_LENGTH = 16
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 STYLE_WORDS = {"noto": "noto style", "fluent": "fluent style", "twemoji": "twemoji style"}
+MORE_STYLE_WORDS = {"gradient": "gradient style", "blob": "blob style"}  # unknown to the judge
 # index 0 is white, which half of all pictures have
 COLOUR_NAMES = list(BACKGROUNDS)
 COLOURS = torch.tensor([ImageColor.getrgb(colour) for colour in BACKGROUNDS.values()], dtype=torch.float32)
@@ -97,7 +98,7 @@ def describe(thing: str, style: str = "", background: int | None = None) -> str:
 
     "" and None leave a part out.
     """
-    manner = STYLE_WORDS[style] if style else ""
+    manner = (STYLE_WORDS | MORE_STYLE_WORDS)[style] if style else ""
     ground = "" if background is None else f"on {COLOUR_NAMES[background]} background"
     return " ".join(part for part in (thing, manner, ground) if part)
 
