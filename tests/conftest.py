@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from ipa.model import IPAdapterModel
 from ipa.types import EncoderWidths
 
 yaml.SafeLoader = yaml.CSafeLoader  # composing the configuration takes half as long  # type: ignore[misc]
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # no test asks a model hub, or waits for one
 # The first backward starts a thread per device, after which forks cannot train; fake tensors pretend to have one.
 torch.zeros((), requires_grad=True).backward()
 # the scripts that made the demo world, without its weights

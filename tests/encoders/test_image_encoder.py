@@ -127,10 +127,7 @@ def test_the_layer_of_the_patches_can_be_chosen(name: str, sources: dict[str, st
             read_widths(sources[name], layer=layer)
 
 
-def test_a_source_goes_to_the_library_that_its_form_names(
-    sources: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_source_goes_to_the_library_that_its_form_names(sources: dict[str, str]) -> None:
     for arguments, message in (
         (("nobody/nothing/models",), r"encoder\.path=nobody/nothing/models: .* no such folder"),
         (("hf-hub:nobody/nothing",), r"encoder\.name=hf-hub:nobody/nothing: open_clip_config\.json cannot"),

@@ -98,7 +98,6 @@ def test_what_cannot_be_an_encoder_is_named(
 ) -> None:
     """Missing, broken, oblong, or weights that open_clip would not find or misuse."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_tower(tmp_path / "oblong", VISION | {"image_size": [24, 32]})
     for name, content in (("torn", "{"), ("foreign", "{}")):
         (tmp_path / name).mkdir()

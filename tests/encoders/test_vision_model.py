@@ -127,7 +127,6 @@ def test_a_hub_path_is_loaded_from_its_repository(
     (repository / "snapshots" / ("0" * 40) / "models").mkdir(parents=True)
     folder.rename(repository / "snapshots" / ("0" * 40) / "models" / "image_encoder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     encoder = VisionModelEncoder.from_pretrained(hub_path := "someone/adapters/models/image_encoder")
 
     assert encoder.source == hub_path

@@ -23,11 +23,6 @@ from ipa.export.published import to_published, write_adapter
 SIZES = [(40, 30), (30, 40), (32, 32), (20, 50), (33, 31)]
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five pictures of several sizes, the third without caption."""

@@ -22,11 +22,6 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "metric"
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 16, "patch_size": 4}
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(params=[(Dinov2Model, Dinov2Config), (ViTModel, ViTConfig)], ids=["dinov2", "dino"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     model, config = request.param

@@ -98,11 +98,11 @@ def test_they_are_as_large_as_in_the_paper(name: str, make: Callable[[], made.Pa
     assert SYSTEMS[name].make(**make()).trained == count
 
 
-def test_what_a_folder_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
     """A whole part, a weight, a vocabulary; a broken file; a scheduler that diffusers does not have."""
     weights, folder = save("sd_unclip", tmp_path)["path"], tmp_path / "path"
     (folder / "vae").rename(tmp_path / "vae")
-    assert "has no vae/" in parts.check_missing(SDUnCLIP.from_pretrained, "path", monkeypatch, path=str(folder))
+    assert "has no vae/" in parts.check_missing(SDUnCLIP.from_pretrained, "path", path=str(folder))
     (tmp_path / "vae").rename(folder / "vae")
 
     file = folder / "vae/diffusion_pytorch_model.safetensors"
@@ -131,9 +131,9 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
     kandinsky, prior = SYSTEMS["kandinsky21"].method.from_pretrained, str(tmp_path / "prior")
     made.save_parts(tmp_path / "prior", made.prior_parts())
-    parts.check_missing(kandinsky, "path", monkeypatch, path="some/decoder", prior_path=prior)
+    parts.check_missing(kandinsky, "path", path="some/decoder", prior_path=prior)
     (tmp_path / "prior/prior/config.json").unlink()
-    parts.check_missing(kandinsky, "prior_path", monkeypatch, path="x/y", prior_path=prior)
+    parts.check_missing(kandinsky, "prior_path", path="x/y", prior_path=prior)
 
 
 def test_unclips_embedding_is_noised_with_other_numbers_than_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,6 @@ def test_a_pipelines_parts_are_those_of_its_constructor() -> None:
 
 def test_a_hub_id_is_found_in_the_cache_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--someone--pipeline"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/v2.0").write_text("0" * 40)

@@ -129,12 +129,12 @@ def test_a_checkpoint_is_read_in_every_form(kind: str, file: Path) -> None:
     assert all(torch.equal(weight, state[f"global_adapter.{name}"]) for name, weight in loaded.items())
 
 
-def test_folders_are_read(file: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_read(file: Path, base_folder: Path, tmp_path: Path) -> None:
     given = {"adapter": str(file), "base": "owner/base", "image_encoder": "owner/clip"}
-    told = parts.check_missing(UniControlNet.from_pretrained, "base", monkeypatch, **given)
+    told = parts.check_missing(UniControlNet.from_pretrained, "base", **given)
     assert "hf download owner/base --local-dir FOLDER" in told
     given["base"] = str(base_folder)
-    told = parts.check_missing(UniControlNet.from_pretrained, "image_encoder", monkeypatch, **given)
+    told = parts.check_missing(UniControlNet.from_pretrained, "image_encoder", **given)
     assert "hf download owner/clip" in told
 
     given["image_encoder"] = str(tmp_path / "encoder")

@@ -95,11 +95,8 @@ def check_promises(method: Any, sampling: SamplingOptions = FAST) -> Tensor:
     return pixels
 
 
-def check_missing(load: Any, key: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> str:
+def check_missing(load: Any, key: str, **given: Any) -> str:
     """Loading without the hub says what is missing, where it is and which key to give; returns the message."""
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(MissingWeights, match=rf"method\.{key}=.*ownload.*give method\.{key}=") as caught:
         load(**given)
     return str(caught.value)
