@@ -16,10 +16,6 @@ from ipa.training.run import learning_rate_factor
 PLAIN = ("optimizer._target_=torch.optim.SGD", "optimizer.lr=0.1", "optimizer.weight_decay=0")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint(folder)["state_dict"]
-
-
 def test_accumulated_batches_are_one_large_one(train_in: Run, tmp_path: Path) -> None:
     found = {}
     for batch, times in ((4, 1), (2, 2), (2, 1)):
@@ -27,7 +23,7 @@ def test_accumulated_batches_are_one_large_one(train_in: Run, tmp_path: Path) ->
         sizes = (*size.split(), f"trainer.accumulate_grad_batches={times}", "trainer.max_steps=2")
         folder = train_in(tmp_path / f"{batch}x{times}", *QUIET, *PLAIN, *sizes, WITNESS)
         keys = {step: [*chain(*batches)] for step, batches in Witness.keys.items()}
-        found[batch, times] = weights(folder), keys
+        found[batch, times] = checkpoint(folder)["state_dict"], keys
     (whole, keys), (pieces, keys_of_pieces), (half, _) = found.values()
 
     assert keys_of_pieces == keys and {len(step) for step in keys.values()} == {4} and list(keys) == [1, 2]

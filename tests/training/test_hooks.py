@@ -1,7 +1,5 @@
 """Callbacks run in their declared order, whatever their order in the configuration."""
 
-from __future__ import annotations
-
 import random
 from itertools import pairwise
 from pathlib import Path
