@@ -14,13 +14,7 @@ from ipa.adapter.kinds import DecoupledAdapter
 from ipa.model import IPAdapterModel
 from ipa.types import ImagePrompt, TextCondition
 
-pytestmark = pytest.mark.usefixtures("_no_grad")
-
-
-@pytest.fixture
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def processors(model: IPAdapterModel) -> dict[str, Any]:

@@ -15,11 +15,7 @@ from ipa.errors import UserError
 from ipa.model import IPAdapterModel
 from ipa.types import TextCondition
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def make_simple(family: str = "sd15", head: str = "global") -> IPAdapterModel:
