@@ -111,15 +111,18 @@ def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = N
     for source in sources:
         assert isinstance(source, ShardSource), "features have no metadata"
         check_seekable(source.shards)
-        if caches is None:
-            jobs += [Job(source, shard) for shard in source.shards]
-            continue
-        features = {shard_name(path): path for path in caches[source.name].shards}
-        if missing := [name for name in map(shard_name, source.shards) if name not in features]:
-            raise UserError(f"the cache of {source.name} has no shard {missing[0]}, which the pictures have")
-        check_seekable(list(features.values()))
-        jobs += [Job(source, shard, (caches[source.name], features[shard_name(shard)])) for shard in source.shards]
+        features = {} if caches is None else features_of(source, caches[source.name])
+        jobs += [Job(source, shard, features.get(shard_name(shard))) for shard in source.shards]
     return jobs
+
+
+def features_of(source: ShardSource, cache: Source) -> dict[str, tuple[Source, str]]:
+    """By the name of the shard of pictures."""
+    paths = {shard_name(path): path for path in cache.shards}
+    if missing := [name for name in map(shard_name, source.shards) if name not in paths]:
+        raise UserError(f"the cache of {source.name} has no shard {missing[0]}, which the pictures have")
+    check_seekable(list(paths.values()))
+    return {name: (cache, path) for name, path in paths.items()}
 
 
 def check_local(shards: Sequence[str]) -> None:
