@@ -329,8 +329,7 @@ def choose_sources(
         )
     if own := [name for name in names if "schemes" in known[name]]:
         raise UserError(f"data.known.{own[0]}.schemes: data.schemes is for all sources")
-    without = [name for name in names if not known[name].get("shards")]
-    if without:
+    if without := [name for name in names if not known[name].get("shards")]:
         raise UserError(f"give the shards: {' '.join(f'data.known.{name}.shards=…' for name in without)}")
     return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
 

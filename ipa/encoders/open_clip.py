@@ -181,8 +181,7 @@ def check_weights(name: str, pretrained: str | None) -> None:
     given = f"encoder.name={name} encoder.pretrained={pretrained}"
     if not is_built_in(name):
         raise UserError(f"{given}: this model comes with its own weights; give encoder.pretrained=null")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if tag:
+    if tag := open_clip.get_pretrained_cfg(name, pretrained):
         twin = f"{name}-quickgelu"
         if tag.get("quick_gelu") and twin in open_clip.list_models():
             raise UserError(f"{given}: these weights were trained with QuickGELU; give encoder.name={twin}")

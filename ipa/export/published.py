@@ -78,8 +78,7 @@ def check_fits(
 
     ``source``, ``base`` and ``encoder`` are the names that the user gave.
     """
-    problems = base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder)
-    if problems:
+    if problems := base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder):
         raise UserError(
             f"{source} is {file.describe()}. It does not fit: {'; '.join(problems)}. Give the base and the encoder "
             "that it was trained with, or an adapter for these."

@@ -40,8 +40,7 @@ def check_file(file: str, transformer: Any, path: str, scheme: str | None) -> No
     shapes = read_gguf_header(file) if is_gguf(file) else read_header(file, OPTION)
     expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
     found = in_names_of_diffusers(shapes, transformer, file)
-    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
-    if wrong:
+    if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
         raise UserError(
             f"{OPTION}={file} does not fit base.path={path}: {len(wrong)} weights are missing, unknown or of another "
             f"size, such as {wrong[0]}. Give the folder or hub id of the base that the file was made from"

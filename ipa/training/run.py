@@ -324,8 +324,7 @@ def describe(summary: dict[str, Any]) -> str:
     lines = [
         f"{name:20} {in_words(value)}" for name, value in summary.items() if name != "scores" and value is not None
     ]
-    scores = summary.get("scores") or {}
-    if scores:
+    if scores := summary.get("scores"):
         names = list(next(iter(scores.values())))
         lines += ["", f"{'held-out prompts':20}" + "".join(f"{name:>16}" for name in names)]
         lines += [f"{row:20}" + "".join(f"{values[name]:16.3f}" for name in names) for row, values in scores.items()]

@@ -180,8 +180,7 @@ def check_shards(index: Index, sources: Sequence[Source]) -> None:
     if [source.name for source in sources] != list(known):
         raise WrongIndex(f"{index.path} is of the sources {', '.join(known)}, not {', '.join(s.name for s in sources)}")
     for source in sources:
-        faults = differences(known[source.name], source)
-        if faults:
+        if faults := differences(known[source.name], source):
             raise WrongIndex(f"{index.path} was made from other shards of {source.name}: {'; '.join(faults)}; {REMAKE}")
 
 
