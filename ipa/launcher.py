@@ -238,8 +238,7 @@ class SweepLauncher(Launcher):
 
     def _fixed_keys(self) -> set[str]:
         """Keys with a single value, the same in all jobs."""
-        given = as_typed(self.config.hydra.overrides.task)
-        parsed = OverridesParser.create(self.loader).parse_overrides(given)
+        parsed = OverridesParser.create(self.loader).parse_overrides(as_typed(self.config.hydra.overrides.task))
         return {override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()}
 
     def _is_choice(self, key: str) -> bool:
