@@ -8,11 +8,7 @@ from ipa.export.branches import ROWS, UNET
 from ipa.export.heads import HEADS, name_of, title_of
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
-NO_IMAGE = {
-    "zeros": "zeros",
-    "blank": "the features of a blank image",
-    "black": "the features of a black image",
-}
+NO_IMAGE = {"zeros": "zeros", "blank": "the features of a blank image", "black": "the features of a black image"}
 
 
 def check_layout(head: TokenHead, kind: str, layout: str, branches: str = UNET) -> None:

@@ -66,13 +66,7 @@ def with_metadata(published: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 
 
 def check_fits(
-    file: AdapterFile,
-    base_widths: BaseWidths,
-    encoder_widths: EncoderWidths,
-    *,
-    source: str,
-    base: str,
-    encoder: str,
+    file: AdapterFile, base_widths: BaseWidths, encoder_widths: EncoderWidths, *, source: str, base: str, encoder: str
 ) -> None:
     """Compare a file with a base and an encoder before any weight is read; one UserError lists all misfits.
 
