@@ -65,7 +65,6 @@ def quantize_hollow(
     quantization: str | None = None,
     text_quantization: str | None = None,
     transformer_file: str | None = None,
-    **options: Any,
 ) -> None:
     """Give layers their quantized sizes; raises MissingWeights for a file that does not exist."""
     for name, scheme in family.quantized_parts(quantization, text_quantization).items():
