@@ -321,6 +321,11 @@ def choose_sources(
         raise UserError(f"{both}: give data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
     if names is None:
         return {"train": {"shards": train, **layout}}
+    check_names(names, known)
+    return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
+
+
+def check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
         raise UserError(
@@ -331,7 +336,6 @@ def choose_sources(
         raise UserError(f"data.known.{own[0]}.schemes: data.schemes is for all sources")
     if without := [name for name in names if not known[name].get("shards")]:
         raise UserError(f"give the shards: {' '.join(f'data.known.{name}.shards=…' for name in without)}")
-    return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
 
 
 def furthest(known_to_ranks: Iterable[Mapping[int, LanePlace]]) -> dict[int, LanePlace]:

@@ -76,10 +76,9 @@ class Job:
 
 def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
     """A row per sample of the shard. A sample that training rejects has no values, so it is never a partner."""
-    layout = replace(job.source.layout, columns=tuple(columns))
     found = [
         (each.index, (each.span[0], each.span[1] - each.span[0], key_hash(each.key), *map(value_hash, each.values)))
-        for each in read_shard(job.shard, layout)
+        for each in read_shard(job.shard, replace(job.source.layout, columns=tuple(columns)))
         if isinstance(each, Record)
     ]
     values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
@@ -88,12 +87,15 @@ def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
     for index, row in found:
         rows[index] = row
     if job.features is not None:
-        rows["offset"], rows["length"] = 0, 0
-        source, shard = job.features
-        for record in source.read(shard):
-            if isinstance(record, Record) and not record.broken and record.index < len(rows):
-                rows["offset"][record.index], rows["length"][record.index] = record.span[0], len(record.picture)
+        point_to_features(rows, *job.features)
     return rows
+
+
+def point_to_features(rows: NDArray[Any], source: Source, shard: str) -> None:
+    rows["offset"], rows["length"] = 0, 0
+    for record in source.read(shard):
+        if isinstance(record, Record) and not record.broken and record.index < len(rows):
+            rows["offset"][record.index], rows["length"][record.index] = record.span[0], len(record.picture)
 
 
 def make_part(job: Job, folder: Path, columns: Sequence[str]) -> Path:
