@@ -112,8 +112,7 @@ class _Command:
         if {"-m", "--multirun"} & set(sys.argv):
             if any(word.partition("=")[0] in SHOWING for word in sys.argv):
                 raise UserError("--cfg, --info and dry_run show one run: give one value for each option, and no -m")
-            complaints = complaints_about(sys.argv[1:], self.config_dir, self.config_name, check)
-            if complaints:
+            if complaints := complaints_about(sys.argv[1:], self.config_dir, self.config_name, check):
                 raise UserError("\n\n".join(complaints))
 
     def _as_hydra_task(self) -> Task:

@@ -213,8 +213,7 @@ class Family(Frozen, ABC):
 
     def check_texts(self, texts: list[str]) -> None:
         """Raise UserError for a text that cannot be encoded because the text encoders are not loaded."""
-        unknown = [text for text in texts if self.known_texts is not None and text not in self.known_texts]
-        if unknown:
+        if unknown := [text for text in texts if self.known_texts is not None and text not in self.known_texts]:
             raise UserError(f"the text {unknown[0]!r} is not among the texts of the feature cache: {ADD_TEXTS}")
 
     def place_states(self, states: TextInputs) -> TextInputs:

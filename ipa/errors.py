@@ -33,13 +33,15 @@ def explain(error: BaseException, named: Any = ()) -> str | None:
         return str(error)
     if not isinstance(error, OSError):
         return None
-    if isinstance(error.filename, str | bytes | os.PathLike):
-        files = [os.fsdecode(error.filename)]
-    else:  # as for the hub's libraries
-        files = [word.strip("'\"`.,:()") for word in str(error).split() if "/" in word]
     known = [os.path.abspath(each) for each in _paths(named)]
-    is_named = any(Path(os.path.abspath(file)).is_relative_to(path) for file in files for path in known)
+    is_named = any(Path(os.path.abspath(file)).is_relative_to(path) for file in _files(error) for path in known)
     return f"{type(error).__name__}: {error}" if is_named else None
+
+
+def _files(error: OSError) -> list[str]:
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        return [os.fsdecode(error.filename)]
+    return [word.strip("'\"`.,:()") for word in str(error).split() if "/" in word]  # as for the hub's libraries
 
 
 def _paths(node: Any) -> Iterator[Path]:

@@ -196,21 +196,13 @@ class SweepLauncher(Launcher):
 
     def plan(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
         """The jobs with their folders and commands; raises UserError if two jobs share a folder."""
-        jobs: list[Job] = []
         outer = HydraConfig.instance().cfg
-        names = self._names(job_overrides, first)
+        named = enumerate(zip(self._names(job_overrides, first), job_overrides, strict=True), first)
         try:
-            for number, (name, overrides) in enumerate(zip(names, job_overrides, strict=True), first):
-                jobs.append(self._job(number, name, overrides))
+            jobs = [self._job(number, name, overrides) for number, (name, overrides) in named]
         finally:
             HydraConfig.instance().cfg = outer
-        folders = Counter(job.folder for job in [*self.sweep.jobs, *jobs])
-        shared = [str(folder) for folder, count in folders.items() if count > 1]
-        if shared:
-            raise UserError(
-                f"hydra.sweep.subdir gives more than one job the folder {' and '.join(shared)}. "
-                "Do not change it, or include ${hydra:job.num}."
-            )
+        check_folders([*self.sweep.jobs, *jobs])
         return jobs
 
     def _names(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
@@ -238,8 +230,7 @@ class SweepLauncher(Launcher):
 
     def _fixed_keys(self) -> set[str]:
         """Keys with a single value, the same in all jobs."""
-        given = as_typed(self.config.hydra.overrides.task)
-        parsed = OverridesParser.create(self.loader).parse_overrides(given)
+        parsed = OverridesParser.create(self.loader).parse_overrides(as_typed(self.config.hydra.overrides.task))
         return {override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()}
 
     def _is_choice(self, key: str) -> bool:
@@ -298,6 +289,15 @@ def this_command() -> list[str]:
     args = get_args_parser().parse_args(sys.argv[1:])
     options = {"--config-name": args.config_name, "--config-path": args.config_path, "--config-dir": args.config_dir}
     return [sys.executable, *this_script(), *(word for pair in options.items() if pair[1] for word in pair)]
+
+
+def check_folders(jobs: Sequence[Job]) -> None:
+    folders = Counter(job.folder for job in jobs)
+    if shared := [str(folder) for folder, count in folders.items() if count > 1]:
+        raise UserError(
+            f"hydra.sweep.subdir gives more than one job the folder {' and '.join(shared)}. "
+            "Do not change it, or include ${hydra:job.num}."
+        )
 
 
 def key_and_value(override: str) -> tuple[str, str]:

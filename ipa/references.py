@@ -160,16 +160,18 @@ def tiles_of(picture: Image.Image) -> list[tuple[Image.Image, tuple[float, float
     A nearly square image is cropped to a square of 2 × 2 tiles. A longer one gives up to four in a row, which overlap
     evenly; an image longer than four squares is cropped to its middle.
     """
-    ratio = picture.height / picture.width
-    if SQUARE[0] < ratio < SQUARE[1]:
-        width = height = 2 * TILE_PX
-    else:
-        long = min(round(TILE_PX * max(ratio, 1 / ratio)), MAX_TILES * TILE_PX)
-        width, height = (TILE_PX, long) if ratio > 1 else (long, TILE_PX)
+    width, height = tiled_size(picture.height / picture.width)
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    corners = [(x, y) for y in tile_starts(height) for x in tile_starts(width)]
-    boxes = [(x, y, x + TILE_PX, y + TILE_PX) for x, y in corners]
+    boxes = [(x, y, x + TILE_PX, y + TILE_PX) for y in tile_starts(height) for x in tile_starts(width)]
     return [(fitted.crop(box), (box[0] / width, box[1] / height, box[2] / width, box[3] / height)) for box in boxes]
+
+
+def tiled_size(ratio: float) -> tuple[int, int]:
+    """Width and height for an image of this height / width."""
+    if SQUARE[0] < ratio < SQUARE[1]:
+        return 2 * TILE_PX, 2 * TILE_PX
+    long = min(round(TILE_PX * max(ratio, 1 / ratio)), MAX_TILES * TILE_PX)
+    return (TILE_PX, long) if ratio > 1 else (long, TILE_PX)
 
 
 def tile_starts(edge: int) -> list[int]:

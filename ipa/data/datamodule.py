@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -219,13 +219,8 @@ class StreamDataModule(LightningDataModule):
         return sum(gather(self.rejected.counts), Counter[str]())
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of every lane, gathered from all ranks; all of them must call it.
-
-        After a resume each rank also has the positions of the others' lanes, but old ones: the furthest counts.
-        """
-        lanes: dict[int, LanePlace] = {}
-        for known in gather(self.position.lanes):
-            lanes |= {lane: max(place, lanes.get(lane, place), key=reached) for lane, place in known.items()}
+        """The position of every lane, gathered from all ranks; all of them must call it."""
+        lanes = furthest(gather(self.position.lanes))
         return {
             "step": self.position.step,
             "lanes": {lane: [place.choices, [list(each) for each in place.sources]] for lane, place in lanes.items()},
@@ -326,6 +321,11 @@ def choose_sources(
         raise UserError(f"{both}: give data.train=SHARDS, or data.sources=[NAME, …] of {', '.join(known) or 'none'}")
     if names is None:
         return {"train": {"shards": train, **layout}}
+    check_names(names, known)
+    return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
+
+
+def check_names(names: Sequence[str], known: Mapping[str, Any]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
         raise UserError(
@@ -334,10 +334,16 @@ def choose_sources(
         )
     if own := [name for name in names if "schemes" in known[name]]:
         raise UserError(f"data.known.{own[0]}.schemes: data.schemes is for all sources")
-    without = [name for name in names if not known[name].get("shards")]
-    if without:
+    if without := [name for name in names if not known[name].get("shards")]:
         raise UserError(f"give the shards: {' '.join(f'data.known.{name}.shards=…' for name in without)}")
-    return {name: {**known[name], "option": f"data.known.{name}"} for name in names}
+
+
+def furthest(known_to_ranks: Iterable[Mapping[int, LanePlace]]) -> dict[int, LanePlace]:
+    """After a resume each rank has the positions of all lanes, but those of the others' lanes are old."""
+    lanes: dict[int, LanePlace] = {}
+    for known in known_to_ranks:
+        lanes |= {lane: max(place, lanes.get(lane, place), key=reached) for lane, place in known.items()}
+    return lanes
 
 
 def reached(place: LanePlace) -> tuple[list[int], int]:

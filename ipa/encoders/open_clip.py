@@ -38,9 +38,8 @@ class OpenClipEncoder(ImageEncoder):
     ) -> Self:
         """Load open_clip's ``name``: built-in, ``hf-hub:…`` or ``local-dir:FOLDER``.
 
-        A built-in one needs ``pretrained``: open_clip's tag of the weights, or a file (a pickle is read with torch's
-        ``weights_only``). Raises UserError for an unknown name or tag, for what is not found, and for weights that do
-        not fit. A built-in name without weights, which open_clip would initialise at random, is refused too.
+        A built-in one needs ``pretrained``, or open_clip would initialise it at random: a tag of its weights, or a file
+        (a pickle is read with torch's ``weights_only``). Raises UserError for what is unknown, missing or does not fit.
         """
         torch_dtype = read_dtype(dtype, "encoder.dtype")
         read_config(name)
@@ -60,9 +59,13 @@ class OpenClipEncoder(ImageEncoder):
             return cls(make_tower(config).to(torch_dtype), name, pretrained, layer)
 
     def forward(self, normalized_B3HW: Tensor, uses: Uses) -> Tensor | None:
-        if uses == "pooled":
-            pooled = self.visual(normalized_B3HW)
-            return pooled if isinstance(pooled, Tensor) else pooled[0]  # CoCa's tower returns its tokens too
+        return self.pooled(normalized_B3HW) if uses == "pooled" else self.patches(normalized_B3HW)
+
+    def pooled(self, normalized_B3HW: Tensor) -> Tensor:
+        pooled = self.visual(normalized_B3HW)
+        return pooled if isinstance(pooled, Tensor) else pooled[0]  # CoCa's tower returns its tokens too
+
+    def patches(self, normalized_B3HW: Tensor) -> Tensor | None:
         prefix = num_prefix_tokens(self.visual)
         if prefix is None:
             return None
@@ -181,8 +184,7 @@ def check_weights(name: str, pretrained: str | None) -> None:
     given = f"encoder.name={name} encoder.pretrained={pretrained}"
     if not is_built_in(name):
         raise UserError(f"{given}: this model comes with its own weights; give encoder.pretrained=null")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if tag:
+    if tag := open_clip.get_pretrained_cfg(name, pretrained):
         twin = f"{name}-quickgelu"
         if tag.get("quick_gelu") and twin in open_clip.list_models():
             raise UserError(f"{given}: these weights were trained with QuickGELU; give encoder.name={twin}")

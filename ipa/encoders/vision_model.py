@@ -201,7 +201,6 @@ def load_network(folder: Folder, config: Any, unused: str | None = None) -> Any:
         )
     except Exception as error:  # transformers raises whatever breaks: errors of pickle, safetensors, torch and the hub
         raise UserError(f"{folder.given}: the weights cannot be loaded: {brief(error)}") from error
-    missing = sorted(key for key in info["missing_keys"] if not (unused and key.startswith(unused)))
-    if missing:
+    if missing := sorted(key for key in info["missing_keys"] if not (unused and key.startswith(unused))):
         raise UserError(f"{folder.given}: {len(missing)} weights are missing, {missing[0]} among them")
     return visual

@@ -77,13 +77,11 @@ def manifest(
     label: str, benchmark: Benchmark, method: Method, sampling: SamplingOptions, tasks: Sequence[Task], **settings: Any
 ) -> dict[str, Any]:
     """Everything that determines the images."""
+    about = {name: getattr(method, name) for name in ("name", "source", "trained", "uses_text")}
     return {
         "label": label,
         "benchmark": identity(benchmark),
-        "method": {
-            **{name: getattr(method, name) for name in ("name", "source", "trained", "uses_text")},
-            **method.recorded,
-        },
+        "method": {**about, **method.recorded},
         "sampling": recorded(sampling),
         **settings,
         "batch_size": sampling.batch_size,
@@ -142,13 +140,7 @@ def batches(tasks: Sequence[Task], batch_size: int) -> list[Sequence[Task]]:
 
 
 def generate(
-    folder: Path,
-    method: Method,
-    tasks: Sequence[Task],
-    read: Read,
-    sampling: SamplingOptions,
-    rank: int = 0,
-    world: int = 1,
+    folder: Path, method: Method, tasks: Sequence[Task], read: Read, sampling: SamplingOptions, rank: int, world: int
 ) -> None:
     """Make the missing images of this process's batches, which are every ``world``-th."""
     mine = [batch for batch in batches(tasks, sampling.batch_size)[rank::world] if not is_done(folder, batch)]
@@ -157,8 +149,7 @@ def generate(
         announce(folder.name, method, Prompt(read(mine[0][0].item), mine[0][0].text, 0), sampling, total)
     with tqdm(total=total, unit=" images", desc=folder.name, disable=not total) as bar:
         for batch in mine:
-            prompts = [Prompt(read(task.item), task.text, task.seed) for task in batch]
-            pixels_B3HW = method.generate(prompts, sampling)
+            pixels_B3HW = method.generate([Prompt(read(task.item), task.text, task.seed) for task in batch], sampling)
             check_finite(pixels_B3HW, folder.name)
             for task, pixels_3HW in zip(batch, to_uint8(pixels_B3HW), strict=True):
                 write_png(folder / task.file, to_picture(pixels_3HW))

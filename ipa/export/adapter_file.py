@@ -132,8 +132,7 @@ def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None, source: 
             f"{source} has an IP-Adapter's head but no branches (ip_adapter.…): the conversion that made it lost them. "
             "Give ipa.tools.export the checkpoint itself. Only metadata with kind=simple makes it a simple adapter"
         )
-    gaps = differences(shapes, expected)
-    if gaps:
+    if gaps := differences(shapes, expected):
         raise UserError(f"{source} looks like {file.describe()}, but {'; '.join(gaps)}: it is damaged or foreign")
     return file
 

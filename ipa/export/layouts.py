@@ -8,11 +8,7 @@ from ipa.export.branches import ROWS, UNET
 from ipa.export.heads import HEADS, name_of, title_of
 
 LAYOUTS = ("diffusers", "comfyui", "ipa")
-NO_IMAGE = {
-    "zeros": "zeros",
-    "blank": "the features of a blank image",
-    "black": "the features of a black image",
-}
+NO_IMAGE = {"zeros": "zeros", "blank": "the features of a blank image", "black": "the features of a black image"}
 
 
 def check_layout(head: TokenHead, kind: str, layout: str, branches: str = UNET) -> None:
@@ -23,8 +19,7 @@ def check_layout(head: TokenHead, kind: str, layout: str, branches: str = UNET) 
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout}: one of {', '.join(LAYOUTS)}")
-    problems = misreadings(head, kind, layout, branches)
-    if problems:
+    if problems := misreadings(head, kind, layout, branches):
         raise UserError(
             f"this {title_of(name_of(head))} {kind} adapter cannot be written for {layout}: {'; '.join(problems)}. "
             "Change that for a training, or write it for ipa alone: adapter.layout=ipa for a training, layout=ipa for "

@@ -143,8 +143,7 @@ def fill(model: IPAdapterModel, adapter: Adapter, source: str) -> None:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (state, model.trainable.state_dict())
     )
-    gaps = differences(found, expected)
-    if gaps:
+    if gaps := differences(found, expected):
         raise UserError(f"{source} does not fit the branches of {model.family.name}: {'; '.join(gaps)}")
     model.trainable.load_state_dict(state)
     for remark in adapter.remarks:

@@ -66,20 +66,13 @@ def with_metadata(published: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 
 
 def check_fits(
-    file: AdapterFile,
-    base_widths: BaseWidths,
-    encoder_widths: EncoderWidths,
-    *,
-    source: str,
-    base: str,
-    encoder: str,
+    file: AdapterFile, base_widths: BaseWidths, encoder_widths: EncoderWidths, *, source: str, base: str, encoder: str
 ) -> None:
     """Compare a file with a base and an encoder before any weight is read; one UserError lists all misfits.
 
     ``source``, ``base`` and ``encoder`` are the names that the user gave.
     """
-    problems = base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder)
-    if problems:
+    if problems := base_misfits(file, base_widths, base) + encoder_misfits(file, encoder_widths, encoder):
         raise UserError(
             f"{source} is {file.describe()}. It does not fit: {'; '.join(problems)}. Give the base and the encoder "
             "that it was trained with, or an adapter for these."

@@ -127,8 +127,7 @@ class FlowFamily(PipelineFamily):
     def recognises(cls, path: str, key: str = "base.path") -> bool:
         if is_single_file(path):
             return False
-        index = read_index(path, key)
-        if (index.get("transformer") or [None, None])[1] != cls.denoiser_class.__name__:
+        if (read_index(path, key).get("transformer") or [None, None])[1] != cls.denoiser_class.__name__:
             return False
         config = read_part(cls.denoiser_class, path, "transformer", key)
         return config.get("out_channels") in (None, config.get("in_channels"))  # others read a second image

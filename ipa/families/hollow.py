@@ -43,8 +43,7 @@ def make_hollow(
     configuration in a folder, on the hub or in its cache.
     """
     layout = (config or path) if is_single_file(path) else path
-    left_out = family.left_out(**options)
-    made = family(**{**make_parts(family, layout), **left_out}, source=path, **options)
+    made = family(**{**make_parts(family, layout), **family.left_out(**options)}, source=path, **options)
     made.to(read_dtype(dtype, "base.dtype"))
     if vae_dtype:
         nn.Module.to(made.vae, read_dtype(vae_dtype, "base.vae_dtype"))
@@ -66,7 +65,6 @@ def quantize_hollow(
     quantization: str | None = None,
     text_quantization: str | None = None,
     transformer_file: str | None = None,
-    **options: Any,
 ) -> None:
     """Give layers their quantized sizes; raises MissingWeights for a file that does not exist."""
     for name, scheme in family.quantized_parts(quantization, text_quantization).items():

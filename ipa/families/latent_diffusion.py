@@ -110,8 +110,11 @@ class LatentDiffusion(PipelineFamily):
         """Raise UserError for a base, or a layout for its file, of another family, and for an unfit scheme."""
         cls.check_family(path)
         check_part(quantization, path, "unet")
-        if config is None or not is_single_file(path):
-            return
+        if config is not None and is_single_file(path):
+            cls.check_layout(path, config)
+
+    @classmethod
+    def check_layout(cls, path: str, config: str) -> None:
         if is_single_file(config):
             raise UserError(f"base.config={config} is a file: give the diffusers folder or hub id whose layout it has")
         layout = family_of(config, key="base.config")

@@ -161,13 +161,7 @@ def make_vae(**changes: Any) -> AutoencoderKL:
 def t5(encoder: str, tokenizer: str, length: int) -> Parts:
     """T5-XXL 1.1's encoder, and letters as tokens."""
     config = T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
     )
     pieces = [(piece, -1.0) for piece in ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]]
     return {

@@ -75,9 +75,5 @@ def size_arguments(size_B6: Tensor) -> dict[str, tuple[int, int]]:
             f"one call of the pipeline takes one set of sizes, but these differ: {size_B6.unique(dim=0).tolist()}. "
             "Group the pictures by size."
         )
-    height, width, top, left, target_height, target_width = (int(pixels) for pixels in size_B6[0].tolist())
-    return {
-        "original_size": (height, width),
-        "crops_coords_top_left": (top, left),
-        "target_size": (target_height, target_width),
-    }
+    original, corner, target = (tuple(pair) for pair in size_B6[0].int().view(3, 2).tolist())
+    return {"original_size": original, "crops_coords_top_left": corner, "target_size": target}

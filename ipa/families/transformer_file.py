@@ -31,21 +31,24 @@ def check_exists(file: str) -> None:
 
 def check_file(file: str, transformer: Any, path: str, scheme: str | None) -> None:
     """Raise UserError for a file that does not fit ``transformer``, which has no weights; reads only the header."""
+    check_format(file, scheme)
+    shapes = read_gguf_header(file) if is_gguf(file) else read_header(file, OPTION)
+    expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
+    found = in_names_of_diffusers(shapes, transformer, file)
+    if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
+        raise UserError(
+            f"{OPTION}={file} does not fit base.path={path}: {len(wrong)} weights are missing, unknown or of another "
+            f"size, such as {wrong[0]}. Give the folder or hub id of the base that the file was made from"
+        )
+
+
+def check_format(file: str, scheme: str | None) -> None:
     if is_gguf(file):
         require_package("gguf", f"{OPTION}={file}")
         if scheme is not None:
             raise UserError(f"base.quantization={scheme}: {OPTION}={file} is quantized already; give null")
     elif not is_single_file(file):
         raise UserError(f"{OPTION}={file}: give a .gguf or a .safetensors file")
-    shapes = read_gguf_header(file) if is_gguf(file) else read_header(file, OPTION)
-    expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    found = in_names_of_diffusers(shapes, transformer, file)
-    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
-    if wrong:
-        raise UserError(
-            f"{OPTION}={file} does not fit base.path={path}: {len(wrong)} weights are missing, unknown or of another "
-            f"size, such as {wrong[0]}. Give the folder or hub id of the base that the file was made from"
-        )
 
 
 def in_names_of_diffusers(shapes: Shapes, transformer: Any, file: str) -> Shapes:

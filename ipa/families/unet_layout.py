@@ -70,8 +70,7 @@ def host_widths_of_header(shapes: Shapes) -> BaseWidths:
     """The same for a file in the original layout, in which the names alone give the order."""
     found = []
     for name, shape in shapes.items():
-        match = HOST_KEY.fullmatch(name)
-        if match:
+        if match := HOST_KEY.fullmatch(name):
             position = [int(number) for number in re.findall(r"\d+", match[2])]
             found.append((SECTIONS[match[1]], position, shape))
     found.sort()

@@ -30,8 +30,7 @@ class EdgeOverlap(ItemMetric):
 
 
 def edges_at_one_size(pixels_B3HW: Tensor) -> Tensor:
-    small_B3HW = F.interpolate(pixels_B3HW.float(), (SIZE_PX, SIZE_PX), mode="bilinear", antialias=True)
-    return find_edges(small_B3HW)
+    return find_edges(F.interpolate(pixels_B3HW.float(), (SIZE_PX, SIZE_PX), mode="bilinear", antialias=True))
 
 
 def find_edges(pixels_B3HW: Tensor, threshold: float = THRESHOLD) -> Tensor:

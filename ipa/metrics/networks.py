@@ -183,14 +183,17 @@ def find_file(path: str, key: str) -> Path:
     parts = path.split("/")
     if len(parts) < 3 or parts[0] in {"", ".", "..", "~"}:
         raise MissingWeights(f"{key}={path}: no such file. Give a file, or one on the hub written owner/name/path")
+    return find_on_hub("/".join(parts[:2]), "/".join(parts[2:]), key)
+
+
+def find_on_hub(repository: str, name: str, key: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError) as error:  # ValueError: an impossible name
         raise MissingWeights(
-            f"{key}={path} is neither a local file nor available from the hub or its cache "
+            f"{key}={repository}/{name} is neither a local file nor available from the hub or its cache "
             f"({brief(error).strip('.')}). Download https://huggingface.co/{repository}/resolve/main/{name} and give "
             f"{key}=FILE"
         ) from error

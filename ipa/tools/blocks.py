@@ -53,14 +53,12 @@ def describe_blocks(base: str) -> None:
     blocks, own = family_of(base, key="base").read_blocks(base), own_presets(base)
     for number, name in enumerate(blocks):
         print(f"{number:3} {name}")
-    pushing = False
-    for preset in preset_names(blocks, own):
-        weights = read_blocks(preset, blocks, own)
+    presets = {preset: read_blocks(preset, blocks, own) for preset in preset_names(blocks, own)}
+    for preset, weights in presets.items():
         pushed = {name: -factor for name, factor in weights.pushed.items()}
-        pushing |= bool(pushed)
         factors = " ".join(f"{(weights.shown | pushed).get(name, 0.0):5.2f}" for name in blocks)
         print(f"{preset:24} {factors}")
-    if pushing:
+    if any(weights.pushed for weights in presets.values()):
         print("\nNegative: the image takes part in guidance's negative part, which pushes away from it.")
 
 

@@ -76,8 +76,7 @@ def check_without_metadata(adapter: Any) -> None:
         except UserError:
             return True
 
-    needed = [f"{name}={metadata[name]}" for name in NEEDED if name in metadata and is_needed(name)]
-    if needed:
+    if needed := [f"{name}={metadata[name]}" for name in NEEDED if name in metadata and is_needed(name)]:
         raise UserError(
             f"a .bin cannot hold metadata, and its readers would not assume {', '.join(needed)}: give out=….safetensors"
         )

@@ -64,8 +64,7 @@ def read_options(
             options = OmegaConf.merge(options, {name: read(parsed, known[name], hints[name])})
         except (OmegaConfBaseException, ValueError, TypeError):
             raise UserError(f"{name}={value}: give {possible(known[name], hints[name])}") from None
-    missing = [name for name in known if OmegaConf.is_missing(options, name)]
-    if missing:
+    if missing := [name for name in known if OmegaConf.is_missing(options, name)]:
         raise UserError(f"please give {' and '.join(f'{name}=…' for name in missing)}")
     return options
 

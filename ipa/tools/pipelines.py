@@ -76,13 +76,9 @@ def pipeline_for(task: str, family: Family) -> Any:
 
 def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
     """Raises UserError for a scheduler of other pipelines, or one that cannot make so few steps, as PNDM."""
-    kind, flow = scheduler_class(name), type(pipeline.scheduler).__name__.startswith(FLOW)
-    scheduler = kind.from_config(pipeline.scheduler.config)
-    if flow:  # the pipelines of transformers give their own noise levels
-        fits = name.startswith(FLOW) and "sigmas" in signature(kind.set_timesteps).parameters
-    else:
-        fits = all(hasattr(scheduler, part) for part in ("init_noise_sigma", "order", "scale_model_input"))
-    if not fits:
+    flow = type(pipeline.scheduler).__name__.startswith(FLOW)
+    scheduler = scheduler_class(name).from_config(pipeline.scheduler.config)
+    if not fits(scheduler, name, flow):
         advice = "FlowMatchEulerDiscreteScheduler or FlowMatchLCMScheduler" if flow else "another one"
         raise UserError(f"scheduler={name} is for other pipelines: give {advice}")
     try:
@@ -90,6 +86,12 @@ def set_scheduler(pipeline: Any, name: str, num_steps: int) -> None:
     except Exception as error:  # each scheduler has its own
         raise UserError(f"scheduler={name} cannot make num_steps={num_steps} ({brief(error)}): give more") from error
     pipeline.scheduler = scheduler
+
+
+def fits(scheduler: Any, name: str, flow: bool) -> bool:
+    if flow:  # the pipelines of transformers give their own noise levels
+        return name.startswith(FLOW) and "sigmas" in signature(scheduler.set_timesteps).parameters
+    return all(hasattr(scheduler, part) for part in ("init_noise_sigma", "order", "scale_model_input"))
 
 
 def with_control(prompter: Prompter, settings: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

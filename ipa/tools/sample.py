@@ -153,12 +153,16 @@ def read_references(settings: dict[str, Any]) -> list[dict[str, Any]]:
             raise UserError("image=[]: give at least one image prompt")
         own = {name: settings[name] for name in REFERENCE} | {"negative": settings["negative"] or None}
         return [{"images": settings["image"], **own}]
+    return parse_references(settings["references"])
+
+
+def parse_references(text: str) -> list[dict[str, Any]]:
     try:
-        given: Any = yaml.safe_load(settings["references"])
+        given: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"references={settings['references']} is not YAML: {brief(error)}") from error
+        raise UserError(f"references={text} is not YAML: {brief(error)}") from error
     if not isinstance(given, list) or not all(isinstance(each, dict) and "images" in each for each in given):
-        raise UserError(f"references={settings['references']}: give a list [{{images: a.png, scale: 0.5}}, …]")
+        raise UserError(f"references={text}: give a list [{{images: a.png, scale: 0.5}}, …]")
     from ipa.references import Reference
 
     names = [field.name for field in fields(Reference)]

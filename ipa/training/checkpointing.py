@@ -119,10 +119,7 @@ class Checkpoints(TrainingCallback):
         if self.best_path is not None and not self.best_path.is_file():
             self.best = {"name": "", "score": None}  # the run started from a checkpoint of another run
         if trainer.is_global_zero:
-            run = self.folder.parent
-            for leftover in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:  # of ``write_atomically`` in killed processes
-                with suppress(OSError):
-                    leftover.unlink()
+            remove_leftovers(self.folder.parent)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.saved_step:
@@ -201,6 +198,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return load(path)
     except BrokenCheckpoint as error:
         raise BrokenCheckpoint(f"{path} is not a checkpoint of a training, or is damaged: {error}") from error
+
+
+def remove_leftovers(run: Path) -> None:
+    """Of ``write_atomically`` in killed processes."""
+    for leftover in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
+        with suppress(OSError):
+            leftover.unlink()
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:

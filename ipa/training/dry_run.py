@@ -215,10 +215,13 @@ def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
     text = f"about {size(peak)} for a step of {batch} samples {where} (estimated)"
     if cfg.trainer.accelerator == "cpu":
         return text
-    card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
     saving = SMALLER_BATCH if cfg.gradient_checkpointing else f"gradient_checkpointing=true, or {SMALLER_BATCH}"
-    fits = "no card has that much" if card is None else f"a card of {card} GB"
-    return f"{text}: {fits}. Less with {saving}"
+    return f"{text}: {smallest_card(peak)}. Less with {saving}"
+
+
+def smallest_card(peak: float) -> str:
+    card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
+    return "no card has that much" if card is None else f"a card of {card} GB"
 
 
 def step_maker(cfg: DictConfig) -> Callable[[IPAdapterModel], Callable[[Batch], object]]:

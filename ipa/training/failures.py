@@ -28,11 +28,7 @@ def explain_fit_failure(error: BaseException, cfg: DictConfig, trainer: L.Traine
         explain_worker(error)
         return
     chain = list(causes(error))
-    if {type(cause).__name__ for cause in chain} & {"InvalidCxxCompiler", "TritonMissing"}:
-        raise UserError(
-            "compile=true needs a compiler: g++ for the CPU (or name one with CXX=…), Triton for a GPU, which comes "
-            "with torch on Linux. Install it, or give compile=false"
-        ) from error
+    explain_missing_compiler(error, chain)
     explain_lost_worker(error, chain, cfg)
     for cause in chain:
         if isinstance(cause, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(cause):
@@ -45,6 +41,14 @@ def explain_worker(error: UserError) -> None:
     if text.startswith(f"Caught {kind.__name__} in DataLoader worker process"):
         *_, message = re.split(rf"^[\w.]*{kind.__name__}: ", text, flags=re.MULTILINE)
         raise kind(message.strip()) from error
+
+
+def explain_missing_compiler(error: BaseException, chain: Sequence[BaseException]) -> None:
+    if {type(cause).__name__ for cause in chain} & {"InvalidCxxCompiler", "TritonMissing"}:
+        raise UserError(
+            "compile=true needs a compiler: g++ for the CPU (or name one with CXX=…), Triton for a GPU, which comes "
+            "with torch on Linux. Install it, or give compile=false"
+        ) from error
 
 
 def explain_lost_worker(error: BaseException, chain: Sequence[BaseException], cfg: DictConfig) -> None:

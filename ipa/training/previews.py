@@ -6,7 +6,7 @@ A row of the grid is an image prompt: itself, λ = 0, 0.5 and 1 with the empty t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,20 +240,22 @@ class Previews(TrainingCallback):
         return columns
 
     def show(self, trainer: L.Trainer, prompts: HeldOutPrompts, pictures: list[Tensor]) -> None:
-        step = trainer.global_step
         if self.scorer is not None:
-            scored = prompts.head(self.num_scored)
-            scores = score_pictures(self.scorer, scored, pictures.pop(), trainer.strategy.root_device)
-            shown = {f"preview/{name}": value for name, value in scores.items()}
-            log_now(trainer, shown)
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})  # Checkpoints
-        if not pictures:
-            return
-        grid = self.draw(prompts.head(self.num_prompts), pictures)
-        self.last = self.folder / f"step_{step:06d}.png"
+            scored, device = prompts.head(self.num_scored), trainer.strategy.root_device
+            self.log_scores(trainer, score_pictures(self.scorer, scored, pictures.pop(), device))
+        if pictures:
+            self.log_grid(trainer, self.draw(prompts.head(self.num_prompts), pictures))
+
+    def log_scores(self, trainer: L.Trainer, scores: Mapping[str, float]) -> None:
+        shown = {f"preview/{name}": value for name, value in scores.items()}
+        log_now(trainer, shown)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})  # Checkpoints
+
+    def log_grid(self, trainer: L.Trainer, grid: Image.Image) -> None:
+        self.last = self.folder / f"step_{trainer.global_step:06d}.png"
         write_atomically(self.last, lambda temporary: grid.save(temporary, format="PNG"))
         for logger in trainer.loggers:
-            log_picture(logger, "preview/grid", grid, step)
+            log_picture(logger, "preview/grid", grid, trainer.global_step)
 
     def draw(self, prompts: HeldOutPrompts, pictures: list[Tensor]) -> Image.Image:
         titles = ["prompt", *(f"scale {scale:g}" for scale in SCALES), *([f"+ {self.text}"] if self.text else [])]

@@ -166,11 +166,8 @@ def build_module(cfg: DictConfig, datamodule: Any, trainer: L.Trainer, start: Pa
     if cfg.adapter.init_from and start is None:
         load_into(model, Path(cfg.adapter.init_from))
     size_px = cfg.image_size_px or model.family.image_size_px
-    datamodule.fit_to(
-        image_size_px=size_px,
-        reference_size_px=model.encoder.image_size_px,
-        latent_shape=model.family.latent_shape(size_px),
-    )
+    shape = model.family.latent_shape(size_px)
+    datamodule.fit_to(image_size_px=size_px, reference_size_px=model.encoder.image_size_px, latent_shape=shape)
     datamodule.check_model(model)
     return AdapterTraining(model, optimizer, instantiate(cfg.schedule), cfg.ema.decay, own_metadata(cfg))
 
@@ -324,8 +321,7 @@ def describe(summary: dict[str, Any]) -> str:
     lines = [
         f"{name:20} {in_words(value)}" for name, value in summary.items() if name != "scores" and value is not None
     ]
-    scores = summary.get("scores") or {}
-    if scores:
+    if scores := summary.get("scores"):
         names = list(next(iter(scores.values())))
         lines += ["", f"{'held-out prompts':20}" + "".join(f"{name:>16}" for name in names)]
         lines += [f"{row:20}" + "".join(f"{values[name]:16.3f}" for name in names) for row, values in scores.items()]

@@ -106,8 +106,7 @@ class CachedDataModule(StreamDataModule):
 
     def require(self, part: str, asked: Mapping[str, Any]) -> None:
         made = getattr(self.header, part)
-        different = {name: value for name, value in asked.items() if made.get(name) != value}
-        if different:
+        if different := {name: value for name, value in asked.items() if made.get(name) != value}:
             wrong = [
                 f"{name} {made.get(name)}, not {value}{DECIDED_BY.get(name, '')}" for name, value in different.items()
             ]

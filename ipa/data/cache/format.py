@@ -173,8 +173,7 @@ class CacheWriter:
         self.add(record.key, SAMPLE, pack(record, tensors, target))
 
     def rejected(self, record: Record, reason: str) -> None:
-        entry = {"index": record.index, "reason": reason, "size": record.measured}
-        self.add(record.key, REJECTED, in_json(entry))
+        self.add(record.key, REJECTED, in_json({"index": record.index, "reason": reason, "size": record.measured}))
 
     def close(self, rejects: Mapping[str, int]) -> None:
         """``rejects`` counts all of the shard, including those with an entry of their own."""

@@ -20,17 +20,20 @@ def open_mask(mask: Mask, picture: Size, max_pixels: int) -> Image.Image:
     """Grey, of the ``picture``'s size; what is transparent is black. Raises ``Rejected``."""
 
     def read(opened: Image.Image) -> Image.Image:
-        if (size := upright_size(opened)) != picture:
-            raise Rejected(
-                Reason.WRONG_MASK, f"the mask has {size[0]} x {size[1]} px, the picture {picture[0]} x {picture[1]}"
-            )
-        if picture[0] * picture[1] > max_pixels:
-            raise Rejected(Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]}, more than data.max_pixels={max_pixels}")
+        check_size(upright_size(opened), picture, max_pixels)
         if not mask.is_alpha:
             return flatten(upright(opened), "black").convert("L")
-        return upright(opened).getchannel("A") if opened.has_transparency_data else Image.new("L", size, "white")
+        return upright(opened).getchannel("A") if opened.has_transparency_data else Image.new("L", picture, "white")
 
     return with_picture(mask.data, read)
+
+
+def check_size(size: Size, picture: Size, max_pixels: int) -> None:
+    width, height = picture
+    if size != picture:
+        raise Rejected(Reason.WRONG_MASK, f"the mask has {size[0]} x {size[1]} px, the picture {width} x {height}")
+    if width * height > max_pixels:
+        raise Rejected(Reason.TOO_MANY_PIXELS, f"{width} x {height}, more than data.max_pixels={max_pixels}")
 
 
 def cover_mask(mask: Image.Image, target: Size, place: tuple[float, float], cells: Size) -> Tensor:

@@ -143,10 +143,7 @@ class ValStream(Stream):
             if number % share.readers != share.reader:
                 continue
             samples = self.good(slots, rejects)
-            for reject in rejects:  # each reason once: validation is repeated, and nothing else counts its rejects
-                if reject.reason not in self.order.logged:
-                    self.order.logged.add(reject.reason)
-                    log.warning("data.val: rejected, %s: %s", reject.reason, in_detail([reject.example]))
+            self.log_reasons(rejects)
             if samples:
                 yield self.preparation.batch(samples, rejects, None)
                 rejects, delivered = [], True
@@ -163,6 +160,13 @@ class ValStream(Stream):
             except Rejected as reject:
                 rejects.append(reject.at())
         return samples
+
+    def log_reasons(self, rejects: Iterable[Rejected]) -> None:
+        """Each reason once: validation is repeated, and nothing else counts its rejects."""
+        for reject in rejects:
+            if reject.reason not in self.order.logged:
+                self.order.logged.add(reject.reason)
+                log.warning("data.val: rejected, %s: %s", reject.reason, in_detail([reject.example]))
 
     def check_any(self) -> None:
         """Nothing is good in this share; raises ``NoGoodSamples`` if nothing is good in the others either."""

@@ -76,10 +76,9 @@ class Job:
 
 def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
     """A row per sample of the shard. A sample that training rejects has no values, so it is never a partner."""
-    layout = replace(job.source.layout, columns=tuple(columns))
     found = [
         (each.index, (each.span[0], each.span[1] - each.span[0], key_hash(each.key), *map(value_hash, each.values)))
-        for each in read_shard(job.shard, layout)
+        for each in read_shard(job.shard, replace(job.source.layout, columns=tuple(columns)))
         if isinstance(each, Record)
     ]
     values = [(f"value.{number}", np.uint64) for number in range(len(columns))]
@@ -88,12 +87,15 @@ def rows_of(job: Job, columns: Sequence[str]) -> NDArray[Any]:
     for index, row in found:
         rows[index] = row
     if job.features is not None:
-        rows["offset"], rows["length"] = 0, 0
-        source, shard = job.features
-        for record in source.read(shard):
-            if isinstance(record, Record) and not record.broken and record.index < len(rows):
-                rows["offset"][record.index], rows["length"][record.index] = record.span[0], len(record.picture)
+        point_to_features(rows, *job.features)
     return rows
+
+
+def point_to_features(rows: NDArray[Any], source: Source, shard: str) -> None:
+    rows["offset"], rows["length"] = 0, 0
+    for record in source.read(shard):
+        if isinstance(record, Record) and not record.broken and record.index < len(rows):
+            rows["offset"][record.index], rows["length"][record.index] = record.span[0], len(record.picture)
 
 
 def make_part(job: Job, folder: Path, columns: Sequence[str]) -> Path:
@@ -111,15 +113,18 @@ def list_jobs(sources: Sequence[Source], caches: Mapping[str, Source] | None = N
     for source in sources:
         assert isinstance(source, ShardSource), "features have no metadata"
         check_seekable(source.shards)
-        if caches is None:
-            jobs += [Job(source, shard) for shard in source.shards]
-            continue
-        features = {shard_name(path): path for path in caches[source.name].shards}
-        if missing := [name for name in map(shard_name, source.shards) if name not in features]:
-            raise UserError(f"the cache of {source.name} has no shard {missing[0]}, which the pictures have")
-        check_seekable(list(features.values()))
-        jobs += [Job(source, shard, (caches[source.name], features[shard_name(shard)])) for shard in source.shards]
+        features = {} if caches is None else features_of(source, caches[source.name])
+        jobs += [Job(source, shard, features.get(shard_name(shard))) for shard in source.shards]
     return jobs
+
+
+def features_of(source: ShardSource, cache: Source) -> dict[str, tuple[Source, str]]:
+    """By the name of the shard of pictures."""
+    paths = {shard_name(path): path for path in cache.shards}
+    if missing := [name for name in map(shard_name, source.shards) if name not in paths]:
+        raise UserError(f"the cache of {source.name} has no shard {missing[0]}, which the pictures have")
+    check_seekable(list(paths.values()))
+    return {name: (cache, path) for name, path in paths.items()}
 
 
 def check_local(shards: Sequence[str]) -> None:

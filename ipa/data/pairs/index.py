@@ -90,8 +90,7 @@ class Index:
             begin, end = self.arrays[f"starts.{level}"][group : group + 2].tolist()
             ids = self.arrays[f"differs.{level}"]
             left, right = bisect_left(ids, differs, begin, end), bisect_right(ids, differs, begin, end)
-            others = end - begin - (right - left)
-            if others:
+            if others := end - begin - (right - left):
                 place = begin + number % others
                 return int(self.arrays[f"members.{level}"][place + (right - left) * (place >= left)])
         return row

@@ -80,12 +80,11 @@ class Partners:
         """Of pictures. Raises ``WrongIndex`` if another sample is there than when the index was made."""
         source, path = self.shards[place.source, place.shard]
         assert isinstance(source, ShardSource)
+        data = self.part(place, 0, place.length)
         try:
-            record = source.read_at(path, place.number, self.part(place, 0, place.length))
+            record = source.read_at(path, place.number, data)
         except BREAKS:
             raise self.changed(place) from None
-        except BrokenPartner:
-            raise
         except Rejected as reject:
             raise BrokenPartner.of(reject, place) from None
         if key_hash(record.key) != place.key:
@@ -181,8 +180,7 @@ def check_shards(index: Index, sources: Sequence[Source]) -> None:
     if [source.name for source in sources] != list(known):
         raise WrongIndex(f"{index.path} is of the sources {', '.join(known)}, not {', '.join(s.name for s in sources)}")
     for source in sources:
-        faults = differences(known[source.name], source)
-        if faults:
+        if faults := differences(known[source.name], source):
             raise WrongIndex(f"{index.path} was made from other shards of {source.name}: {'; '.join(faults)}; {REMAKE}")
 
 

@@ -59,8 +59,7 @@ class Fields:
         if "safetensors" in self.members:
             return "it is a sample of a feature cache, which data=cache reads"
         names = [*self.members][:MAX_NAMES_SHOWN]
-        dotted = [name for name in names if name.endswith(PICTURE_EXTENSIONS) and name not in self.references]
-        if dotted:
+        if dotted := [name for name in names if name.endswith(PICTURE_EXTENSIONS) and name not in self.references]:
             return f"it has {', '.join(names)}; keys end at the first dot, and data.image={dotted[0]} names this member"
         return f"it has only {', '.join(names)}; members of a sample must be adjacent, as `tar --sort=name` stores them"
 

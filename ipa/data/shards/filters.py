@@ -63,8 +63,7 @@ def read_filters(filters: Mapping[str, Any] | None, option: str = "data.filters"
     if not isinstance(filters or {}, Mapping):
         raise UserError(f"{option}={filters}: give a mapping name: {{key, min, max, missing}}")
     given = {str(name): values for name, values in (filters or {}).items() if values is not None}
-    wrong = [f"{option}.{name}: {what}" for name, values in given.items() for what in faults(values)]
-    if wrong:
+    if wrong := [f"{option}.{name}: {what}" for name, values in given.items() for what in faults(values)]:
         raise UserError("\n".join(wrong))
     found = []
     for name, values in given.items():

@@ -74,8 +74,7 @@ def expand_entry(entry: str, expand: Callable[[str], list[str]]) -> list[str]:
     except ValueError as error:
         raise NoShards(f"the braces of '{hide(entry)}' are not understood: {error}. {WAYS}") from error
     found = [expand(pattern) for pattern in patterns]
-    missing = [pattern for pattern, shards in zip(patterns, found, strict=True) if not shards]
-    if missing:
+    if missing := [pattern for pattern, shards in zip(patterns, found, strict=True) if not shards]:
         raise NoShards(explain(entry, missing, len(patterns)))
     return [shard for shards in found for shard in shards]
 

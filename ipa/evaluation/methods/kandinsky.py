@@ -88,8 +88,7 @@ class Kandinsky21(PipelineMethod):
         encoder = self.prior.image_encoder
         pixels_B3HW = self.prior.image_processor(to_pil(prompts), return_tensors="pt").pixel_values
         mixed_BE = encoder(pixels_B3HW.to(encoder.device, encoder.dtype)).image_embeds
-        rows = [row for row, prompt in enumerate(prompts) if prompt.text]
-        if rows:
+        if rows := [row for row, prompt in enumerate(prompts) if prompt.text]:
             text_BE = self.prior(
                 [prompts[row].text for row in rows],
                 generator=[generators[row] for row in rows],

@@ -44,12 +44,7 @@ class OpenUnCLIP(PipelineMethod):
         return count_parameters(self.pipeline.decoder) + count_parameters(self.pipeline.text_proj)
 
     def sample(self, prompts: Sequence[Prompt], sampling: SamplingOptions) -> Tensor:
-        size_px, dtype = sampling.image_size_px, self.pipeline.decoder.dtype
-        if size_px not in (None, self.image_size_px):
-            only = f"{self.name} makes images of {self.image_size_px} px only"
-            raise UserError(f"sampling.image_size_px={size_px}: {only}")
-        if self.pipeline.device.type == "cpu" and dtype != torch.float32:  # torch cannot resize half-precision images
-            raise UserError(f"method.dtype={dtype_name(dtype)}: on a CPU {self.name} needs float32")
+        self.check_size_and_dtype(sampling.image_size_px)
         images_BHW3 = self.pipeline(
             image=to_pil(prompts),
             generator=make_generators(prompts),
@@ -59,3 +54,11 @@ class OpenUnCLIP(PipelineMethod):
             output_type="np",
         ).images
         return torch.from_numpy(images_BHW3).permute(0, 3, 1, 2) * 2 - 1
+
+    def check_size_and_dtype(self, size_px: int | None) -> None:
+        if size_px not in (None, self.image_size_px):
+            only = f"{self.name} makes images of {self.image_size_px} px only"
+            raise UserError(f"sampling.image_size_px={size_px}: {only}")
+        dtype = self.pipeline.decoder.dtype
+        if self.pipeline.device.type == "cpu" and dtype != torch.float32:  # torch cannot resize half-precision images
+            raise UserError(f"method.dtype={dtype_name(dtype)}: on a CPU {self.name} needs float32")

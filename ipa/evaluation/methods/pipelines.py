@@ -119,8 +119,7 @@ def find_folder(source: Source, parts: Sequence[str]) -> Path:
             raise source.missing(
                 f"is neither a local folder nor available from the hub or its cache ({brief(error)})"
             ) from error
-    absent = [part for part in parts if not (folder / part).is_dir()]
-    if absent:
+    if absent := [part for part in parts if not (folder / part).is_dir()]:
         raise source.missing(f"has no {', '.join(f'{part}/' for part in absent)}")
     return folder
 

@@ -43,8 +43,7 @@ class ReferenceOnly(StableDiffusionMethod):
         return cls(load_base(base, dtype), base, style_fidelity)
 
     def sample_latents(self, prompts: Sequence[Prompt], start: Start, sampling: SamplingOptions) -> Tensor:
-        passes = TwoPasses(self.noised_references(prompts, start), self.style_fidelity)
-        with passes.installed(self.family.unet):
+        with TwoPasses(self.noised_references(prompts, start), self.style_fidelity).installed(self.family.unet):
             return self.call(self.family.pipeline(), self.text_states(prompts), start, sampling)
 
     def noised_references(self, prompts: Sequence[Prompt], start: Start) -> Callable[[Tensor], Tensor]:

@@ -59,8 +59,7 @@ class SemanticContextEncoder(nn.Module):
         return cls(swin_l, Decoder([384, 768, 1536]), QueryTransformer())
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
-        maps = self.imencoder(image_B3HW)[-len(LEVELS) :]
-        return self.qtransformer(self.imdecoder(maps))
+        return self.qtransformer(self.imdecoder(self.imencoder(image_B3HW)[-len(LEVELS) :]))
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

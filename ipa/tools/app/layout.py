@@ -55,11 +55,8 @@ def make_inputs(offer: Offer) -> dict[str, Any]:
 
 
 def make_place(offer: Offer) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "blocks": gr.Dropdown(
-            list(offer.presets), label="Preset of λ per block (several: side by side)", multiselect=True
-        )
-    }
+    blocks = gr.Dropdown(list(offer.presets), label="Preset of λ per block (several: side by side)", multiselect=True)
+    found: dict[str, Any] = {"blocks": blocks}
     with gr.Row():
         found["start"] = gr.Slider(0, 1, 0, step=0.05, label="From (0: noise)", min_width=120)
         found["end"] = gr.Slider(0, 1, 1, step=0.05, label="To (1: image)", min_width=120)
@@ -76,19 +73,17 @@ def make_place(offer: Offer) -> dict[str, Any]:
 
 
 def make_comparison(offer: Offer) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "scales": gr.Textbox(label="Several λ", placeholder="0, 0.5, 1"),
-        "adapter": gr.Dropdown(
-            offer.adapters,
-            value=[offer.adapters[0][1]],
-            label="Adapter (several: side by side)",
-            multiselect=True,
-            visible=len(offer.adapters) > 1,
-        ),
-    }
+    found: dict[str, Any] = {"scales": gr.Textbox(label="Several λ", placeholder="0, 0.5, 1")}
+    found["adapter"] = gr.Dropdown(
+        offer.adapters,
+        value=[offer.adapters[0][1]],
+        label="Adapter (several: side by side)",
+        multiselect=True,
+        visible=len(offer.adapters) > 1,
+    )
     with gr.Row():
-        found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
-        found["count"] = gr.Number(1, label="Seeds in a row", precision=0, minimum=1, maximum=MAX_IMAGES, min_width=120)
+        found["seed"] = integer("Seed", 0, minimum=0)
+        found["count"] = integer("Seeds in a row", 1, minimum=1, maximum=MAX_IMAGES)
     return found
 
 
@@ -96,18 +91,18 @@ def make_sampling(offer: Offer) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with gr.Row():
         for name in ("width", "height"):
-            found[name] = gr.Number(
-                offer.edge_px, label=f"{name.capitalize()} (px)", precision=0, step=offer.multiple_px, min_width=120
-            )
+            found[name] = integer(f"{name.capitalize()} (px)", offer.edge_px, step=offer.multiple_px)
     with gr.Row():
-        found["num_steps"] = gr.Number(
-            offer.num_steps, label="Steps", precision=0, minimum=1, maximum=MAX_STEPS, min_width=120
-        )
+        found["num_steps"] = integer("Steps", offer.num_steps, minimum=1, maximum=MAX_STEPS)
         found["guidance"] = gr.Number(offer.guidance, label="Guidance (1: none)", minimum=0, step=0.5, min_width=120)
     found["guidance_rescale"] = gr.Slider(
         0, 1, offer.guidance_rescale, step=0.05, label="Less contrast of guidance (φ)"
     )
     return found
+
+
+def integer(label: str, value: int, **limits: Any) -> gr.Number:
+    return gr.Number(value, label=label, precision=0, min_width=120, **limits)
 
 
 def make_picture(label: str, visible: bool = True) -> gr.Image:

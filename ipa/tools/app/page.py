@@ -102,9 +102,8 @@ class Page:
         inputs, out = self.inputs, self.outputs
         values = list(inputs.values())
         shown = [out.command, out.python, out.files]
-        made = [out.status, out.picture, *shown]
         waiting: dict[str, Any] = {"show_progress_on": out.status, "concurrency_limit": 1, "api_visibility": "private"}
-        generating = out.generate.click(self.generate, values, made, **waiting)
+        generating = out.generate.click(self.generate, values, [out.status, out.picture, *shown], **waiting)
         out.cancel.click(self.cancel, None, out.status, queue=False, cancels=generating, **HIDDEN)
         out.show.click(self.show, values, [out.status, *shown], concurrency_limit=2, **HIDDEN)
         inputs["image"].upload(self.check_pictures, inputs["image"], [inputs["image"], out.status], **HIDDEN)

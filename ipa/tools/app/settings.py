@@ -69,8 +69,7 @@ def check_limits(settings: Mapping[str, Any], native_px: int) -> None:
 
 def as_command(settings: Mapping[str, Any]) -> str:
     """For a shell, in the folder of the pictures."""
-    words = [shlex.quote(word) for word in as_arguments(Options, settings)]
-    return " \\\n    ".join([COMMAND, *words])
+    return " \\\n    ".join([COMMAND, *map(shlex.quote, as_arguments(Options, settings))])
 
 
 def as_python(settings: dict[str, Any]) -> str:

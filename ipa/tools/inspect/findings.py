@@ -15,10 +15,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from ipa.data.datamodule import ShardDataModule
+from ipa.data.images.preparation import Sample
 from ipa.data.order.lanes import Share
 from ipa.data.order.sequence import Order
 from ipa.data.records import Record
@@ -46,6 +48,11 @@ class Seen(NamedTuple):
     references: int
     letters: int
 
+    @classmethod
+    def of(cls, key: str, sample: Sample) -> Seen:
+        height, width, _, _, *target = sample.size_6.tolist()
+        return cls(key, (width, height), (target[1], target[0]), 1 + len(sample.more_references), len(sample.text))
+
 
 @dataclass
 class Findings:
@@ -72,10 +79,7 @@ class Reading(IterableDataset[tuple[Seen | None, list[Rejected]]]):
                 except Rejected as reject:
                     yield None, [*slot.record.rejects, reject.at()]
                     continue
-                height, width, _, _, *target = sample.size_6.tolist()
-                references = 1 + len(sample.more_references)
-                seen = Seen(slot.record.key, (width, height), (target[1], target[0]), references, len(sample.text))
-                yield seen, slot.record.rejects
+                yield Seen.of(slot.record.key, sample), slot.record.rejects
             yield None, rest
 
 
@@ -185,15 +189,19 @@ def describe_stripped(data: ShardDataModule, samples: int | None) -> list[str]:
     ]
 
 
+def draw_square(pixels_3HW: Tensor) -> Image.Image:
+    shown_3HW = to_uint8(to_unit_range(pixels_3HW))  # normalised as for the model, and back
+    picture = Image.fromarray(shown_3HW.permute(1, 2, 0).numpy())
+    return ImageOps.pad(picture, (CELL_PX, CELL_PX), color=GREY)
+
+
 def draw_cell(batch: Batch, row: int) -> Image.Image:
     """Target and reference side by side, the caption below, in red what is dropped."""
     width = 2 * CELL_PX + GAP_PX
     cell = Image.new("RGB", (width, CELL_PX + (CAPTION_LINES + 1) * LINE_PX + GAP_PX), "white")
     for n, pixels_B3HW in enumerate((batch.image_B3HW, batch.reference_B3HW)):
         assert pixels_B3HW is not None, "only pictures can be shown"
-        pixels_3HW = to_uint8(to_unit_range(pixels_B3HW[row]))  # normalised as for the model, and back
-        picture = Image.fromarray(pixels_3HW.permute(1, 2, 0).numpy())
-        cell.paste(ImageOps.pad(picture, (CELL_PX, CELL_PX), color=GREY), (n * (CELL_PX + GAP_PX), 0))
+        cell.paste(draw_square(pixels_B3HW[row]), (n * (CELL_PX + GAP_PX), 0))
     pen = ImageDraw.Draw(cell)
     flags = {"text": batch.draws.drop_text_B, "image": batch.draws.drop_image_B}
     drops = [name for name, dropped_B in flags.items() if dropped_B[row]]

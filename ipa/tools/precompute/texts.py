@@ -189,17 +189,21 @@ def kept_of(cfg: DictConfig, encoder: EncoderWidths, base: BaseWidths) -> list[s
 
 def text_bytes(cfg: DictConfig, family: Any) -> int:
     """Of a caption, nothing left out; of text states from configuration alone."""
-    if cfg.text == "ids":
-        return sum(4 * ids.numel() for ids in family.prepare_text([""]).values())
-    layout = cfg.base.get("config") if is_single_file(cfg.base.path) else cfg.base.path
-    index = read_index(layout, "base.path") if layout else {}
     inputs = family.prepare_text([""])
-    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without content: text encoders of no weight
-        for name in (name for name in parts_in(index) if name.startswith("text_encoder")):
-            setattr(family, name, make_part(layout, name, *index[name]))
-        shapes = shapes_of(family.text_states(inputs))
+    if cfg.text == "ids":
+        return sum(4 * ids.numel() for ids in inputs.values())
+    shapes = shapes_of_states(cfg.base, family, inputs)
     if cfg.text == "states":
         return state_bytes(shapes)
     return sum(
         math.prod(shape) + 4 * shape[0] if len(shape) == 2 else 2 * math.prod(shape) for shape in shapes.values()
     )
+
+
+def shapes_of_states(base: DictConfig, family: Any, inputs: TextInputs) -> dict[str, list[int]]:
+    layout = base.get("config") if is_single_file(base.path) else base.path
+    index = read_index(layout, "base.path") if layout else {}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without content: text encoders of no weight
+        for name in (name for name in parts_in(index) if name.startswith("text_encoder")):
+            setattr(family, name, make_part(layout, name, *index[name]))
+        return shapes_of(family.text_states(inputs))
