@@ -47,7 +47,6 @@ from world import (
     STYLE_WORDS,
     TEXT_LENGTH,
     Clock,
-    World,
     build_tokenizer,
     compose,
     describe,
@@ -131,15 +130,10 @@ def make_encoder(start: Path | None) -> Callable[[Tensor], Tensor]:
     return lambda pixels_B3HW: vae.encode(pixels_B3HW).latent_dist.mean
 
 
-@torch.no_grad()
-def encode_world(world: World, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """latents_NKChw of all pictures on all K backgrounds, in bf16, encoded once: nothing else varies."""
-    backgrounds = torch.arange(len(BACKGROUNDS))
-    rows = []
-    for rgba in tqdm(world.rgba, desc="latents", unit="img", mininterval=10):
-        with autocast():
-            rows.append(encode(compose(rgba.expand(len(backgrounds), -1, -1, -1), backgrounds)).bfloat16())
-    return torch.stack(rows)
+def shifted(pixels_B3HW: Tensor, reach_px: int, generator: torch.Generator) -> Tensor:
+    """Each picture moved by whole pixels, which blur nothing; what wraps around is its plain margin."""
+    moves = torch.randint(-reach_px, reach_px + 1, (len(pixels_B3HW), 2), generator=generator).tolist()
+    return torch.stack([each.roll(move, (1, 2)) for each, move in zip(pixels_B3HW, moves, strict=True)])
 
 
 def make_vae() -> AutoencoderKL:
@@ -326,7 +320,7 @@ def pretraining_caption(
 
 def train_unet(options: argparse.Namespace) -> None:
     world = read_world(*options.data).of_style(options.style).to(DEVICE)
-    latents_NKChw = encode_world(world, make_encoder(options.start))
+    encode = make_encoder(options.start)
     folder = options.build
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
@@ -350,7 +344,9 @@ def train_unet(options: argparse.Namespace) -> None:
         set_learning_rate(optimizer, options.lr or 6e-4, step, clock.share, options.warmup)
         chosen = torch.randint(len(world), (options.batch,), generator=generator)
         backgrounds = draw_backgrounds(options.batch, generator)
-        latents = latents_NKChw[chosen, backgrounds].float()
+        pixels = shifted(compose(world.rgba[chosen], backgrounds), options.shift, generator)
+        with torch.no_grad(), autocast():
+            latents = encode(pixels).float()
         captions = [
             pretraining_caption(world.captions[i], world.styles[i], int(b), options.said, generator)
             for i, b in zip(chosen.tolist(), backgrounds, strict=True)
@@ -476,6 +472,7 @@ def main() -> None:
     )
     parser.add_argument("--horizon", type=float, default=2000, help="steps that the UNet's moving average covers")
     parser.add_argument("--warmup", type=int, default=300, help="steps in which the UNet's learning rate rises")
+    parser.add_argument("--shift", type=int, default=3, help="pixels by which the UNet's pictures are moved at most")
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")
