@@ -185,7 +185,7 @@ class Archive:
         self.fileobj.unread(block)
         start = self.fileobj.tell()
         if zeros == 1 or (zeros > 2 and (start - self.start) % tarfile.RECORDSIZE):
-            raise tarfile.ReadError(f"{zeros} blocks of zeros in the middle, before byte {start}")
+            raise tarfile.ReadError(f"zeros in the middle, {zeros * BLOCK_BYTES} bytes before byte {start}")
         self.start, self.pax_headers = start, {}
         return True
 
