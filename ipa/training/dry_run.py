@@ -220,6 +220,7 @@ def describe_memory(cfg: DictConfig, model: IPAdapterModel) -> str:
 
 
 def smallest_card(peak: float) -> str:
+    """The smallest GPU that has ``peak`` bytes to spare, in words."""
     card = next((card for card in CARDS_GIB if peak <= (card - RESERVE_GIB) * (1 - FRAGMENTED) * GIB), None)
     return "no card has that much" if card is None else f"a card of {card} GB"
 

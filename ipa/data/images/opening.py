@@ -209,16 +209,14 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 class Pixels(NamedTuple):
-    """An upright RGB picture, the original's size, and what of its pixels is filled: see ``transforms.Opened``."""
+    """An upright RGB picture, the original's size (px), and what of its pixels is filled: see ``transforms.Opened``."""
 
     picture: Image.Image
     size: Size
     span: tuple[float, float]
 
 
-def decode_picture(
-    data: bytes, background: str, max_pixels: int, needs: Sequence[Size] = (), headroom: float = 1
-) -> Pixels:
+def decode_picture(data: bytes, background: str, max_pixels: int, needs: Sequence[Size], headroom: float) -> Pixels:
     """See ``transforms.open_picture``; raises ``Rejected``."""
     return with_picture(data, lambda picture: decode(picture, background, max_pixels, needs, headroom))
 
