@@ -131,7 +131,7 @@ def make_encoder(start: Path | None) -> Callable[[Tensor], Tensor]:
 
 
 def shifted(pixels_B3HW: Tensor, reach_px: int, generator: torch.Generator) -> Tensor:
-    """Each picture moved by whole pixels, which blur nothing; what wraps around is its plain margin."""
+    """Each picture moved by whole pixels, which blur nothing; what wraps around is its plain margin of 4 px."""
     moves = torch.randint(-reach_px, reach_px + 1, (len(pixels_B3HW), 2), generator=generator).tolist()
     return torch.stack([each.roll(move, (1, 2)) for each, move in zip(pixels_B3HW, moves, strict=True)])
 
@@ -345,7 +345,7 @@ def train_unet(options: argparse.Namespace) -> None:
         chosen = torch.randint(len(world), (options.batch,), generator=generator)
         backgrounds = draw_backgrounds(options.batch, generator)
         pixels = shifted(compose(world.rgba[chosen], backgrounds), options.shift, generator)
-        with torch.no_grad(), autocast():
+        with autocast():
             latents = encode(pixels).float()
         captions = [
             pretraining_caption(world.captions[i], world.styles[i], int(b), options.said, generator)
@@ -472,7 +472,9 @@ def main() -> None:
     )
     parser.add_argument("--horizon", type=float, default=2000, help="steps that the UNet's moving average covers")
     parser.add_argument("--warmup", type=int, default=300, help="steps in which the UNet's learning rate rises")
-    parser.add_argument("--shift", type=int, default=3, help="pixels by which the UNet's pictures are moved at most")
+    parser.add_argument(
+        "--shift", type=int, choices=range(5), default=0, help="most pixels by which the UNet's pictures move"
+    )
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")

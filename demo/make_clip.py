@@ -8,8 +8,8 @@
 
 Both resume from ``demo/build/clip/``. Captions name concept, style and background, in full or in part: a contrastive
 model forgets what its captions never say (Radford et al. 2021 for the loss). Hardly a batch of random pictures asks for
-the style, since the thing alone tells the captions apart. So a batch holds things in all their styles, and the pooled
-embedding is also asked for the style through a linear map that is thrown away; the encoder's in the same way for the
+the style, since the thing alone tells the captions apart. So a batch holds things in three of their styles, and the
+pooled embedding is also asked for the style through a linear map that is thrown away; the encoder's also for the
 picture's 8 × 8 thumbnail, so that the layout of the colours stays. Each of the encoder's patches before the last layer,
 which is what fine-grained heads read, is asked for its own principal components: what is where. The judge has another
 architecture, seed and augmentation, neither of these losses, and has also seen the held-out concepts.
@@ -232,7 +232,7 @@ def train(recipe: Recipe, options: argparse.Namespace) -> None:
         losses = {"contrast": contrast, "layout": layout, "style": manner}
         total = contrast + recipe.thumbnail_weight * layout + recipe.style_weight * manner
         if recipe.patch_weight:
-            # without the class token; the components come first by rows, as the patches do
+            # without the class token; both are ordered row by row
             predicted = parts["patch"](patches.pop()[:, 1:].float())
             losses["patch"] = F.mse_loss(predicted, pca.encode(pixels).flatten(2).transpose(1, 2))
             total = total + recipe.patch_weight * losses["patch"]

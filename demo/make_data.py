@@ -41,12 +41,12 @@ STYLES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
 # further styles of the training concepts, for the base and the encoder; they lack some concepts, and a table of code
-# points: their icons are named as those of the style in LIKE, whose table is read
+# points: their icons are named as those of the style in NAMED_AS, whose table is read
 MORE_STYLES = {
     "gradient": "@iconify-json/fluent-emoji@1.2.7",
     "blob": "@iconify-json/noto-v1@1.2.5",
 }
-LIKE = {"gradient": "fluent", "blob": "noto"}
+NAMED_AS = {"gradient": "fluent", "blob": "noto"}
 NEW_STYLE = {"fxemoji": "@iconify-json/fxemoji@1.2.2"}  # of demo/make_style.py, which nothing here has seen
 NAMES = "emojibase-data@17.0.0"
 
@@ -138,7 +138,7 @@ def read_concepts(sources: Path) -> list[Concept]:
     names = sources / package_folder(NAMES) / "package"
     meta = json.loads((names / "meta" / "groups.json").read_text())
     folders = {style: sources / package_folder(package) for style, package in (STYLES | MORE_STYLES).items()}
-    icons = {style: read_icons(folder, folders[LIKE.get(style, style)]) for style, folder in folders.items()}
+    icons = {style: read_icons(folder, folders[NAMED_AS.get(style, style)]) for style, folder in folders.items()}
     concepts = []
     for entry in json.loads((names / "en" / "data.json").read_text()):
         if "group" not in entry:

@@ -4,6 +4,7 @@
     python demo/measure.py clip --models DIR  # the same of those in DIR, figures in DIR/figures.json
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
+    python demo/measure.py base --base DIR --key NAME   # the same of another base, without the grid
     python demo/measure.py adapter RUN        # or a file: 100 held-out image prompts, alone and with a text
     python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
@@ -141,7 +142,7 @@ def measure_base(options: argparse.Namespace) -> None:
     from diffusers import StableDiffusionPipeline
 
     captions = one_caption_per_concept()
-    pipeline = StableDiffusionPipeline.from_pretrained(HERE / "base")
+    pipeline = StableDiffusionPipeline.from_pretrained(options.base)
     pipeline.set_progress_bar_config(disable=True)
     pixels = draw_texts(pipeline, captions, options)
     judge = ClipScorer.from_pretrained(f"local-dir:{HERE / 'judge'}")
@@ -159,8 +160,9 @@ def measure_base(options: argparse.Namespace) -> None:
     drawn = draw_texts(pipeline, told, options)
     figures["background named, right"] = float((nearest_colour(drawn) == backgrounds).float().mean())
     figures["style named, right"] = share_equal(tell_styles(judge, drawn, captions, list(STYLE_WORDS)), styles)
-    keep("base", figures)
-    save_grid(pixels[:64], captions[:64], IMAGES / "base.png")
+    keep(options.key or "base", figures)
+    if options.key is None:
+        save_grid(pixels[:64], captions[:64], IMAGES / "base.png")
 
 
 def draw_texts(pipeline: Any, texts: list[str], options: argparse.Namespace) -> Tensor:
@@ -213,7 +215,7 @@ def measure_adapter(options: argparse.Namespace) -> None:
         for name, value in prompts.score_both(pixels, texts).items():
             figures.setdefault(f"scale 0.5 and text, {name}", []).append(round(value, 4))
     how = {"steps": options.steps, "guidance": options.guidance, "guidance_rescale": options.guidance_rescale}
-    keep(options.key, figures | how)
+    keep(options.key or "adapter", figures | how)
 
 
 class Prompts:
@@ -314,11 +316,12 @@ def main() -> None:
     parser.add_argument("adapter", type=Path, nargs="?", help="run folder or adapter file")
     parser.add_argument("--models", type=Path, default=HERE, help="folder of encoder/ and judge/ (default: demo)")
     parser.add_argument("--names", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="which clip measures")
+    parser.add_argument("--base", type=Path, default=HERE / "base", help="pipeline folder that base measures")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="adapter only: φ in [0, 1]")
     parser.add_argument("--scale", type=float, default=1.0, help="adapter only: λ of the image prompt alone")
-    parser.add_argument("--key", default="adapter", help="name of the adapter's figures in figures.json")
+    parser.add_argument("--key", help="name in figures.json of an adapter's or another base's figures")
     options = parser.parse_args()
     if options.what == "adapter" and options.adapter is None:
         parser.error("adapter needs a run folder or a file, for example demo/adapters/decoupled_global.safetensors")
