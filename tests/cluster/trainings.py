@@ -12,7 +12,7 @@ from slurm import wait_until
 
 from ipa.training.checkpointing import checkpoints_in, step_of
 
-STEPS = 60
+STEPS = 90
 EVERY_STEPS = 6
 PATIENCE_S = 120.0
 
