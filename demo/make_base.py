@@ -29,10 +29,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,6 +69,7 @@ SAID = (0.95, 0.5, 0.4)
 # of the text encoder's learning rate to the UNet's: with equal rates (4e-4), words that came late, beside a thing in
 # 95 % of the captions, were unheard still after 4,700 steps
 TEXT_LR = 3.0
+ALIGN_WEIGHT = 0.1
 # what the committed weights took, the UNet's partly with two threads on a busy machine (demo/README.md);
 # the VAE's without the second training of its decoder (Makefile)
 MINUTES = {"unet": 343, "vae": 33}
@@ -318,19 +322,49 @@ def pretraining_caption(
     return describe(caption if thing else "", style if manner else "", background if ground else None)
 
 
+class Alignment(nn.Module):
+    """InfoNCE between the text's states and a linear map of a frozen encoder's embedding of the same picture.
+
+    Stable Diffusion's text encoder is one half of a CLIP, so images and texts have one geometry there, and an image
+    prompt is nearly a linear map away from what cross-attention has learned to read.
+    """
+
+    def __init__(self, encoder: Path) -> None:
+        super().__init__()
+        clip: Any = open_clip.create_model(f"local-dir:{encoder}")
+        self.encoder = [clip.visual.eval().requires_grad_(False).to(DEVICE)]  # in a list: not one of the parts
+        mean, std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        self.mean, self.std = (torch.tensor(each, device=DEVICE)[:, None, None] for each in (mean, std))
+        self.project = nn.Linear(clip.visual.output_dim, 128)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, pixels_B3HW: Tensor, text_BLD: Tensor, ends_BL: Tensor, told_B: Tensor) -> Tensor:
+        """``ends_BL`` marks end-of-text and the padding behind it, which have seen all words."""
+        with torch.no_grad(), autocast(), sdpa_kernel(SDPBackend.MATH):
+            image_BE = self.encoder[0](((pixels_B3HW + 1) / 2 - self.mean) / self.std)
+        ends_BL1 = ends_BL[:, :, None].float()
+        text_BD = (text_BLD * ends_BL1).sum(1) / ends_BL1.sum(1)
+        image_ND, text_ND = (F.normalize(each[told_B], dim=-1) for each in (self.project(image_BE.float()), text_BD))
+        logits = self.logit_scale.exp().clamp(max=100) * image_ND @ text_ND.T
+        right = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
 def train_unet(options: argparse.Namespace) -> None:
     world = read_world(*options.data).of_style(options.style).to(DEVICE)
     encode = make_encoder(options.start)
     folder = options.build
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
+    if options.align:
+        parts["align"] = Alignment(options.align)
     if options.start:
         parts["text"].load_state_dict(load_file(options.start / "text_encoder" / "model.safetensors"))
         parts["unet"].load_state_dict(load_file(options.start / "unet" / "diffusion_pytorch_model.safetensors"))
     parts.to(DEVICE)
     groups = [
         {"params": parts["text"].parameters(), "lr_factor": TEXT_LR},
-        {"params": parts["unet"].parameters()},
+        *({"params": part.parameters()} for name, part in parts.items() if name != "text"),
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / options.horizon))
@@ -362,13 +396,17 @@ def train_unet(options: argparse.Namespace) -> None:
             text_BLD = parts["text"](ids_BL).last_hidden_state
             predicted = parts["unet"](alpha * latents + sigma * noise, t_B, text_BLD).sample
         loss = F.mse_loss(predicted.float(), alpha * noise - sigma * latents)
+        losses = {"loss": loss}
+        if options.align:
+            losses["align"] = parts["align"](pixels, text_BLD.float(), ids_BL == tokenizer.eos_token_id, ~dropped)
+            loss = loss + ALIGN_WEIGHT * losses["align"]
         loss.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(parts)
         step += 1
-        progress.log(step, loss=loss)
+        progress.log(step, **losses)
         if clock.time_to_save() or clock.share >= 1:
             save_state(folder / "unet.pt", step, clock, parts=parts, optimizer=optimizer, average=average)
 
@@ -475,6 +513,7 @@ def main() -> None:
     parser.add_argument(
         "--shift", type=int, choices=range(5), default=0, help="most pixels by which the UNet's pictures move"
     )
+    parser.add_argument("--align", type=Path, help="open_clip folder with whose image embeddings texts are aligned")
     parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")
