@@ -27,6 +27,7 @@ LEAN = [
     "ema.decay=0.9",
     f"trainer.max_steps={STEPS}",
     f"checkpoint.every_n_steps={EVERY_STEPS}",
+    "checkpoint.keep_last=1",  # a stop has a step of its own
     "data.batch_size=2",
     "data.num_workers=1",
 ]
