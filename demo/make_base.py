@@ -329,17 +329,20 @@ class Alignment(nn.Module):
     prompt is nearly a linear map away from what cross-attention has learned to read.
     """
 
-    def __init__(self, encoder: Path) -> None:
+    def __init__(self, encoder: Path, text_width: int) -> None:
         super().__init__()
         clip: Any = open_clip.create_model(f"local-dir:{encoder}")
         self.encoder = [clip.visual.eval().requires_grad_(False).to(DEVICE)]  # in a list: not one of the parts
         mean, std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
         self.mean, self.std = (torch.tensor(each, device=DEVICE)[:, None, None] for each in (mean, std))
-        self.project = nn.Linear(clip.visual.output_dim, 128)
+        self.project = nn.Linear(clip.visual.output_dim, text_width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, pixels_B3HW: Tensor, text_BLD: Tensor, ends_BL: Tensor, told_B: Tensor) -> Tensor:
-        """``ends_BL`` marks end-of-text and the padding behind it, which have seen all words."""
+        """pixels_B3HW in [-1, 1] and text_BLD → loss, a scalar, over the samples of ``told_B``, which have a text.
+
+        ``ends_BL`` marks end-of-text and the padding behind it, which have seen all words.
+        """
         with torch.no_grad(), autocast(), sdpa_kernel(SDPBackend.MATH):
             image_BE = self.encoder[0](((pixels_B3HW + 1) / 2 - self.mean) / self.std)
         ends_BL1 = ends_BL[:, :, None].float()
@@ -357,7 +360,7 @@ def train_unet(options: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(options.start / "tokenizer" if options.start else HERE / "build" / "tokenizer")
     parts = nn.ModuleDict({"text": make_text_encoder(tokenizer), "unet": make_unet(options.width)})
     if options.align:
-        parts["align"] = Alignment(options.align)
+        parts["align"] = Alignment(options.align, parts["text"].config.hidden_size)
     if options.start:
         parts["text"].load_state_dict(load_file(options.start / "text_encoder" / "model.safetensors"))
         parts["unet"].load_state_dict(load_file(options.start / "unet" / "diffusion_pytorch_model.safetensors"))
