@@ -125,20 +125,29 @@ class Prompter:
 
         ``pipeline`` is a public pipeline from ``self.pipeline(…)``, by default text to image; ``arguments`` are further
         ones of its call. ``options`` are ``num_steps``, ``guidance``, ``guidance_rescale`` and ``batch_size`` of
-        `ipa.sampling.SamplingOptions`, by default those that the adapter was trained with.
+        `ipa.sampling.SamplingOptions`, by default those of the training's previews. If a pipeline has no rescaled
+        guidance, that of the previews is left out, with a warning; given as an option, it is refused.
 
         With ``keep_outside`` an item's image stays the base's outside the masks of its prompts, in twice the time:
         after every step the latents there are those without the prompts (Avrahami et al. 2022, blended diffusion).
         """
-        sampling = SamplingOptions(**{**self.defaults, **options})
+        pipe = pipeline or self.pipeline()
+        sampling = SamplingOptions(**{**self.defaults_for(pipe, options), **options})
         edge = sampling.image_size_px or self.family.image_size_px
         size = self.family.check_size(width or edge, "width"), self.family.check_size(height or edge, "height")
-        pipe = pipeline or self.pipeline()
         made: list[Image.Image] = []
         for batch in batches([item.tiled(size) for item in items], sampling.batch_size):
             call = Call(size, sampling, pipe, arguments or {})
             made += self.run(batch, self.keep_outside(batch, call) if keep_outside else call)
         return made
+
+    def defaults_for(self, pipeline: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``self.defaults``, without a rescaling of guidance that the pipeline does not have."""
+        rescale = 0 if "guidance_rescale" in options else self.defaults.get("guidance_rescale", 0)
+        if not rescale or "guidance_rescale" in inspect.signature(pipeline.__call__).parameters:
+            return self.defaults
+        log.warning("%s has no guidance_rescale: the previews' %g is left out", type(pipeline).__name__, rescale)
+        return {**self.defaults, "guidance_rescale": 0}
 
     def keep_outside(self, items: Sequence[Item], call: Call) -> Call:
         """The call with an argument that keeps the base's latents outside the items' masks."""

@@ -4,6 +4,7 @@ Tiny Stable Diffusion pipelines in float32; the features of the images are hande
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -342,7 +343,9 @@ def test_image_to_image_inpainting_and_controlnet_are_those_of_diffusers(prompte
         assert differ(ours, plain)
 
 
-def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prompter, files: list[Path]) -> None:
+def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(
+    prompter: Prompter, files: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """diffusers' layers can, if their input is given to the UNet by a hook: the same picture."""
     assert not hasattr(StableDiffusionAdapterPipeline, "load_ip_adapter")
     torch.manual_seed(5)
@@ -372,6 +375,10 @@ def test_t2i_adapter_whose_stock_pipeline_cannot_load_ip_adapters(prompter: Prom
     assert differ(ours, prompter(DOG, "cat", scale=0.7, seed=3, **OPTIONS)[0])
     with pytest.raises(UserError, match=r"guidance_rescale=0\.5: StableDiffusionAdapterPipeline"):
         prompter(DOG, pipeline=pipeline, guidance_rescale=0.5, arguments=arguments, **OPTIONS)
+    trained = replace(prompter, defaults={**prompter.defaults, "guidance_rescale": 0.7})
+    (again,) = trained(DOG, "cat", scale=0.7, seed=3, pipeline=pipeline, arguments=arguments, **OPTIONS)
+    assert not differ(ours, again)
+    assert "StableDiffusionAdapterPipeline has no guidance_rescale: the previews' 0.7 is left out" in caplog.text
 
 
 def test_loras_and_learned_words_are_those_of_diffusers(files: list[Path], tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ class Page:
         page["image"] = [files.add(path) for path, _ in page["image"] or []]
         page |= {name: files.add(page[name]) for name in ("start_image", "control")}
         page["mask"] = files.add_mask(page["mask"], size)
+        if page["guidance_rescale"] == self.sampling.guidance_rescale:
+            page["guidance_rescale"] = None  # the default, which pipelines that have none leave out
         settings = read_page(page, self.fixed, self.edge_px)
         check(at(settings, folder))
         return settings, files
