@@ -107,6 +107,7 @@ def describe(run: Path, adapter: Path, options: Any) -> dict[str, Any]:
         "repository": options.push or ".",
         "encoder": {"diffusers": encoder[0], "comfyui": encoder[1], "is_public": name in ENCODERS},
         "guidance": metadata.get("sampling_guidance", "7.5"),
+        "rescale": float(metadata.get("sampling_guidance_rescale", 0)),
         "diffusers_reads": not reasons["diffusers"],
         "comfyui_reads": not reasons["comfyui"],
         "why_not": "; ".join(reasons["diffusers"] or reasons["comfyui"]),
