@@ -25,7 +25,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from make_concept import CONCEPT, WORD
 from make_control import control_image
-from measure import heldout_pixels, nearest_colour, one_caption_per_concept, pooled
+from measure import captions_of_concepts, heldout_pixels, nearest_colour, pooled
 from PIL import Image
 from torch import Tensor
 from world import COLOUR_NAMES, HERE, SIZE_PX, compose, draw_backgrounds, read_world
@@ -178,7 +178,7 @@ def fingerprint(options: argparse.Namespace, name: str) -> str:
 def measure_blocks(options: argparse.Namespace) -> None:
     """λ in one block at a time, and with presets; the text names another concept."""
     prompter = Prompter.load(options.adapter)
-    (pictures, styles), texts = heldout(), one_caption_per_concept()
+    (pictures, styles), texts = heldout(), captions_of_concepts()
     chosen = selections(prompter.family.blocks()) | {f"preset {name}": name for name in options.presets}
     cases = {
         name: functools.partial(draw, prompter, pictures, texts, blocks, options.scale, **options.sampling)
@@ -193,6 +193,7 @@ def measure_blocks(options: argparse.Namespace) -> None:
 
 def measure_control(options: argparse.Namespace) -> None:
     """Edges of picture i, look of picture i + 50; no text."""
+    options.sampling |= {"guidance": 3.0, "guidance_rescale": 0.0}  # diffusers' ControlNet pipeline has no rescaling
     prompter = Prompter.load(options.adapter)
     shapes, looks = shifted()
     controls = [edge_picture(each) for each in shapes]
@@ -253,7 +254,7 @@ def edge_picture(picture: Image.Image) -> Image.Image:
 def measure_mask(options: argparse.Namespace) -> None:
     """The left half is masked: mean change against the base's image inside and outside."""
     prompter = Prompter.load(options.adapter)
-    (pictures, _), texts = heldout(), one_caption_per_concept()
+    (pictures, _), texts = heldout(), captions_of_concepts()
     mask = Image.new("L", (SIZE_PX, SIZE_PX))
     mask.paste(255, (0, 0, SIZE_PX // 2, SIZE_PX))
 

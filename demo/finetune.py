@@ -20,7 +20,8 @@ STYLE, RUNS = ROOT / "demo" / "build" / "style", ROOT / "runs" / "finetune"
 SIZES = (20, 100, 500)
 OPTIONS = (
     *("experiment=finetune", "recipe=demo", "adapter.init_from=demo/adapters/decoupled_global.safetensors"),
-    *("trainer.max_steps=400", "global_batch_size=8", "schedule=constant", "schedule.num_warmup_steps=20"),
+    *("optimizer=adamw", "trainer.max_steps=400", "global_batch_size=8"),
+    *("schedule=constant", "schedule.num_warmup_steps=20"),
     *("heldout_check.every_n_steps=20", "heldout_check.num_samples=100", "heldout_check.patience=10"),
     *("image_prompt_check.every_n_steps=5", "preview.every_n_steps=400", "preview.num_scored=0"),
     *("preview.text=null", "scoring=null", "~logger.wandb"),
@@ -28,7 +29,7 @@ OPTIONS = (
 
 
 def train(size: str, *options: str) -> int:
-    places = (f"data.train={STYLE / size}", f"data.val={STYLE / 'heldout'}", f"name=style_{size}")
+    places = (f"data.train={STYLE / size}", f"data.val={ROOT / 'demo' / 'data' / 'unseen'}", f"name=style_{size}")
     return subprocess.run([sys.executable, "train.py", *OPTIONS, *places, *options], cwd=ROOT).returncode
 
 

@@ -3,8 +3,8 @@
     python demo/flux_questions.py train      # eight variants, three seeds each: an hour on two cores, resumable
     python demo/flux_questions.py draw       # docs/images/flux.png and a table, from the runs there are
 
-The first variant is `recipe=demo_flux experiment=decoupled_global`; every other one differs from it in one thing. Each
-run is scored at its end with 100 held-out image prompts, without text, by the independent CLIP.
+The first variant is `recipe=demo_flux experiment=decoupled_global` with 1,200 steps; every other one differs from it in
+one thing. Each run is scored at its end with 100 held-out image prompts, without text, by the independent CLIP.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ VARIANTS = {
 COMMON = (
     "recipe=demo_flux",
     "hydra.launcher.jobs=1",
+    "trainer.max_steps=1200",
+    "schedule.num_warmup_steps=60",
     "image_prompt_check.every_n_steps=10",
     "preview.every_n_steps=1200",
     "preview.num_scored=1",

@@ -8,7 +8,7 @@
 
 A custom model, demo/base fine-tuned on one style (docs/reuse.md):
 
-    python demo/make_base.py unet --start demo/base --style fluent --build demo/build/fluent --minutes 8 --lr 2e-4
+    python demo/make_base.py unet --start demo/base --style fluent --build demo/build/fluent --minutes 8 --lr 3e-4
     python demo/make_base.py export --start demo/base --build demo/build/fluent --out demo/build/fluent/base
 
 Both trainings resume from ``demo/build/base/`` when called again, and share one latent space, known in advance: the
@@ -72,7 +72,7 @@ TEXT_LR = 3.0
 ALIGN_WEIGHT = 0.1
 # what the committed weights took, the UNet's partly with two threads on a busy machine (demo/README.md);
 # the VAE's without the second training of its decoder (Makefile)
-MINUTES = {"unet": 343, "vae": 33}
+MINUTES = {"unet": 661, "vae": 33}
 
 
 @dataclass

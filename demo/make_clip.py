@@ -64,9 +64,10 @@ from world import (
 MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 STYLE_NAMES = [*STYLE_WORDS, *MORE_STYLE_WORDS]
 STYLES_PER_THING = 3
+TRAIN, BUILT = HERE / "data" / "train", HERE / "build" / "data"
 WEIGHTS = "open_clip_model.safetensors"
 # what the committed weights took, one thread each
-MINUTES = {"encoder": 62, "judge": 42}
+MINUTES = {"encoder": 137, "judge": 42}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Recipe:
     vision: dict
     text: dict
     embed_dim: int
-    folders: tuple[str, ...]
+    folders: tuple[Path, ...]
     seed: int
     thumbnail_weight: float
     patch_weight: float
@@ -97,7 +98,7 @@ RECIPES = {
         vision={"layers": 6, "width": 128, "head_width": 32, "patch_size": 8},
         text={"width": 96, "heads": 4, "layers": 2},
         embed_dim=192,
-        folders=("all", "styles"),
+        folders=(TRAIN, BUILT / "styles"),
         seed=1,
         thumbnail_weight=2.0,
         patch_weight=1.0,
@@ -111,7 +112,7 @@ RECIPES = {
         vision={"layers": (2, 2, 2, 2), "width": 14},
         text={"width": 96, "heads": 3, "layers": 1},
         embed_dim=128,
-        folders=("all", "judge"),
+        folders=(TRAIN, BUILT / "judge"),
         seed=2,
         thumbnail_weight=0.0,
         patch_weight=0.0,
@@ -183,7 +184,7 @@ def contrastive_loss(image_BE: Tensor, text_BE: Tensor, logit_scale: Tensor, tex
 
 def train(recipe: Recipe, options: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
-    world: World = read_world(*(HERE / "build" / "data" / folder for folder in recipe.folders)).to(DEVICE)
+    world: World = read_world(*recipe.folders).to(DEVICE)
     tokenizer = clip_tokenizer()
     rows = rows_by_concept(world)
     styles_N = torch.tensor([STYLE_NAMES.index(style) for style in world.styles], device=DEVICE)

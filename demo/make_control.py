@@ -1,6 +1,7 @@
 """Train the demo base's ControlNet on edges (Zhang et al. 2023) and write demo/control/, a folder of diffusers.
 
     python demo/make_control.py                              # resumes from demo/build/control/ when started again
+    python demo/make_control.py --start demo/control --build demo/build/more_control    # goes on from finished weights
     python demo/make_control.py --edges PICTURE edges.png    # the control image of a picture
 
 A full copy of the UNet's encoder would have half of its weights. This one has no attention: it starts as a copy of the
@@ -39,7 +40,6 @@ sys.path.insert(0, str(HERE.parent))
 
 from ipa.metrics.edges import find_edges
 
-BUILD = HERE / "build" / "control"
 # half of the captions say nothing, so that the edges alone suffice, as in the paper
 SAID = (0.5, 0.3, 0.3)
 
@@ -76,12 +76,13 @@ def train(options: argparse.Namespace) -> ControlNetModel:
         part.requires_grad_(False)
     world = read_world(HERE / "data" / "train").to(DEVICE)
     torch.manual_seed(0)
-    control = make_control(pipeline.unet).to(DEVICE)
+    start = ControlNetModel.from_pretrained(options.start).float() if options.start else make_control(pipeline.unet)
+    control = start.to(DEVICE)
     optimizer = torch.optim.AdamW(control.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     average = AveragedModel(control, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    state = load_state(BUILD / "control.pt", control=control, optimizer=optimizer, average=average)
+    state = load_state(options.build / "control.pt", control=control, optimizer=optimizer, average=average)
     step, clock = state["step"], Clock(options.minutes, state["spent_s"])
-    progress = Progress(BUILD / "control.csv", clock)
+    progress = Progress(options.build / "control.csv", clock)
     alphas = make_scheduler().alphas_cumprod.to(DEVICE)
     generator = torch.Generator().manual_seed(step)
     while clock.share < 1:
@@ -106,7 +107,7 @@ def train(options: argparse.Namespace) -> ControlNetModel:
         step += 1
         progress.log(step, loss=loss)
         if clock.time_to_save() or clock.share >= 1:
-            save_state(BUILD / "control.pt", step, clock, control=control, optimizer=optimizer, average=average)
+            save_state(options.build / "control.pt", step, clock, control=control, optimizer=optimizer, average=average)
     control.load_state_dict(taken(average.state_dict(), "module."))
     return control
 
@@ -149,7 +150,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="folder of a ControlNet to go on from, such as another base's")
     parser.add_argument("--base", type=Path, default=HERE / "base")
+    parser.add_argument("--build", type=Path, default=HERE / "build" / "control", help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=HERE / "control")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,16 +1,15 @@
 """Render the demo world's pictures into WebDataset shards in img2dataset's layout.
 
-    python demo/make_data.py                      # writes demo/data/{train,heldout} and demo/build/data/{all,judge}
+    python demo/make_data.py                      # writes demo/data/{train,heldout} and demo/build/data/{styles,judge}
 
 Three public icon sets draw the same things in three styles. A caption names the thing only; the drawing style and the
 background are left to the image prompt. Training pictures keep their transparency: the background is composed when a
 sample is read (half white, half one of eleven plain colours). Held-out pictures, one per held-out concept, have style
 and background cycled and baked in, so that every run validates on the same pixels.
 
-``demo/data`` holds what the base and the adapter learn from and is committed. ``demo/build/data/all`` holds every
-training concept for the two contrastive models, ``demo/build/data/judge`` the held-out ones in all styles for the judge
-alone, ``demo/build/data/styles`` the training concepts in two more styles, as far as these draw them; all three are
-made anew where they are needed.
+``demo/data`` holds what the adapters learn from and is committed. ``demo/build/data/styles`` holds the training
+concepts in two more styles, as far as these draw them, for the base and the encoder; ``demo/build/data/judge`` the
+held-out ones in all styles, for the judge alone. Both are made anew where they are needed.
 
 Needs npm (the sources are npm packages) unless ``--sources`` holds their unpacked folders.
 """
@@ -227,10 +226,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def split_concepts(concepts: list[Concept], heldout_fraction: float, seed: int) -> tuple[list[Concept], list[Concept]]:
-    """Hold out the same share of every group; return (training, held out), each in shuffled order.
-
-    The order matters: the first N training concepts are those that ``make_base.py --concepts N`` learns.
-    """
+    """Hold out the same share of every group; return (training, held out), each in shuffled order."""
     rng = random.Random(seed)
     training, heldout = [], []
     for group in sorted({concept.group for concept in concepts}):
@@ -250,7 +246,6 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=HERE / "build", help="folder of what is not committed")
     parser.add_argument("--sources", type=Path, default=None, help="unpacked npm packages (default: BUILD/sources)")
     parser.add_argument("--size", type=int, default=64, help="edge of a picture in pixels")
-    parser.add_argument("--concepts", type=int, default=360, help="training concepts of the committed world")
     parser.add_argument("--heldout", type=float, default=0.1, help="share of all concepts that is held out")
     parser.add_argument("--samples-per-shard", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
@@ -262,8 +257,7 @@ def main() -> None:
     print(f"{len(training)} training concepts, {len(heldout)} held out, {len(STYLES)} styles; {len(MORE_STYLES)} more")
 
     styles, backgrounds = list(STYLES), list(BACKGROUNDS)
-    all_jobs = [(concept, style, None, options.size) for concept in training for style in styles]
-    train_jobs = all_jobs[: options.concepts * len(styles)]
+    train_jobs = [(concept, style, None, options.size) for concept in training for style in styles]
     judge_jobs = [(concept, style, None, options.size) for concept in heldout for style in styles]
     style_jobs = [(c, style, None, options.size) for c in training for style in MORE_STYLES if style in c.svgs]
     heldout_jobs = [
@@ -272,7 +266,6 @@ def main() -> None:
     ]
     write_shards(options.out / "train", train_jobs, options.samples_per_shard)
     write_shards(options.out / "heldout", heldout_jobs, options.samples_per_shard)
-    write_shards(options.build / "data" / "all", all_jobs, options.samples_per_shard)
     write_shards(options.build / "data" / "styles", style_jobs, options.samples_per_shard)
     write_shards(options.build / "data" / "judge", judge_jobs, options.samples_per_shard)
 

@@ -1,10 +1,10 @@
-"""Render a style that nothing in the demo world has seen, for docs/finetuning.md.
+"""Render a style that nothing in the demo world has seen, for docs/finetuning.md and `make paper`.
 
-    python demo/make_style.py          # writes demo/build/style/{20,100,500} and demo/build/style/heldout
+    python demo/make_style.py          # writes demo/build/style/{20,100,500} and demo/data/unseen
 
-Firefox OS's emoji (fxemoji) are a fourth set of drawings. The folders 20, 100 and 500 hold that many of its pictures,
-each with those of the one before; ``heldout`` holds 100 others, with backgrounds baked in. All have img2dataset's
-layout, as the shards of demo/make_data.py.
+Firefox OS's emoji (fxemoji) are a set of drawings that no model was trained on. The folders 20, 100 and 500 hold that
+many of its pictures, each with those of the one before; ``unseen`` holds 100 others, with backgrounds baked in. All
+have img2dataset's layout, as the shards of demo/make_data.py.
 
 Needs npm unless ``--sources`` holds the unpacked packages.
 """
@@ -73,7 +73,7 @@ def main() -> None:
     heldout, training = drawings[:NUM_HELDOUT], drawings[NUM_HELDOUT:]
     colours = list(BACKGROUNDS)
     jobs = [(each, STYLE, colours[i % len(colours)], SIZE_PX) for i, each in enumerate(heldout)]
-    write_shards(options.out / "heldout", jobs, NUM_HELDOUT)
+    write_shards(HERE / "data" / "unseen", jobs, NUM_HELDOUT)
     for size in SIZES:
         write_shards(options.out / str(size), [(each, STYLE, None, SIZE_PX) for each in training[:size]], size)
     print(f"{len(drawings)} drawings, {NUM_HELDOUT} held out")

@@ -5,7 +5,7 @@
     python demo/measure.py vae                # dB on held-out pictures, against the patch PCA
     python demo/measure.py base               # text only: the judge's rank-1 and rank-5 among 100 captions, and a grid
     python demo/measure.py base --base DIR --key NAME   # the same of another base, without the grid
-    python demo/measure.py adapter RUN        # or a file: 100 held-out image prompts, alone and with a text
+    python demo/measure.py adapter RUN        # or a file: 100 held-out image prompts, alone and with a text; a grid
     python demo/measure.py curves             # losses of the trainings in demo/build as a picture
 
 Each prints its figures and keeps them in demo/figures.json unless said otherwise.
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from make_base import load_pca
 from make_clip import RECIPES, clip_tokenizer, make_model
 from PIL import Image
 from torch import Tensor
-from world import COLOURS, HERE, STYLE_WORDS, World, compose, describe, draw_backgrounds, read_world
+from world import COLOURS, HERE, SIZE_PX, STYLE_WORDS, World, compose, describe, draw_backgrounds, read_world
 
 sys.path.insert(0, str(HERE.parent))
 
@@ -60,8 +61,12 @@ def measure_clip(options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         untrained = ClipScorer.from_pretrained(f"local-dir:{folder}")
         untrained.clip.load_state_dict(make_model(RECIPES[name], clip_tokenizer()).state_dict())
-        figures = {f"{k}, trained": v for k, v in probe(trained, train, heldout).items()}
-        figures |= {f"{k}, untrained": v for k, v in probe(untrained, train, heldout).items()}
+        figures = {}
+        for state, scorer in (("trained", trained), ("untrained", untrained)):
+            found = probe(scorer, train, heldout)
+            if "patch_size" in RECIPES[name].vision:
+                found |= probe_patches(scorer, train, heldout)
+            figures |= {f"{k}, {state}": v for k, v in found.items()}
         figures |= {f"training concepts, {k}": v for k, v in text_retrieval(trained, train).items()}
         figures |= {f"held-out concepts, {k}": v for k, v in text_retrieval(trained, heldout).items()}
         keep(name, figures, options.models / FIGURES.name)
@@ -81,6 +86,34 @@ def probe(scorer: ClipScorer, train: World, heldout: World) -> dict[str, float]:
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x[0].numpy(), fit)
         accuracies[f"{what} probe"] = float(classifier.score(x[1].numpy(), ask))
     return accuracies
+
+
+@torch.no_grad()
+def probe_patches(scorer: ClipScorer, train: World, heldout: World) -> dict[str, float]:
+    """R² of what a linear map of the patch features before the last layer, which fine-grained heads read, tells.
+
+    Asked of each patch of held-out concepts: its mean colour, and how much of it the thing covers.
+    """
+    from sklearn.linear_model import LinearRegression
+    from sklearn.metrics import r2_score
+
+    visual: Any = scorer.clip.visual
+    edge = SIZE_PX // visual.grid_size[0]
+    taken: list[Tensor] = []
+    hook = visual.transformer.resblocks[-2].register_forward_hook(lambda _, __, out_BLD: taken.append(out_BLD[:, 1:]))
+    generator = torch.Generator().manual_seed(0)
+    x, y = [], []
+    for world in (train, heldout):
+        pixels = compose(world.rgba, draw_backgrounds(len(world), generator))
+        pooled(scorer, pixels)
+        x.append(torch.cat(taken).flatten(0, 1).numpy())
+        taken.clear()
+        colour_and_cover = torch.cat([pixels, world.rgba[:, 3:] / 255], 1)
+        y.append(F.avg_pool2d(colour_and_cover, edge).flatten(2).transpose(1, 2).flatten(0, 1).numpy())
+    hook.remove()
+    told = LinearRegression().fit(x[0], y[0]).predict(x[1])
+    scores = r2_score(y[1], told, multioutput="raw_values")
+    return {"patch colour R2": float(scores[:3].mean()), "patch cover R2": float(scores[3])}
 
 
 @torch.no_grad()
@@ -141,7 +174,7 @@ def measure_base(options: argparse.Namespace) -> None:
     """
     from diffusers import StableDiffusionPipeline
 
-    captions = one_caption_per_concept()
+    captions = captions_of_concepts()
     pipeline = StableDiffusionPipeline.from_pretrained(options.base)
     pipeline.set_progress_bar_config(disable=True)
     pixels = draw_texts(pipeline, captions, options)
@@ -152,6 +185,7 @@ def measure_base(options: argparse.Namespace) -> None:
         "rank-5": float((ranks < 5).float().mean()),
         "steps": options.steps,
         "guidance": options.guidance,
+        "guidance_rescale": options.guidance_rescale,
         "captions": len(captions),
     }
     styles = [list(STYLE_WORDS)[i % len(STYLE_WORDS)] for i in range(COUNT)]
@@ -174,6 +208,7 @@ def draw_texts(pipeline: Any, texts: list[str], options: argparse.Namespace) -> 
             [texts[i] for i in piece],
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
+            guidance_rescale=options.guidance_rescale,
             generator=[torch.Generator().manual_seed(i) for i in piece],
             output_type="pt",
         )
@@ -208,14 +243,22 @@ def measure_adapter(options: argparse.Namespace) -> None:
     for seed in (0, 1, 2):
         for scale in (0.0, options.scale):
             pixels = prompts.draw(options, scale, [""] * COUNT, seed)
+            if options.key is None and (seed, scale) == (0, options.scale):
+                save_pairs(prompts.pixels, pixels)
             for name, value in prompts.score(pixels).items():
                 figures.setdefault(f"scale {scale:g}, {name}", []).append(round(value, 4))
-        texts = one_caption_per_concept()
+        texts = captions_of_concepts()
         pixels = prompts.draw(options, 0.5, texts, seed)
         for name, value in prompts.score_both(pixels, texts).items():
             figures.setdefault(f"scale 0.5 and text, {name}", []).append(round(value, 4))
     how = {"steps": options.steps, "guidance": options.guidance, "guidance_rescale": options.guidance_rescale}
     keep(options.key or "adapter", figures | how)
+
+
+def save_pairs(prompts_B3HW: Tensor, pixels_B3HW: Tensor, count: int = 64) -> None:
+    """The first image prompts, numbered, each with what was made of it to its right."""
+    pairs = torch.stack([prompts_B3HW[:count], pixels_B3HW[:count]], 1).flatten(0, 1)
+    save_grid(pairs, [f"{i // 2 + 1}" * (i % 2 == 0) for i in range(2 * count)], IMAGES / "heldout.png", columns=16)
 
 
 class Prompts:
@@ -283,9 +326,11 @@ def share_equal(one: list[str], other: list[str]) -> float:
     return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
 
 
-def one_caption_per_concept() -> list[str]:
+def captions_of_concepts(count: int = COUNT) -> list[str]:
+    """Of training concepts that are evenly spaced in the shards' order."""
     world = read_world(HERE / "data" / "train")
-    return [world.captions[i] for i in one_per_concept(world)[:COUNT]]
+    rows = one_per_concept(world)
+    return [world.captions[rows[i * len(rows) // count]] for i in range(count)]
 
 
 def draw_curves(options: argparse.Namespace) -> None:
@@ -317,9 +362,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=HERE, help="folder of encoder/ and judge/ (default: demo)")
     parser.add_argument("--names", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="which clip measures")
     parser.add_argument("--base", type=Path, default=HERE / "base", help="pipeline folder that base measures")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--guidance-rescale", type=float, default=0.0, help="adapter only: φ in [0, 1]")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance-rescale", type=float, default=0.7, help="φ in [0, 1]")
     parser.add_argument("--scale", type=float, default=1.0, help="adapter only: λ of the image prompt alone")
     parser.add_argument("--key", help="name in figures.json of an adapter's or another base's figures")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
 """The figures and the picture of docs/pairs.md: what carries over is decided by which pictures make a pair.
 
-    python demo/pair_kinds.py train       # three kinds of pairs, three seeds each: half an hour on two cores, resumable
+    python demo/pair_kinds.py train       # three kinds of pairs, three seeds each: an hour on two cores, resumable
     python demo/pair_kinds.py measure     # 100 held-out image prompts, alone and with the text of another concept
     python demo/pair_kinds.py publish     # copies the adapters of the first seed to demo/adapters/
 
-Run i measures with its own seed of noise, 20 steps, guidance 3 rescaled by 0.7. A concept is right if the judge ranks
+Run i measures with its own seed of noise, 20 steps, guidance 4 rescaled by 0.7. A concept is right if the judge ranks
 its caption first of 100 captions: those of the image prompts, or with a text those of the texts. The style is told by
 the probe of combine.py, the background is the nearest of twelve.
 """
@@ -27,7 +27,7 @@ import torch
 from combine import COUNT, JUDGE, style_probe
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from measure import Prompts, nearest_colour, one_caption_per_concept, pooled
+from measure import Prompts, captions_of_concepts, nearest_colour, pooled
 from torch import Tensor
 from tqdm import tqdm
 from world import HERE
@@ -54,7 +54,7 @@ OPTIONS = {
         "data.reference_background=${data.background}",
     ),
 }
-SWEEP = ("hydra.launcher.jobs=2", "preview.every_n_steps=1200", "preview.num_scored=1", "~logger.wandb")
+SWEEP = ("hydra.launcher.jobs=2", "preview.every_n_steps=2000", "preview.num_scored=1", "~logger.wandb")
 ALONE, WITH_TEXT = "image alone", "with a text"
 ASKED = {"image": "concept of the image", "text": "concept of the text", "style": "style", "background": "background"}
 SCALES = (0.5, 1.0, 1.5, 2.0)
@@ -78,10 +78,10 @@ def adapter_of(kind: str, seed: int) -> Path:
 def measure_run(kind: str, seed: int) -> dict[str, dict[str, float]]:
     """The shares of each draw; its 100 images are kept, since they take a minute."""
     torch.set_num_threads(1)
-    adapter, texts = adapter_of(kind, seed), one_caption_per_concept()
+    adapter, texts = adapter_of(kind, seed), captions_of_concepts()
     model = load_model(adapter)
     prompts = Prompts(model)
-    how = argparse.Namespace(steps=20, guidance=3.0, guidance_rescale=0.7)
+    how = argparse.Namespace(steps=20, guidance=4.0, guidance_rescale=0.7)
     found = {}
     for way, scale in DRAWS:
         path = images_of(kind, seed, way, scale)
@@ -148,7 +148,7 @@ def show() -> None:
             columns.append(to_unit_range(pixels[:SHOWN]))
             titles.append(kind.removesuffix("_pairs") + ending)
     write_atomically(PICTURE, lambda file: draw_grid(columns, titles).save(file, format="PNG", optimize=True))
-    print(f"\nwrote {PICTURE}; texts: {', '.join(one_caption_per_concept()[:SHOWN])}")
+    print(f"\nwrote {PICTURE}; texts: {', '.join(captions_of_concepts()[:SHOWN])}")
 
 
 def plot(figures: Figures) -> None:

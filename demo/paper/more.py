@@ -6,14 +6,13 @@ from pathlib import Path
 
 from demo.paper.claims import Comparison, Group, Section, Threshold
 from demo.paper.measuring import Ask
-from demo.paper.plan import CONTROL, PAIRS, STYLES, Settings
-from demo.paper.prompts import unseen_folder
+from demo.paper.plan import CONTROL, PAIRS, STYLES, Settings, adapters
 from demo.paper.sections import group
 
 # title → (name here, λ together with a text; 1 where the system has none)
 SYSTEMS = {
-    "IP-Adapter, global": ("global", 0.5),
-    "IP-Adapter, fine-grained": ("fine", 0.5),
+    "IP-Adapter, global": ("global_adamw", 0.5),
+    "IP-Adapter, fine-grained": ("fine_adamw", 0.5),
     "fine-tuned UNet, image in place of the text (SD Image Variations)": ("variations", 1.0),
     "fine-tuned UNet, noised embedding next to the text (SD unCLIP)": ("unclip", 1.0),
     "global ControlNet (Shuffle)": ("shuffle", 0.5),
@@ -26,7 +25,7 @@ KEPT, HALF = 0.9, 0.5
 def system_asks(name: str, scale: float, settings: Settings) -> dict[str, Group]:
     """Suffix of the row → ask, all with the first seed."""
     seed = settings.seeds[0]
-    system = f"{name}-{seed}" if name in ("global", "fine") else name
+    system = f"{name}-{seed}" if name in adapters() else name
     rows = {
         "": Ask(system, seed=seed),
         ", custom base": Ask(system, base=STYLES[0], seed=seed),
@@ -68,10 +67,10 @@ def systems(settings: Settings) -> Section:
         "Above other adapters, near fine-tuned models",
         "Table 1: IP-Adapter 0.828 in CLIP-I and 0.588 in CLIP-T; Uni-ControlNet 0.736, 0.506; T2I style 0.648, 0.485; "
         "ControlNet Shuffle 0.616, 0.421; SD Image Variations 0.760, 0.548; SD unCLIP 0.810, 0.584.",
-        "All trained from the demo base on the same samples for the same number of steps, with one seed (reference-"
-        "only trains nothing). Empty text, λ = 1. The marks are tests: ✓ all hold, × one is contradicted, ? undecided. "
-        "On a custom base, fine-tuned UNets have the difference to their base added to its weights. With a text of "
-        "another concept, λ is 0.5 where the system has one. The paper has no figures of reference-only.",
+        "All trained from the demo base on the same samples for the same number of steps with AdamW and one seed "
+        "(reference-only trains nothing). Empty text, λ = 1. The marks are tests: ✓ all hold, × one is contradicted, "
+        "? undecided. On a custom base, fine-tuned UNets have the difference to their base added to its weights. With "
+        "the text of another concept, λ is 0.5 where the system has one. The paper has no figures of reference-only.",
         rows,
         ("clip_t", "clip_i", "retrieval", "background"),
         [Comparison(f"IP-Adapter, global above {title}: CLIP-I", ours, title, "clip_i") for title in others],
@@ -109,16 +108,14 @@ def drops(settings: Settings) -> Section:
 
 def beyond(settings: Settings) -> Section:
     main = f"global-{settings.seeds[0]}"
-    rows: dict[str, Group] = {"λ = 1": group(settings, "global")}
-    tests = []
+    unseen, alone = "unseen style, λ = 1", "unseen style, λ = 0"
+    rows: dict[str, Group] = {
+        "λ = 1": group(settings, "global"),
+        unseen: group(settings, "global", prompts="unseen"),
+        alone: group(settings, "global", prompts="unseen", scale=0.0),
+    }
+    tests = [Comparison("image prompts in an unseen style: higher CLIP-I", unseen, alone, "clip_i")]
     missing = []
-    if unseen_folder() is None:
-        missing.append("an unseen drawing style: this demo world has no images of one (demo/make_data.py)")
-    else:
-        unseen, alone = "unseen style, λ = 1", "unseen style, λ = 0"
-        rows[unseen] = group(settings, "global", prompts="unseen")
-        rows[alone] = group(settings, "global", prompts="unseen", scale=0.0)
-        tests.append(Comparison("image prompts in an unseen style: higher CLIP-I", unseen, alone, "clip_i"))
     if settings.own is None:
         missing.append("your own images: give own=FOLDER")
     else:

@@ -22,12 +22,12 @@ from ipa.files import hash_file, read_json
 from ipa.ranges import number, whole
 
 BATCH = 16
-BASE, JUDGE, ENCODER, TRAIN, HELDOUT = (
-    f"demo/{name}" for name in ("base", "judge", "encoder", "data/train", "data/heldout")
+BASE, JUDGE, ENCODER, TRAIN, HELDOUT, UNSEEN = (
+    f"demo/{name}" for name in ("base", "judge", "encoder", "data/train", "data/heldout", "data/unseen")
 )
 CONTROL = "demo/control"
+RECIPE = "conf/recipe/demo.yaml"
 PAGE = "docs/paper"
-UNSEEN = ("demo/data/unseen", "demo/build/data/unseen")
 PAIRS = {
     "style pairs": "demo/adapters/style_pairs.safetensors",
     "concept pairs": "demo/adapters/concept_pairs.safetensors",
@@ -41,6 +41,8 @@ SAMPLE_S, SYSTEM_SAMPLE_S, DENOISING_S, START_S = 0.02, 0.035, 0.008, 12.0
 
 FEW = "+data.filters.few.key=json.key"
 NUMBERS = (100, 300)  # of training images; the first of the first shard
+NEW_LR = 3e-3  # of new layers
+ADAMW = ("optimizer=adamw", f"optimizer.lr={NEW_LR:g}")  # for section 9: the optimizer of the compared systems
 
 
 def few(count: int) -> tuple[str, ...]:
@@ -65,6 +67,8 @@ def adapters() -> dict[str, tuple[str, ...]]:
         "drops_none": (decoupled, *drops(0, 0, 0)),
         "drops_text": (decoupled, *drops(0.4, 0, 0)),
         "drops_image": (decoupled, *drops(0, 0.05, 0)),
+        "global_adamw": (decoupled, *ADAMW),
+        "fine_adamw": (fine, *ADAMW),
     }
 
 
@@ -177,7 +181,7 @@ def train_adapter(name: str, seed: int, settings: Settings) -> Job:
         "scoring=null",
         "~logger.wandb",
     )
-    key = short_hash(options, hash_of(BASE, ENCODER, TRAIN))
+    key = short_hash(options, hash_of(BASE, ENCODER, TRAIN, RECIPE))
     folder = settings.work / "trainings" / f"{name}-{seed}-{key}"
     seconds = START_S + settings.steps * BATCH * SAMPLE_S
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import heldout_pixels, nearest_colour, one_per_concept, tell_styles
+from measure import captions_of_concepts, nearest_colour, tell_styles
 from torch import Tensor
-from world import compose, draw_backgrounds, read_world
+from world import compose, read_world
 
-from demo.paper.plan import HELDOUT, JUDGE, STYLES, TRAIN, UNSEEN
+from demo.paper.plan import HELDOUT, JUDGE, STYLES, UNSEEN
 from ipa.data.images.transforms import cover, read_picture
 from ipa.evaluation.methods.method import Prompt
 from ipa.files import pictures_in
@@ -36,7 +36,6 @@ from ipa.types import to_uint8, to_unit_range
 
 SIZE_PX = 64
 TOP = 5
-UNSEEN_ITEMS_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -95,26 +94,11 @@ def told_as(judge: Any, pixels: Tensor, captions: Sequence[str], style: str) -> 
 
 @functools.cache
 def read_prompts(kind: str, count: int, own: str | None = None) -> Prompts:
-    learned = read_world(Path(TRAIN))
-    others = [learned.captions[row] for row in one_per_concept(learned)]
     if kind == "own":
         paths = pictures_in(own, "own")[:count]
         pixels = to_unit_range(torch.stack([cover(read_picture(path, "own"), (SIZE_PX, SIZE_PX)) for path in paths]))
-        return Prompts(pixels, [path.name for path in paths], [], [], (others * len(paths))[: len(paths)])
-    if kind == "unseen":
-        folder = unseen_folder()
-        assert folder is not None
-        world = read_world(folder)
-        generator = torch.Generator().manual_seed(UNSEEN_ITEMS_SEED)
-        rows = torch.randperm(len(world), generator=generator)[:count]
-        pixels = compose(world.rgba[rows], draw_backgrounds(len(rows), generator))
-        captions = [world.captions[row] for row in rows]
-        return Prompts(pixels, [world.concepts[row] for row in rows], captions, [], others[:count])
-    world, pixels = read_world(Path(HELDOUT)), heldout_pixels(count)
+        return Prompts(pixels, [path.name for path in paths], [], [], captions_of_concepts(len(paths)))
+    world = read_world(Path({"heldout": HELDOUT, "unseen": UNSEEN}[kind]))
+    pixels = compose(world.rgba, torch.zeros(len(world), dtype=torch.long))[:count]  # the pictures are opaque
     ids, captions, styles = (values[:count] for values in (world.concepts, world.captions, world.styles))
-    return Prompts(pixels, ids, captions, styles, others[:count])
-
-
-def unseen_folder() -> Path | None:
-    """Images in a drawing style that nothing was trained on, if this world has them."""
-    return next((Path(folder) for folder in UNSEEN if any(Path(folder).glob("*.tar"))), None)
+    return Prompts(pixels, ids, captions, styles if kind == "heldout" else [], captions_of_concepts(count))

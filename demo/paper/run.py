@@ -28,6 +28,7 @@ from demo.paper.plan import (
     JUDGE,
     START_S,
     TRAIN,
+    UNSEEN,
     Job,
     Settings,
     adapters,
@@ -38,7 +39,7 @@ from demo.paper.plan import (
     train_base,
     train_system,
 )
-from demo.paper.prompts import read_prompts, unseen_folder
+from demo.paper.prompts import read_prompts
 from demo.paper.running import run_jobs
 from demo.paper.sections import sections_of
 from ipa.errors import UserError
@@ -144,7 +145,7 @@ class Plan:
         base = str(train_base(ask.base, self.settings).result) if ask.base else BASE
         inputs = [base, ENCODER, JUDGE, HELDOUT, TRAIN, *([CONTROL] if ask.control else [])]
         inputs += [] if file is None else [str(file)]
-        inputs += [str(unseen_folder())] if ask.prompts == "unseen" else []
+        inputs += [UNSEEN] if ask.prompts == "unseen" else []
         inputs += [str(self.settings.own)] if ask.prompts == "own" else []
         key = key_of(ask, self.sampling(), self.settings.items, self.settings.shown, [hash_of(each) for each in inputs])
         return Task(ask, None if file is None else str(file), base, key)

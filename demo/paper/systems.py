@@ -23,7 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from demo.paper.plan import BASE
+from demo.paper.plan import BASE, NEW_LR
 from ipa.encoders.vision_model import VisionModelEncoder
 from ipa.evaluation.methods.controlnet_shuffle import ControlNetShuffle, shuffle
 from ipa.evaluation.methods.method import Method, Prompt
@@ -39,7 +39,7 @@ from ipa.weights import count_parameters
 
 IMAGE_ENCODER = "demo/image_encoder"
 CELL_PX = 32  # of the warp: half of the image's edge, as 256 of 512 px
-NEW_LR, TUNED_LR = 3e-3, 5e-4  # of new layers, as the adapters', and of fine-tuned ones
+TUNED_LR = 5e-4  # of fine-tuned layers
 UNET = "unet."
 
 

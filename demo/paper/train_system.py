@@ -2,7 +2,7 @@
 
     python -m demo.paper.train_system variations steps=700 seed=1 out=runs/paper/systems/variations
 
-Adam, gradient clipping, schedule and moving average are those of the demo recipe. Started again, it resumes.
+AdamW; gradient clipping, schedule and moving average are those of the demo recipe. Started again, it resumes.
 """
 
 from __future__ import annotations
