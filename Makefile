@@ -9,6 +9,8 @@ ARGS ?=
 comma := ,
 ADAPTERS ?= demo/adapters/decoupled_global.safetensors,demo/adapters/simple_global.safetensors
 EVALUATION ?= runs/evaluation/demo
+# what the demo base learns: two more styles than the adapters, each picture moved by a few pixels
+LEARNED := --data demo/data/train demo/build/data/styles --shift 3 --batch 32 --align demo/encoder
 VARIANTS := decoupled_global,decoupled_fine_grained,simple_global,simple_fine_grained
 
 .DEFAULT_GOAL := help
@@ -104,13 +106,13 @@ lock: $(READY) ## compile requirements.txt from pyproject.toml for all platforms
 
 demo-world: $(READY) ## rebuild the data and models of the demo world; hours on a CPU, resumable
 	$(BIN)/python demo/make_data.py
-	$(BIN)/python demo/make_base.py unet --threads 2
+	$(BIN)/python demo/make_clip.py encoder --threads 2
+	$(BIN)/python demo/make_clip.py judge --threads 2
+	$(BIN)/python demo/make_base.py unet $(LEARNED) --threads 2
 	$(BIN)/python demo/make_base.py vae --threads 2
 	$(BIN)/python demo/make_base.py export
 	$(BIN)/python demo/make_base.py vae --start demo/base --build demo/build/decoder --minutes 22 --threads 2
 	$(BIN)/python demo/make_base.py export --start demo/base --build demo/build/decoder
-	$(BIN)/python demo/make_clip.py encoder --threads 2
-	$(BIN)/python demo/make_clip.py judge --threads 2
 	$(BIN)/python demo/measure.py clip
 	$(BIN)/python demo/measure.py vae
 	$(BIN)/python demo/measure.py base

@@ -51,6 +51,7 @@ def train(folder: Path, options: dict[str, Any], steps: int, device: str) -> lis
     given = {
         "trainer": device,
         "global_batch_size": BATCH,
+        "optimizer": "adamw",
         "trainer.max_steps": steps,
         "trainer.log_every_n_steps": 1,
         "preview.every_n_steps": steps,

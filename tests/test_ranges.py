@@ -16,7 +16,7 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
         ("recipe=demo", "debug=default"),
         ("recipe=sdxl", "data=cache", "trainer=ddp", "optimizer=schedule_free"),
         ("recipe=flux", "schedule=linear", "optimizer=prodigy"),
-        ("recipe=sd35_medium", "experiment=decoupled_time_aware", "optimizer=muon"),
+        ("recipe=sd35_medium", "experiment=decoupled_time_aware"),
     ],
     "evaluate": [
         ("benchmark=demo",),

@@ -280,6 +280,7 @@ def installed(folder: Path) -> Iterator[list[str]]:
         f"tokens._target_={__name__}.TimeHead.fitting",
         "adapter.layout=ipa",
         "data.background=null",
+        "sampling.guidance_rescale=0",
     ]
     families.EXTRA.remove(ToyFamily)
     del HEADS["time"]

@@ -102,6 +102,7 @@ class World:
             f"data.val={self.heldout}",
             "data.batch_size=4",
             "data.num_workers=0",
+            "optimizer=adamw",  # that of the other recipes, and the only one that works with all trainers
             "optimizer.lr=0.001",
             "schedule=constant",
             "schedule.num_warmup_steps=0",

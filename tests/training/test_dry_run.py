@@ -33,8 +33,8 @@ def test_report_of_the_demo_world() -> None:
     trained = sum(tensor.numel() for tensor in tensors.values())
 
     assert found["trained"].startswith(f"{trained:,} parameters")
-    assert "1,080 samples in 4 shards" in found["data"]
-    assert found["steps"] == "1,200 of 16 samples: 19,200, 17.8 passes over the data"
+    assert "3,558 samples in 12 shards" in found["data"]
+    assert found["steps"] == "2,000 of 16 samples: 32,000, 9.0 passes over the data"
     assert found["download"] == "nothing"
     assert "4.9 MiB" in found["disk"] and "MiB for a step of 16 samples in one process" in found["memory"]
 

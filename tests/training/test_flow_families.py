@@ -64,7 +64,8 @@ def overrides_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], li
 
     def overrides(name: str) -> list[str]:
         base = folder(name if name in tiny_flow.MAKERS else "flux")
-        return [*CASES[name], f"base.path={base}", "base.dtype=float32", "optimizer.lr=0.01", "data.background=null"]
+        usual = ["base.dtype=float32", "optimizer.lr=0.01", "data.background=null", "sampling.guidance_rescale=0"]
+        return [*CASES[name], f"base.path={base}", *usual]
 
     return overrides
 
@@ -95,7 +96,7 @@ def test_it_trains_resumes_to_the_bit_and_writes_previews_and_adapter(
     assert metadata["timesteps"] == ("logit_normal" if name.startswith("sd3") else "uniform")
     if name == "flux":  # how the training sampled is recorded
         assert (metadata["train_guidance"], metadata["hosts"], metadata["branches"]) == ("1", "double", "flux")
-        assert recorded_options(metadata)["guidance"] == 3.0
+        assert recorded_options(metadata)["guidance"] == 4.0
 
 
 @pytest.mark.parametrize("name", ["flux", "sd35_medium"])

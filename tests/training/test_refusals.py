@@ -18,7 +18,8 @@ from ipa.cli import explain_failure
 from ipa.export.published import to_published, with_metadata
 from ipa.export.storage import save_adapter
 
-FLUX = "base=flux_dev base.path=PLACE/flux data.background=null tokens.no_image=black"
+FLOW = "data.background=null sampling.guidance_rescale=0"
+FLUX = f"base=flux_dev base.path=PLACE/flux {FLOW} tokens.no_image=black"
 TIMED = "base=sd35_medium base.path=PLACE/sd35 experiment=decoupled_time_aware base.time_width=9 adapter.layout=ipa"
 TUNED = "experiment=finetune adapter.init_from=PLACE/fits.safetensors heldout_check.every_n_steps=2"
 PAIR = "trainer.accelerator=cpu trainer.devices=2 trainer.precision=32-true"
@@ -70,7 +71,7 @@ BEFORE_WEIGHTS = {
     f"{FLUX} experiment=decoupled_time_aware adapter.layout=ipa": r"tokens: the tokens of TimeResamplerHead are for",
     f"{FLUX} experiment=simple_global scale_warmup_steps=9": r"scale_warmup_steps=9: a simple adapter",
     f"{FLUX} min_snr_gamma=5": r"min_snr_gamma=5: FLUX.1 has no such loss weighting",
-    f"{FLUX} +sampling.guidance_rescale=0.7": r"guidance_rescale=0\.7: the pipelines of FLUX\.1 have none",
+    f"{FLUX} sampling.guidance_rescale=0.7": r"guidance_rescale=0\.7: the pipelines of FLUX\.1 have none",
     TIMED: r"base\.time_width=9: ",
     f"{FLUX} base.transformer_file=PLACE/x.gguf trainer=fsdp {PAIR}": r"base\.transformer_file=PLACE/x\.gguf",
 }

@@ -86,7 +86,7 @@ def test_adapter_file_has_the_published_layout_and_the_trained_weights(finished:
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == PUBLISHED
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     expected = {"base": "base", "encoder": "local-dir:clip", "head": "global", "kind": "decoupled", "step": "4"}
-    assert metadata.items() >= (expected | {"sampling_guidance": "3.0", "sampling_num_steps": "1"}).items()
+    assert metadata.items() >= (expected | {"sampling_guidance": "4.0", "sampling_num_steps": "1"}).items()
     assert load_model(finished).family.source == world.base  # found in the run
     trained = checkpoint(finished)["state_dict"]
     for name, tensor in tensors.items():
