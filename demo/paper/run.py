@@ -97,15 +97,10 @@ def chosen(sections: Sequence[Section], numbers: Any) -> list[Section]:
 
 @dataclass(frozen=True)
 class Measurement(Job):
-    """A process that measures some of the tasks."""
-
-    tasks: Sequence[Task] = ()
-
-    def share_done(self) -> float:
-        return sum(task.is_done(self.result.parent) for task in self.tasks) / len(self.tasks)
+    """A process that measures several asks."""
 
     def is_done(self) -> bool:
-        return self.share_done() == 1
+        return self.progress() == 1
 
 
 class Plan:
@@ -178,9 +173,11 @@ class Plan:
         command = ("python", "-m", "demo.paper.measuring", str(path), f"part={number}")
         images = len(part) * self.settings.items
         seconds = START_S + images * self.settings.num_steps * DENOISING_S
-        return Measurement(
-            f"{images} images", (command,), self.folder / "logs" / str(number), path, seconds, tasks=part
-        )
+
+        def progress() -> float:
+            return sum(task.is_done(self.folder) for task in part) / len(part)
+
+        return Measurement(f"{images} images", (command,), self.folder / "logs" / str(number), path, seconds, progress)
 
     def adapter(self, section: Section) -> Path:
         """The file of its first row."""
