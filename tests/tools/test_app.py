@@ -174,6 +174,19 @@ def test_presets_of_the_base_are_offered(tmp_path: Path) -> None:
     assert "mine" in page.Page(Prompter([model]), FIXED).offer().presets
 
 
+def test_the_pages_default_of_rescaled_guidance_is_left_to_the_pipeline(tmp_path: Path) -> None:
+    """A ControlNet's pipeline has none and would refuse it as an option."""
+    page = pytest.importorskip("ipa.tools.app.page")
+    own = page.Page(Prompter([tiny.make_model()], {"guidance_rescale": 0.7}), FIXED)
+    own.inputs = list(PAGE)
+    Image.new("RGB", (30, 20), "teal").save(tmp_path / "cat.png")
+    for given, left in ((0.7, None), (0.5, 0.5), (0, 0)):
+        values = PAGE | {"image": [(str(tmp_path / "cat.png"), None)], "guidance_rescale": given}
+        (folder := tmp_path / str(given)).mkdir()
+        settings, _ = own.prepare(list(values.values()), folder)
+        assert settings["guidance_rescale"] == left
+
+
 # jobs
 
 

@@ -29,7 +29,8 @@ SCORES = {
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     named = {"base": "owner/base", "encoder": "ViT-H-14", "encoder_weights": "laion2b_s32b_b79k", "licence": "mit"}
-    tiny.write_adapter(folder / "adapter.safetensors", named)
+    sampled = {"sampling_guidance": "4.0", "sampling_guidance_rescale": "0.7"}
+    tiny.write_adapter(folder / "adapter.safetensors", named | sampled)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     write_json(folder / "summary.json", {"parameters trained": 1234, "steps": 20, "scores": SCORES})
     (folder / "previews").mkdir()
@@ -56,6 +57,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(run: Path, command: C
         "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
         "| data | laion |",
         "| trained parameters | 1,234 |",
+        "guidance_scale=4.0, guidance_rescale=0.7).images[0]",
     ):
         assert words in body
     assert "/data/private" not in body
