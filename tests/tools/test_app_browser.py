@@ -5,6 +5,7 @@ Nothing may be requested from anywhere but the page's own server.
 
 import io
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -258,7 +259,7 @@ def test_copied_settings_make_the_image_again(users: Any, picture: Path, tmp_pat
     command = user.copied("command").replace("python -m", f"PYTHONPATH={ROOT} {sys.executable} -m", 1)
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     (tmp_path / "again.py").write_text(user.copied("python") + "\nimages[0].save('python.png')\n")
-    subprocess.run([sys.executable, "again.py"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run([sys.executable, "again.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
     assert "mask=mask.png" in command and settings_in(image)["mask"] == "mask.png"
     for name in ("picture.png", "python.png"):
