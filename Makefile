@@ -117,6 +117,7 @@ demo-world: $(READY) ## rebuild the data and models of the demo world; hours on 
 	$(BIN)/python demo/measure.py vae
 	$(BIN)/python demo/measure.py base
 	$(BIN)/python demo/make_control.py --threads 2
+	$(BIN)/python demo/make_control.py --kind t2i_adapter --minutes 25 --threads 2
 	$(BIN)/python demo/make_concept.py embedding
 	$(BIN)/python demo/make_concept.py lora
 

@@ -1,11 +1,15 @@
-"""Train the demo base's ControlNet on edges (Zhang et al. 2023) and write demo/control/, a folder of diffusers.
+"""Train the demo base's structure controls on edges, each a folder of diffusers: demo/control/ and demo/t2i_adapter/.
 
-    python demo/make_control.py                              # resumes from demo/build/control/ when started again
+    python demo/make_control.py                              # the ControlNet (Zhang et al. 2023)
+    python demo/make_control.py --kind t2i_adapter           # the T2I-Adapter (Mou et al. 2023)
     python demo/make_control.py --start demo/control --build demo/build/more_control    # goes on from finished weights
     python demo/make_control.py --edges PICTURE edges.png    # the control image of a picture
 
-A full copy of the UNet's encoder would have half of its weights. This one has no attention: it starts as a copy of the
-encoder's convolutions and the mid block's first, and sees edges, noise and time. Text and image prompt act in the base.
+Each resumes from demo/build/ when started again.
+
+A full copy of the UNet's encoder would have half of its weights. This ControlNet has no attention: it starts as a copy
+of the encoder's convolutions and the mid block's first, and sees edges, noise and time. Text and image prompt act in
+the base. The T2I-Adapter sees nothing but the edges, and adds the same features to the UNet's encoder in every step.
 
 Edges are those of `ipa.metrics.edges`, white on black, at the image's size.
 """
@@ -15,11 +19,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import ControlNetModel, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
 from make_base import (
     Progress,
     autocast,
@@ -44,7 +49,7 @@ from ipa.metrics.edges import find_edges
 SAID = (0.5, 0.3, 0.3)
 
 
-def make_control(unet: UNet2DConditionModel) -> ControlNetModel:
+def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
     """Convolutions of the UNet's encoder, with zero convolutions at the end: at first it changes nothing."""
     config = unet.config
     control = ControlNetModel(
@@ -65,18 +70,43 @@ def make_control(unet: UNet2DConditionModel) -> ControlNetModel:
     return control
 
 
+def make_t2i_adapter(unet: UNet2DConditionModel) -> T2IAdapter:
+    """Features of the widths and sizes of the UNet's down blocks, without noise, time and text."""
+    return T2IAdapter(
+        channels=list(unet.config.block_out_channels), downscale_factor=SIZE_PX // unet.config.sample_size
+    )
+
+
+# kind → its class, how one begins, and its folder
+KINDS: dict[str, Any] = {
+    "controlnet": (ControlNetModel, make_controlnet, "control"),
+    "t2i_adapter": (T2IAdapter, make_t2i_adapter, "t2i_adapter"),
+}
+
+
+def residuals(
+    control: ControlNetModel | T2IAdapter, noisy: Tensor, t_B: Tensor, text_BLD: Tensor, control_B3HW: Tensor
+) -> dict[str, Any]:
+    """What a control adds to the UNet, as arguments of its call."""
+    if isinstance(control, T2IAdapter):
+        return {"down_intrablock_additional_residuals": control(control_B3HW)}
+    down, mid = control(noisy, t_B, text_BLD, control_B3HW, return_dict=False)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
 def control_image(pixels_B3HW: Tensor) -> Tensor:
     """Pixels in [-1, 1] → their edges as a ControlNet reads them, control_B3HW in {0, 1}."""
     return find_edges(pixels_B3HW)[:, None].float().expand(-1, 3, -1, -1)
 
 
-def train(options: argparse.Namespace) -> ControlNetModel:
+def train(options: argparse.Namespace) -> ControlNetModel | T2IAdapter:
     pipeline = StableDiffusionPipeline.from_pretrained(options.base, torch_dtype=torch.float32).to(DEVICE)
     for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         part.requires_grad_(False)
     world = read_world(HERE / "data" / "train").to(DEVICE)
     torch.manual_seed(0)
-    start = ControlNetModel.from_pretrained(options.start).float() if options.start else make_control(pipeline.unet)
+    kind, make, _ = KINDS[options.kind]
+    start = kind.from_pretrained(options.start).float() if options.start else make(pipeline.unet)
     control = start.to(DEVICE)
     optimizer = torch.optim.AdamW(control.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     average = AveragedModel(control, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -114,7 +144,7 @@ def train(options: argparse.Namespace) -> ControlNetModel:
 
 def denoising_error(
     pipeline: StableDiffusionPipeline,
-    control: ControlNetModel,
+    control: ControlNetModel | T2IAdapter,
     pixels: Tensor,
     texts: list[str],
     t_B: Tensor,
@@ -129,10 +159,8 @@ def denoising_error(
     alpha, sigma = (each.sqrt()[:, None, None, None] for each in (alphas[t_B], 1 - alphas[t_B]))
     noisy = alpha * latents + sigma * noise
     with autocast():
-        down, mid = control(noisy, t_B, text_BLD, control_image(pixels), return_dict=False)
-        predicted = pipeline.unet(
-            noisy, t_B, text_BLD, down_block_additional_residuals=down, mid_block_additional_residual=mid
-        ).sample
+        added = residuals(control, noisy, t_B, text_BLD, control_image(pixels))
+        predicted = pipeline.unet(noisy, t_B, text_BLD, **added).sample
     return F.mse_loss(predicted.float(), alpha * noise - sigma * latents)
 
 
@@ -145,6 +173,7 @@ def write_edges(picture: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=tuple(KINDS), default="controlnet")
     parser.add_argument("--edges", type=Path, nargs=2, metavar=("PICTURE", "OUT"), help="write a control image, only")
     parser.add_argument("--minutes", type=float, default=35, help="time of the training in all, over restarts")
     parser.add_argument("--batch", type=int, default=8)
@@ -152,9 +181,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", type=Path, help="folder of a ControlNet to go on from, such as another base's")
     parser.add_argument("--base", type=Path, default=HERE / "base")
-    parser.add_argument("--build", type=Path, default=HERE / "build" / "control", help="folder of the checkpoints")
-    parser.add_argument("--out", type=Path, default=HERE / "control")
+    parser.add_argument("--build", type=Path, help="folder of the checkpoints (default: in demo/build)")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: demo/control, demo/t2i_adapter)")
     options = parser.parse_args()
+    folder = KINDS[options.kind][2]
+    options.build, options.out = options.build or HERE / "build" / folder, options.out or HERE / folder
     torch.set_num_threads(options.threads)
     if options.edges:
         write_edges(*options.edges)
