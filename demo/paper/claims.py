@@ -76,8 +76,7 @@ class Chart:
 class Section:
     """A claim of the paper and what is measured for it; ``columns`` are metrics, ``strip`` the rows with pictures.
 
-    ``skipped`` says why there is nothing to measure. ``ticks`` are columns of marks: heading → row → tests, all of
-    which must hold.
+    ``ticks`` are columns of marks: heading → row → tests, all of which must hold.
     """
 
     number: int
@@ -91,10 +90,9 @@ class Section:
     strip: Sequence[str] = ()
     ticks: Mapping[str, Mapping[str, Sequence[Comparison | Threshold]]] = field(default_factory=dict)
     listed: Sequence[str] | None = None  # rows of the table; None: all
-    skipped: str = ""
 
     def asks(self) -> list[Ask]:
-        return [] if self.skipped else [ask for group in self.rows.values() for ask in group]
+        return [ask for group in self.rows.values() for ask in group]
 
 
 def statistics(values: Sequence[Sequence[float]], items: Sequence[str]) -> dict[str, Any]:
@@ -164,8 +162,6 @@ def together(verdicts: Sequence[str]) -> str:
 def find(section: Section, read: Read) -> dict[str, Any]:
     """All figures of a section, as JSON."""
     content = {"number": section.number, "title": section.title, "paper": section.paper, "how": section.how}
-    if section.skipped:
-        return {**content, "skipped": section.skipped, "verdict": "skipped"}
     tests = [judged(test, section.rows, read) for test in section.tests]
     names = list(section.rows) if section.listed is None else section.listed
     return {

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_control import KINDS, residuals
 from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demo.paper.plan import CONTROL, short_hash
+from demo.paper.plan import CONTROLS, short_hash
 from demo.paper.prompts import Prompts, read_prompts
 from ipa.cli import quiet_libraries
 from ipa.files import read_json, write_atomically, write_json
@@ -37,27 +38,24 @@ VERSION = 2  # of the metrics here: another number measures everything again
 class Ask:
     """What to draw: a ``system`` (``base`` for the base alone) on ``base``, with λ = ``scale``.
 
-    ``text`` is "" or ``other``, the caption of another concept. ``control`` adds the edges of another image prompt
-    through demo/control. ``prompts`` is heldout, unseen or own. ``seed`` chooses the noise.
+    ``text`` is "" or ``other``, the caption of another concept. ``control`` is "" or a structure control of
+    ``plan.CONTROLS``, which gets the edges of another image prompt. ``prompts`` is heldout, unseen or own. ``seed``
+    chooses the noise.
     """
 
     system: str
     base: str = ""
     scale: float = 1.0
     text: str = ""
-    control: bool = False
+    control: str = ""
     prompts: str = "heldout"
     seed: int = 1
 
     @property
     def name(self) -> str:
-        parts = [self.system, self.base, f"scale{self.scale:g}", self.text and f"text-{self.text}"]
-        parts += [
-            "control" if self.control else "",
-            self.prompts if self.prompts != "heldout" else "",
-            f"noise{self.seed}",
-        ]
-        return "_".join(part for part in parts if part).replace("/", "-")
+        parts = [self.system, self.base, f"scale{self.scale:g}", self.text and f"text-{self.text}", self.control]
+        parts += ["" if self.prompts == "heldout" else self.prompts, f"noise{self.seed}"]
+        return "_".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def measure_one(method: Any, task: Task, prompts: Prompts, sampling: dict[str, A
     pieces = []
     for rows in torch.arange(len(prompts)).split(options.batch_size):
         given = prompts.given(rows.tolist(), texts, ask.seed)
-        steered = nullcontext() if controls is None else steering(method, controls[rows])
+        steered = nullcontext() if controls is None else steering(method, ask.control, controls[rows])
         with steered:
             pieces.append(method.generate(given, options))
     pixels = torch.cat(pieces)
@@ -137,30 +135,31 @@ def load_method(name: str, file: str | None, base: str) -> Any:
 
 
 @contextmanager
-def steering(method: Any, control_B3HW: Tensor) -> Iterator[None]:
-    """While inside, the base's UNet also gets the residuals of demo/control: any system, without code of its own."""
+def steering(method: Any, control: str, control_B3HW: Tensor) -> Iterator[None]:
+    """While inside, the base's UNet also gets what the control adds: any system, without code of its own."""
     from demo.paper.systems import added_arguments
-    from ipa.evaluation.methods.weights import load_controlnet
 
     family = method.family if hasattr(method, "family") else method.model.family
-    controlnet: Any = load_controlnet(CONTROL, "float32")
+    kind = KINDS[control][0]
+    loaded = kind.from_pretrained(CONTROLS[control], torch_dtype=torch.float32).requires_grad_(False).eval()
     length = family.encode_text([""]).states_BLD.shape[1]
 
-    def residuals(inputs: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    def added(inputs: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
         noisy_BCHW, time = inputs[:2]
         states_BLD = given["encoder_hidden_states"][:, :length]
-        control = control_B3HW.repeat(len(noisy_BCHW) // len(control_B3HW), 1, 1, 1)
-        down, mid = controlnet(noisy_BCHW, time, states_BLD, control, return_dict=False)
-        before = given.get("down_block_additional_residuals")
-        if before is None:
-            return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        return {
-            "down_block_additional_residuals": [one + other for one, other in zip(before, down, strict=True)],
-            "mid_block_additional_residual": given["mid_block_additional_residual"] + mid,
-        }
+        repeated = control_B3HW.repeat(len(noisy_BCHW) // len(control_B3HW), 1, 1, 1)
+        own = residuals(loaded, noisy_BCHW, time, states_BLD, repeated)
+        return {name: summed(value, given.get(name)) for name, value in own.items()}
 
-    with added_arguments(family.unet, residuals):
+    with added_arguments(family.unet, added):
         yield
+
+
+def summed(own: Any, before: Any) -> Any:
+    """A tensor or several, added to what a system already gives."""
+    if before is None:
+        return own
+    return own + before if isinstance(own, Tensor) else [one + other for one, other in zip(own, before, strict=True)]
 
 
 def key_of(ask: Ask, *inputs: Any) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from demo.paper.claims import Comparison, Group, Section, Threshold
 from demo.paper.measuring import Ask
-from demo.paper.plan import CONTROL, PAIRS, STYLES, Settings, adapters
+from demo.paper.plan import STYLES, Settings, adapters
 from demo.paper.sections import group
 
 # title → (name here, λ together with a text; 1 where the system has none)
@@ -30,9 +28,8 @@ def system_asks(name: str, scale: float, settings: Settings) -> dict[str, Group]
         "": Ask(system, seed=seed),
         ", custom base": Ask(system, base=STYLES[0], seed=seed),
         ", text": Ask(system, scale=scale, text="other", seed=seed),
+        ", edges": Ask(system, control="controlnet", seed=seed),
     }
-    if Path(CONTROL).is_dir():
-        rows[", edges"] = Ask(system, control=True, seed=seed)
     return {suffix: (ask,) for suffix, ask in rows.items()}
 
 
@@ -53,7 +50,6 @@ def systems(settings: Settings) -> Section:
             Threshold("the image's background in half of the images", f"{title}, edges", "background", HALF),
         ]
         for title in SYSTEMS
-        if f"{title}, edges" in rows
     }
     texts = {
         title: [
@@ -115,28 +111,23 @@ def beyond(settings: Settings) -> Section:
         alone: group(settings, "global", prompts="unseen", scale=0.0),
     }
     tests = [Comparison("image prompts in an unseen style: higher CLIP-I", unseen, alone, "clip_i")]
-    missing = []
-    if settings.own is None:
-        missing.append("your own images: give own=FOLDER")
-    else:
+    if settings.own is not None:
         rows["your images, λ = 1"] = (Ask(main, prompts="own", seed=settings.seeds[0]),)
         rows["your images, λ = 0.5 and a text"] = (
             Ask(main, prompts="own", scale=0.5, text="other", seed=settings.seeds[0]),
         )
-    for title, path in PAIRS.items():
-        if not Path(path).is_file():
-            missing.append(f"{title}: there is no {path}")
-            continue
-        rows[f"trained on {title}, λ = 1"] = (Ask(path, seed=settings.seeds[0]),)
-        both = f"trained on {title}, λ = 1 and a text"
-        rows[both] = (Ask(path, text="other", seed=settings.seeds[0]),)
-        tests.append(Comparison(f"{title}: the text is followed more often at λ = 1", both, "λ = 1 and a text", "text"))
-    rows["λ = 1 and a text"] = group(settings, "global", text="other")
+    own_pairs = "λ = 1 and a text"
+    for title, name in (("style pairs", "style_pairs"), ("concept pairs", "concept_pairs")):
+        both = f"trained on {title}, {own_pairs}"
+        rows |= {f"trained on {title}, λ = 1": group(settings, name), both: group(settings, name, text="other")}
+        tests.append(Comparison(f"{title}: the text is followed more often at λ = 1", both, own_pairs, "text"))
+    rows[own_pairs] = group(settings, "global", text="other")
     return Section(
         11,
         "Beyond the paper",
         "",
-        f"Not measured: {'; '.join(missing)}." if missing else "",
+        "An adapter whose prompts in training were other images of the same style or concept leaves the rest to the "
+        "text. `own=FOLDER` adds your own images.",
         rows,
         ("clip_i", "clip_t", "retrieval", "style", "background", "text"),
         tests,

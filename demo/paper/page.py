@@ -39,7 +39,7 @@ def write_page(out: Path, figures: dict[str, Any], sections: Sequence[Section], 
     notes = read_notes(out / "notes.yaml")
     for content, section in zip(figures["sections"], sections, strict=True):
         content["notes"] = notes.get(section.number, "")
-        content["pictures"] = [] if section.skipped else write_strips(out / "images", section, read, prompts)
+        content["pictures"] = write_strips(out / "images", section, read, prompts)
         for number, chart in enumerate(content.get("charts", ())):
             chart["file"] = f"images/{section.number}-chart{number}.svg"
             write_bytes(out / chart["file"], draw_chart(chart))

@@ -25,13 +25,9 @@ BATCH = 16
 BASE, JUDGE, ENCODER, TRAIN, HELDOUT, UNSEEN = (
     f"demo/{name}" for name in ("base", "judge", "encoder", "data/train", "data/heldout", "data/unseen")
 )
-CONTROL = "demo/control"
+CONTROLS = {"controlnet": "demo/control", "t2i_adapter": "demo/t2i_adapter"}  # on edges
 RECIPE = "conf/recipe/demo.yaml"
 PAGE = "docs/paper"
-PAIRS = {
-    "style pairs": "demo/adapters/style_pairs.safetensors",
-    "concept pairs": "demo/adapters/concept_pairs.safetensors",
-}
 # custom bases: demo/base fine-tuned on one drawing style
 STYLES = ("noto", "fluent", "twemoji")
 POINTS = 6  # checkpoints of a training, of which this one keeps all:
@@ -67,6 +63,11 @@ def adapters() -> dict[str, tuple[str, ...]]:
         "drops_none": (decoupled, *drops(0, 0, 0)),
         "drops_text": (decoupled, *drops(0.4, 0, 0)),
         "drops_image": (decoupled, *drops(0, 0.05, 0)),
+        "style_pairs": (decoupled, "data.pairs.by=style"),
+        "concept_pairs": (
+            *(decoupled, "data.pairs.by=concept", "data.pairs.differ=style"),
+            "data.reference_background=${data.background}",
+        ),
         "global_adamw": (decoupled, *ADAMW),
         "fine_adamw": (fine, *ADAMW),
     }
@@ -199,7 +200,7 @@ def train_adapter(name: str, seed: int, settings: Settings) -> Job:
 def train_system(name: str, settings: Settings) -> Job:
     """One of the systems of section 9, with the first seed: the samples of the adapters of this seed."""
     options = (f"steps={settings.steps}", f"seed={settings.seeds[0]}")
-    key = short_hash(name, options, hash_of(BASE, "demo/image_encoder", TRAIN))
+    key = short_hash(name, options, hash_of(BASE, "demo/image_encoder", TRAIN, RECIPE))
     folder = settings.work / "systems" / f"{name}-{key}"
     command = ("python", "-m", "demo.paper.train_system", name, *options, f"out={folder}")
     seconds = START_S + settings.steps * BATCH * SYSTEM_SAMPLE_S

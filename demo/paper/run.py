@@ -21,7 +21,7 @@ from demo.paper.measuring import Ask, Task, key_of, read_measured
 from demo.paper.page import write_page
 from demo.paper.plan import (
     BASE,
-    CONTROL,
+    CONTROLS,
     DENOISING_S,
     ENCODER,
     HELDOUT,
@@ -116,7 +116,7 @@ class Plan:
         name, _, rest = system.partition("-")
         if name in adapters():
             return train_adapter(name, int(rest.partition("@")[0]), self.settings)
-        return None if system == "reference" or Path(system).suffix else train_system(system, self.settings)
+        return None if system == "reference" else train_system(system, self.settings)
 
     def needed(self, ask: Ask) -> list[Job]:
         jobs = [self.job(ask.system), train_base(ask.base, self.settings) if ask.base else None]
@@ -129,7 +129,7 @@ class Plan:
     def file(self, system: str) -> Path | None:
         job = self.job(system)
         if job is None:
-            return Path(system) if Path(system).suffix else None
+            return None
         _, at, step = system.partition("@")
         if at:
             return job.folder / "checkpoints" / f"step_{int(step):08d}.ckpt"
@@ -138,7 +138,7 @@ class Plan:
     def task(self, ask: Ask) -> Task:
         file = self.file(ask.system)
         base = str(train_base(ask.base, self.settings).result) if ask.base else BASE
-        inputs = [base, ENCODER, JUDGE, HELDOUT, TRAIN, *([CONTROL] if ask.control else [])]
+        inputs = [base, ENCODER, JUDGE, HELDOUT, TRAIN, *([CONTROLS[ask.control]] if ask.control else [])]
         inputs += [] if file is None else [str(file)]
         inputs += [UNSEEN] if ask.prompts == "unseen" else []
         inputs += [str(self.settings.own)] if ask.prompts == "own" else []
@@ -187,5 +187,5 @@ class Plan:
 
     def commands(self, section: Section) -> list[str]:
         """The trainings in the order of the rows, then the measurement."""
-        lines = [] if section.skipped else [line for job in self.jobs(section.asks()) for line in job.shown()]
+        lines = [line for job in self.jobs(section.asks()) for line in job.shown()]
         return [*lines, shlex.join(["python", "-m", "demo.paper", f"sections=[{section.number}]", *self.given])]

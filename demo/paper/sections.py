@@ -7,7 +7,7 @@ from pathlib import Path
 
 from demo.paper.claims import Chart, Comparison, Group, Section
 from demo.paper.measuring import Ask
-from demo.paper.plan import CONTROL, NUMBERS, POINTS, STYLES, Settings
+from demo.paper.plan import NUMBERS, POINTS, STYLES, Settings
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 ALONE = "λ = 0 (the base alone)"
@@ -211,31 +211,33 @@ def reuse(settings: Settings) -> Section:
 
 
 def structure(settings: Settings) -> Section:
-    missing = "" if Path(CONTROL).is_dir() else f"there is no {CONTROL}; `python demo/make_control.py` trains it"
-    control, alone, edges = "image prompt and edges", "image prompt alone", "edges alone (λ = 0)"
-    rows = {
-        control: group(settings, "global", control=True),
-        alone: group(settings, "global"),
-        edges: group(settings, "global", scale=0.0, control=True),
-    }
+    alone, rows, tests = "image prompt alone", {}, []
+    for control, name in (("controlnet", "ControlNet"), ("t2i_adapter", "T2I-Adapter")):
+        both, half, edges = f"{name} and image prompt", f"{name} and image prompt, λ = 0.5", f"{name} alone (λ = 0)"
+        rows |= {
+            both: group(settings, "global", control=control),
+            half: group(settings, "global", scale=0.5, control=control),
+            edges: group(settings, "global", scale=0.0, control=control),
+        }
+        tests += [
+            Comparison(f"{name}: higher overlap with the control's edges than without them", both, alone, "control"),
+            Comparison(f"{name}: background right more often than by the edges alone", both, edges, "background"),
+            *(
+                Comparison(f"{name}, {at}: keeps at least 0.9 times its own edges", row, edges, "control", 0.9)
+                for at, row in (("λ = 1", both), ("λ = 0.5", half))
+            ),
+        ]
+    rows[alone] = group(settings, "global")
     return Section(
         8,
         "Structure control and the image prompt work together",
         "The adapter is compatible with ControlNet and T2I-Adapter (Figures 5 and 6).",
-        "A ControlNet for edges, trained on the base without the adapter, gets the edges of another image prompt. "
-        "Empty text. The row without edges says what overlap chance gives. The demo world has no T2I-Adapter for "
-        "structure.",
+        "A ControlNet and a T2I-Adapter for edges, trained on the base without the adapter, get the edges of another "
+        "image prompt. Empty text; λ = 1 where none is given. The row without edges says what overlap chance gives.",
         rows,
         ("control", "background", "style", "clip_i"),
-        [
-            Comparison("higher overlap with the control's edges than without them", control, alone, "control"),
-            Comparison("the background is right more often than by the edges alone", control, edges, "background"),
-            Comparison(
-                "edges of the control: at least 0.9 times those without an image prompt", control, edges, "control", 0.9
-            ),
-        ],
+        tests,
         strip=list(rows),
-        skipped=missing,
     )
 
 

@@ -70,7 +70,7 @@ class Method(nn.Module, ABC):
         if sampling.guidance_rescale and not cls.rescales_guidance:
             raise UserError(
                 f"sampling.guidance_rescale={sampling.guidance_rescale}: the pipeline of {cls.name} has no "
-                "guidance_rescale, leave it at 0"
+                "guidance_rescale, give 0"
             )
 
     def pipeline_arguments(self, sampling: SamplingOptions, size_px: int) -> dict[str, Any]:
