@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ipa.errors import UserError
 from ipa.export.adapter_file import AdapterFile, identify
 from ipa.export.branches import branches_in, written_name
 from ipa.export.published import publish_name
-from ipa.export.storage import load_adapter
+from ipa.export.storage import is_compressed, load_adapter
 from ipa.types import first_not_finite
 from ipa.weights import dtype_name
 
@@ -55,12 +55,16 @@ FOLDER_FILES = ("adapter.safetensors", "model.safetensors", "pytorch_model.bin",
 
 @dataclass(frozen=True)
 class Adapter:
-    """Valid tensors by published names, in the file's dtypes; ``remarks`` report other names and what was ignored."""
+    """Valid tensors by published names, in the file's dtypes; ``remarks`` report other names and what was ignored.
+
+    ``is_published`` says whether the file itself, not only what is written of it, is one that other programs read.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     file: AdapterFile
     remarks: tuple[str, ...] = ()
+    is_published: bool = False
 
 
 def read_adapter(path: Path, weights: str | None = None) -> Adapter:
@@ -82,7 +86,11 @@ def read_adapter(path: Path, weights: str | None = None) -> Adapter:
     check_sound(tensors, str(found))
     everything = tensors or {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     file = identify({name: tuple(tensor.shape) for name, tensor in everything.items()}, metadata, str(found))
-    return Adapter(tensors, metadata, file, () if is_own else tuple(remarks(entries, names, file.branches)))
+    others = [
+        name for name, published in names.items() if name not in (published, written_name(published, file.branches))
+    ]
+    is_published = not (is_own or others or is_compressed(found))
+    return Adapter(tensors, metadata, file, () if is_own else tuple(remarks(entries, names, others)), is_published)
 
 
 def find_file(path: Path) -> Path:
@@ -172,9 +180,8 @@ def fault_of(tensor: Tensor) -> str | None:
     return "holds numbers that are not finite" if first_not_finite({"": tensor.float()}) else None
 
 
-def remarks(entries: Iterable[str], names: Mapping[str, str], branches: str) -> Iterator[str]:
+def remarks(entries: Iterable[str], names: Mapping[str, str], others: Sequence[str]) -> Iterator[str]:
     """Notes on how another program's file was read; names are counted by their first part."""
-    others = [name for name, published in names.items() if name not in (published, written_name(published, branches))]
     if others:
         yield f"read under other names: {counted(others)}"
     if left_out := [name for name in entries if name not in names]:

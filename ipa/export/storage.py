@@ -101,9 +101,10 @@ def load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def load_pickle(path: Path) -> dict[str, Any]:
     try:
         is_zip = zipfile.is_zipfile(path)
-        stored = is_zip and is_stored(path, check=path.suffix == ".ckpt")
+        if is_zip and path.suffix == ".ckpt":
+            check_members(path)
         # mapped into memory, compressed members would be taken for weights
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and not is_compressed(path))
         if not isinstance(content, Mapping):
             raise TypeError(f"it holds a {type(content).__name__}")
         return dict(flattened(content))
@@ -114,12 +115,19 @@ def load_pickle(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def is_stored(path: Path, check: bool) -> bool:
-    """Whether no member of the archive is compressed; ``check`` also verifies their CRC-32."""
+def check_members(path: Path) -> None:
+    """Raise BadZipFile for a member of the archive with another CRC-32."""
     with zipfile.ZipFile(path) as archive:
-        if check and (damaged := archive.testzip()):
+        if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"it is damaged (CRC-32 of {damaged})")
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether it is an archive with compressed members, which torch does not write and other programs misread."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,9 +37,9 @@ def stock() -> Any:
     return tiny.make_family().pipeline()
 
 
-def picture(stock: Any, folder: Path) -> Tensor:
+def picture(stock: Any, folder: Path, name: str = NAME) -> Tensor:
     """What diffusers makes of the adapter file in a folder, with guidance."""
-    stock.load_ip_adapter(str(folder), subfolder="", weight_name=NAME, image_encoder_folder=None)
+    stock.load_ip_adapter(str(folder), subfolder="", weight_name=name, image_encoder_folder=None)
     pooled = torch.linspace(-1, 1, tiny.POOLED_WIDTH).reshape(1, 1, -1)
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "pt"}
     embeds = [torch.stack([torch.zeros_like(pooled), pooled]).flatten(0, 1)]
@@ -74,6 +74,17 @@ def test_every_public_form_gives_the_adapter_and_its_picture_in_diffusers(
     said = capsys.readouterr().out
     assert all(remark in said for remark in adapter.remarks)
     assert torch.equal(picture(stock, tmp_path / "out"), expected)
+    assert ("readable by diffusers: yes" in said) == is_read_by_diffusers(stock, path, expected)
+
+
+def is_read_by_diffusers(stock: Any, path: Path, expected: Tensor) -> bool:
+    """The file as it is."""
+    if path.is_dir():
+        return False
+    try:
+        return torch.equal(picture(stock, path.parent, path.name), expected)
+    except (ValueError, KeyError, OSError):
+        return False
 
 
 def test_training_and_sampling_read_them_too_and_log_what_was_left_out(

@@ -74,7 +74,8 @@ def test_a_training_checkpoint_is_exported(export: Export, tmp_path: Path, avera
     if averaged:
         cases["run/checkpoints"] = {"adapter": tmp_path / "run", "weights": "average"}
     for source, options in cases.items():
-        export(**{"adapter": tmp_path / source, "out": tmp_path / "a.safetensors", "dtype": "float32"} | options)
+        given = {"adapter": tmp_path / source, "out": tmp_path / "a.safetensors", "dtype": "float32"} | options
+        assert "readable by diffusers: once it is written" in export(**given)
         tensors, metadata = load_adapter(tmp_path / "a.safetensors")
         above = averaged and options.get("weights") != "raw"
         assert set(tensors) == set(raw) and all(torch.equal(tensors[name], raw[name] + above) for name in raw)
