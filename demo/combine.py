@@ -28,7 +28,15 @@ from make_control import control_image
 from measure import captions_of_concepts, heldout_pixels, nearest_colour, pooled
 from PIL import Image
 from torch import Tensor
-from world import COLOUR_NAMES, HERE, SIZE_PX, compose, draw_backgrounds, read_world
+from world import (
+    COLOUR_NAMES,
+    HERE,
+    SIZE_PX,
+    compose,
+    draw_backgrounds,
+    positive_int,
+    read_world,
+)
 
 sys.path.insert(0, str(HERE.parent))
 
@@ -378,7 +386,9 @@ def main() -> None:
     parser.add_argument("what", choices=tuple(MEASUREMENTS))
     parser.add_argument("--adapter", default=str(HERE / "adapters" / "decoupled_global.safetensors"))
     parser.add_argument("--scale", type=float, help="λ of the image prompt (default: 1, with a concept 0.5)")
-    parser.add_argument("--steps", type=int, default=10, help="of the sampler; guidance is that of the training")
+    parser.add_argument(
+        "--steps", type=positive_int, default=10, help="of the sampler; guidance is that of the training"
+    )
     parser.add_argument("--presets", nargs="*", default=["style", "composition"], help="blocks: presets to measure")
     options = parser.parse_args()
     measurement, scale = MEASUREMENTS[options.what]

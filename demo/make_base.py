@@ -54,6 +54,8 @@ from world import (
     compose,
     describe,
     draw_backgrounds,
+    positive_float,
+    positive_int,
     read_world,
     save_atomically,
     save_tokenizer,
@@ -490,7 +492,9 @@ def fix_posterior(vae: AutoencoderKL) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "unet", "export"))
-    parser.add_argument("--minutes", type=float, help=f"time of a training in all, over restarts (default {MINUTES})")
+    parser.add_argument(
+        "--minutes", type=positive_float, help=f"time of a training in all, over restarts (default {MINUTES})"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -498,10 +502,10 @@ def main() -> None:
         default=[HERE / "data" / "train"],
         help="what the UNet learns (default: demo/data/train)",
     )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=None, help="peak learning rate")
+    parser.add_argument("--batch", type=positive_int, default=16)
+    parser.add_argument("--lr", type=positive_float, default=None, help="peak learning rate")
     parser.add_argument(
-        "--width", type=int, default=80, help="channels of the UNet's first level; the second has twice"
+        "--width", type=positive_int, default=80, help="channels of the UNet's first level; the second has twice"
     )
     parser.add_argument(
         "--said",
@@ -511,13 +515,17 @@ def main() -> None:
         metavar=("THING", "STYLE", "BACKGROUND"),
         help=f"how often the UNet's captions name each, in [0, 1] (default {SAID})",
     )
-    parser.add_argument("--horizon", type=float, default=2000, help="steps that the UNet's moving average covers")
+    parser.add_argument(
+        "--horizon", type=positive_float, default=2000, help="steps that the UNet's moving average covers"
+    )
     parser.add_argument("--warmup", type=int, default=300, help="steps in which the UNet's learning rate rises")
     parser.add_argument(
         "--shift", type=int, choices=range(5), default=0, help="most pixels by which the UNet's pictures move"
     )
     parser.add_argument("--align", type=Path, help="open_clip folder with whose image embeddings texts are aligned")
-    parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
+    parser.add_argument(
+        "--threads", type=positive_int, default=1, help="two jobs of one thread do more than one of two"
+    )
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to go on from")
     parser.add_argument("--style", choices=tuple(STYLE_WORDS), help="train on one drawing style only: a custom model")
     parser.add_argument("--build", type=Path, default=HERE / "build" / "base", help="folder of the checkpoints")

@@ -56,6 +56,8 @@ from world import (
     compose,
     describe,
     draw_backgrounds,
+    positive_float,
+    positive_int,
     read_world,
     save_tokenizer,
 )
@@ -343,10 +345,16 @@ def to_transformers(visual: dict[str, Tensor], layers: int) -> dict[str, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=tuple(RECIPES))
-    parser.add_argument("--minutes", type=float, help=f"time of a training in all, over restarts (default {MINUTES})")
-    parser.add_argument("--batch", type=int, default=96, help="pictures; a third as many things, in three styles each")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--threads", type=int, default=1, help="two jobs of one thread do more than one of two")
+    parser.add_argument(
+        "--minutes", type=positive_float, help=f"time of a training in all, over restarts (default {MINUTES})"
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, default=96, help="pictures; a third as many things, in three styles each"
+    )
+    parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate")
+    parser.add_argument(
+        "--threads", type=positive_int, default=1, help="two jobs of one thread do more than one of two"
+    )
     parser.add_argument("--export", action="store_true", help="write the folder from the checkpoint, without training")
     parser.add_argument("--start", type=Path, help="folder whose finished weights a training begins with")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the written folders (default: demo)")

@@ -21,7 +21,16 @@ from make_base import load_state, make_scheduler, save_state, set_learning_rate,
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from world import DEVICE, HERE, Clock, World, compose, draw_backgrounds, read_world
+from world import (
+    DEVICE,
+    HERE,
+    Clock,
+    World,
+    compose,
+    draw_backgrounds,
+    positive_int,
+    read_world,
+)
 
 CONCEPT = 20  # the picture's number in demo/data/heldout: a jellyfish
 WORD = "<jellyfish>"
@@ -149,7 +158,7 @@ def denoising_error(pipeline: Any, pixels: Tensor, texts: list[str], generator: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(STEPS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive_int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train(options.what)

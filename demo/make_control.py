@@ -39,11 +39,23 @@ from make_base import (
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from world import DEVICE, HERE, SIZE_PX, Clock, compose, draw_backgrounds, read_world
+from world import (
+    DEVICE,
+    HERE,
+    SIZE_PX,
+    Clock,
+    compose,
+    draw_backgrounds,
+    positive_float,
+    positive_int,
+    read_world,
+)
 
 sys.path.insert(0, str(HERE.parent))
 
+from ipa.data.images.transforms import cover, read_picture
 from ipa.metrics.edges import find_edges
+from ipa.types import to_unit_range
 
 # half of the captions say nothing, so that the edges alone suffice, as in the paper
 SAID = (0.5, 0.3, 0.3)
@@ -165,9 +177,7 @@ def denoising_error(
 
 
 def write_edges(picture: Path, out: Path) -> None:
-    with Image.open(picture) as opened:
-        image = opened.convert("RGB").resize((SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = to_unit_range(cover(read_picture(picture, "--edges"), (SIZE_PX, SIZE_PX)))[None]
     Image.fromarray((find_edges(pixels)[0].numpy() * 255).astype(np.uint8)).save(out)
 
 
@@ -175,10 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=tuple(KINDS), default="controlnet")
     parser.add_argument("--edges", type=Path, nargs=2, metavar=("PICTURE", "OUT"), help="write a control image, only")
-    parser.add_argument("--minutes", type=float, default=35, help="time of the training in all, over restarts")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=positive_float, default=35, help="time of the training in all, over restarts")
+    parser.add_argument("--batch", type=positive_int, default=8)
+    parser.add_argument("--lr", type=positive_float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=positive_int, default=1)
     parser.add_argument("--start", type=Path, help="folder of a ControlNet to go on from, such as another base's")
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--build", type=Path, help="folder of the checkpoints (default: in demo/build)")

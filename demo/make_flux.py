@@ -52,6 +52,8 @@ from world import (
     World,
     compose,
     draw_backgrounds,
+    positive_float,
+    positive_int,
     read_world,
     save_tokenizer,
 )
@@ -271,9 +273,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=HERE / "base_flux", help="folder of the export, file of the preview"
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training, over all calls")
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--steps", type=positive_int, default=STEPS, help="of training, over all calls")
+    parser.add_argument("--batch", type=positive_int, default=24)
+    parser.add_argument("--lr", type=positive_float, default=8e-4)
     options = parser.parse_args()
     if options.what == "preview":
         preview(Base(options.build), averaged_weights(options.build), options.out)

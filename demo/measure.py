@@ -25,10 +25,22 @@ from make_base import load_pca
 from make_clip import RECIPES, clip_tokenizer, make_model
 from PIL import Image
 from torch import Tensor
-from world import COLOURS, HERE, SIZE_PX, STYLE_WORDS, World, compose, describe, draw_backgrounds, read_world
+from world import (
+    COLOURS,
+    HERE,
+    SIZE_PX,
+    STYLE_WORDS,
+    World,
+    compose,
+    describe,
+    draw_backgrounds,
+    positive_int,
+    read_world,
+)
 
 sys.path.insert(0, str(HERE.parent))
 
+from ipa.errors import UserError
 from ipa.metrics.border import BorderColour, border_lab, rgb_to_lab
 from ipa.metrics.clip import ClipScorer
 from ipa.metrics.clip_scores import ClipCosines, caption_ranks
@@ -343,6 +355,8 @@ def draw_curves(options: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     paths = sorted((HERE / "build").glob("*/*.csv"))
+    if not paths:
+        raise UserError("there is no training in demo/build: `make demo-world` makes them, in hours")
     figure, axes = pyplot.subplots(1, len(paths), figsize=(4 * len(paths), 3), layout="constrained")
     for axis, path in zip(axes, paths, strict=True):
         with path.open(newline="") as file:
@@ -362,7 +376,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=HERE, help="folder of encoder/ and judge/ (default: demo)")
     parser.add_argument("--names", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="which clip measures")
     parser.add_argument("--base", type=Path, default=HERE / "base", help="pipeline folder that base measures")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive_int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--guidance-rescale", type=float, default=0.7, help="φ in [0, 1]")
     parser.add_argument("--scale", type=float, default=1.0, help="adapter only: λ of the image prompt alone")
@@ -377,7 +391,10 @@ def main() -> None:
         "adapter": measure_adapter,
         "curves": draw_curves,
     }
-    measures[options.what](options)
+    try:
+        measures[options.what](options)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import tarfile
 import time
@@ -127,6 +128,20 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
+
+
+def positive_float(text: str) -> float:
+    """A type of options; infinity is none."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def positive_int(text: str) -> int:
+    """A type of options."""
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
 
 
 def save_atomically(state: dict, path: Path) -> None:

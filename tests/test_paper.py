@@ -28,7 +28,7 @@ from demo.paper.claims import (
     statistics,
 )
 from demo.paper.measuring import Ask, Measured, Task, measure, read_measured
-from demo.paper.page import interval, mean, signed, write_page
+from demo.paper.page import interval, mean, read_notes, signed, write_page
 from demo.paper.plan import BASE, Job, Settings, adapters, train_adapter, train_base, wide_tokens
 from demo.paper.prompts import read_prompts
 from demo.paper.run import Plan, chosen
@@ -120,14 +120,16 @@ def test_every_section_names_what_it_measures(settings: Settings) -> None:
 
 
 def test_trainings_compose_and_have_folders_of_their_own(settings: Settings) -> None:
+    settings = replace(settings, work=settings.work / "odd, (x)=1")
     jobs = [train_adapter(name, 1, settings) for name in adapters()]
 
     assert len({job.folder for job in jobs}) == len(jobs)
     assert train_adapter("global", 1, replace(settings, steps=9)).folder != jobs[0].folder
-    for job in jobs[-4:] + jobs[4:8:3]:  # all kinds of options
+    for job in jobs[-6:] + jobs[4:8:3]:  # all kinds of options
         (_, _, *options, folder) = job.commands[0]
-        cfg = composed("train", *options)
-        assert cfg.trainer.max_steps == settings.steps and folder == f"hydra.run.dir={job.folder}"
+        cfg = composed("train", *options, folder)
+        assert cfg.trainer.max_steps == settings.steps
+        assert folder == f'hydra.run.dir="{job.folder}"'
     assert jobs[0].shown()[0].count("'~logger.wandb'") == 1  # as one types it
     wide = 193 * 128 * wide_tokens() + 2 * 128  # the larger simple adapter has as many parameters as the decoupled
     assert wide == pytest.approx(324_352, rel=0.04)
@@ -139,7 +141,12 @@ def test_trainings_compose_and_have_folders_of_their_own(settings: Settings) -> 
         ("steps=0", "steps=0: give an integer"),
         ("seeds=-1", "seeds=-1: give an integer"),
         ("seeds=[1,1]", "seeds="),
-        ("own=nowhere", "own=nowhere: no such folder"),
+        ("own=nowhere", "own=nowhere: give a folder with images"),
+        ("seeds=abc", "seeds=abc: give an integer"),
+        ("items=200", "items=200: give an integer at least 1 and at most 131"),
+        ("quick=maybe", "quick=maybe: give true or false"),
+        ("work=null", "work=null is no folder"),
+        ("out=README.md/page", "out=README.md/page is no folder"),
     ],
 )
 def test_wrong_options_are_refused(override: str, words: str) -> None:
@@ -149,8 +156,18 @@ def test_wrong_options_are_refused(override: str, words: str) -> None:
 
 def test_unknown_sections_are_refused(settings: Settings) -> None:
     assert [section.number for section in chosen(sections_of(settings), [5, 2])] == [2, 5]
-    with pytest.raises(UserError, match="there is no section 12"):
-        chosen(sections_of(settings), [12])
+    for unknown in ([12], 0, True, 2.5, "x", []):
+        with pytest.raises(UserError, match=r"sections=.*: give an integer at least 1 and at most 11, or a list"):
+            chosen(sections_of(settings), unknown)
+
+
+def test_notes_belong_to_sections(tmp_path: Path) -> None:
+    assert read_notes(tmp_path) == {}
+    (tmp_path / "notes.yaml").write_text("2: a reason\n")
+    assert read_notes(tmp_path) == {2: "a reason"}
+    (tmp_path / "notes.yaml").write_text("two: a reason\n")
+    with pytest.raises(UserError, match="from numbers of sections"):
+        read_notes(tmp_path)
 
 
 def drawn(ask: Ask) -> Measured:
@@ -171,9 +188,9 @@ def found() -> list[dict[str, Any]]:
 
 def page_of(settings: Settings, found: list[dict[str, Any]]) -> tuple[str, str, dict[str, Any]]:
     found, sections = copy.deepcopy(found), chosen(sections_of(settings), SHOWN)
-    figures = {"commit": "abc", "date": "today", "settings": settings.described(), "sections": found, "minutes": 1}
+    figures = {"commit": "abc", "date": "today", "settings": settings.described(), "sections": found}
     strip = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    page = write_page(settings.out, figures, sections, drawn, lambda kind: strip)
+    page = write_page(settings.out, figures, read_notes(settings.out), sections, drawn, lambda kind: strip)
     return page.read_text(), (settings.out / "page.html").read_text(), read_json(settings.out / "figures.json")
 
 

@@ -126,8 +126,9 @@ def beyond(settings: Settings) -> Section:
         11,
         "Beyond the paper",
         "",
-        "An adapter whose prompts in training were other images of the same style or concept leaves the rest to the "
-        "text. `own=FOLDER` adds your own images.",
+        "Empty text, except where one is named: then the caption of another concept, as in section 6. The unseen style "
+        "is that of demo/data/unseen. The prompts of pairs were other images of the same style or concept in training, "
+        "which leaves the rest to the text. `own=FOLDER` adds your own images.",
         rows,
         ("clip_i", "clip_t", "retrieval", "style", "background", "text"),
         tests,

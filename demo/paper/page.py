@@ -34,9 +34,15 @@ KINDS = {"heldout": "image prompts", "unseen": "image prompts in an unseen style
 Strips = Callable[[str], Tensor]  # kind of prompts → the first ones in uint8
 
 
-def write_page(out: Path, figures: dict[str, Any], sections: Sequence[Section], read: Read, prompts: Strips) -> Path:
-    """The Markdown page. Raises UserError for notes.yaml that is none."""
-    notes = read_notes(out / "notes.yaml")
+def write_page(
+    out: Path,
+    figures: dict[str, Any],
+    notes: Mapping[int, str],
+    sections: Sequence[Section],
+    read: Read,
+    prompts: Strips,
+) -> Path:
+    """The Markdown page."""
     for content, section in zip(figures["sections"], sections, strict=True):
         content["notes"] = notes.get(section.number, "")
         content["pictures"] = write_strips(out / "images", section, read, prompts)
@@ -50,15 +56,16 @@ def write_page(out: Path, figures: dict[str, Any], sections: Sequence[Section], 
     return out / "index.md"
 
 
-def read_notes(path: Path) -> dict[int, str]:
-    """Number of a section → what we believe about its result."""
+def read_notes(out: Path) -> dict[int, str]:
+    """Number of a section → what we believe about its result; raises UserError for notes.yaml that is none."""
+    path = out / "notes.yaml"
     try:
         found = yaml.safe_load(read_text(path)) if path.is_file() else None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {brief(error)}") from error
-    if not isinstance(found or {}, dict):
+    if not isinstance(found or {}, dict) or not all(isinstance(key, int) for key in found or ()):
         raise UserError(f"{path}: give a mapping from numbers of sections to texts")
-    return {int(number): str(text).strip() for number, text in (found or {}).items()}
+    return {number: str(text).strip() for number, text in (found or {}).items()}
 
 
 def write_strips(folder: Path, section: Section, read: Read, prompts: Strips) -> list[dict[str, str]]:
@@ -146,12 +153,12 @@ def interval(found: Mapping[str, Any] | None, metric: str) -> str:
 
 
 def first_figure(section: Mapping[str, Any]) -> str:
-    """For the table of all claims."""
+    """For the table of all claims: the first test that gave the section its verdict."""
     if section.get("facts"):
         return f"{section['facts'][0]['fact']}: {fact(section['facts'][0]['value'])}"
     if not section.get("tests"):
         return ""
-    test = section["tests"][0]
+    test = next(test for test in section["tests"] if test["verdict"] == section["verdict"])
     return f"{test['claim']}: {signed(test['difference'], test['metric'])}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from typing import Any
 
 from demo.paper import ROOT
 from ipa.errors import UserError
-from ipa.files import hash_file, read_json
-from ipa.ranges import number, whole
+from ipa.files import hash_file, pictures_in, read_json
+from ipa.overrides import quote_value
+from ipa.ranges import FLAG, number, whole
 
 BATCH = 16
+PLAIN = re.compile(r"[\w./-]+")
 BASE, JUDGE, ENCODER, TRAIN, HELDOUT, UNSEEN = (
     f"demo/{name}" for name in ("base", "judge", "encoder", "data/train", "data/heldout", "data/unseen")
 )
@@ -104,22 +107,22 @@ class Settings:
     @classmethod
     def of(cls, cfg: Any) -> Settings:
         """Raises UserError for a value out of range."""
-        chosen = cfg.small if cfg.quick else cfg.full
+        quick = read("quick", cfg.quick, FLAG)
+        chosen = cfg.small if quick else cfg.full
         given = {name: default if cfg[name] is None else cfg[name] for name, default in chosen.items()}
-        for name in ("steps", "items", "num_steps"):
-            given[name] = read(name, given[name], whole(1))
-        given["base_minutes"] = read("base_minutes", given["base_minutes"], number(above=0))
-        listed = given.pop("seeds")
-        seeds = tuple(read("seeds", seed, whole(0, 999)) for seed in ([listed] if isinstance(listed, int) else listed))
+        ranges = {"steps": whole(1), "items": whole(1, number_of_images(HELDOUT)), "num_steps": whole(1)}
+        ranges["base_minutes"] = number(above=0)
+        given |= {name: read(name, given[name], known) for name, known in ranges.items()}
+        given["seeds"] = read_list("seeds", given["seeds"], whole(0, 999))
         shared = {name: read(name, cfg[name], whole(1)) for name in ("shown", "jobs")}
         guidance = read("guidance", cfg.guidance, number(1, 1000))
-        if cfg.own is not None and not Path(cfg.own).is_dir():
-            raise UserError(f"own={cfg.own}: no such folder; give one with your images")
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"seeds={list(seeds)}: give one or several different seeds, such as [1,2,3]")
-        is_whole = not cfg.quick and cfg.sections is None and cfg.own is None
-        places = {"work": Path(cfg.work), "out": Path(cfg.out or (PAGE if is_whole else f"{cfg.work}/page"))}
-        return cls(**given, **shared, **places, seeds=seeds, guidance=guidance, quick=bool(cfg.quick), own=cfg.own)
+        own = None if cfg.own is None else str(cfg.own)
+        if own is not None:
+            pictures_in(own, "own")
+        is_whole = not quick and cfg.sections is None and own is None
+        work = folder("work", cfg.work)
+        out = folder("out", cfg.out or (PAGE if is_whole else work / "page"))
+        return cls(**given, **shared, work=work, out=out, guidance=guidance, quick=quick, own=own)
 
     def described(self) -> dict[str, Any]:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -130,6 +133,30 @@ def read(name: str, value: Any, known: Any) -> Any:
         return known.read(value)
     except ValueError:
         raise UserError(f"{name}={value}: give {known}") from None
+
+
+def read_list(name: str, values: Any, known: Any) -> tuple[int, ...]:
+    """Of one number or a list of different ones."""
+    listed = [values] if isinstance(values, int | float | str) else list(values)
+    try:
+        found = tuple(known.read(value) for value in listed)
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"{name}={values}: give {known}, or a list of different ones such as [1,2,3]")
+    return found
+
+
+def folder(name: str, given: Any) -> Path:
+    """One that is there or can be made."""
+    path = Path(str(given))
+    if given is None or next(each for each in (path, *path.parents) if each.exists()).is_file():
+        raise UserError(f"{name}={'null' if given is None else given} is no folder: give one, which may be new")
+    return path
+
+
+def number_of_images(folder: str) -> int:
+    return sum(read_json(path)["successes"] for path in Path(folder).glob("*_stats.json"))
 
 
 @dataclass(frozen=True)
@@ -193,8 +220,13 @@ def train_adapter(name: str, seed: int, settings: Settings) -> Job:
         except (OSError, ValueError, IndexError):
             return 0.0
 
-    command = ("python", "train.py", *options, f"hydra.run.dir={folder}")
+    command = ("python", "train.py", *options, f"hydra.run.dir={quoted(folder)}")
     return Job(f"{name}, seed {seed}", (command,), folder, folder / "summary.json", seconds, progress)
+
+
+def quoted(path: Path) -> str:
+    """For Hydra, if it needs that."""
+    return str(path) if PLAIN.fullmatch(str(path)) else quote_value(str(path))
 
 
 def train_system(name: str, settings: Settings) -> Job:

@@ -101,4 +101,4 @@ def read_prompts(kind: str, count: int, own: str | None = None) -> Prompts:
     world = read_world(Path({"heldout": HELDOUT, "unseen": UNSEEN}[kind]))
     pixels = compose(world.rgba, torch.zeros(len(world), dtype=torch.long))[:count]  # the pictures are opaque
     ids, captions, styles = (values[:count] for values in (world.concepts, world.captions, world.styles))
-    return Prompts(pixels, ids, captions, styles if kind == "heldout" else [], captions_of_concepts(count))
+    return Prompts(pixels, ids, captions, styles if kind == "heldout" else [], captions_of_concepts(len(ids)))

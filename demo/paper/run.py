@@ -18,7 +18,7 @@ from torch import Tensor
 from demo.paper.claims import Read, Section, crossings, find
 from demo.paper.frozen import find_frozen
 from demo.paper.measuring import Ask, Task, key_of, read_measured
-from demo.paper.page import write_page
+from demo.paper.page import read_notes, write_page
 from demo.paper.plan import (
     BASE,
     CONTROLS,
@@ -34,6 +34,7 @@ from demo.paper.plan import (
     adapters,
     commit,
     hash_of,
+    read_list,
     short_hash,
     train_adapter,
     train_base,
@@ -42,8 +43,8 @@ from demo.paper.plan import (
 from demo.paper.prompts import read_prompts
 from demo.paper.running import run_jobs
 from demo.paper.sections import sections_of
-from ipa.errors import UserError
 from ipa.files import write_json
+from ipa.ranges import whole
 from ipa.types import to_uint8
 
 FROZEN, FINE_GRAINED = 1, 4  # the sections with figures of their own
@@ -53,10 +54,12 @@ def make_page(cfg: DictConfig) -> None:
     """Raises UserError."""
     started = time.perf_counter()
     settings = Settings.of(cfg)
-    sections = chosen(sections_of(settings), cfg.sections)
+    sections, notes = chosen(sections_of(settings), cfg.sections), read_notes(settings.out)
     given = [each for each in HydraConfig.get().overrides.task if not each.startswith("sections=")]
     plan = Plan(settings, given)
     asks = list(dict.fromkeys(ask for section in sections for ask in section.asks()))
+    for kind in {ask.prompts for ask in asks}:
+        read_prompts(kind, settings.items, settings.own)  # a broken picture is told before the trainings
     run_jobs(plan.jobs(asks), settings.jobs, "training")
     run_jobs(plan.measurements(asks), settings.jobs, "measuring")
     read = cache(partial(read_measured, plan.folder))
@@ -65,10 +68,11 @@ def make_page(cfg: DictConfig) -> None:
         "date": date.today().isoformat(),
         "settings": settings.described(),
         "sections": [figures_of(section, plan, read) for section in sections],
-        "minutes": round((time.perf_counter() - started) / 60, 1),
     }
-    page = write_page(settings.out, figures, sections, read, partial(first_prompts, settings))
-    print(f"wrote {page}, page.html and figures.json; this call took {figures['minutes']} minutes")
+    page = write_page(settings.out, figures, notes, sections, read, partial(first_prompts, settings))
+    print(
+        f"wrote {page}, page.html and figures.json; this call took {(time.perf_counter() - started) / 60:.1f} minutes"
+    )
 
 
 def figures_of(section: Section, plan: Plan, read: Read) -> dict[str, Any]:
@@ -88,11 +92,8 @@ def first_prompts(settings: Settings, kind: str) -> Tensor:
 def chosen(sections: Sequence[Section], numbers: Any) -> list[Section]:
     if numbers is None:
         return list(sections)
-    wanted = [numbers] if isinstance(numbers, int | str) else list(numbers)
-    known = {section.number: section for section in sections}
-    if unknown := [number for number in wanted if number not in known]:
-        raise UserError(f"sections={wanted}: there is no section {unknown[0]}; give some of {list(known)}")
-    return [known[number] for number in sorted(set(wanted))]
+    wanted = read_list("sections", numbers, whole(1, len(sections)))
+    return [section for section in sections if section.number in wanted]
 
 
 @dataclass(frozen=True)

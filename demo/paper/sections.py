@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from demo.paper.claims import Chart, Comparison, Group, Section
 from demo.paper.measuring import Ask
-from demo.paper.plan import NUMBERS, POINTS, STYLES, Settings
+from demo.paper.plan import NUMBERS, POINTS, STYLES, TRAIN, Settings, number_of_images
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 ALONE = "λ = 0 (the base alone)"
@@ -95,7 +94,7 @@ def fine_grained(settings: Settings) -> Section:
         for count, suffix in names.items()
         for head, title in heads.items()
     }
-    total = float(number_of_images())
+    total = float(number_of_images(TRAIN))
     places = {**{f"{n} images": float(n) for n in NUMBERS}, "all images": total}
     lines = {title: [(x, f"{title}, {count}") for count, x in places.items()] for title in heads.values()}
     pair = ("fine-grained, all images", "global, all images")
@@ -116,12 +115,6 @@ def fine_grained(settings: Settings) -> Section:
         [Chart(f"{title} by number of training images", "images", metric, lines) for metric, title in charts.items()],
         list(rows),
     )
-
-
-def number_of_images() -> int:
-    from ipa.files import read_json
-
-    return sum(read_json(path)["successes"] for path in Path("demo/data/train").glob("*_stats.json"))
 
 
 def strength(settings: Settings) -> Section:
