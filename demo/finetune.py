@@ -1,7 +1,7 @@
 """The curves of docs/finetuning.md: fine-tune the demo adapter on few pictures of a style that it has never seen.
 
     python demo/make_style.py                     # the pictures
-    python demo/finetune.py train 20              # one run: runs/finetune/style_20; likewise 100 and 500
+    python demo/finetune.py train SIZE            # 20, 100 or 500 pictures; the run is runs/finetune/style_SIZE
     python demo/finetune.py draw                  # docs/images/finetuning.png, and a table, from the runs there are
 
 Further arguments of ``train`` are options of train.py.
@@ -74,7 +74,9 @@ def main() -> None:
         case ["draw"]:
             draw()
         case _:
-            sys.exit(__doc__)
+            sys.exit(
+                f"{__doc__}\nGiven: {' '.join(sys.argv[1:]) or 'nothing'}. SIZE is one of {', '.join(map(str, SIZES))}."
+            )
 
 
 if __name__ == "__main__":

@@ -82,11 +82,11 @@ def load_adapter(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Entries of a safetensors file are tensors in the file's dtypes; a pickle can contain anything that runs no code.
     Raises UserError for a file that is missing, damaged, or would run code.
     """
-    if path.suffix not in (SAFETENSORS, *PICKLES):
+    if not path.exists() and path.suffix in ("", SAFETENSORS, *PICKLES):
+        raise UserError(f"adapter={path}: no such file or folder. A training run writes runs/…/adapter.safetensors.")
+    if not path.is_file() or path.suffix not in (SAFETENSORS, *PICKLES):
         advice = "; a training writes it as adapter.safetensors into its run folder" if path.is_dir() else ""
         raise UserError(f"{path}: an adapter file ends with {SAFETENSORS}, {', '.join(PICKLES)}{advice}")
-    if not path.is_file():
-        raise UserError(f"adapter={path}: no such file. A training run writes it as runs/…/adapter.safetensors.")
     return load_safetensors(path) if path.suffix == SAFETENSORS else (load_pickle(path), {})
 
 

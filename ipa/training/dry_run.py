@@ -147,8 +147,7 @@ def samples_in(shards: Sequence[Path]) -> int | None:
 
 def describe_disk(cfg: DictConfig, model: IPAdapterModel, samples: int | None) -> str:
     trained = count_parameters(model.trainable)
-    copies = 3 + (cfg.ema.decay is not None)
-    checkpoint = trained * FP32 * copies
+    checkpoint = trained * (FP32 + state_bytes(cfg.optimizer) + FP32 * (cfg.ema.decay is not None))
     kept = cfg.checkpoint.keep_last + 1
     text = f"{kept} checkpoints of {size(checkpoint)}, the adapter {size(2 * trained)}"
     if samples and cfg.data._target_.endswith("ShardDataModule"):

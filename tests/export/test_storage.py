@@ -121,6 +121,8 @@ def test_a_truncated_missing_or_misnamed_file_is_named(path: Path, pickled: Path
         file.unlink()
         with pytest.raises(UserError, match=rf"adapter={file}: no such file"):
             load_adapter(file)
+    with pytest.raises(UserError, match="adapter=runs/none: no such file or folder"):
+        load_adapter(Path("runs/none"))
     with pytest.raises(UserError, match=rf"{path.parent}: .* adapter\.safetensors into its run folder"):
         load_adapter(path.parent)
     for use in (load_adapter, lambda path: save_adapter(path, TENSORS, {})):

@@ -59,6 +59,7 @@ class Findings:
     good: list[Seen] = field(default_factory=list)
     rejected: Tally = field(default_factory=Tally)
     seconds: float = 0.0
+    is_whole: bool = True
 
 
 @dataclass
@@ -121,6 +122,7 @@ def read(data: ShardDataModule, samples: int | None) -> Findings:
             findings.good += [] if seen is None else [seen]
             bar.update(seen is not None)
             if samples is not None and len(findings.good) >= samples:
+                findings.is_whole = False
                 break
     findings.seconds = time.perf_counter() - started
     return findings
@@ -131,7 +133,8 @@ def describe(findings: Findings, workers: int) -> str:
     buckets = Counter(tuple(seen.target) for seen in good)  # a list, from a data worker
     references = Counter(seen.references for seen in good)
     lines = [
-        f"{len(good):,} good samples, {bad:,} rejected ({100 * bad / (len(good) + bad):.1f} %)",
+        f"{len(good):,} good samples, {bad:,} rejected ({100 * bad / (len(good) + bad):.1f} %)"
+        + ("" if findings.is_whole else "; read no further, since samples= is this many"),
         *(f"    {line}" for line in findings.rejected.lines()),
         quantiles("shorter side (px)", [min(seen.size) for seen in good]),
         *describe_upscaled(good, *buckets.most_common(1)[0][0]),
