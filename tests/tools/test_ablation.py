@@ -65,7 +65,11 @@ def configuration(base: Path, pictures: Path) -> dict[str, object]:
     options = {"_target_": "ipa.sampling.SamplingOptions", "num_steps": 2, "guidance": 2.0, "guidance_rescale": 0.7}
     return {
         **{"seed": 1, "base": {"path": str(base)}, "image_size_px": None, "global_batch_size": 4},
-        **{"trainer": {"max_steps": 6}, "optimizer": {"lr": 0.001}, "preview": {"images": str(pictures)}},
+        **{
+            "trainer": {"max_steps": 6},
+            "optimizer": {"_target_": "ipa.training.optimizers.MuonWithAdamW", "lr": 0.001},
+            "preview": {"images": str(pictures)},
+        },
         **{"sampling": options, "scoring": {"num_prompts": 3, "options": options}, "judge": {"name": "a judge"}},
         "data": {"_target_": "ipa.data.datamodule.ShardDataModule", "val": None},
     }
@@ -78,7 +82,7 @@ def test_page_figure_and_copies_are_written(sweep: Path, tmp_path: Path, command
     command(main, sweep=sweep, out=out, notes=tmp_path / "notes.md", adapters=adapters, rows=2)
 
     lines = out.read_text().split("\n")
-    assert lines[0] == "# The ablation" and lines[4] == "learning rate 0.001, seeds 1."
+    assert lines[0] == "# The ablation" and lines[4] == "MuonWithAdamW, learning rate 0.001, seeds 1."
     assert lines[6].startswith("2 steps, guidance 2.0 rescaled by 0.7, computed with")
     first = lines.index("| variant | CLIP-I ↑ | CLIP-T ↑ | retrieval@1 ↑ | border ΔE ↓ | parameters | samples/s |")
     assert lines[first + 1 : first + 4] == [
