@@ -59,7 +59,9 @@ def asks(count: int) -> tuple[Ask, ...]:
 
 
 def reading(values: dict[Ask, list[float]], metric: str = "clip_i") -> Any:
-    return lambda ask: Measured({metric: values[ask]}, [str(i) for i in range(len(values[ask]))], 1, torch.zeros(0))
+    return lambda ask: Measured(
+        {metric: values[ask]}, [str(i) for i in range(len(values[ask]))], 1, torch.zeros(0), "abc"
+    )
 
 
 def verdict_of(above: list[list[float]], below: list[list[float]], metric: str = "clip_i", factor: float = 1.0) -> str:
@@ -175,7 +177,7 @@ def drawn(ask: Ask) -> Measured:
     generator = torch.Generator().manual_seed(sum(ask.name.encode()))
     values = {name: torch.rand(6, generator=generator).tolist() for name in METRICS}
     strip = torch.randint(256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
-    return Measured(values, [str(i) for i in range(6)], sum(ask.name.encode()), strip)
+    return Measured(values, [str(i) for i in range(6)], sum(ask.name.encode()), strip, "abc")
 
 
 @pytest.fixture(scope="module")

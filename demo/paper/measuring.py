@@ -23,7 +23,7 @@ from omegaconf import MISSING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demo.paper.plan import CONTROLS, short_hash
+from demo.paper.plan import CONTROLS, commit, short_hash
 from demo.paper.prompts import Prompts, read_prompts
 from ipa.cli import quiet_libraries
 from ipa.files import read_json, write_atomically, write_json
@@ -74,18 +74,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """``values[name][i]`` belongs to the item ``items[i]``; ``strip_N3HW`` are the first images in uint8."""
+    """``values[name][i]`` belongs to the item ``items[i]``; ``strip_N3HW`` are the first images in uint8.
+
+    ``commit`` is the one they were measured at, which need not be the page's.
+    """
 
     values: dict[str, list[float]]
     items: list[str]
     parameters: int | None
     strip_N3HW: Tensor
+    commit: str
 
 
 def read_measured(folder: Path, ask: Ask) -> Measured:
     content = read_json(folder / f"{ask.name}.json")
     strip = load_file(folder / f"{ask.name}.safetensors")["strip"]
-    return Measured(content["values"], content["items"], content["parameters"], strip)
+    return Measured(content["values"], content["items"], content["parameters"], strip, content["commit"])
 
 
 def measure(
@@ -117,6 +121,7 @@ def measure_one(method: Any, task: Task, prompts: Prompts, sampling: dict[str, A
     write_atomically(folder / f"{ask.name}.safetensors", lambda path: save_file(strip, path))
     content = {
         "key": task.key,
+        "commit": commit(),
         "ask": asdict(ask),
         "parameters": method.trained,
         "items": prompts.ids,

@@ -32,7 +32,6 @@ from demo.paper.plan import (
     Job,
     Settings,
     adapters,
-    commit,
     hash_of,
     read_list,
     short_hash,
@@ -64,7 +63,7 @@ def make_page(cfg: DictConfig) -> None:
     run_jobs(plan.measurements(asks), settings.jobs, "measuring")
     read = cache(partial(read_measured, plan.folder))
     figures = {
-        "commit": commit(),
+        "commit": ", ".join(sorted({read(ask).commit for ask in asks})),
         "date": date.today().isoformat(),
         "settings": settings.described(),
         "sections": [figures_of(section, plan, read) for section in sections],
