@@ -28,7 +28,7 @@ from demo.paper.claims import (
     statistics,
 )
 from demo.paper.measuring import Ask, Measured, Task, measure, read_measured
-from demo.paper.page import interval, mean, read_notes, signed, write_page
+from demo.paper.page import digits, interval, mean, read_notes, signed, write_page
 from demo.paper.plan import BASE, Job, Settings, adapters, train_adapter, train_base, wide_tokens
 from demo.paper.prompts import read_prompts
 from demo.paper.run import Plan, chosen
@@ -190,7 +190,13 @@ def found() -> list[dict[str, Any]]:
 
 def page_of(settings: Settings, found: list[dict[str, Any]]) -> tuple[str, str, dict[str, Any]]:
     found, sections = copy.deepcopy(found), chosen(sections_of(settings), SHOWN)
-    figures = {"commit": "abc", "date": "today", "settings": settings.described(), "sections": found}
+    figures = {
+        "commit": "abc",
+        "date": "today",
+        "settings": settings.described(),
+        "texts": ["comet"],
+        "sections": found,
+    }
     strip = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     page = write_page(settings.out, figures, read_notes(settings.out), sections, drawn, lambda kind: strip)
     return page.read_text(), (settings.out / "page.html").read_text(), read_json(settings.out / "figures.json")
@@ -210,10 +216,10 @@ def statistics_in(node: Any, metric: str = "") -> Any:
 
 def numbers_of(figures: dict[str, Any]) -> set[str]:
     """Every number with a decimal point that a page of these figures may show."""
-    shown = [f"{figures['settings']['guidance']}"]
+    shown = [f"{figures['settings'][name]}" for name in ("guidance", "base_minutes")]
     for each, metric in statistics_in(figures["sections"]):
         shown += [mean(each, metric), interval(each, metric), signed(each, metric)]
-        shown += [f"{value:+.3f}" for value in each["by_seed"]]
+        shown += [f"{value:+.{digits(metric)}f}" for value in each["by_seed"]]
     texts = [section[key] for section in figures["sections"] for key in ("paper", "how", "notes") if key in section]
     names = json.dumps(figures["sections"], ensure_ascii=False)
     texts += re.findall(r'"(?:name|title|claim|fact|crossing)": "([^"]*)"', names)

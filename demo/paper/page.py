@@ -29,7 +29,12 @@ CSS = Path(ipa.evaluation.report.__file__).with_name("page.css")
 CELL_PX, GAP_PX = 96, 3
 WEBP_QUALITY = 88
 COARSE = ("border",)  # metrics with one decimal
-KINDS = {"heldout": "image prompts", "unseen": "image prompts in an unseen style", "own": "your images"}
+KINDS = {
+    "heldout": "image prompts",
+    "unseen": "image prompts in an unseen style",
+    "own": "your images",
+    "edges": "edges for the control",
+}
 
 Strips = Callable[[str], Tensor]  # kind of prompts → the first ones in uint8
 
@@ -77,6 +82,8 @@ def write_strips(folder: Path, section: Section, read: Read, prompts: Strips) ->
             before = ask.prompts
             pictures.append(picture(folder, f"{section.number}-{before}", KINDS[before], prompts(before)))
         pictures.append(picture(folder, f"{section.number}-{number}", name, read(ask).strip_N3HW))
+    if any(section.rows[name][0].control for name in section.strip):
+        pictures.insert(1, picture(folder, f"{section.number}-edges", KINDS["edges"], prompts("edges")))
     return pictures
 
 
@@ -129,7 +136,9 @@ def render(template: str, figures: Mapping[str, Any], out: Path) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {each.__name__: each for each in (interval, mean, signed, fact, other_count, first_figure)}
+    environment.filters |= {
+        each.__name__: each for each in (against, digits, first_figure, interval, mean, signed, fact, other_count)
+    }
     embed = lambda file: data_uri(out / file)  # noqa: E731
     return environment.get_template(template).render(
         **figures, METRICS=METRICS, embed=embed, css=Markup(CSS.read_text())
@@ -159,7 +168,12 @@ def first_figure(section: Mapping[str, Any]) -> str:
     if not section.get("tests"):
         return ""
     test = next(test for test in section["tests"] if test["verdict"] == section["verdict"])
-    return f"{test['claim']}: {signed(test['difference'], test['metric'])}"
+    return f"{test['claim']}: {signed(test['difference'], test['metric'])}{against(test)}"
+
+
+def against(test: Mapping[str, Any]) -> str:
+    factor = test.get("factor", 1)
+    return "" if factor == 1 else f" (difference to {factor} × the other)"
 
 
 def count(row: Mapping[str, Any]) -> int:

@@ -66,6 +66,7 @@ def make_page(cfg: DictConfig) -> None:
         "commit": ", ".join(sorted({read(ask).commit for ask in asks})),
         "date": date.today().isoformat(),
         "settings": settings.described(),
+        "texts": read_prompts("heldout", settings.items).other_texts[: settings.shown],
         "sections": [figures_of(section, plan, read) for section in sections],
     }
     page = write_page(settings.out, figures, notes, sections, read, partial(first_prompts, settings))
@@ -84,8 +85,10 @@ def figures_of(section: Section, plan: Plan, read: Read) -> dict[str, Any]:
 
 
 def first_prompts(settings: Settings, kind: str) -> Tensor:
-    """In uint8."""
-    return to_uint8(read_prompts(kind, settings.items, settings.own).pixels_B3HW[: settings.shown])
+    """In uint8; ``edges`` are those that structure controls get with the held-out ones."""
+    prompts = read_prompts("heldout" if kind == "edges" else kind, settings.items, settings.own)
+    pixels = 2 * prompts.control_pixels() - 1 if kind == "edges" else prompts.pixels_B3HW
+    return to_uint8(pixels[: settings.shown])
 
 
 def chosen(sections: Sequence[Section], numbers: Any) -> list[Section]:
