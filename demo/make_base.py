@@ -516,9 +516,11 @@ def main() -> None:
         help=f"how often the UNet's captions name each, in [0, 1] (default {SAID})",
     )
     parser.add_argument(
-        "--horizon", type=positive_float, default=2000, help="steps that the UNet's moving average covers"
+        "--horizon", type=positive_int, default=2000, help="steps that the UNet's moving average covers"
     )
-    parser.add_argument("--warmup", type=int, default=300, help="steps in which the UNet's learning rate rises")
+    parser.add_argument(
+        "--warmup", type=positive_int, default=300, help="steps in which the UNet's learning rate rises"
+    )
     parser.add_argument(
         "--shift", type=int, choices=range(5), default=0, help="most pixels by which the UNet's pictures move"
     )

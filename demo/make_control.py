@@ -54,6 +54,7 @@ from world import (
 sys.path.insert(0, str(HERE.parent))
 
 from ipa.data.images.transforms import cover, read_picture
+from ipa.errors import UserError
 from ipa.metrics.edges import find_edges
 from ipa.types import to_unit_range
 
@@ -189,18 +190,23 @@ def main() -> None:
     parser.add_argument("--batch", type=positive_int, default=8)
     parser.add_argument("--lr", type=positive_float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--threads", type=positive_int, default=1)
-    parser.add_argument("--start", type=Path, help="folder of a ControlNet to go on from, such as another base's")
+    parser.add_argument("--start", type=Path, help="folder of a control to go on from, such as another base's")
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--build", type=Path, help="folder of the checkpoints (default: in demo/build)")
     parser.add_argument("--out", type=Path, help="folder of the result (default: demo/control, demo/t2i_adapter)")
     options = parser.parse_args()
-    folder = KINDS[options.kind][2]
+    name, folder = KINDS[options.kind][0].__name__, KINDS[options.kind][2]
     options.build, options.out = options.build or HERE / "build" / folder, options.out or HERE / folder
     torch.set_num_threads(options.threads)
-    if options.edges:
-        write_edges(*options.edges)
-        return
-    train(options).half().save_pretrained(options.out)
+    try:
+        if options.edges:
+            write_edges(*options.edges)
+            return
+        if options.start and (kind := ControlNetModel.load_config(options.start)["_class_name"]) != name:
+            raise UserError(f"--start {options.start}: it is a {kind}, --kind {options.kind} needs a {name}")
+        train(options).half().save_pretrained(options.out)
+    except UserError as error:
+        sys.exit(str(error))
     print(f"wrote {options.out}")
 
 

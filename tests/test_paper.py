@@ -148,6 +148,9 @@ def test_trainings_compose_and_have_folders_of_their_own(settings: Settings) -> 
         ("items=200", "items=200: give an integer at least 1 and at most 131"),
         ("quick=maybe", "quick=maybe: give true or false"),
         ("work=null", "work=null is no folder"),
+        ("work=[a]", "is no folder"),
+        ("out=false", "out=False is no folder"),
+        ("num_steps=1001", "num_steps=1001: give an integer at least 1 and at most 1000"),
         ("out=README.md/page", "out=README.md/page is no folder"),
     ],
 )
@@ -164,12 +167,13 @@ def test_unknown_sections_are_refused(settings: Settings) -> None:
 
 
 def test_notes_belong_to_sections(tmp_path: Path) -> None:
-    assert read_notes(tmp_path) == {}
+    assert read_notes(tmp_path, [2]) == {}
     (tmp_path / "notes.yaml").write_text("2: a reason\n")
-    assert read_notes(tmp_path) == {2: "a reason"}
-    (tmp_path / "notes.yaml").write_text("two: a reason\n")
-    with pytest.raises(UserError, match="from numbers of sections"):
-        read_notes(tmp_path)
+    assert read_notes(tmp_path, [2]) == {2: "a reason"}
+    for wrong in ("two: a reason", "true: a reason", "3: a reason", "2:", "[2]"):
+        (tmp_path / "notes.yaml").write_text(wrong)
+        with pytest.raises(UserError, match="from numbers of sections"):
+            read_notes(tmp_path, [1, 2])
 
 
 def drawn(ask: Ask) -> Measured:
@@ -198,7 +202,7 @@ def page_of(settings: Settings, found: list[dict[str, Any]]) -> tuple[str, str, 
         "sections": found,
     }
     strip = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    page = write_page(settings.out, figures, read_notes(settings.out), sections, drawn, lambda kind: strip)
+    page = write_page(settings.out, figures, read_notes(settings.out, SHOWN), sections, drawn, lambda kind: strip)
     return page.read_text(), (settings.out / "page.html").read_text(), read_json(settings.out / "figures.json")
 
 

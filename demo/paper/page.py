@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,18 @@ def write_page(
     return out / "index.md"
 
 
-def read_notes(out: Path) -> dict[int, str]:
+def read_notes(out: Path, numbers: Collection[int]) -> dict[int, str]:
     """Number of a section → what we believe about its result; raises UserError for notes.yaml that is none."""
     path = out / "notes.yaml"
     try:
         found = yaml.safe_load(read_text(path)) if path.is_file() else None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {brief(error)}") from error
-    if not isinstance(found or {}, dict) or not all(isinstance(key, int) for key in found or ()):
+    notes = found or {}
+    is_map = isinstance(notes, dict) and all(isinstance(text, str) for text in notes.values())
+    if not is_map or any(type(key) is not int or key not in numbers for key in notes):
         raise UserError(f"{path}: give a mapping from numbers of sections to texts")
-    return {number: str(text).strip() for number, text in (found or {}).items()}
+    return {number: text.strip() for number, text in notes.items()}
 
 
 def write_strips(folder: Path, section: Section, read: Read, prompts: Strips) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from demo.paper import ROOT
 from ipa.errors import UserError
 from ipa.files import hash_file, pictures_in, read_json
 from ipa.overrides import quote_value
-from ipa.ranges import FLAG, number, whole
+from ipa.ranges import FLAG, TRAINING_STEPS, number, whole
 
 BATCH = 16
 PLAIN = re.compile(r"[\w./-]+")
@@ -110,7 +110,11 @@ class Settings:
         quick = read("quick", cfg.quick, FLAG)
         chosen = cfg.small if quick else cfg.full
         given = {name: default if cfg[name] is None else cfg[name] for name, default in chosen.items()}
-        ranges = {"steps": whole(1), "items": whole(1, number_of_images(HELDOUT)), "num_steps": whole(1)}
+        ranges = {
+            "steps": whole(1),
+            "items": whole(1, number_of_images(HELDOUT)),
+            "num_steps": whole(1, TRAINING_STEPS),
+        }
         ranges["base_minutes"] = number(above=0)
         given |= {name: read(name, given[name], known) for name, known in ranges.items()}
         given["seeds"] = read_list("seeds", given["seeds"], whole(0, 999))
@@ -121,7 +125,7 @@ class Settings:
             pictures_in(own, "own")
         is_whole = not quick and cfg.sections is None and own is None
         work = folder("work", cfg.work)
-        out = folder("out", cfg.out or (PAGE if is_whole else work / "page"))
+        out = folder("out", cfg.out) if cfg.out is not None else Path(PAGE) if is_whole else work / "page"
         return cls(**given, **shared, work=work, out=out, guidance=guidance, quick=quick, own=own)
 
     def described(self) -> dict[str, Any]:
@@ -150,7 +154,8 @@ def read_list(name: str, values: Any, known: Any) -> tuple[int, ...]:
 def folder(name: str, given: Any) -> Path:
     """One that is there or can be made."""
     path = Path(str(given))
-    if given is None or next(each for each in (path, *path.parents) if each.exists()).is_file():
+    is_name = isinstance(given, str | int) and not isinstance(given, bool)
+    if not is_name or not next(each for each in (path, *path.parents) if each.exists()).is_dir():
         raise UserError(f"{name}={'null' if given is None else given} is no folder: give one, which may be new")
     return path
 

@@ -53,7 +53,8 @@ def make_page(cfg: DictConfig) -> None:
     """Raises UserError."""
     started = time.perf_counter()
     settings = Settings.of(cfg)
-    sections, notes = chosen(sections_of(settings), cfg.sections), read_notes(settings.out)
+    every = sections_of(settings)
+    sections, notes = chosen(every, cfg.sections), read_notes(settings.out, [section.number for section in every])
     given = [each for each in HydraConfig.get().overrides.task if not each.startswith("sections=")]
     plan = Plan(settings, given)
     asks = list(dict.fromkeys(ask for section in sections for ask in section.asks()))

@@ -24,7 +24,7 @@ from ipa.errors import UserError
 from ipa.export.adapter_file import AdapterFile, identify
 from ipa.export.branches import branches_in, written_name
 from ipa.export.published import publish_name
-from ipa.export.storage import is_compressed, load_adapter
+from ipa.export.storage import is_published, load_adapter
 from ipa.types import first_not_finite
 from ipa.weights import dtype_name
 
@@ -89,8 +89,8 @@ def read_adapter(path: Path, weights: str | None = None) -> Adapter:
     others = [
         name for name, published in names.items() if name not in (published, written_name(published, file.branches))
     ]
-    is_published = not (is_own or others or is_compressed(found))
-    return Adapter(tensors, metadata, file, () if is_own else tuple(remarks(entries, names, others)), is_published)
+    said = () if is_own else tuple(remarks(entries, names, others))
+    return Adapter(tensors, metadata, file, said, not (is_own or others) and is_published(found))
 
 
 def find_file(path: Path) -> Path:

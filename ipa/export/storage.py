@@ -122,6 +122,16 @@ def check_members(path: Path) -> None:
             raise zipfile.BadZipFile(f"it is damaged (CRC-32 of {damaged})")
 
 
+def is_published(path: Path) -> bool:
+    """Whether other programs read the file as it is: safetensors, or a pickle of two mappings without compression."""
+    if path.suffix == SAFETENSORS:
+        return True
+    if is_compressed(path):
+        return False
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return all(isinstance(content.get(group), Mapping) for group in ("image_proj", "ip_adapter"))
+
+
 def is_compressed(path: Path) -> bool:
     """Whether it is an archive with compressed members, which torch does not write and other programs misread."""
     if not zipfile.is_zipfile(path):

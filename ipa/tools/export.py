@@ -107,8 +107,8 @@ def describe(source: str, adapter: Any) -> str:
     dtypes = sorted({dtype_name(tensor.dtype) for tensor in adapter.tensors.values()})
     lines = [f"{source} is {file.describe()}.", *adapter.remarks]
     lines.append(f"{file.num_parameters:,} parameters in {file.num_tensors} tensors: {', '.join(dtypes)}")
-    yes = "yes" if adapter.is_published else "once it is written with out=…"
     for layout in LAYOUTS:
+        yes = "yes" if adapter.is_published or layout == "ipa" else "once it is written with out=…"
         problems = misreadings(head, file.kind, layout, file.branches)
         lines.append(f"readable by {layout}: {yes if not problems else 'no, ' + '; '.join(problems)}")
         if not problems and (warning := other_no_image(head, layout, file.branches)):

@@ -44,6 +44,8 @@ def make_pipeline(prompter: Prompter, **options: Any) -> tuple[Any, dict[str, An
         raise UserError(f"{', '.join(sorted(unknown))} is none of {', '.join(OPTIONS)}")
     settings = OPTIONS | options
     pipeline, parts, arguments = with_control(prompter, settings)
+    if "adapter_conditioning_scale" in arguments and settings["start_image"]:
+        raise UserError("start_image=: diffusers starts from an image with a ControlNet, but not with a T2I-Adapter")
     num_steps = settings["num_steps"] or prompter.defaults.get("num_steps", SamplingOptions.num_steps)
     if settings["start_image"]:
         strength = settings["strength"]

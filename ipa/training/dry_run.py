@@ -20,6 +20,7 @@ from ipa.families.hollow import make_hollow, quantize_hollow
 from ipa.families.sources import is_single_file
 from ipa.model import IPAdapterModel
 from ipa.training.memory import FRAGMENTED, GIB, RESERVE_GIB, estimate_peak
+from ipa.training.optimizers import name_of as name_of_optimizer
 from ipa.training.optimizers import state_bytes
 from ipa.training.parts import check_parts, make_head_of, name_of, read_from
 from ipa.types import Batch
@@ -147,9 +148,11 @@ def samples_in(shards: Sequence[Path]) -> int | None:
 
 def describe_disk(cfg: DictConfig, model: IPAdapterModel, samples: int | None) -> str:
     trained = count_parameters(model.trainable)
-    checkpoint = trained * (FP32 + state_bytes(cfg.optimizer) + FP32 * (cfg.ema.decay is not None))
+    has_average = cfg.ema.decay is not None or name_of_optimizer(cfg.optimizer) == "schedule_free"
+    checkpoint = trained * (FP32 + state_bytes(cfg.optimizer) + FP32 * has_average)
     kept = cfg.checkpoint.keep_last + 1
-    text = f"{kept} checkpoints of {size(checkpoint)}, the adapter {size(2 * trained)}"
+    adapter = f"{'two adapter files of' if has_average else 'the adapter'} {size(2 * trained)}"
+    text = f"{kept} checkpoints of {size(checkpoint)}, {adapter}"
     if samples and cfg.data._target_.endswith("ShardDataModule"):
         latent_shape = model.family.latent_shape(image_size_px(cfg, model))
         each = cached_bytes(latent_shape, model.encoder.widths, [KEPT[model.head.uses]])

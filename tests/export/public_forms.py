@@ -70,6 +70,7 @@ SAVED_BY_TORCH: dict[str, tuple[str, Callable[[IPAdapterModel], Any]]] = {
     "processors_of_diffusers": ("by_name.bin", processors_of_diffusers),
     "more_entries": ("a.pt", lambda m: published(m) | {"step": 3, "note": "mine", "extra": {"a": torch.ones(1)}}),
     "zipped_again": ("stored.bin", published),
+    "flat": ("flat.bin", lambda m: to_published(m.trainable.state_dict(), torch.float32)),
 }
 NAMES_A_FOLDER = ("accelerate", "deepspeed", "shared_tensors")
 
@@ -107,4 +108,5 @@ FORMS = {
     "processors_of_diffusers": "other names: ip_adapter (22) left out: step",
     "more_entries": "left out: step, note, extra",
     "zipped_again": "",
+    "flat": "",
 }

@@ -75,7 +75,8 @@ def test_a_training_checkpoint_is_exported(export: Export, tmp_path: Path, avera
         cases["run/checkpoints"] = {"adapter": tmp_path / "run", "weights": "average"}
     for source, options in cases.items():
         given = {"adapter": tmp_path / source, "out": tmp_path / "a.safetensors", "dtype": "float32"} | options
-        assert "readable by diffusers: once it is written" in export(**given)
+        said = export(**given)
+        assert "readable by diffusers: once it is written" in said and "readable by ipa: yes" in said
         tensors, metadata = load_adapter(tmp_path / "a.safetensors")
         above = averaged and options.get("weights") != "raw"
         assert set(tensors) == set(raw) and all(torch.equal(tensors[name], raw[name] + above) for name in raw)

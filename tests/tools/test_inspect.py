@@ -39,7 +39,7 @@ def test_it_counts_and_draws(shard, base_folder: Path, clip_name: str, tmp_path:
     inspect(compose(*parts, "samples=null", "pictures=5", f"out={out}"))
 
     said = capsys.readouterr().out
-    assert f"{good} good samples, {bad} rejected" in said
+    assert f"{good} good samples, {bad} rejected" in said and "stopped at" not in said
     assert re.search(r"\d+ × caption is not UTF-8: \d+ of 00000\.tar \(txt: byte 3 is 0xe9\)", said)
     assert re.search(r"\d+ × broken picture: .*it is a web page", said) and "upscaled" not in said
     assert "shorter side (px): median 48" in said
@@ -54,7 +54,12 @@ def test_big_recipes_need_no_weights(shard, clip_name: str, tmp_path: Path, caps
     inspect(compose(*parts, "samples=10", "pictures=2", f"out={tmp_path / 'x.png'}"))
 
     said = capsys.readouterr().out
-    assert "10 good samples" in said and "10 of them (100 %) are smaller than" in said and "upscaled" in said
+    assert (
+        "10 good samples" in said
+        and "; stopped at samples=10\n" in said
+        and "10 of them (100 %) are smaller than" in said
+        and "upscaled" in said
+    )
 
 
 @pytest.mark.parametrize("content", ["<html>", "cache"])

@@ -13,7 +13,7 @@ import tiny
 import tiny_flow
 import tiny_sdxl
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image, ImageChops, ImageFont
 
 from ipa.data.images.transforms import FITS
@@ -253,6 +253,12 @@ def test_another_model_is_no_control(refused: Command, image: Path, base_folder:
     message = refused(control=image, control_model=base_folder / "unet")
 
     assert "is no ControlNet or T2I-Adapter" in message and "UNet2DConditionModel" in message
+
+
+def test_a_t2i_adapter_cannot_start_from_an_image(refused: Command, image: Path, tmp_path: Path) -> None:
+    T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2).save_pretrained(tmp_path / "t2i")
+
+    assert "start_image=: diffusers" in refused(control=image, control_model=tmp_path / "t2i", start_image=image)
 
 
 def test_the_image_prompt_is_preprocessed_as_the_metadata_say(sample: Command, adapter: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def describe(findings: Findings, workers: int) -> str:
     references = Counter(seen.references for seen in good)
     lines = [
         f"{len(good):,} good samples, {bad:,} rejected ({100 * bad / (len(good) + bad):.1f} %)"
-        + ("" if findings.is_whole else "; read no further, since samples= is this many"),
+        + ("" if findings.is_whole else f"; stopped at samples={len(good)}"),
         *(f"    {line}" for line in findings.rejected.lines()),
         quantiles("shorter side (px)", [min(seen.size) for seen in good]),
         *describe_upscaled(good, *buckets.most_common(1)[0][0]),
