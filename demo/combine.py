@@ -28,15 +28,7 @@ from make_control import control_image
 from measure import captions_of_concepts, heldout_pixels, nearest_colour, pooled
 from PIL import Image
 from torch import Tensor
-from world import (
-    COLOUR_NAMES,
-    HERE,
-    SIZE_PX,
-    compose,
-    draw_backgrounds,
-    positive_int,
-    read_world,
-)
+from world import COLOUR_NAMES, HERE, SIZE_PX, compose, draw_backgrounds, positive_int, read_world
 
 sys.path.insert(0, str(HERE.parent))
 

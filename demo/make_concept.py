@@ -21,16 +21,7 @@ from make_base import load_state, make_scheduler, save_state, set_learning_rate,
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from world import (
-    DEVICE,
-    HERE,
-    Clock,
-    World,
-    compose,
-    draw_backgrounds,
-    positive_int,
-    read_world,
-)
+from world import DEVICE, HERE, Clock, World, compose, draw_backgrounds, positive_int, read_world
 
 CONCEPT = 20  # the picture's number in demo/data/heldout: a jellyfish
 WORD = "<jellyfish>"

@@ -39,17 +39,7 @@ from make_base import (
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from world import (
-    DEVICE,
-    HERE,
-    SIZE_PX,
-    Clock,
-    compose,
-    draw_backgrounds,
-    positive_float,
-    positive_int,
-    read_world,
-)
+from world import DEVICE, HERE, SIZE_PX, Clock, compose, draw_backgrounds, positive_float, positive_int, read_world
 
 sys.path.insert(0, str(HERE.parent))
 

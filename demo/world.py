@@ -131,14 +131,14 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def positive_float(text: str) -> float:
-    """A type of options; infinity is none."""
+    """An argparse type: a finite number above 0."""
     if not 0 < (value := float(text)) < math.inf:
         raise ValueError(text)
     return value
 
 
 def positive_int(text: str) -> int:
-    """A type of options."""
+    """An argparse type: 1, 2, …"""
     if (value := int(text)) < 1:
         raise ValueError(text)
     return value
